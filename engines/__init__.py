@@ -1,0 +1,20 @@
+"""vtp.engines: opens and runs ONE graph file. Knows no model, no pruner and no bundle."""
+
+from vtp.engines.base import Binding, Engine, TensorSpec, Value
+from vtp.engines.choose import Choice, Decision, choose_engine, engine_names, open_graph
+from vtp.engines.errors import UsageError, VtpError, nearest
+
+__all__ = [
+    "Binding",
+    "Choice",
+    "Decision",
+    "Engine",
+    "TensorSpec",
+    "UsageError",
+    "Value",
+    "VtpError",
+    "choose_engine",
+    "engine_names",
+    "nearest",
+    "open_graph",
+]

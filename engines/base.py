@@ -1,0 +1,74 @@
+"""The interface that every engine serves: open a graph, describe it, run it, keep values on its device."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One input or output of a graph. `dtype` is numpy's name; a dynamic axis is a string."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+class Value(Protocol):
+    """A tensor on an engine's device. Only the engine that made it may run on it or update it."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> np.dtype: ...
+
+    def numpy(self) -> np.ndarray:
+        """Copy the tensor to the host."""
+        ...
+
+    def update(self, array: np.ndarray) -> None:
+        """Overwrite the tensor in place: same shape, same dtype, same address."""
+        ...
+
+
+class Binding(ABC):
+    """A graph with every input and output at a fixed place, to be run many times without set-up."""
+
+    outputs: dict[str, Value]
+
+    @abstractmethod
+    def run(self) -> None:
+        """Run the graph on what the bound inputs hold now; the bound outputs hold the answer."""
+
+
+class Engine(ABC):
+    """One opened graph. Not safe for use from several threads at once."""
+
+    inputs: dict[str, TensorSpec]
+    outputs: dict[str, TensorSpec]
+
+    @abstractmethod
+    def put(self, array: np.ndarray) -> Value:
+        """Copy a host array to this engine's device."""
+
+    @abstractmethod
+    def zeros(self, shape: Sequence[int], dtype: str) -> Value:
+        """Allocate a zeroed tensor on this engine's device."""
+
+    @abstractmethod
+    def bind(self, feeds: Mapping[str, Value], into: Mapping[str, Value]) -> Binding:
+        """Fix the graph's inputs and (all of) its outputs; an input and an output may share a value."""
+
+    @abstractmethod
+    def run(self, feeds: Mapping[str, Value], into: Mapping[str, Value] | None = None) -> dict[str, Value]:
+        """Run once. Outputs named in `into` are written there, the others are allocated; all are returned."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Free the graph and its weights. Values it made stay valid."""

@@ -1,0 +1,93 @@
+"""Which engine runs here: every candidate is accepted or rejected with the reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib import util
+from pathlib import Path
+
+from vtp.engines.base import Engine
+from vtp.engines.errors import UsageError, VtpError, nearest
+
+AUTO = "auto"
+_INSTALL = "pip install 'vtp-edge[ort]' (or 'vtp-edge[ort-gpu]' with an NVIDIA GPU)"
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One candidate, whether it can run here, and why (not)."""
+
+    engine: str
+    accepted: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The engine to use and how it was decided, best candidate first."""
+
+    engine: str
+    decisions: list[Decision] = field(default_factory=list)
+
+
+def installed_providers() -> list[str] | None:
+    """ONNX Runtime's providers on this machine; None when no onnxruntime is installed."""
+    if util.find_spec("onnxruntime") is None:
+        return None
+    import onnxruntime
+
+    return list(onnxruntime.get_available_providers())
+
+
+def _judge_cuda(providers: list[str] | None) -> Decision:
+    if providers is None:
+        return Decision("ort-cuda", False, f"onnxruntime is not installed: {_INSTALL}")
+    if "CUDAExecutionProvider" not in providers:
+        return Decision(
+            "ort-cuda",
+            False,
+            "this onnxruntime has no CUDA provider: pip install 'vtp-edge[ort-gpu]' in place of onnxruntime",
+        )
+    return Decision("ort-cuda", True, "the CUDA provider is present")
+
+
+def _judge_cpu(providers: list[str] | None) -> Decision:
+    if providers is None:
+        return Decision("ort-cpu", False, f"onnxruntime is not installed: {_INSTALL}")
+    return Decision("ort-cpu", True, "onnxruntime is installed")
+
+
+# Best first: "auto" takes the first that is accepted.
+_JUDGES: dict[str, Callable[[list[str] | None], Decision]] = {"ort-cuda": _judge_cuda, "ort-cpu": _judge_cpu}
+
+
+def engine_names() -> list[str]:
+    """Every name that `--engine` takes."""
+    return [AUTO, *_JUDGES]
+
+
+def choose_engine(
+    wanted: str = AUTO, probe: Callable[[], list[str] | None] = installed_providers
+) -> Choice:
+    """Decide which engine to use. `probe` says which providers exist (passed in, so that it can be tested).
+
+    Raises UsageError for an unknown name, VtpError when what was asked for cannot run here.
+    """
+    if wanted not in engine_names():
+        known = engine_names()
+        raise UsageError(f"unknown engine '{wanted}'{nearest(wanted, known)}; choose one of {', '.join(known)}")
+    providers = probe()
+    names = list(_JUDGES) if wanted == AUTO else [wanted]
+    decisions = [_JUDGES[name](providers) for name in names]
+    for decision in decisions:
+        if decision.accepted:
+            return Choice(decision.engine, decisions)
+    raise VtpError(f"engine '{wanted}' cannot run here: {decisions[-1].reason}")
+
+
+def open_graph(path: str | Path, engine: str, threads: int | None = None) -> Engine:
+    """Open one graph file with the engine that `choose_engine` decided on."""
+    from vtp.engines.ort import OrtEngine
+
+    return OrtEngine(path, engine, threads)

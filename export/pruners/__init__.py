@@ -1,0 +1,1 @@
+"""The registry of pruning methods: one file each, found by file name (see CONTRIBUTING.md)."""

@@ -1,0 +1,71 @@
+"""Tensor pieces that pruners share, exportable as standard ONNX ops with static shapes.
+
+Ties go to the lower index everywhere. `torch.topk` does not promise that, ONNX TopK does, so `top_k`
+is a custom operator: a stable sort under torch, one TopK node in the graph (see `ONNX_TRANSLATIONS`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+@torch.library.custom_op("vtp::top_k", mutates_args=())
+def _top_k(scores: Tensor, k: int, largest: bool) -> tuple[Tensor, Tensor]:
+    values, indices = torch.sort(scores, dim=-1, descending=largest, stable=True)
+    return values[..., :k].clone(), indices[..., :k].clone()
+
+
+@_top_k.register_fake
+def _(scores: Tensor, k: int, largest: bool) -> tuple[Tensor, Tensor]:
+    shape = (*scores.shape[:-1], k)
+    return scores.new_empty(shape), scores.new_empty(shape, dtype=torch.int64)
+
+
+def top_k(scores: Tensor, k: int) -> Tensor:
+    """Indices [B,k] of the k largest of scores [B,N], largest first, ties by lower index."""
+    return torch.ops.vtp.top_k(scores, k, True)[1]
+
+
+def top_k_values(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Like `top_k`, with the values [B,k] before the indices [B,k]."""
+    return torch.ops.vtp.top_k(scores, k, True)
+
+
+def raster(indices: Tensor) -> Tensor:
+    """Sort indices [B,K] ascending: the order in which the tokens lie in the picture.
+
+    Indices pass through float32 (exact below 2**24), which every engine's TopK accepts.
+    """
+    ordered, _ = torch.ops.vtp.top_k(indices.float(), indices.shape[-1], False)
+    return ordered.to(torch.int64)
+
+
+def gather_rows(rows: Tensor, indices: Tensor) -> Tensor:
+    """Pick rows [B,N,C] by indices [B,K] -> [B,K,C], as one flat Gather (GatherND is never emitted)."""
+    batch, count, width = rows.shape
+    if batch == 1:
+        return functional.embedding(indices, rows[0])
+    first = torch.arange(batch, dtype=torch.int64).unsqueeze(1) * count
+    return functional.embedding(indices + first, rows.reshape(-1, width))
+
+
+def normalize(rows: Tensor) -> Tensor:
+    """L2-normalise the last axis in float32; a zero row stays zero."""
+    rows = rows.float()
+    return rows / rows.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+
+
+def _translate_top_k(scores: Any, k: int, largest: bool) -> Any:
+    from onnxscript import opset23 as op
+
+    return op.TopK(scores, op.Constant(value_ints=[k]), axis=-1, largest=int(largest), sorted=1)
+
+
+def onnx_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """The `custom_translation_table` that `torch.onnx.export` needs for these operators."""
+    return {torch.ops.vtp.top_k.default: _translate_top_k}

@@ -1,4 +1,4 @@
-"""Tiny random LLaVAs made from transformers' own config classes: whole models in milliseconds."""
+"""Tiny random LLaVAs made from transformers' own config classes: whole models in milliseconds.
 
 The weights are drawn wide enough that attention is peaked and logits are apart: with the library's
 default initialisation everything is nearly constant, and a wrong position or mask would not show.

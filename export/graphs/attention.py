@@ -1,0 +1,234 @@
+"""Attention as the graphs need it: GroupQueryAttention on a bound cache, and the one row that methods read.
+
+Transformers' own attention modules stay as they are. While a graph is traced they call the functions
+registered here instead of eager or SDPA attention, so one emitter serves every decoder of the library.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from types import MethodType
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from vtp.engines.errors import VtpError
+
+DECODER_ATTENTION = "vtp_decoder"
+TOWER_ATTENTION = "vtp_tower"
+# Keyword arguments of attention functions that change nothing in a causal decoder graph.
+_HARMLESS = {"dropout", "position_ids", "use_cache", "is_causal", "sliding_window", "cache_position"}
+
+
+@dataclass
+class Lengths:
+    """Where the rows of a batch end, in GroupQueryAttention's terms.
+
+    seqlens_k int32 [B]: valid tokens in the cache after this run, minus one.
+    total_sequence_length int32 []: the longest row after this run.
+    """
+
+    seqlens_k: Tensor
+    total_sequence_length: Tensor
+
+    def last_index(self, sequence: int) -> Tensor:
+        """Index int64 [B] of every row's last real token among the `sequence` tokens of this run."""
+        past = self.total_sequence_length.to(torch.int64) - sequence
+        return (self.seqlens_k.to(torch.int64) - past).clamp(0, sequence - 1)
+
+
+@dataclass
+class Cache:
+    """Duck-typed transformers cache: hands new keys and values through, holds the graph's past and present."""
+
+    past: dict[int, tuple[Tensor, Tensor]]
+    lengths: Lengths
+    present: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    # The layer whose attention row a method reads, and the row [B,S] once that layer ran.
+    scored_layer: int | None = None
+    scores: Tensor | None = None
+
+    def update(self, key: Tensor, value: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        return key, value
+
+
+@dataclass
+class TowerProbe:
+    """Which tower attention module to watch, and the scores [B,N] it gave."""
+
+    module: nn.Module | None
+    has_cls: bool
+    scores: Tensor | None = None
+
+
+_active: list[Any] = []
+
+
+@contextmanager
+def active(context: Cache | TowerProbe) -> Iterator[None]:
+    """Make `context` the one that the registered attention functions read and write."""
+    _active.append(context)
+    try:
+        yield
+    finally:
+        _active.pop()
+
+
+def _decoder_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Emit GroupQueryAttention. query [B,H,S,d], key and value [B,G,S,d] (rotated) -> [B,S,H,d]."""
+    refused = sorted(name for name, given in kwargs.items() if name not in _HARMLESS and given is not None)
+    if refused:
+        raise VtpError(f"this decoder's attention uses '{refused[0]}', which the exporter does not serve")
+    cache: Cache = _active[-1]
+    layer = module.layer_idx
+    scale = float(scaling if scaling is not None else query.shape[-1] ** -0.5)
+    if layer == cache.scored_layer:
+        cache.scores = last_row(query, key, scale, cache.lengths)
+    batch, heads, sequence, width = query.shape
+    groups = key.shape[1]
+    output, *present = torch.onnx.ops.symbolic_multi_out(
+        "com.microsoft::GroupQueryAttention",
+        (
+            _merge_heads(query),
+            _merge_heads(key),
+            _merge_heads(value),
+            *cache.past[layer],
+            cache.lengths.seqlens_k,
+            cache.lengths.total_sequence_length,
+        ),
+        attrs={"num_heads": heads, "kv_num_heads": groups, "scale": scale},
+        dtypes=(query.dtype, key.dtype, value.dtype),
+        shapes=(
+            (batch, sequence, heads * width),
+            cache.past[layer][0].shape,
+            cache.past[layer][1].shape,
+        ),
+        version=1,
+    )
+    cache.present[layer] = (present[0], present[1])
+    return output.reshape(batch, sequence, heads, width), None
+
+
+def _merge_heads(tensor: Tensor) -> Tensor:
+    return tensor.transpose(1, 2).flatten(2)
+
+
+def last_row(query: Tensor, key: Tensor, scale: float, lengths: Lengths) -> Tensor:
+    """Mean over heads of the last real token's attention row over this run's tokens, float32 [B,S].
+
+    Only this one row is computed; the fused attention beside it never materialises S x S. It is the whole
+    row when the cache was empty (prefill), which is when pruners read it.
+    """
+    batch, heads, sequence, width = query.shape
+    groups = key.shape[1]
+    last = lengths.last_index(sequence)
+    row = torch.gather(query, 2, last.view(-1, 1, 1, 1).expand(batch, heads, 1, width))
+    row = row.reshape(batch, groups, heads // groups, width)
+    logits = torch.matmul(row, key.transpose(2, 3)).float() * scale
+    padding = torch.arange(sequence) > last.unsqueeze(1)
+    logits = logits.masked_fill(padding.view(batch, 1, 1, sequence), torch.finfo(torch.float32).min)
+    return torch.softmax(logits, dim=-1).mean(dim=(1, 2))
+
+
+def _tower_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Fused attention for a vision tower; the watched module also leaves its scores with the probe."""
+    probe: TowerProbe = _active[-1]
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    if module is probe.module:
+        probe.scores = _cls_row(query, key, scale) if probe.has_cls else _attention_received(query, key, scale)
+    output = functional.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scale)
+    return output.transpose(1, 2), None
+
+
+def _cls_row(query: Tensor, key: Tensor, scale: float) -> Tensor:
+    """CLS' attention to the patches, mean over heads: one row per head, float32 [B,N]."""
+    logits = torch.matmul(query[:, :, :1], key.transpose(2, 3)).float() * scale
+    return torch.softmax(logits, dim=-1)[:, :, 0, 1:].mean(dim=1)
+
+
+def _attention_received(query: Tensor, key: Tensor, scale: float) -> Tensor:
+    """Attention that every patch receives, mean over heads and query rows, float32 [B,N] (towers without CLS)."""
+    logits = torch.matmul(query, key.transpose(2, 3)).float() * scale
+    return torch.softmax(logits, dim=-1).mean(dim=(1, 2))
+
+
+def register() -> None:
+    """Make the two attention functions known to transformers under their names."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface
+
+    AttentionInterface.register(DECODER_ATTENTION, _decoder_attention)
+    AttentionInterface.register(TOWER_ATTENTION, _tower_attention)
+    AttentionMaskInterface.register(DECODER_ATTENTION, lambda *args, **kwargs: None)
+    AttentionMaskInterface.register(TOWER_ATTENTION, lambda *args, **kwargs: None)
+
+
+def _rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    """`apply_rotary_pos_emb` as the ONNX operator; cos and sin [B,S,d] hold two equal halves."""
+    half = cos.shape[-1] // 2
+    cos, sin = cos[..., :half], sin[..., :half]
+    return (
+        torch.onnx.ops.rotary_embedding(query, cos, sin),
+        torch.onnx.ops.rotary_embedding(key, cos, sin),
+    )
+
+
+def _rms_norm(module: Any, hidden: Tensor) -> Tensor:
+    return functional.rms_norm(hidden, module.weight.shape, module.weight, module.variance_epsilon)
+
+
+@contextmanager
+def emitting(decoder: nn.Module, tower: nn.Module | None = None) -> Iterator[None]:
+    """Switch a transformers decoder (and tower) to the functions above while graphs are traced.
+
+    Attention goes through the registered functions; rotary embeddings and RMS norms become one operator
+    each. Everything is put back on leaving, so that the same model can serve as its own reference.
+    """
+    register()
+    with ExitStack() as stack:
+        for part, name in ((decoder, DECODER_ATTENTION), (tower, TOWER_ATTENTION)):
+            if part is not None:
+                stack.enter_context(_attention_implementation(part, name))
+        for module in decoder.modules():
+            if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
+                stack.enter_context(mock.patch.object(module, "forward", MethodType(_rms_norm, module)))
+        stack.enter_context(mock.patch.object(_modeling(decoder), "apply_rotary_pos_emb", _rotate))
+        yield
+
+
+def _modeling(decoder: nn.Module) -> Any:
+    """The transformers module that defines the decoder's classes."""
+    return sys.modules[type(decoder).__module__]
+
+
+@contextmanager
+def _attention_implementation(part: nn.Module, name: str) -> Iterator[None]:
+    config = part.config
+    before = config._attn_implementation
+    config._attn_implementation = name
+    try:
+        yield
+    finally:
+        config._attn_implementation = before

@@ -1,0 +1,182 @@
+"""Module -> ONNX graph: names, dtypes, dynamic axes, and one copy of every weight on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from vtp.export.pruners.ops import onnx_translations
+
+OPSET = 23
+_INLINE_BYTES = 1024  # smaller tensors stay in the graph file
+_ALIGNMENT = 4096  # memory mapping wants page boundaries
+
+
+@dataclass(frozen=True)
+class GraphInput:
+    """One input: its name, an example tensor, and its dynamic axes as axis -> name."""
+
+    name: str
+    example: Tensor
+    dynamic: dict[int, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class GraphSpec:
+    """A module and the names of what goes in and comes out, in the order of its forward."""
+
+    name: str
+    module: nn.Module
+    inputs: list[GraphInput]
+    outputs: list[str]
+    output_axes: dict[str, dict[int, str]] = field(default_factory=dict)
+
+
+class WeightStore:
+    """External data of one bundle: every distinct tensor is written once, whichever graphs use it.
+
+    A graph's own tensors go to `<graph>.onnx.data`; a tensor that an earlier graph wrote (tied embeddings, a
+    projection that two graphs read) is referenced where it lies.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._places: dict[tuple[str, str], ir.ExternalTensor] = {}
+
+    def externalize(self, model: ir.Model, name: str) -> None:
+        """Replace the large initializers of `model` by references into the store's files."""
+        file = f"{name}.onnx.data"
+        for value in model.graph.initializers.values():
+            tensor = value.const_value
+            if tensor is None or tensor.nbytes < _INLINE_BYTES:
+                continue
+            value.const_value = self._place(tensor, file, value.name or "")
+
+    def _place(self, tensor: Any, file: str, name: str) -> ir.ExternalTensor:
+        data = tensor.tobytes()
+        identity = (str(tensor.dtype), hashlib.sha256(data).hexdigest())
+        known = self._places.get(identity)
+        if known is None or tuple(known.shape) != tuple(tensor.shape):
+            offset = known.offset if known is not None else self._append(file, data)
+            location = known.location if known is not None else file
+            known = ir.ExternalTensor(
+                location, offset, len(data), tensor.dtype, shape=tensor.shape, name=name, base_dir=self.folder
+            )
+            self._places.setdefault(identity, known)
+        return ir.ExternalTensor(
+            known.location, known.offset, known.length, tensor.dtype, shape=tensor.shape, name=name,
+            base_dir=self.folder,
+        )
+
+    def _append(self, file: str, data: bytes) -> int:
+        with (self.folder / file).open("ab") as out:
+            offset = -(-out.tell() // _ALIGNMENT) * _ALIGNMENT
+            out.write(b"\0" * (offset - out.tell()))
+            out.write(data)
+        return offset
+
+
+def emit(spec: GraphSpec, store: WeightStore) -> Path:
+    """Trace, translate and write one graph into the store's folder; returns its path."""
+    with _quiet(), torch.no_grad():
+        program = torch.onnx.export(
+            spec.module.eval(),
+            tuple(item.example for item in spec.inputs),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=[item.name for item in spec.inputs],
+            output_names=spec.outputs,
+            dynamic_shapes=_dynamic_shapes(spec),
+            custom_translation_table=onnx_translations(),
+            optimize=True,
+            verbose=False,
+        )
+    model = program.model
+    _strip(model)
+    _name_axes(model.graph, spec)
+    store.externalize(model, spec.name)
+    path = store.folder / f"{spec.name}.onnx"
+    ir.save(model, path)
+    return path
+
+
+def _dynamic_shapes(spec: GraphSpec) -> tuple[Any, ...]:
+    """Every dynamic axis as Dim.DYNAMIC: never frozen to the example, and length 1 runs as well."""
+    shapes = [
+        {axis: torch.export.Dim.DYNAMIC for axis in item.dynamic} or None for item in spec.inputs
+    ]
+    fixed = _positional_count(spec.module)
+    return (*shapes[:fixed], tuple(shapes[fixed:])) if fixed < len(shapes) else tuple(shapes)
+
+
+def _positional_count(module: nn.Module) -> int:
+    """How many inputs `forward` names; the rest are gathered by its *args."""
+    import inspect
+
+    kinds = [parameter.kind for parameter in inspect.signature(module.forward).parameters.values()]
+    if inspect.Parameter.VAR_POSITIONAL in kinds:
+        return kinds.index(inspect.Parameter.VAR_POSITIONAL)
+    return len(kinds)
+
+
+def _name_axes(graph: ir.Graph, spec: GraphSpec) -> None:
+    """Give inputs and outputs the axis names that users see (`batch`, `sequence`), not the tracer's."""
+    named: dict[str, str] = {}
+    for value, item in zip(graph.inputs, spec.inputs, strict=True):
+        shape = list(value.shape or ())
+        for axis, name in item.dynamic.items():
+            named[str(shape[axis])] = name
+        value.shape = ir.Shape([item.dynamic.get(axis, size) for axis, size in enumerate(shape)])
+    for value in graph.outputs:
+        chosen = spec.output_axes.get(value.name or "", {})
+        value.shape = ir.Shape(
+            [
+                chosen.get(axis, size if isinstance(size, int) else named.get(str(size), str(size)))
+                for axis, size in enumerate(value.shape or ())
+            ]
+        )
+
+
+def _strip(model: ir.Model) -> None:
+    """Drop the tracer's notes (source lines, machine paths) from the graph."""
+    model.doc_string = None
+    model.graph.doc_string = None
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    for node in _nodes(model):
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for value in [*model.graph.inputs, *model.graph.initializers.values()]:
+        value.metadata_props.clear()
+
+
+def _nodes(model: ir.Model) -> Sequence[ir.Node]:
+    return list(model.graph.all_nodes())
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's warnings from a user's terminal; failures still raise."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "torch.export")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

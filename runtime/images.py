@@ -1,0 +1,140 @@
+"""Opening a picture: whatever the caller holds becomes one upright RGB `PIL.Image`.
+
+Pixels equal those of transformers' `load_image` (EXIF rotation applied, then `convert("RGB")`, which drops an
+alpha channel), so that preprocessing can be bit-exact. Knows nothing about models.
+"""
+
+from __future__ import annotations
+
+from io import BytesIO
+from os import PathLike, fspath
+from pathlib import Path
+from typing import BinaryIO, TypeAlias
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from vtp.engines.errors import UsageError, VtpError
+
+__all__ = ["MAX_PIXELS", "ImageSource", "load_image"]
+
+#: Largest picture that is decoded, in pixels (about 9459 x 9459). It is checked from the header, before any
+#: pixel is read, whatever Pillow's own limit and the process's warning filters say.
+MAX_PIXELS = 89_478_485
+
+#: What `load_image` takes: a path, a file's bytes, a Pillow image, a uint8 array [H, W, 3] (RGB) or [H, W].
+ImageSource: TypeAlias = "str | PathLike[str] | bytes | bytearray | memoryview | Image.Image | np.ndarray"
+
+# Opening these starts an outside program (Ghostscript) on the file, which nobody asked for.
+_VECTOR_FORMATS = frozenset({"EPS"})
+
+
+def load_image(source: ImageSource) -> Image.Image:
+    """Return `source` as a new, upright RGB image; of an animation, the first frame.
+
+    A URL is not fetched. Raises `UsageError` for a source of the wrong kind, shape or dtype or a file that is
+    not there, and `VtpError` for a picture that cannot be decoded or is too large.
+    """
+    if isinstance(source, Image.Image):
+        return _to_rgb(source, "the picture")
+    if isinstance(source, np.ndarray):
+        return _from_array(source)
+    if isinstance(source, bytes | bytearray | memoryview):
+        return _from_file(BytesIO(bytes(source)), f"the picture given as {len(source)} bytes")
+    if isinstance(source, str | PathLike):
+        return _from_path(fspath(source))
+    raise UsageError(
+        f"a picture may be a path, bytes, a PIL image or a uint8 array [H, W, 3], not {type(source).__name__}"
+    )
+
+
+def _from_path(text: str) -> Image.Image:
+    """Open a local file, naming what is wrong with the path before Pillow sees it."""
+    if text.startswith(("http://", "https://", "data:")):
+        raise UsageError(f"'{text[:60]}' is not a local file; download the picture first and give its path")
+    path = Path(text)
+    try:
+        if path.is_dir():
+            raise UsageError(f"'{path}' is a directory; give one picture file")
+        if not path.exists():
+            raise UsageError(f"no such file: '{path}'; give the path of a picture")
+        if not path.is_file():
+            raise UsageError(f"'{path}' is not a regular file; give one picture file")
+        with path.open("rb") as file:
+            return _from_file(file, f"'{path}'")
+    except (OSError, ValueError) as error:
+        raise UsageError(f"cannot read '{path}': {_reason(error)}") from error
+
+
+def _from_file(file: BinaryIO, name: str) -> Image.Image:
+    """Identify the picture from its header, refuse what must not be decoded, then decode its first frame."""
+    header = file.read(32)
+    file.seek(0)
+    if not header:
+        raise VtpError(f"{name} is empty; give a picture such as PNG or JPEG")
+    try:
+        image = Image.open(file)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise VtpError(f"{name} has too many pixels ({error}); at most {MAX_PIXELS:,} are decoded") from error
+    except UnidentifiedImageError as error:
+        raise VtpError(_not_an_image(name, header)) from error
+    except Exception as error:  # a damaged header makes Pillow's plugins raise nearly anything
+        raise VtpError(f"{name} is damaged: {_reason(error)}; give another file") from error
+    if image.format in _VECTOR_FORMATS:
+        raise VtpError(f"{name} is {image.format}, a vector format; save it as PNG or JPEG first")
+    return _to_rgb(image, name)
+
+
+def _not_an_image(name: str, header: bytes) -> str:
+    """One line for bytes that no decoder takes; a PNG of no pixels, refused by Pillow too, is told apart."""
+    size = header[16:24]
+    if header.startswith(b"\x89PNG\r\n\x1a\n") and len(size) == 8 and b"\0\0\0\0" in (size[:4], size[4:]):
+        width, height = int.from_bytes(size[:4], "big"), int.from_bytes(size[4:], "big")
+        return f"{name} is {width}x{height} pixels: there is nothing to see; give another file"
+    return (
+        f"{name} is not a picture that can be read (unknown format or damaged header); give PNG, JPEG or WebP"
+    )
+
+
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    """Check the size, decode, turn upright, convert."""
+    width, height = image.size
+    if width < 1 or height < 1:
+        raise VtpError(f"{name} is {width}x{height} pixels: there is nothing to see; give another one")
+    if width * height > MAX_PIXELS:
+        raise VtpError(
+            f"{name} is {width}x{height} = {width * height:,} pixels; at most {MAX_PIXELS:,} are decoded: "
+            "shrink it first"
+        )
+    try:
+        image.load()
+    except Exception as error:  # decoders of damaged data raise OSError, SyntaxError, struct.error, ...
+        raise VtpError(f"{name} is truncated or damaged: {_reason(error)}; give another file") from error
+    try:
+        return ImageOps.exif_transpose(image).convert("RGB")
+    except Exception as error:  # unknown mode pairs, broken EXIF
+        raise VtpError(f"{name} (mode {image.mode}) cannot be turned into RGB: {_reason(error)}") from error
+
+
+def _from_array(array: np.ndarray) -> Image.Image:
+    """Wrap a uint8 RGB [H, W, 3] or gray [H, W] array; anything else is refused rather than guessed at."""
+    shape = list(array.shape)
+    if array.dtype != np.uint8:
+        raise UsageError(
+            f"an image array must be uint8 with values 0 to 255, not {array.dtype}; convert it first"
+        )
+    if array.ndim not in (2, 3) or (array.ndim == 3 and shape[2] != 3):
+        hint = ": move its channels last" if array.ndim == 3 and shape[0] == 3 else ""
+        raise UsageError(
+            f"an image array must be [height, width, 3] in RGB or [height, width], not {shape}{hint}"
+        )
+    if 0 in shape:
+        raise VtpError(f"the image array is {shape}: there is nothing to see; give another one")
+    return _to_rgb(Image.fromarray(np.ascontiguousarray(array)), "the image array")
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of an error's text, or its name when it has none."""
+    text = getattr(error, "strerror", None) or str(error)
+    lines = str(text).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

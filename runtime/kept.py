@@ -16,7 +16,8 @@ from vtp.runtime.preprocess import ImageSpec, source_box
 __all__ = ["check_picture_path", "save_picture", "show_kept"]
 
 _SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP"}
-_BRIGHTNESS = 0.38  # of dropped patches, which also lose their colour
+_DROPPED = 0.38  # brightness of dropped patches, which also lose their colour
+_UNSEEN = 0.2  # and of what lies outside the model's input
 _OUTLINE = (255, 244, 214)
 _OUTLINED_FROM = 6  # source pixels per patch; below that, an outline would hide the patch
 
@@ -28,17 +29,19 @@ def show_kept(
 
     image: the source picture, upright RGB. grid: (rows, columns) of the model's patches. kept: indices into
     them, row by row from 0. Patches are mapped back through the resizing and cropping of `spec`; what the
-    model did not see is dimmed too. An index outside the grid is a `VtpError`.
+    model did not see is darker still. An index outside the grid is a `VtpError`.
     """
     kept_grid = _kept_grid(grid, kept)
     rows, columns = _patch_of_pixels(spec, grid, image.size)
     mask = kept_grid[rows[:, None], columns[None, :]]  # [H, W] bool
+    seen = (rows < grid[0])[:, None] & (columns < grid[1])[None, :]
     picture = image.convert("RGB")
-    shown = Image.composite(picture, _dimmed(picture), Image.fromarray(mask.astype(np.uint8) * 255))
-    width = _outline_width(spec, grid, image.size)
-    if width:
-        edge = mask & ~_shrunk(mask, width)
-        shown.paste(_OUTLINE, mask=Image.fromarray(edge.astype(np.uint8) * 170))
+    gray = _flattened(picture)
+    shown = ImageEnhance.Brightness(gray).enhance(_UNSEEN)
+    shown.paste(ImageEnhance.Brightness(gray).enhance(_DROPPED), mask=_as_mask(seen))
+    shown.paste(picture, mask=_as_mask(mask))
+    if width := _outline_width(spec, grid, image.size):
+        shown.paste(_OUTLINE, mask=_as_mask(mask & ~_shrunk(mask, width), 170))
     return shown
 
 
@@ -103,10 +106,14 @@ def _cells(length: int, start: float, end: float, count: int) -> np.ndarray:
     return np.where((cells >= 0) & (cells < count), cells, count)
 
 
-def _dimmed(picture: Image.Image) -> Image.Image:
-    """Gray and dark, with a little contrast taken away so that bright ground does not compete."""
-    gray = ImageOps.grayscale(picture).convert("RGB")
-    return ImageEnhance.Brightness(ImageEnhance.Contrast(gray).enhance(0.8)).enhance(_BRIGHTNESS)
+def _flattened(picture: Image.Image) -> Image.Image:
+    """Gray, with a little contrast taken away so that bright ground does not compete."""
+    return ImageEnhance.Contrast(ImageOps.grayscale(picture).convert("RGB")).enhance(0.8)
+
+
+def _as_mask(where: np.ndarray, strength: int = 255) -> Image.Image:
+    """A paste mask from bool [H, W]; strength 255 replaces, less blends."""
+    return Image.fromarray(where.astype(np.uint8) * np.uint8(strength))
 
 
 def _outline_width(spec: ImageSpec, grid: tuple[int, int], size: tuple[int, int]) -> int:

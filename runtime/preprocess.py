@@ -348,10 +348,10 @@ def _find_processor(config: Mapping[str, Any]) -> _Processor:
     return _PROCESSORS[stem]
 
 
-def _size_fields(size: object) -> dict[str, int]:
+def _size_fields(size: Any) -> dict[str, Any]:
     """`size` as spec fields; a bare number is a shortest edge, as in these processors' older files."""
     if _is_int(size):
-        return {"shortest_edge": size}  # type: ignore[dict-item]
+        return {"shortest_edge": size}
     if isinstance(size, list | tuple) and len(size) == 2:
         return {"height": size[0], "width": size[1]}
     if isinstance(size, Mapping) and set(size) in ({"shortest_edge"}, {"height", "width"}):
@@ -359,7 +359,7 @@ def _size_fields(size: object) -> dict[str, int]:
     raise VtpError(f"image size {size} is not supported; supported: shortest_edge, or height and width")
 
 
-def _crop_fields(size: object) -> dict[str, int]:
+def _crop_fields(size: Any) -> dict[str, Any]:
     """`crop_size` as spec fields; a bare number is a square."""
     if isinstance(size, int):
         size = {"height": size, "width": size}
@@ -369,6 +369,6 @@ def _crop_fields(size: object) -> dict[str, int]:
     return {"crop_height": fields["height"], "crop_width": fields["width"]}
 
 
-def _three(numbers: object) -> tuple[float, ...]:
+def _three(numbers: Any) -> tuple[float, ...]:
     """A mean or deviation for each channel; one number stands for all three."""
-    return (numbers,) * 3 if isinstance(numbers, int | float) else tuple(numbers)  # type: ignore[arg-type]
+    return (numbers,) * 3 if isinstance(numbers, int | float) else tuple(numbers)

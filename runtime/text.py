@@ -123,6 +123,7 @@ class Prompter:
         for message in checked:
             self._refuse_reserved(message)
         text = self._render(checked)
+        _check_rendered(text, checked[-1])
         bos = self.spec.special_tokens.get("bos_token")
         starts_with_bos = bos is not None and text.startswith(bos)
         ids = self.tokenizer.encode(text, add_special_tokens=not starts_with_bos).ids
@@ -252,6 +253,16 @@ def _parts(message: dict[str, Any]) -> list[dict[str, str]]:
 def _joined_text(message: dict[str, Any]) -> str:
     """All text of one turn in one string, so that a token split over two parts is seen too."""
     return "".join(part["text"] for part in _parts(message) if part["type"] == "text")
+
+
+def _check_rendered(text: str, last: dict[str, Any]) -> None:
+    """Refuse a template that lost the question, as those for parts do with plain text, in silence."""
+    for part in _parts(last):
+        if part["type"] == "text" and part["text"].strip() not in text:
+            raise UsageError(
+                "the model's chat template left out the user's text; give the content as a list of parts, "
+                'such as [{"type": "text", "text": "..."}]'
+            )
 
 
 class _GenerationTag(Extension):

@@ -1,0 +1,20 @@
+"""vtp.runtime: opens a bundle and answers prompts about pictures. Imports neither torch nor transformers."""
+
+from vtp.engines import UsageError, VtpError
+from vtp.runtime.bundle import Bundle, open_bundle
+from vtp.runtime.manifest import Manifest
+from vtp.runtime.pipeline import Pipeline, Stream
+from vtp.runtime.result import Result, Timings, VisualTokens
+
+__all__ = [
+    "Bundle",
+    "Manifest",
+    "Pipeline",
+    "Result",
+    "Stream",
+    "Timings",
+    "UsageError",
+    "VisualTokens",
+    "VtpError",
+    "open_bundle",
+]

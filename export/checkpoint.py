@@ -1,0 +1,192 @@
+"""A Hugging Face model folder: what it is, and its parts loaded by transformers."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vtp.engines import UsageError, VtpError
+from vtp.export.families import find_family
+from vtp.export.families.base import Family
+from vtp.runtime.preprocess import ImageSpec, spec_from_processor
+from vtp.runtime.text import TextSpec
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A loaded model and the facts that a bundle's manifest repeats."""
+
+    folder: Path
+    name: str
+    family: Family
+    image: ImageSpec
+    text: TextSpec
+    tokenizer_json: str
+    max_positions: int
+
+
+def resolve(model: str | None) -> Path:
+    """Folder of the model: the built-in one for None, a local folder, or a download of a hub id.
+
+    Raises VtpError when there is no such folder and the hub cannot be reached.
+    """
+    if model is None:
+        from vtp.scenes import model_dir
+
+        return Path(model_dir())
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise VtpError(f"model {model} is a file; give the folder that holds its config.json")
+    if not _looks_like_hub_id(model):
+        raise VtpError(f"no such model folder: {model}; give a folder in Hugging Face layout, or a hub id ORG/NAME")
+    return _download(model)
+
+
+def _looks_like_hub_id(model: str) -> bool:
+    parts = model.split("/")
+    return len(parts) == 2 and all(parts) and not model.startswith((".", "/", "~"))
+
+
+def _download(model: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+    try:
+        return Path(snapshot_download(model, allow_patterns=wanted))
+    except Exception as error:  # the hub library's errors share no base class
+        reason = " ".join(str(error).split())[:160]
+        raise VtpError(
+            f"no such model folder: {model}, and the hub did not give it ({type(error).__name__}: {reason})"
+        ) from error
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a model folder. Raises VtpError where it is missing or not JSON."""
+    return _read_json(folder / "config.json", f"{folder} is not a model folder: it has no config.json")
+
+
+def load(folder: Path, dtype: str) -> Checkpoint:
+    """Load a model with transformers in `dtype` and gather what the bundle needs from its folder.
+
+    Raises VtpError for an unsupported architecture, missing files, or weights that do not fit the config.
+    """
+    config = read_config(folder)
+    family_class = find_family(config)
+    if not any(folder.glob("*.safetensors")):
+        raise VtpError(f"{folder} has no *.safetensors; vtp loads no pickled weights: convert the model first")
+    model = _load_model(folder, config["architectures"][0], DTYPES[dtype])
+    family = family_class(model)
+    processor = _load_processor(folder)
+    image = spec_from_processor(_image_processor(folder))
+    if image.fixed_size != family.image_size:
+        raise VtpError(
+            f"the image processor makes {image.fixed_size} pixels, the vision tower takes {family.image_size}; "
+            "mend preprocessor_config.json"
+        )
+    return Checkpoint(
+        folder=folder,
+        name=folder.resolve().name,
+        family=family,
+        image=image,
+        text=_text_spec(folder, processor, family),
+        tokenizer_json=processor.tokenizer.backend_tokenizer.to_str(),
+        max_positions=int(getattr(family.decoder.model.config, "max_position_embeddings", 2048)),
+    )
+
+
+def _load_model(folder: Path, architecture: str, dtype: torch.dtype) -> Any:
+    import transformers
+
+    model_class = getattr(transformers, architecture, None)
+    if model_class is None:
+        raise VtpError(f"transformers {transformers.__version__} has no class {architecture}; update transformers")
+    try:
+        model, info = model_class.from_pretrained(
+            folder,
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            attn_implementation="eager",
+            output_loading_info=True,
+        )
+    except Exception as error:  # transformers raises many kinds here, all about this folder
+        raise VtpError(f"cannot load the model in {folder}: {_one_line(error)}") from error
+    for problem, advice in (("missing_keys", "lacks the tensor"), ("mismatched_keys", "has a misshapen tensor")):
+        if info[problem]:
+            raise VtpError(f"the checkpoint in {folder} {advice} {sorted(map(str, info[problem]))[0]}")
+    if info["unexpected_keys"]:
+        extra = sorted(map(str, info["unexpected_keys"]))[0]
+        raise VtpError(f"the checkpoint in {folder} has a tensor that its config has no place for: {extra}")
+    return model.eval()
+
+
+def _load_processor(folder: Path) -> Any:
+    from transformers import AutoProcessor
+
+    try:
+        return AutoProcessor.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # as above
+        raise VtpError(f"cannot load the processor in {folder}: {_one_line(error)}") from error
+
+
+def _image_processor(folder: Path) -> dict[str, Any]:
+    """The image processor's settings: in a file of their own or inside processor_config.json."""
+    own, shared = folder / "preprocessor_config.json", folder / "processor_config.json"
+    if own.is_file():
+        return _read_json(own, "")
+    return _read_json(shared, f"{folder} has no preprocessor_config.json").get("image_processor") or {}
+
+
+def _text_spec(folder: Path, processor: Any, family: Family) -> TextSpec:
+    tokenizer = processor.tokenizer
+    special = {name: str(text) for name, text in tokenizer.special_tokens_map.items() if isinstance(text, str)}
+    return TextSpec(
+        chat_template=processor.chat_template or tokenizer.chat_template,
+        image_token=processor.image_token,
+        image_token_id=family.image_token_id,
+        placeholder_ids=[family.image_token_id] * family.placeholders,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_ids=_end_ids(folder, tokenizer),
+        special_tokens=special,
+    )
+
+
+def _end_ids(folder: Path, tokenizer: Any) -> list[int]:
+    """Every id that ends an answer: generation_config's, else the tokenizer's."""
+    path = folder / "generation_config.json"
+    ids = _read_json(path, "").get("eos_token_id") if path.is_file() else None
+    if ids is None:
+        ids = tokenizer.eos_token_id
+    if ids is None:
+        raise VtpError(f"{folder} names no end-of-sequence token; add eos_token_id to generation_config.json")
+    return [ids] if isinstance(ids, int) else sorted(ids)
+
+
+def _read_json(path: Path, missing: str) -> dict[str, Any]:
+    if not path.is_file():
+        raise VtpError(missing)
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise VtpError(f"cannot read {path}: {_one_line(error)}") from error
+    if not isinstance(data, dict):
+        raise VtpError(f"{path} does not hold a JSON object")
+    return data
+
+
+def _one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:240]}"
+
+
+def check_dtype(name: str) -> None:
+    """Raise UsageError for a dtype that cannot be exported."""
+    if name not in DTYPES:
+        raise UsageError(f"unknown dtype '{name}'; choose one of {', '.join(DTYPES)}")

@@ -1,0 +1,220 @@
+"""vtp-export: one command from a model folder to a pruned bundle."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vtp.engines import UsageError
+from vtp.runtime.bundle import Bundle
+from vtp.runtime.console import Parser, Progress, run_command, table
+
+PROG = "vtp-export"
+_DESCRIPTION = "Split a vision-language model, prune its visual tokens, and write a bundle of ONNX graphs."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add vtp-export's flags to a parser (also used by `optimum-cli export vtp`)."""
+    add = parser.add_argument
+    add("--model", metavar="DIR|HUB_ID", help="model folder in Hugging Face layout (default: the built-in one)")
+    add("--method", default="adaptprune", metavar="NAME|FILE.py:CLASS", help="pruning method (default: %(default)s)")
+    add("--keep-tokens", metavar="K[,K...|A:B:STEP]", help="visual tokens to keep (default: the method's own)")
+    add("--prune-ratio", metavar="R", help="fraction of visual tokens to drop, instead of --keep-tokens")
+    add("--method-option", action="append", default=[], metavar="NAME=VALUE", help="an option of the method")
+    add("--target", default="ort", help="what the bundle runs on: ort (default: %(default)s)")
+    add("--dtype", default="float32", help="float32 (for a CPU) or float16 (default: %(default)s)")
+    add("--max-length", metavar="N", help="positions of one conversation: text + visual tokens + answer")
+    add("--verify", default="full", help="full: hold the bundle against torch; none (default: %(default)s)")
+    add("-o", "--output", metavar="DIR", help="bundle folder (default: bundle-METHOD)")
+    add("--overwrite", action="store_true", help="replace an existing bundle")
+    add("--list-methods", action="store_true", help="list the methods and leave")
+    add("--list-families", action="store_true", help="list the model families and leave")
+    add("--json", action="store_true", help="print the result as JSON")
+    add("--debug", action="store_true", help="show tracebacks")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of vtp-export; returns the exit code."""
+    parser = Parser(prog=PROG, description=_DESCRIPTION)
+    add_arguments(parser)
+    return run(parser.parse_args(argv))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do what the parsed flags say."""
+    return run_command(PROG, lambda: _run(args), args.debug)
+
+
+def _run(args: argparse.Namespace) -> None:
+    if args.list_methods:
+        print(_methods(args.json))
+    elif args.list_families:
+        print(_families(args.json))
+    else:
+        _export(args)
+
+
+def _export(args: argparse.Namespace) -> None:
+    # Imported late: --help and --list-methods should not wait for torch.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    from vtp.export.exporter import Request, export
+
+    output = Path(args.output or f"bundle-{Path(args.method.partition(':')[0]).stem}")
+    request = Request(
+        output=output,
+        model=args.model,
+        method=args.method,
+        keep_tokens=args.keep_tokens,
+        prune_ratio=None if args.prune_ratio is None else _fraction(args.prune_ratio),
+        method_options=args.method_option,
+        target=args.target,
+        dtype=args.dtype,
+        max_length=None if args.max_length is None else _whole(args.max_length),
+        verify=args.verify,
+        overwrite=args.overwrite,
+    )
+    _quiet_libraries()
+    progress = Progress()
+    try:
+        bundle = export(request, progress.step)
+    finally:
+        progress.end()
+    print(json.dumps(_summary(bundle), indent=1) if args.json else _report(bundle, output))
+
+
+def _quiet_libraries() -> None:
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _fraction(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise UsageError(f"prune-ratio '{text}' is not a number from 0 to 1") from None
+
+
+def _whole(text: str) -> int:
+    if not (text.isascii() and text.isdecimal()):
+        raise UsageError(f"max-length '{text}' is not a whole number")
+    return int(text)
+
+
+def _summary(bundle: Bundle) -> dict[str, Any]:
+    manifest = bundle.manifest
+    return {
+        "bundle": str(bundle.folder),
+        "method": manifest.method.name,
+        "visual_tokens": {"before": manifest.visual.count, "after": manifest.visual.default_keep},
+        "keep_tokens": manifest.visual.keep,
+        "bytes": sum(info.bytes for info in manifest.files.values()),
+        "parity": manifest.parity,
+    }
+
+
+def _report(bundle: Bundle, output: Path) -> str:
+    manifest = bundle.manifest
+    parity = manifest.parity.get("graphs", {})
+    rows = [
+        [_stage_of(file), file, f"{_megabytes(bundle, file):.2f}", _parity_cell(file, parity, manifest.parity)]
+        for file in manifest.graphs
+    ]
+    keeps = ", ".join(f"{manifest.visual.count} → {keep}" for keep in manifest.visual.keep)
+    total = sum(info.bytes for info in manifest.files.values()) / 1e6
+    return "\n".join(
+        [
+            table(["stage", "file", "MB", "parity"], rows),
+            "",
+            f"{manifest.method.name}: visual tokens {keeps}; {total:.1f} MB in {output}",
+            *_generation_lines(manifest.parity),
+            "",
+            f'next: vtp-run {output} --image PICTURE --prompt "what color is the star ?"',
+        ]
+    )
+
+
+def _stage_of(file: str) -> str:
+    name = file.removesuffix(".onnx")
+    return "pruner" if name.startswith("pruner") else name
+
+
+def _megabytes(bundle: Bundle, file: str) -> float:
+    files = bundle.manifest.files
+    return sum(files[name].bytes for name in (file, f"{file}.data") if name in files) / 1e6
+
+
+def _parity_cell(file: str, graphs: dict[str, Any], parity: dict[str, Any]) -> str:
+    if parity.get("mode") != "full":
+        return "not checked"
+    found = graphs.get(file.removesuffix(".onnx"))
+    if found is None:
+        worst = max(case["logits_max_difference"] for case in parity["generation"].values())
+        return f"end to end {worst:.1e}"
+    words = [f"indices {found['indices']}"] if "indices" in found else []
+    return ", ".join([*words, *([f"{found['max_difference']:.1e}"] if "max_difference" in found else [])])
+
+
+def _generation_lines(parity: dict[str, Any]) -> list[str]:
+    if parity.get("mode") != "full":
+        return ["fidelity: not checked (--verify none)"]
+    return [
+        f"fidelity at {keep} kept: {case['equal']} of {case['tokens']} greedy tokens equal torch's, "
+        f"logits within {case['logits_max_difference']:.1e}"
+        for keep, case in parity["generation"].items()
+    ]
+
+
+def _methods(as_json: bool) -> str:
+    from vtp.export.pruners import NONE, find_method, method_names
+
+    rows = [{"name": NONE, "site": "-", "needs": [], "paper": "", "default_keep_of_576": 576, "options": {}}]
+    for name in method_names():
+        if name == NONE:
+            continue
+        method = find_method(name)
+        rows.append(
+            {
+                "name": name,
+                "site": method.site,
+                "needs": list(method.needs),
+                "paper": method.paper,
+                "default_keep_of_576": method.default_keep(576),
+                "options": method.options,
+            }
+        )
+    if as_json:
+        return json.dumps(rows, indent=1)
+    cells = [
+        [row["name"], row["site"], ", ".join(row["needs"]), str(row["default_keep_of_576"]), row["paper"] or "-"]
+        for row in rows
+    ]
+    return table(["method", "site", "needs", "K of 576", "paper"], cells)
+
+
+def _families(as_json: bool) -> str:
+    from vtp.export.families import families
+
+    rows = [
+        {
+            "name": family.name,
+            "architectures": list(family.architectures),
+            "sites": list(family.sites),
+            "limits": family.limits,
+        }
+        for family in families()
+    ]
+    if as_json:
+        return json.dumps(rows, indent=1)
+    cells = [[row["name"], ", ".join(row["architectures"]), ", ".join(row["sites"]), row["limits"]] for row in rows]
+    return table(["family", "architectures", "sites", "limits"], cells)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,260 @@
+"""The export, start to end: a model folder becomes a verified bundle, or nothing."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from vtp.engines import UsageError
+from vtp.export import checkpoint
+from vtp.export.checkpoint import DTYPES, Checkpoint
+from vtp.export.graphs.attention import emitting
+from vtp.export.graphs.emit import GraphSpec, WeightStore, emit
+from vtp.export.keep import check_keep, keep_for_ratio, parse_keep
+from vtp.export.parity import verify
+from vtp.export.plan import Plan, make_plan
+from vtp.export.pruners import NONE, parse_options, parse_site, resolve_method
+from vtp.export.pruners.base import Pruner
+from vtp.runtime.bundle import MANIFEST, Bundle, check_output, describe_files, open_bundle, whole_bundle
+from vtp.runtime.manifest import GraphInfo, Manifest, MethodInfo, ModelInfo, TensorInfo, VisualInfo
+
+TARGETS = ("ort",)
+VERIFY = ("full", "none")
+POSITIONS = ("compact", "original")
+ROOM_FOR_TEXT = 1472  # tokens of prompt and answer beside the picture, where the model has the positions
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to export; the fields are vtp-export's flags."""
+
+    output: Path
+    model: str | None = None
+    method: str = "adaptprune"
+    keep_tokens: str | None = None
+    prune_ratio: float | None = None
+    method_options: Sequence[str] = ()
+    target: str = "ort"
+    dtype: str = "float32"
+    max_length: int | None = None
+    verify: str = "full"
+    overwrite: bool = False
+
+
+def export(request: Request, progress: Callable[[str], None] = lambda _: None) -> Bundle:
+    """Export a bundle and return it opened.
+
+    Raises UsageError for a bad request, VtpError when the model cannot be served or a fidelity check fails;
+    in every such case the output folder is as it was.
+    """
+    _check_request(request)
+    check_output(request.output, request.overwrite)
+    method, options, positions = _method(request)
+    progress("load the model")
+    model = checkpoint.load(checkpoint.resolve(request.model), request.dtype)
+    pruners = _pruners(request, model, method, options)
+    max_length = _max_length(request, model)
+    plan = make_plan(model.family, pruners, positions, DTYPES[request.dtype], max_length)
+    with whole_bundle(request.output, request.overwrite) as folder:
+        _emit_graphs(model, plan, folder, progress)
+        (folder / "tokenizer.json").write_text(model.tokenizer_json, encoding="utf-8")
+        manifest = _manifest(request, model, plan, pruners, positions, max_length, folder)
+        (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+        if request.verify == "full":
+            progress("verify against the torch model")
+            manifest.parity.update(verify(open_bundle(folder), model, plan, pruners))
+        else:
+            manifest.parity.update({"mode": "none"})
+        (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+    return open_bundle(request.output)
+
+
+def _check_request(request: Request) -> None:
+    """Refuse what can be refused before a model is loaded."""
+    for name, value, known in (
+        ("target", request.target, TARGETS),
+        ("verify", request.verify, VERIFY),
+        ("dtype", request.dtype, tuple(DTYPES)),
+    ):
+        if value not in known:
+            raise UsageError(f"unknown {name} '{value}'; choose one of {', '.join(known)}")
+    if request.keep_tokens is not None and request.prune_ratio is not None:
+        raise UsageError("give either --keep-tokens or --prune-ratio, not both")
+    if request.keep_tokens is not None:
+        for keep in parse_keep(request.keep_tokens):
+            if keep < 1:
+                raise UsageError(f"keep-tokens {keep} keeps nothing; choose at least 1")
+    if request.prune_ratio is not None:
+        keep_for_ratio(request.prune_ratio, 1)
+
+
+def _method(request: Request) -> tuple[type[Pruner] | None, dict[str, Any], str]:
+    """The pruner class, its options, and how kept tokens are numbered.
+
+    `positions` is an option of every vision- and projector-site method, so the exporter reads it; decoder-site
+    methods always keep original positions.
+    """
+    method = resolve_method(request.method)
+    texts = list(request.method_options)
+    if method is None:
+        if texts:
+            raise UsageError(f"method none has no options; leave out --method-option {texts[0]}")
+        return None, {}, "compact"
+    at_decoder = parse_site(method.site)[0] == "decoder"
+    chosen = [text.partition("=")[2].strip() for text in texts if text.partition("=")[0].strip() == "positions"]
+    if not chosen:
+        return method, parse_options(method, texts), "original" if at_decoder else "compact"
+    if at_decoder or chosen[-1] not in POSITIONS:
+        allowed = "original only (a decoder-site method)" if at_decoder else " or ".join(POSITIONS)
+        raise UsageError(f"method-option positions={chosen[-1]}: {method.name} takes {allowed}")
+    rest = [text for text in texts if text.partition("=")[0].strip() != "positions"]
+    return method, parse_options(method, rest), chosen[-1]
+
+
+def _pruners(
+    request: Request, model: Checkpoint, method: type[Pruner] | None, options: dict[str, Any]
+) -> list[Pruner]:
+    """One pruner per keep-count, checked against what the family serves."""
+    family = model.family
+    count = family.grid[0] * family.grid[1]
+    if method is None:
+        _refuse_keep_for_none(request, count)
+        return []
+    kind, layer = parse_site(method.site)
+    if kind not in family.sites:
+        raise UsageError(
+            f"method {method.name} acts at {method.site}, which family {family.name} does not serve; "
+            f"its sites: {', '.join(family.sites)}"
+        )
+    layers = len(family.decoder.layers)
+    if layer is not None and layer >= layers:
+        raise UsageError(
+            f"method {method.name} prunes before decoder layer {layer}, but this model has {layers} layers"
+        )
+    return [method(family.grid, keep, **options) for keep in _keep_counts(request, method, count)]
+
+
+def _refuse_keep_for_none(request: Request, count: int) -> None:
+    wanted = parse_keep(request.keep_tokens) if request.keep_tokens else [count]
+    if check_keep(wanted, count) != [count] or request.prune_ratio:
+        raise UsageError(f"method none keeps all {count} visual tokens; choose another --method to prune")
+
+
+def _keep_counts(request: Request, method: type[Pruner], count: int) -> list[int]:
+    if request.prune_ratio is not None:
+        return [keep_for_ratio(request.prune_ratio, count)]
+    if request.keep_tokens is not None:
+        return check_keep(parse_keep(request.keep_tokens), count)
+    return [method.default_keep(count)]
+
+
+def _max_length(request: Request, model: Checkpoint) -> int:
+    """Positions of one conversation: text, all N visual tokens and the answer."""
+    count = model.family.grid[0] * model.family.grid[1]
+    window = getattr(model.family.decoder.model.config, "sliding_window", None)
+    most = min(model.max_positions, window or model.max_positions)
+    if request.max_length is None:
+        return min(most, count + ROOM_FOR_TEXT)
+    if not count + 2 <= request.max_length <= most:
+        raise UsageError(
+            f"max-length {request.max_length} is outside {count + 2} to {most}: it must hold {count} visual "
+            f"tokens and some text, and this model knows {most} positions"
+        )
+    return request.max_length
+
+
+def _emit_graphs(model: Checkpoint, plan: Plan, folder: Path, progress: Callable[[str], None]) -> None:
+    store = WeightStore(folder)
+    with emitting(model.family.decoder.model, model.family.tower):
+        for spec in plan.graphs:
+            progress(f"export {spec.name}")
+            emit(spec, store)
+
+
+def _manifest(
+    request: Request,
+    model: Checkpoint,
+    plan: Plan,
+    pruners: list[Pruner],
+    positions: str,
+    max_length: int,
+    folder: Path,
+) -> Manifest:
+    family = model.family
+    count = family.grid[0] * family.grid[1]
+    keep = [pruner.keep for pruner in pruners] or [count]
+    config = family.decoder.model.config
+    return Manifest(
+        model=ModelInfo(
+            name=model.name,
+            architecture=type(family.model).__name__,
+            family=family.name,
+            hidden_size=family.decoder.width,
+            vocab_size=config.vocab_size,
+            max_length=max_length,
+        ),
+        method=_method_info(pruners, positions),
+        target=request.target,
+        dtype=request.dtype,
+        visual=VisualInfo(count, list(family.grid), keep, _default_keep(pruners, keep, count)),
+        image=model.image,
+        text=model.text,
+        graphs={f"{spec.name}.onnx": _graph_info(spec, plan, folder, max_length, keep) for spec in plan.graphs},
+        stages=plan.stages,
+        files=describe_files(folder),
+        versions=_versions(),
+    )
+
+
+def _default_keep(pruners: list[Pruner], keep: list[int], count: int) -> int:
+    """The method's own default where the bundle holds it, else the largest."""
+    usual = pruners[0].default_keep(count) if pruners else count
+    return usual if usual in keep else max(keep)
+
+
+def _method_info(pruners: list[Pruner], positions: str) -> MethodInfo:
+    if not pruners:
+        return MethodInfo(NONE, NONE, {}, positions, "")
+    first = pruners[0]
+    return MethodInfo(first.name, first.site, dict(first.settings), positions, first.paper)
+
+
+def _graph_info(spec: GraphSpec, plan: Plan, folder: Path, max_length: int, keep: list[int]) -> GraphInfo:
+    graph = onnx.load(folder / f"{spec.name}.onnx", load_external_data=False).graph
+    inputs = {value.name: _tensor_info(value) for value in graph.input}
+    outputs = {value.name: _tensor_info(value) for value in graph.output}
+    named = {axis for info in [*inputs.values(), *outputs.values()] for axis in info.shape if isinstance(axis, str)}
+    cache = plan.caches.get(spec.name)
+    typical = 64
+    ranges = {
+        "batch": [1, 1, 8],
+        "text": [1, typical, max_length],
+        "visual": [1, keep[-1], max_length],
+        "sequence": [1, keep[-1] + typical, max_length],
+        "kept_sequence": [1, keep[-1] + typical, max_length],
+        "capacity": [1, max_length, max_length] if cache is None else [1, cache.capacity, cache.capacity],
+    }
+    return GraphInfo(inputs, outputs, {name: ranges[name] for name in sorted(named)}, cache)
+
+
+def _tensor_info(value: onnx.ValueInfoProto) -> TensorInfo:
+    tensor = value.type.tensor_type
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
+    return TensorInfo(dtype, [axis.dim_param or axis.dim_value for axis in tensor.shape.dim])
+
+
+def _versions() -> dict[str, str]:
+    names = ("vtp-edge", "torch", "transformers", "onnx", "onnxscript", "onnxruntime", "tokenizers", "numpy")
+    found = {"python": platform.python_version()}
+    for name in names:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found

@@ -1,0 +1,88 @@
+"""What a family is: the facts by which the exporter splits one kind of vision-language model."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+from torch import nn
+
+from vtp.engines import VtpError
+from vtp.export.graphs.modules import Decoder, Projector, Splice, VisionEncoder
+
+# Decoders whose attention, rotary embedding and norms the emitter was held against transformers with.
+DECODERS = ("llama", "mistral", "qwen2", "qwen3")
+
+
+class Family(ABC):
+    """One loaded model of a family, cut at its seams.
+
+    Class attributes:
+    name            the file's name
+    architectures   class names in config.json's `architectures` that the family serves
+    sites           kinds of pruning site it serves: "vision", "projector", "decoder"
+    limits          what it does not serve, in words for `--list-families`
+    """
+
+    name: ClassVar[str]
+    architectures: ClassVar[tuple[str, ...]]
+    sites: ClassVar[tuple[str, ...]]
+    limits: ClassVar[str] = ""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        kind = self.decoder.model.config.model_type
+        if kind not in DECODERS:
+            raise VtpError(f"this model's decoder is '{kind}'; supported decoders: {', '.join(DECODERS)}")
+        if self.decoder.head_dim % 8:
+            raise VtpError(
+                f"head size {self.decoder.head_dim} is not a multiple of 8, which GroupQueryAttention needs; "
+                "this model cannot be exported for target ort"
+            )
+
+    @property
+    @abstractmethod
+    def grid(self) -> tuple[int, int]:
+        """(rows, columns) of the visual tokens; N is their product."""
+
+    @property
+    @abstractmethod
+    def image_size(self) -> tuple[int, int]:
+        """(H, W) of pixel_values."""
+
+    @property
+    @abstractmethod
+    def feature_width(self) -> int:
+        """C: width of image_features before the projector."""
+
+    @property
+    @abstractmethod
+    def decoder(self) -> Decoder:
+        """The decoder's parts."""
+
+    @property
+    @abstractmethod
+    def image_token_id(self) -> int:
+        """The id that stands for the picture in input_ids."""
+
+    @property
+    def placeholders(self) -> int:
+        """Ids that one picture takes in the input_ids given to the graphs (not N: the splice widens them)."""
+        return 1
+
+    @property
+    def tower(self) -> nn.Module | None:
+        """The vision model whose attention is replaced while its graph is traced."""
+        return None
+
+    @abstractmethod
+    def vision_encoder(self, scores: bool) -> VisionEncoder:
+        """pixel_values -> image_features (and attention_scores)."""
+
+    @abstractmethod
+    def projector(self) -> Projector:
+        """image_features -> image_embeds."""
+
+    def splice(self, positions: str) -> nn.Module:
+        """The rule for places and positions; `positions` is "compact" or "original"."""
+        return Splice(self.placeholders, self.grid[0] * self.grid[1], positions)

@@ -1,0 +1,104 @@
+"""LLaVA-1.5: a CLIP or SigLIP tower, a two-layer projector, any decoder of the Llama kind.
+
+Source: transformers' modeling_llava.py (Liu et al., arXiv 2310.03744). The features are the tower's
+`hidden_states[vision_feature_layer]`; what comes after that layer is not in the graph. Method papers read the
+attention of the layer that *produces* those hidden states.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from vtp.engines import VtpError
+from vtp.export.families.base import Family
+from vtp.export.graphs.modules import Decoder, Projector, VisionEncoder
+
+
+class Llava(Family):
+    """LlavaForConditionalGeneration."""
+
+    name = "llava"
+    architectures = ("LlavaForConditionalGeneration",)
+    sites = ("vision", "projector", "decoder")
+    limits = "one picture per prompt; CLIP or SigLIP tower; one vision_feature_layer"
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        rows, columns = (size // self._vision.patch_size for size in self.image_size)
+        return rows, columns
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        size = self._vision.image_size
+        return (size, size) if isinstance(size, int) else tuple(size)
+
+    @property
+    def feature_width(self) -> int:
+        return self._vision.hidden_size
+
+    @property
+    def decoder(self) -> Decoder:
+        return Decoder(self.model.model.language_model, self.model.lm_head)
+
+    @property
+    def image_token_id(self) -> int:
+        return self.model.config.image_token_id
+
+    @property
+    def tower(self) -> nn.Module:
+        return self.model.model.vision_tower
+
+    def vision_encoder(self, scores: bool) -> VisionEncoder:
+        layers = list(self.tower.encoder.layers)[: self._feature_layer()]
+        return VisionEncoder(_TOWERS[self._vision.model_type](self.tower), layers, self._has_cls(), scores)
+
+    def projector(self) -> Projector:
+        return Projector(self.model.model.multi_modal_projector)
+
+    @property
+    def _vision(self):  # type: ignore[no-untyped-def]
+        return self.model.config.vision_config
+
+    def _has_cls(self) -> bool:
+        kind, strategy = self._vision.model_type, self.model.config.vision_feature_select_strategy
+        if kind not in _TOWERS:
+            raise VtpError(f"this LLaVA's vision tower is '{kind}'; supported towers: {', '.join(_TOWERS)}")
+        fits = (strategy == "default") == (kind == "clip_vision_model")
+        if not fits:
+            raise VtpError(
+                f"vision_feature_select_strategy '{strategy}' with a '{kind}' tower is not supported; "
+                "CLIP towers take 'default', SigLIP towers 'full'"
+            )
+        return kind == "clip_vision_model"
+
+    def _feature_layer(self) -> int:
+        """How many encoder layers run: hidden_states[0] is the embedding, [i] comes out of the i-th layer."""
+        layer, count = self.model.config.vision_feature_layer, self._vision.num_hidden_layers
+        if not isinstance(layer, int):
+            raise VtpError(f"vision_feature_layer is the list {layer}; only one layer is supported")
+        number = layer if layer >= 0 else count + 1 + layer
+        if not 1 <= number <= count:
+            raise VtpError(f"vision_feature_layer {layer} is not one of the tower's {count} layers")
+        return number
+
+
+class _ClipEmbeddings(nn.Module):
+    def __init__(self, tower: nn.Module) -> None:
+        super().__init__()
+        self.embeddings, self.norm = tower.embeddings, tower.pre_layrnorm
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return self.norm(self.embeddings(pixel_values))
+
+
+class _SiglipEmbeddings(nn.Module):
+    def __init__(self, tower: nn.Module) -> None:
+        super().__init__()
+        self.embeddings = tower.embeddings
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return self.embeddings(pixel_values)
+
+
+_TOWERS = {"clip_vision_model": _ClipEmbeddings, "siglip_vision_model": _SiglipEmbeddings}
+FAMILY = Llava

@@ -1,0 +1,248 @@
+"""Fidelity: every graph against its torch module, and generation against the model it was made from.
+
+A float16 bundle is held against the same, rounded weights computed in float32: the error is then the bundle's
+own and not the reference's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vtp.engines import Value, VtpError
+from vtp.export.checkpoint import Checkpoint
+from vtp.export.graphs.attention import emitting
+from vtp.export.graphs.emit import GraphSpec
+from vtp.export.plan import Plan
+from vtp.export.pruners.base import Pruner
+from vtp.export.reference import ReferenceAnswer, reference_generate
+from vtp.runtime.bundle import Bundle
+from vtp.runtime.preprocess import preprocess
+from vtp.runtime.result import Timings
+from vtp.runtime.stages import StageRunner
+from vtp.runtime.text import Prompter
+
+STEPS = 16
+PROMPT = "What is in the picture?"
+# Largest difference allowed: absolute for float32; relative to the largest value for float16.
+TOLERANCE = {"float32": 1e-3, "float16": 2e-2}
+
+
+@dataclass(frozen=True)
+class _Case:
+    """One picture and one prompt, as the graphs and as transformers take them."""
+
+    pixels: np.ndarray
+    ids: list[int]
+    image_start: int
+    expanded: Tensor  # input_ids [1,T] with N placeholders
+
+
+def verify(bundle: Bundle, model: Checkpoint, plan: Plan, pruners: Sequence[Pruner]) -> dict[str, Any]:
+    """Check a bundle on ONNX Runtime's CPU provider; returns the parity report for its manifest.
+
+    Every keep-count's pruner is checked; generation is checked for the smallest and the largest keep-count.
+    Raises VtpError, naming the graph and the difference, when a check fails.
+    """
+    model.family.model.float()
+    case = _case(bundle, model)
+    runner = StageRunner(bundle, "ort-cpu", None)
+    by_keep = {pruner.keep: pruner for pruner in pruners}
+    keeps = bundle.manifest.visual.keep
+    graphs: dict[str, Any] = {}
+    generation: dict[str, Any] = {}
+    try:
+        for keep in keeps:
+            runner.reset()
+            values = _run_stages(runner, keep, case)
+            graphs.update(_check_graphs(bundle, plan, model, keep, values, skip=set(graphs)))
+            if keep in (keeps[0], keeps[-1]):
+                answer = _reference(model, case, by_keep.get(keep), values, bundle)
+                generation[str(keep)] = _check_generation(runner, keep, values, answer, bundle.manifest.dtype)
+    finally:
+        runner.close()
+    return {"mode": "full", "engine": "ort-cpu", "steps": STEPS, "graphs": graphs, "generation": generation}
+
+
+def _case(bundle: Bundle, model: Checkpoint) -> _Case:
+    prompter = Prompter(bundle.manifest.text, bundle.path("tokenizer.json"))
+    prompt = prompter.encode(prompter.messages_for(PROMPT))
+    pixels = preprocess(sample_picture(model.family.image_size), bundle.manifest.image)
+    start, width = prompt.image_start, model.family.placeholders
+    visual = [model.family.image_token_id] * bundle.manifest.visual.count
+    expanded = [*prompt.ids[:start], *visual, *prompt.ids[start + width :]]
+    dtype = bundle.manifest.graphs["vision_encoder.onnx"].inputs["pixel_values"].dtype
+    return _Case(pixels.astype(dtype), prompt.ids, start, torch.tensor([expanded]))
+
+
+def sample_picture(size: tuple[int, int]) -> Image.Image:
+    """A picture that no two patches of are alike: smooth colour, noise and some edges; always the same."""
+    height, width = size
+    rng = np.random.default_rng(20260501)
+    y, x = np.mgrid[0:height, 0:width] / max(size)
+    waves = np.stack([np.sin(7 * x + 3 * y), np.cos(5 * y - 2 * x), np.sin(9 * x * y + 1)], axis=-1)
+    picture = 128 + 80 * waves + rng.normal(0, 18, (height, width, 3))
+    for _ in range(8):
+        top, left = rng.integers(0, height - height // 6), rng.integers(0, width - width // 6)
+        picture[top : top + height // 6, left : left + width // 6] = rng.integers(0, 256, 3)
+    return Image.fromarray(picture.clip(0, 255).astype(np.uint8))
+
+
+def _run_stages(runner: StageRunner, keep: int, case: _Case) -> dict[str, Value]:
+    engine, timings = runner.any_engine, Timings()
+    values: dict[str, Value] = {"pixel_values": engine.put(case.pixels)}
+    runner.run("image", keep, values, timings)
+    values["input_ids"] = engine.put(np.array([case.ids], np.int64))
+    values["image_start"] = engine.put(np.array([case.image_start], np.int64))
+    runner.run("prefill", keep, values, timings)
+    return values
+
+
+# -- graph by graph ------------------------------------------------------------------------------------------
+
+
+def _check_graphs(
+    bundle: Bundle, plan: Plan, model: Checkpoint, keep: int, values: dict[str, Value], skip: set[str]
+) -> dict[str, Any]:
+    """Compare every graph without a cache with its module, on the values that flowed through the bundle."""
+    specs = {f"{spec.name}.onnx": spec for spec in plan.graphs if spec.name not in plan.caches}
+    report: dict[str, Any] = {}
+    for when in ("image", "prefill"):
+        for stage in bundle.manifest.stages_for(when, keep):
+            spec = specs.get(stage.file)
+            if spec is None or spec.name in skip:
+                continue
+            inputs = [values[stage.inputs[item.name]].numpy() for item in spec.inputs]
+            outputs = {name: values[target].numpy() for name, target in stage.outputs.items()}
+            with emitting(model.family.decoder.model, model.family.tower), torch.no_grad():
+                report[spec.name] = _compare(spec, inputs, outputs, bundle.manifest.dtype)
+    return report
+
+
+def _compare(
+    spec: GraphSpec, inputs: list[np.ndarray], outputs: dict[str, np.ndarray], dtype: str
+) -> dict[str, Any]:
+    tensors = [_as_reference(array) for array in inputs]
+    wanted = _call(spec, tensors)
+    worst = 0.0
+    for name, tensor in wanted.items():
+        if tensor.is_floating_point():
+            worst = max(worst, _difference(outputs[name], tensor.numpy(), dtype))
+        elif not np.array_equal(outputs[name], tensor.numpy()):
+            if name == "keep_indices" and _unstable(spec, tensors, tensor):
+                return {"indices": "equal up to ties within 1e-6"}
+            raise VtpError(f"fidelity check failed: {spec.name} gives other {name} than its torch module")
+    if not worst <= TOLERANCE[dtype]:
+        raise VtpError(
+            f"fidelity check failed: {spec.name} differs from its torch module by {worst:.2g} "
+            f"(allowed {TOLERANCE[dtype]:g})"
+        )
+    equal = {"indices": "equal"} if "keep_indices" in wanted else {}
+    return {**equal, "max_difference": worst}
+
+
+def _call(spec: GraphSpec, tensors: list[Tensor]) -> dict[str, Tensor]:
+    answer = spec.module(*tensors)
+    answers = answer if isinstance(answer, tuple) else (answer,)
+    return dict(zip(spec.outputs, answers, strict=True))
+
+
+def _unstable(spec: GraphSpec, tensors: list[Tensor], chosen: Tensor) -> bool:
+    """Whether the torch module's own choice changes when its cues change in the seventh digit."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(8):
+        noisy = [
+            tensor * (1 + 1e-6 * torch.randn(tensor.shape, generator=generator))
+            if tensor.is_floating_point()
+            else tensor
+            for tensor in tensors
+        ]
+        if not torch.equal(_call(spec, noisy)["keep_indices"], chosen):
+            return True
+    return False
+
+
+def _as_reference(array: np.ndarray) -> Tensor:
+    tensor = torch.from_numpy(array.copy())
+    return tensor.float() if tensor.is_floating_point() else tensor
+
+
+def _difference(given: np.ndarray, wanted: np.ndarray, dtype: str) -> float:
+    """Largest difference: absolute for float32, relative to the largest wanted value for float16."""
+    gap = float(np.abs(given.astype(np.float64) - wanted.astype(np.float64)).max())
+    if dtype == "float32":
+        return gap
+    return gap / max(float(np.abs(wanted).max()), 1e-6)
+
+
+# -- end to end ----------------------------------------------------------------------------------------------
+
+
+class _Chosen(Pruner):
+    """Keeps what the bundle kept, so that generation is compared on equal tokens."""
+
+    def __init__(self, pruner: Pruner, keep_indices: Tensor) -> None:
+        self.name, self.site, self.needs = pruner.name, pruner.site, pruner.needs  # type: ignore[misc]
+        super().__init__(pruner.grid, pruner.keep)
+        self.settings = pruner.settings
+        self.keep_indices = keep_indices
+
+    def forward(self, **_: Tensor) -> Tensor:
+        return self.keep_indices
+
+
+def _reference(
+    model: Checkpoint, case: _Case, pruner: Pruner | None, values: dict[str, Value], bundle: Bundle
+) -> ReferenceAnswer:
+    if pruner is not None:
+        pruner = _Chosen(pruner, torch.from_numpy(values["keep_indices"].numpy()))
+    with torch.no_grad():
+        return reference_generate(
+            model.family.model,
+            pruner,
+            case.expanded,
+            torch.from_numpy(case.pixels).float(),
+            max_new_tokens=STEPS,
+            eos_ids=(),
+            positions=bundle.manifest.method.positions,
+        )
+
+
+def _check_generation(
+    runner: StageRunner, keep: int, values: dict[str, Value], answer: ReferenceAnswer, dtype: str
+) -> dict[str, Any]:
+    """Feed the reference's tokens to the bundle step by step and compare logits and greedy choices."""
+    logits = values["logits"].numpy()[0, 0]
+    position = int(values["next_position"].numpy()[0])
+    worst, equal, undecided = 0.0, 0, False
+    for number, token in enumerate(answer.token_ids):
+        wanted = answer.step_logits[number].float().numpy()
+        worst = max(worst, _difference(logits, wanted, dtype))
+        undecided = undecided or _margin(wanted) <= TOLERANCE[dtype] * _scale(wanted, dtype)
+        if int(logits.argmax()) == token:
+            equal += 1
+        elif not undecided:
+            raise VtpError(f"fidelity check failed: greedy token {number + 1} of {keep} kept differs from torch's")
+        if number + 1 < len(answer.token_ids):
+            logits = runner.step(keep, token, position + number)
+    if not worst <= TOLERANCE[dtype]:
+        raise VtpError(
+            f"fidelity check failed: logits at {keep} kept differ from torch's by {worst:.2g} "
+            f"(allowed {TOLERANCE[dtype]:g})"
+        )
+    return {"tokens": len(answer.token_ids), "equal": equal, "logits_max_difference": worst}
+
+
+def _margin(logits: np.ndarray) -> float:
+    second, first = np.partition(logits, -2)[-2:]
+    return float(first - second)
+
+
+def _scale(logits: np.ndarray, dtype: str) -> float:
+    return 1.0 if dtype == "float32" else float(np.abs(logits).max())

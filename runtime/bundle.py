@@ -1,0 +1,162 @@
+"""A bundle on disk: opened and verified, or written whole."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+from vtp.engines import UsageError, VtpError
+from vtp.runtime.manifest import FileInfo, Manifest, parse_manifest
+
+MANIFEST = "manifest.json"
+_OWNER = ".pid"  # names the process that writes a folder which is not a bundle yet
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A verified bundle folder and its manifest."""
+
+    folder: Path
+    manifest: Manifest
+
+    def path(self, name: str) -> Path:
+        """Path of one of the bundle's files."""
+        return self.folder / name
+
+
+def open_bundle(folder: str | Path, check_hashes: bool = False) -> Bundle:
+    """Open a bundle: the manifest's schema, and every file's place and size (and sha256 on request).
+
+    Raises VtpError, in one line, for what is not a bundle or no longer the one that was exported.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise VtpError(f"no bundle at {folder}: no such folder; make one with: vtp-export -o {folder}")
+    manifest_path = folder / MANIFEST
+    if not manifest_path.is_file():
+        raise VtpError(f"{folder} is not a bundle: it has no {MANIFEST}; make one with: vtp-export -o DIR")
+    try:
+        text = manifest_path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise VtpError(f"cannot read {manifest_path}: {error}") from error
+    manifest = parse_manifest(text)
+    for name, info in manifest.files.items():
+        _check_file(folder, name, info, check_hashes)
+    return Bundle(folder, manifest)
+
+
+def _check_file(folder: Path, name: str, info: FileInfo, check_hash: bool) -> None:
+    if not is_inside(name):
+        raise VtpError(f"the manifest names the path '{name}', which leaves the bundle; refuse this bundle")
+    path = folder / name
+    if not path.is_file():
+        raise VtpError(f"{folder} lacks the file {name}; copy it again or export the bundle again")
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise VtpError(f"{name} is a link that leaves the bundle; refuse this bundle")
+    size = path.stat().st_size
+    if size != info.bytes:
+        raise VtpError(
+            f"{name} has {size} bytes where the manifest says {info.bytes}: truncated or changed; "
+            "copy it again or export the bundle again"
+        )
+    if check_hash and sha256(path) != info.sha256:
+        raise VtpError(f"{name} does not have the manifest's sha256: it was changed; export the bundle again")
+
+
+def is_inside(name: str) -> bool:
+    """Whether a file name of a manifest stays within the bundle, on any operating system."""
+    parts = PurePosixPath(name).parts
+    absolute = PurePosixPath(name).is_absolute() or PureWindowsPath(name).is_absolute()
+    windows = PureWindowsPath(name)
+    return bool(parts) and not absolute and not windows.drive and ".." not in (*parts, *windows.parts)
+
+
+def sha256(path: Path) -> str:
+    """Hex sha256 of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 22):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def describe_files(folder: Path) -> dict[str, FileInfo]:
+    """FileInfo of every file in a folder except the manifest, by name."""
+    names = sorted(path.name for path in folder.iterdir() if path.name not in (MANIFEST, _OWNER))
+    return {name: FileInfo(sha256(folder / name), (folder / name).stat().st_size) for name in names}
+
+
+def check_output(folder: Path, overwrite: bool) -> None:
+    """Refuse an output folder that exists without --overwrite, or that is no bundle to be overwritten."""
+    if folder.is_file():
+        raise UsageError(f"output {folder} is a file; choose a folder that does not exist")
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not overwrite:
+        raise UsageError(f"output {folder} exists; choose another folder or add --overwrite")
+    if not (folder / MANIFEST).is_file():
+        raise UsageError(f"output {folder} is not a bundle, so --overwrite leaves it alone; choose another folder")
+
+
+@contextmanager
+def whole_bundle(folder: Path, overwrite: bool = False) -> Iterator[Path]:
+    """Write a bundle aside and swap it in at the end: it appears whole or not at all.
+
+    Yields the folder to write to, on the same disk. When the body raises (or the process is killed), the
+    output is as it was before; leftovers of a killed run are hidden folders `.<name>.partial-*`, removed by
+    the next run for the same output.
+    """
+    check_output(folder, overwrite)
+    parent = folder.resolve().parent
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(parent, folder.name)
+        aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=parent))
+        (aside / _OWNER).write_text(str(os.getpid()))
+    except OSError as error:
+        raise VtpError(f"cannot write to {parent}: {error.strerror or error}") from error
+    try:
+        yield aside
+        _swap(aside, folder)
+    except OSError as error:
+        raise VtpError(f"writing {folder} failed: {error.strerror or error}; nothing was left behind") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _remove_leftovers(parent: Path, name: str) -> None:
+    for stale in parent.glob(f".{name}.partial-*"):
+        if not _is_running(stale):
+            shutil.rmtree(stale, ignore_errors=True)
+
+
+def _is_running(folder: Path) -> bool:
+    """Whether the process that writes `folder` still lives."""
+    try:
+        os.kill(int((folder / _OWNER).read_text()), 0)
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _swap(aside: Path, folder: Path) -> None:
+    (aside / _OWNER).unlink(missing_ok=True)
+    aside.chmod(0o755)
+    if not folder.exists():
+        aside.rename(folder)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=aside.parent))
+    folder.rename(old / "old")
+    try:
+        aside.rename(folder)
+    except OSError:
+        (old / "old").rename(folder)
+        raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,107 @@
+"""vtp-run: one picture, one prompt, one answer from a bundle."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from vtp.engines import UsageError, engine_names
+from vtp.runtime.console import Parser, run_command, table
+from vtp.runtime.images import load_image
+from vtp.runtime.kept import check_picture_path, save_picture, show_kept
+from vtp.runtime.pipeline import DEFAULT_NEW_TOKENS, Pipeline, Stream
+from vtp.runtime.result import Result
+
+PROG = "vtp-run"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags of vtp-run."""
+    parser = Parser(prog=PROG, description="Answer a prompt about a picture with a bundle.")
+    add = parser.add_argument
+    add("bundle", metavar="BUNDLE", help="a folder that vtp-export made")
+    add("--image", required=True, metavar="FILE", help="the picture")
+    add("--prompt", required=True, metavar="TEXT", help="what to ask about it")
+    add("--keep-tokens", metavar="K", help="one of the bundle's keep-counts (default: the bundle's)")
+    add("--engine", default="auto", help=f"one of {', '.join(engine_names())} (default: %(default)s)")
+    add("--max-new-tokens", default=str(DEFAULT_NEW_TOKENS), metavar="N", help="default: %(default)s")
+    add("--temperature", default="0", metavar="T", help="0 is greedy (default)")
+    add("--top-p", default="1", metavar="P", help="sample from the smallest set of tokens with this probability")
+    add("--seed", metavar="N", help="makes sampling repeatable")
+    add("--stop", action="append", default=[], metavar="TEXT", help="end the answer before this text")
+    add("--threads", metavar="N", help="CPU threads (default: all cores)")
+    add("--show-kept", metavar="OUT.png", help="write the picture with the dropped patches dimmed")
+    add("--check-hashes", action="store_true", help="compare every file's sha256 with the manifest first")
+    add("--json", action="store_true", help="print one JSON object")
+    add("--debug", action="store_true", help="show tracebacks")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of vtp-run; returns the exit code."""
+    args = build_parser().parse_args(argv)
+    return run_command(PROG, lambda: _run(args), args.debug)
+
+
+def _run(args: argparse.Namespace) -> None:
+    if args.show_kept:
+        check_picture_path(args.show_kept)
+    threads = None if args.threads is None else _whole("threads", args.threads)
+    with Pipeline.load(args.bundle, args.engine, threads, args.check_hashes) as pipe:
+        image = load_image(args.image)
+        stream = _ask(pipe, image, args)
+        for piece in stream:
+            if not args.json:
+                print(piece, end="", flush=True)
+        if args.show_kept:
+            grid = tuple(pipe.manifest.visual.grid)
+            kept = show_kept(image, pipe.manifest.image, (grid[0], grid[1]), stream.result.kept)
+            save_picture(kept, args.show_kept)
+        if args.json:
+            print(json.dumps({**stream.result.to_json(), "engine": pipe.engine}, ensure_ascii=False))
+        else:
+            print()
+            print(_report(stream.result, args.show_kept), file=sys.stderr)
+
+
+def _ask(pipe: Pipeline, image: object, args: argparse.Namespace) -> Stream:
+    return pipe.stream(
+        image,  # type: ignore[arg-type]
+        args.prompt,
+        max_new_tokens=_whole("max-new-tokens", args.max_new_tokens),
+        keep_tokens=None if args.keep_tokens is None else _whole("keep-tokens", args.keep_tokens),
+        temperature=_number("temperature", args.temperature),
+        top_p=_number("top-p", args.top_p),
+        seed=None if args.seed is None else _whole("seed", args.seed),
+        stop=args.stop,
+    )
+
+
+def _report(result: Result, kept: str | None) -> str:
+    before, after = result.visual_tokens
+    rows = [[name, f"{value:.2f}"] for name, value in result.timings.to_dict().items()]
+    lines = ["", table(["stage", "ms"], rows), "", f"visual tokens: {before} → {after}"]
+    if kept:
+        lines.append(f"kept tokens shown in {Path(kept)}")
+    return "\n".join(lines)
+
+
+def _whole(name: str, text: str) -> int:
+    digits = text[1:] if text.startswith("-") else text
+    if not (digits.isascii() and digits.isdecimal()):
+        raise UsageError(f"{name} '{text}' is not a whole number")
+    return int(text)
+
+
+def _number(name: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise UsageError(f"{name} '{text}' is not a number") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,97 @@
+"""What commands share: one-line errors, exit codes, progress, tables."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from vtp.engines import VtpError
+
+DONE, FAILED, BAD_USAGE, INTERRUPTED = 0, 1, 2, 130
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints are one line, like every other error of these commands."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print one line and leave with exit code 2."""
+        print(f"{self.prog}: error: {message}; see {self.prog} --help", file=sys.stderr)
+        raise SystemExit(BAD_USAGE)
+
+
+def run_command(name: str, work: Callable[[], None], debug: bool = False) -> int:
+    """Run a command's work and turn what goes wrong into one line and an exit code.
+
+    0 done, 1 failed, 2 bad usage, 130 interrupted. With `debug` the traceback comes through.
+    """
+    try:
+        work()
+        sys.stdout.flush()
+    except VtpError as error:
+        return _fail(name, str(error), error.exit_code, debug)
+    except KeyboardInterrupt:
+        return _fail(name, "interrupted; nothing was left behind", INTERRUPTED, debug)
+    except BrokenPipeError:
+        sys.stderr.close()
+        return FAILED
+    except MemoryError:
+        return _fail(name, "this machine has not enough memory for the model", FAILED, debug)
+    except Exception as error:  # anything else is ours to mend, and still no traceback for the user
+        reason = " ".join(str(error).split())[:300]
+        return _fail(name, f"{type(error).__name__}: {reason} (a bug; --debug shows where)", FAILED, debug)
+    return DONE
+
+
+def _fail(name: str, message: str, code: int, debug: bool) -> int:
+    if debug:
+        raise
+    print(f"{name}: error: {message}", file=sys.stderr)
+    return code
+
+
+class Progress:
+    """Steps of a long command: one line rewritten on a terminal, plain lines elsewhere; on standard error."""
+
+    def __init__(self) -> None:
+        self._done = 0
+        self._started = time.monotonic()
+        self._terminal = sys.stderr.isatty()
+
+    def step(self, what: str) -> None:
+        """Say what is being done now, and how many seconds have passed."""
+        self._done += 1
+        line = f"[{time.monotonic() - self._started:5.1f} s] {self._done}. {what}"
+        if self._terminal:
+            print(f"\r\033[2K{line}", end="", file=sys.stderr, flush=True)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+    def end(self) -> None:
+        """Clear the line."""
+        if self._terminal:
+            print("\r\033[2K", end="", file=sys.stderr, flush=True)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns aligned: the first to the left, the others to the right when all their cells are numbers."""
+    cells = [list(header), *[list(map(str, row)) for row in rows]]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+    numeric = [
+        column > 0 and all(_is_number(row[column]) for row in cells[1:]) for column in range(len(header))
+    ]
+    lines = [
+        "  ".join(
+            cell.rjust(width) if right else cell.ljust(width)
+            for cell, width, right in zip(row, widths, numeric, strict=True)
+        ).rstrip()
+        for row in cells
+    ]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(lines)
+
+
+def _is_number(cell: str) -> bool:
+    return bool(cell) and cell[0] in "0123456789-"

@@ -1,0 +1,225 @@
+"""The bundle contract: `manifest.json` as dataclasses, read strictly.
+
+The manifest is all that export and runtime share. Unknown keys, missing keys and unknown schema versions are
+refused, so that a bundle never runs with half of what it asked for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any
+
+from vtp.engines import VtpError
+from vtp.runtime.preprocess import ImageSpec
+from vtp.runtime.text import TextSpec
+
+SCHEMA = 1
+WHEN = ("image", "prefill", "step")
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """dtype (numpy's name) and shape of a graph's input or output; a dynamic axis is named."""
+
+    dtype: str
+    shape: list[int | str]
+
+
+@dataclass(frozen=True)
+class KvInfo:
+    """The KV cache of one decoder stage: one [batch, heads, capacity, head_dim] key and value per layer.
+
+    `layers` are absolute layer numbers. `lengths` names the convention by which the graph learns how much of
+    the cache is filled: "seqlens_k" is GroupQueryAttention's (int32 [B] valid tokens minus one, and int32
+    scalar total_sequence_length).
+    """
+
+    layers: list[int]
+    heads: int
+    head_dim: int
+    capacity: int
+    dtype: str
+    lengths: str
+
+
+@dataclass(frozen=True)
+class StageInfo:
+    """One run of one graph. A graph that serves prefill and step is listed once for each.
+
+    when      "image" (once a picture), "prefill" (once a prompt) or "step" (once a new token).
+    keep      the keep-count this stage belongs to; None: any.
+    inputs    graph's tensor name -> pipeline's name. Cache and length tensors are fed from `kv` instead.
+    outputs   graph's tensor name -> pipeline's name.
+    """
+
+    name: str
+    file: str
+    when: str
+    keep: int | None
+    inputs: dict[str, str]
+    outputs: dict[str, str]
+
+
+@dataclass(frozen=True)
+class GraphInfo:
+    """What a graph file takes and gives, the ranges of its named axes, and its cache if it has one."""
+
+    inputs: dict[str, TensorInfo]
+    outputs: dict[str, TensorInfo]
+    axes: dict[str, list[int]]  # name -> [min, opt, max]
+    kv: KvInfo | None
+
+
+@dataclass(frozen=True)
+class MethodInfo:
+    """How tokens are dropped: the method, its site and the options it was exported with."""
+
+    name: str
+    site: str
+    options: dict[str, Any]
+    positions: str
+    paper: str
+
+
+@dataclass(frozen=True)
+class VisualInfo:
+    """N = rows x columns visual tokens before pruning; the keep-counts this bundle holds, and its default."""
+
+    count: int
+    grid: list[int]
+    keep: list[int]
+    default_keep: int
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """Where the bundle comes from. `max_length` bounds text + N visual + new tokens of one conversation."""
+
+    name: str
+    architecture: str
+    family: str
+    hidden_size: int
+    vocab_size: int
+    max_length: int
+
+
+@dataclass(frozen=True)
+class FileInfo:
+    """Identity of one file of the bundle."""
+
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything a runtime needs to know about a bundle; see the classes of its fields."""
+
+    model: ModelInfo
+    method: MethodInfo
+    target: str
+    dtype: str
+    visual: VisualInfo
+    image: ImageSpec
+    text: TextSpec
+    graphs: dict[str, GraphInfo]
+    stages: list[StageInfo]
+    files: dict[str, FileInfo]
+    versions: dict[str, str]
+    parity: dict[str, Any] = field(default_factory=dict)
+    schema: int = SCHEMA
+
+    def stages_for(self, when: str, keep: int) -> list[StageInfo]:
+        """The stages of one moment for one keep-count, in order."""
+        return [stage for stage in self.stages if stage.when == when and stage.keep in (None, keep)]
+
+    def to_json(self) -> str:
+        """The text of manifest.json."""
+        return json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False) + "\n"
+
+
+def parse_manifest(text: str) -> Manifest:
+    """Read manifest.json. Raises VtpError, in one line, for anything that is not a manifest of this schema."""
+    try:
+        data = json.loads(text)
+    except ValueError as error:
+        raise VtpError(f"manifest.json is not valid JSON ({error}); export the bundle again") from error
+    if not isinstance(data, dict) or "schema" not in data:
+        raise VtpError("manifest.json has no schema version; this is not a vtp bundle")
+    if data["schema"] != SCHEMA:
+        raise VtpError(
+            f"this bundle has schema version {data['schema']!r}; this vtp reads version {SCHEMA}: "
+            "export the bundle again, or install the vtp that made it"
+        )
+    manifest = _build(Manifest, data, "manifest")
+    _check(manifest)
+    return manifest
+
+
+def _check(manifest: Manifest) -> None:
+    visual = manifest.visual
+    if visual.count != visual.grid[0] * visual.grid[1] or visual.default_keep not in visual.keep:
+        raise VtpError("manifest.visual contradicts itself; export the bundle again")
+    for stage in manifest.stages:
+        if stage.when not in WHEN:
+            raise VtpError(f"stage {stage.name} runs at unknown moment '{stage.when}'; known: {', '.join(WHEN)}")
+        if stage.file not in manifest.graphs or stage.file not in manifest.files:
+            raise VtpError(f"stage {stage.name} names '{stage.file}', which the manifest does not describe")
+
+
+def _build(kind: Any, data: Any, where: str) -> Any:
+    """Turn JSON data into `kind`, refusing what does not fit; `where` is the path for the message."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return data
+    if origin in (typing.Union, types.UnionType):
+        return _build_union(arguments, data, where)
+    if dataclasses.is_dataclass(kind):
+        return _build_dataclass(kind, data, where)
+    if origin is list:
+        _expect(isinstance(data, list), where, "a list", data)
+        return [_build(arguments[0], item, f"{where}[{place}]") for place, item in enumerate(data)]
+    if origin is tuple:
+        _expect(isinstance(data, list), where, "a list", data)
+        return tuple(_build(arguments[0], item, where) for item in data)
+    if origin is dict:
+        _expect(isinstance(data, dict), where, "an object", data)
+        return {key: _build(arguments[1], item, f"{where}.{key}") for key, item in data.items()}
+    if kind is float:
+        _expect(isinstance(data, int | float) and not isinstance(data, bool), where, "a number", data)
+        return float(data)
+    fits = isinstance(data, kind) and (kind is bool or not isinstance(data, bool))
+    _expect(fits, where, "null" if kind is type(None) else kind.__name__, data)
+    return data
+
+
+def _build_union(choices: tuple[Any, ...], data: Any, where: str) -> Any:
+    for choice in choices:
+        try:
+            return _build(choice, data, where)
+        except VtpError as error:
+            last = error
+    raise last
+
+
+def _build_dataclass(kind: Any, data: Any, where: str) -> Any:
+    _expect(isinstance(data, dict), where, "an object", data)
+    hints = typing.get_type_hints(kind)
+    fields = {item.name: item for item in dataclasses.fields(kind)}
+    unknown = sorted(set(data) - set(fields))
+    if unknown:
+        raise VtpError(f"{where} has the unknown key '{unknown[0]}'; this bundle was made by another vtp")
+    for name, item in fields.items():
+        required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
+        if required and name not in data:
+            raise VtpError(f"{where} lacks the key '{name}'; export the bundle again")
+    return kind(**{name: _build(hints[name], value, f"{where}.{name}") for name, value in data.items()})
+
+
+def _expect(fits: bool, where: str, what: str, data: Any) -> None:
+    if not fits:
+        raise VtpError(f"{where} should be {what}, not {data!r:.60}; export the bundle again")

@@ -1,0 +1,76 @@
+"""What a generation gives back: the text, what was dropped, and where the time went."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+
+class VisualTokens(NamedTuple):
+    """Visual tokens before and after pruning."""
+
+    before: int
+    after: int
+
+
+@dataclass
+class Timings:
+    """Milliseconds per stage of one generation.
+
+    `stages` sums every run up to the first token; `ttft` is the time from the call to the first token, `tpot`
+    the mean time of every further token, `total` all of it.
+    """
+
+    stages: dict[str, float] = field(default_factory=dict)
+    ttft: float = 0.0
+    tpot: float = 0.0
+    total: float = 0.0
+
+    @contextmanager
+    def measure(self, stage: str) -> Iterator[None]:
+        """Add the time that the body takes to a stage."""
+        start = time.perf_counter()
+        yield
+        self.stages[stage] = self.stages.get(stage, 0.0) + (time.perf_counter() - start) * 1e3
+
+    def to_dict(self) -> dict[str, float]:
+        """Stage name -> milliseconds, then ttft, tpot and total."""
+        rows = {**self.stages, "ttft": self.ttft, "tpot": self.tpot, "total": self.total}
+        return {name: round(value, 3) for name, value in rows.items()}
+
+
+@dataclass
+class Result:
+    """One answer.
+
+    text            the answer, without special tokens
+    token_ids       the generated ids, an end-of-sequence id included
+    visual_tokens   (before, after)
+    kept            indices of the kept visual tokens, raster order, within 0 .. before - 1
+    timings         milliseconds per stage: see Timings
+    prompt_tokens   text tokens of the prompt, without the picture's
+    finish_reason   "eos", "stop" (a stop string), "length" (max_new_tokens or the cache is full), "cancelled"
+    """
+
+    text: str
+    token_ids: list[int]
+    visual_tokens: VisualTokens
+    kept: list[int]
+    timings: Timings
+    prompt_tokens: int
+    finish_reason: str
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that `vtp-run --json` prints."""
+        return {
+            "text": self.text,
+            "token_ids": self.token_ids,
+            "visual_tokens": self.visual_tokens._asdict(),
+            "kept": self.kept,
+            "timings": self.timings.to_dict(),
+            "prompt_tokens": self.prompt_tokens,
+            "finish_reason": self.finish_reason,
+        }

@@ -68,7 +68,8 @@ class Sampler:
     def distribution(self, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The eligible token ids, most likely last, and their probabilities (float64, sum 1)."""
         scores = _apply_temperature(logits.astype(np.float32), self.temperature)
-        kept = np.argsort(scores, kind="stable")
+        # Of equal scores the lower id counts as likelier, as in greedy; torch leaves that open.
+        kept = len(scores) - 1 - np.argsort(scores[::-1], kind="stable")
         if self.top_k is not None and self.top_k < len(kept):
             kept = kept[scores[kept] >= scores[kept[-self.top_k]]]
         if self.top_p < 1:

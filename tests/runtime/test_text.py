@@ -36,21 +36,27 @@ CORPUS = [
     "USER: how many circles ? ASSISTANT: there are 12 circles (I don't see more)!",
     "naïve café — déjà vu, 東京 и Москва; emoji 🙂 and 👩‍👩‍👧 too\nnew line\ttab",
 ] * 3
-LLAVA_TEMPLATE = (
-    "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}{% endif %}"
-    "{# Render all images first #}{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}"
-    "{{ '<image>\n' }}{% endfor %}{# Render all text next #}{% if message['role'] != 'assistant' %}"
-    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ content['text'] + ' '}}"
-    "{% endfor %}{% else %}{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
-    "{% generation %}{{ content['text'] + ' '}}{% endgeneration %}{% endfor %}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
-)
+LLAVA_TEMPLATE = """
+{%- for message in messages -%}
+    {%- if message['role'] != 'system' -%}{{- message['role'].upper() + ': ' -}}{%- endif -%}
+    {# Render all images first #}
+    {%- for content in message['content'] | selectattr('type', 'equalto', 'image') -%}
+        {{- '<image>\n' -}}
+    {%- endfor -%}
+    {# Render all text next #}
+    {%- for content in message['content'] | selectattr('type', 'equalto', 'text') -%}
+        {%- if message['role'] != 'assistant' -%}
+            {{- content['text'] + ' ' -}}
+        {%- else -%}
+            {%- generation -%}{{- content['text'] + ' ' -}}{%- endgeneration -%}
+        {%- endif -%}
+    {%- endfor -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- 'ASSISTANT:' -}}{%- endif -%}"""  # as in the llava-hf models, indented
 TEMPLATES = {
     "llava": LLAVA_TEMPLATE,
     "with_bos": "{{ bos_token }}" + LLAVA_TEMPLATE,
-    "ends_each_turn": LLAVA_TEMPLATE.replace(
-        "{% endif %}{% endfor %}", "{% endif %}{{ eos_token }}{% endfor %}"
-    ),
+    "ends_each_turn": LLAVA_TEMPLATE.replace("{%- if add_gen", "{{- eos_token -}}{%- if add_gen"),
 }
 
 
@@ -161,18 +167,21 @@ GROWING = sorted(set(TOKENIZERS) - {"rewriting"})
 def wrapped(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     """transformers' view of a tokenizer, from its own copy."""
     return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(tokenizer.to_str()), bos_token="<s>", eos_token="</s>", pad_token="<pad>",
-        unk_token="<unk>", extra_special_tokens={"image_token": "<image>"},
-    )  # fmt: skip
+        tokenizer_object=Tokenizer.from_str(tokenizer.to_str()),
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        extra_special_tokens={"image_token": "<image>"},
+    )
 
 
 FAST = {name: wrapped(tokenizer) for name, tokenizer in TOKENIZERS.items()}
 
 
 def spec_for(template: str | None, placeholders: tuple[int, ...] = (IMAGE,)) -> TextSpec:
-    return TextSpec(
-        template, "<image>", IMAGE, placeholders, 1, (2,), {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
-    )  # fmt: skip
+    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    return TextSpec(template, "<image>", IMAGE, placeholders, 1, (2,), special)
 
 
 @pytest.fixture(scope="module")
@@ -212,11 +221,11 @@ CONVERSATIONS = {
 
 def oracle_ids(processor: LlavaProcessor, messages: list[dict[str, Any]]) -> list[int]:
     """Ids from transformers with an image, the run of its placeholders shrunk to one."""
+    picture = {"type": "image", "image": Image.new("RGB", (40, 30))}
     with_image = [
-        {**turn, "content": [{**part, "image": Image.new("RGB", (40, 30))} if part["type"] == "image" else part
-                             for part in turn["content"]]}
+        {**turn, "content": [picture if part["type"] == "image" else part for part in turn["content"]]}
         for turn in messages
-    ]  # fmt: skip
+    ]
     out = processor.apply_chat_template(
         with_image, tokenize=True, add_generation_prompt=True, return_dict=True
     )
@@ -297,17 +306,18 @@ def test_without_a_template_a_single_question_takes_llavas_form(folder: Path) ->
 
 
 FEATURES = {
-    "loop_controls": "{% for i in range(9) %}{% if i == 2 %}{% continue %}{% endif %}{% if i == 4 %}{% break %}{% endif %}"
-    "{{ i }}{% endfor %}",
+    "loop_controls": "{% for i in range(9) %}{% if i == 2 %}{% continue %}{% endif %}"
+    "{% if i == 4 %}{% break %}{% endif %}{{ i }}{% endfor %}",
     "trim_and_lstrip": "{% if true %}\n    a\n    {% if true %}\nb\n    {% endif %}\n{% endif %}\nc",
     "tojson": "{{ {'b': '<é>', 'a': [1, none]} | tojson }}{{ [1] | tojson(indent=2) }}",
-    "namespace": "{% set n = namespace(x=1) %}{% for i in [1, 2] %}{% set n.x = n.x + i %}{% endfor %}{{ n.x }}",
+    "namespace": "{% set n = namespace(x=1) %}{% for i in [1, 2] %}{% set n.x = n.x + i %}{% endfor %}"
+    "{{ n.x }}",
     "dict": "{{ dict(a=1) }}{{ dict.fromkeys(['b'], 2) }}",
     "generation": "{% generation %}\nsaid{% endgeneration %}!",
     "date": "{{ strftime_now('%Y') | length }}",
     "variables": "{{ bos_token }}|{{ tools }}|{{ documents }}|{{ add_generation_prompt }}|{{ nothing_such }}",
     "roles": "{{ messages[0]['role'] }}{{ messages[0].content[1].text }}",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", FEATURES)
@@ -423,7 +433,8 @@ def test_plain_text_content_works_where_the_template_takes_it(folder: Path) -> N
     ]
     template = (
         "{% for m in messages %}{{ m.role }}:{% if m.content is string %}{{ m.content }}{% else %}"
-        "{% for p in m.content %}{{ '<image>' if p.type == 'image' else p.text }}{% endfor %}{% endif %};{% endfor %}"
+        "{% for p in m.content %}{{ '<image>' if p.type == 'image' else p.text }}{% endfor %}{% endif %};"
+        "{% endfor %}"
     )
     prompt = Prompter(spec_for(template), folder / "byte_level.json").encode(messages)
     assert prompt.text == "user:<image>what is it ?;assistant:a star;user:why ?;"

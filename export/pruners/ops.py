@@ -1,7 +1,8 @@
 """Tensor pieces that pruners share, exportable as standard ONNX ops with static shapes.
 
 Ties go to the lower index everywhere. `torch.topk` does not promise that, ONNX TopK does, so `top_k`
-is a custom operator: a stable sort under torch, one TopK node in the graph (see `ONNX_TRANSLATIONS`).
+is a custom operator: a stable sort under torch, one TopK node in the graph. A method may bring such an
+operator of its own: `translates` says how it is written in ONNX.
 """
 
 from __future__ import annotations
@@ -12,6 +13,25 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+Translation = Callable[..., Any]
+
+_TRANSLATIONS: dict[Callable[..., Any], Translation] = {}
+
+
+def translates(operator: Callable[..., Any]) -> Callable[[Translation], Translation]:
+    """Decorate the ONNX translation of a custom operator (`torch.ops.vtp.<name>.default`)."""
+
+    def register(translation: Translation) -> Translation:
+        _TRANSLATIONS[operator] = translation
+        return translation
+
+    return register
+
+
+def onnx_translations() -> dict[Callable[..., Any], Translation]:
+    """The `custom_translation_table` that `torch.onnx.export` needs for these operators."""
+    return dict(_TRANSLATIONS)
 
 
 @torch.library.custom_op("vtp::top_k", mutates_args=())
@@ -24,6 +44,13 @@ def _top_k(scores: Tensor, k: int, largest: bool) -> tuple[Tensor, Tensor]:
 def _(scores: Tensor, k: int, largest: bool) -> tuple[Tensor, Tensor]:
     shape = (*scores.shape[:-1], k)
     return scores.new_empty(shape), scores.new_empty(shape, dtype=torch.int64)
+
+
+@translates(torch.ops.vtp.top_k.default)
+def _(scores: Any, k: int, largest: bool) -> Any:
+    from onnxscript import opset23 as op
+
+    return op.TopK(scores, op.Constant(value_ints=[k]), axis=-1, largest=int(largest), sorted=1)
 
 
 def top_k(scores: Tensor, k: int) -> Tensor:
@@ -58,14 +85,3 @@ def normalize(rows: Tensor) -> Tensor:
     """L2-normalise the last axis in float32; a zero row stays zero."""
     rows = rows.float()
     return rows / rows.norm(dim=-1, keepdim=True).clamp_min(1e-12)
-
-
-def _translate_top_k(scores: Any, k: int, largest: bool) -> Any:
-    from onnxscript import opset23 as op
-
-    return op.TopK(scores, op.Constant(value_ints=[k]), axis=-1, largest=int(largest), sorted=1)
-
-
-def onnx_translations() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """The `custom_translation_table` that `torch.onnx.export` needs for these operators."""
-    return {torch.ops.vtp.top_k.default: _translate_top_k}

@@ -9,7 +9,7 @@ Option: r (0.5), the share of important tokens. Default K: 64 of 576, as in the 
    the (at most 8) members of A that are most like some member of B are dropped. What stays is A's
    survivors, most similar first, then B.
 
-Every length is known at export, so the rounds are unrolled: one Gram matrix, whose rows each round gathers.
+Every length is known at export, so the rounds are unrolled: one Gram matrix, from which each round gathers.
 Departures from the published code, which selects the same set wherever it runs: it fails when the
 residual is odd or a round wants to drop more than A has; here A is then one longer than B, and a round
 drops at most half of the residual. Similarities are float32 whatever the model's dtype, a zero feature
@@ -18,8 +18,10 @@ row is similar to nothing instead of NaN, and ties go to the lower place.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -55,26 +57,68 @@ class VisPruner(Pruner):
         order = ops.top_k(scores, self.count)
         residual = order[:, self.important :]
         rows = ops.normalize(ops.gather_rows(image_features, residual))
-        spread = torch.gather(residual, 1, distinct(rows, self.diverse))
+        spread = torch.gather(residual, 1, torch.ops.vtp.distinct(rows, self.diverse))
         return ops.raster(torch.cat([order[:, : self.important], spread], dim=1))
 
 
-def distinct(rows: Tensor, keep: int) -> Tensor:
-    """Which `keep` of the unit rows [B,R,C] survive the rounds: their row numbers [B,keep].
+def rounds(count: int, keep: int) -> Iterator[tuple[int, int, int]]:
+    """The schedule from `count` rows to `keep`: (length of A, length of B, rows dropped)."""
+    while count > keep:
+        drop = min(DROP, count - keep, count // 2)
+        yield count - count // 2, count // 2, drop
+        count -= drop
 
-    A round gathers whole rows of the Gram matrix and hides all columns but B's with -inf: copying rows
+
+@torch.library.custom_op("vtp::distinct", mutates_args=())
+def distinct(rows: Tensor, keep: int) -> Tensor:
+    """Which `keep` of the unit rows float32 [B,R,C] survive the rounds: their row numbers [B,keep].
+
+    An operator with its own ONNX form: traced from torch, the rounds cost some 30 s of export time.
+    """
+    survivors = []
+    for products in torch.matmul(rows, rows.transpose(1, 2)):
+        left = torch.arange(rows.shape[1], device=rows.device)
+        for _, _, drop in rounds(rows.shape[1], keep):
+            even, odd = left[0::2], left[1::2]
+            likeness = products[even][:, odd].amax(dim=1)
+            order = torch.sort(likeness, descending=True, stable=True).indices
+            left = torch.cat([even[order[drop:]], odd])
+        survivors.append(left)
+    return torch.stack(survivors)
+
+
+@distinct.register_fake
+def _(rows: Tensor, keep: int) -> Tensor:
+    return rows.new_empty((rows.shape[0], keep), dtype=torch.int64)
+
+
+@ops.translates(torch.ops.vtp.distinct.default)
+def _(rows: Any, keep: int) -> Any:
+    """The rounds in ONNX: eleven nodes each.
+
+    A round gathers whole lines of the Gram matrix and hides all columns but B's with -inf: copying lines
     and masking is several times quicker than gathering the block A x B number by number.
     """
-    batch, count, _ = rows.shape
-    products = torch.matmul(rows, rows.transpose(1, 2))
-    hidden = torch.full((1, count), -torch.inf).expand(batch, count)
-    shown = torch.zeros(1, (count + 1) // 2).expand(batch, -1)
-    left = torch.arange(count).unsqueeze(0).expand(batch, count)
-    while left.shape[1] > keep:
-        drop = min(DROP, left.shape[1] - keep, left.shape[1] // 2)
-        even, odd = left[:, 0::2], left[:, 1::2]
-        mask = hidden.scatter(1, odd, shown[:, : odd.shape[1]]).unsqueeze(1)
-        likeness = (ops.gather_rows(products, even) + mask).amax(dim=2)
-        order = ops.top_k(likeness, even.shape[1])[:, drop:]
-        left = torch.cat([even.gather(1, order), odd], dim=1)
+    from onnxscript import opset23 as op
+
+    count = rows.shape[1]
+    zero, one, two, size = (op.Constant(value_ints=[number]) for number in (0, 1, 2, count))
+    wide = op.Concat(op.Shape(rows, start=0, end=1), size, axis=0)  # [B, R]
+    lines = op.Reshape(op.MatMul(rows, op.Transpose(rows, perm=[0, 2, 1])), [-1, count])
+    places = op.Constant(value_ints=list(range(count)))
+    left = op.Expand(places, wide)
+    batch = op.Squeeze(op.Shape(rows, start=0, end=1))
+    nought, step = op.Constant(value_int=0), op.Constant(value_int=1)
+    first = op.Unsqueeze(op.Mul(op.Range(nought, batch, step), size), one)  # of each picture's lines
+    hidden = op.Expand(op.Constant(value_floats=[-np.inf]), wide)
+    clear = op.Expand(op.Constant(value_floats=[0.0]), wide)
+    for evens, odds, drop in rounds(count, keep):
+        even, odd = op.Slice(left, zero, size, one, two), op.Slice(left, one, size, one, two)
+        shown = op.Slice(clear, zero, op.Constant(value_ints=[odds]), one)
+        mask = op.Unsqueeze(op.ScatterElements(hidden, odd, shown, axis=1), one)
+        block = op.Add(op.Gather(lines, op.Add(even, first), axis=0), mask)
+        likeness = op.ReduceMax(block, two, keepdims=0)
+        _, order = op.TopK(likeness, op.Constant(value_ints=[evens]), axis=1)
+        order = op.Slice(order, op.Constant(value_ints=[drop]), size, one)
+        left = op.Concat(op.GatherElements(even, order, axis=1), odd, axis=1)
     return left

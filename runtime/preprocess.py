@@ -305,15 +305,7 @@ def spec_from_processor(config: Mapping[str, Any]) -> ImageSpec:
     """
     config = config.get("image_processor") or config
     processor = _find_processor(config)
-    values = {
-        **_COMMON,
-        **processor.defaults,
-        **{key: value for key, value in config.items() if value is not None},
-    }
-    if unknown := sorted(set(values) - _BYSTANDERS - set(_COMMON) - {"size", "image_mean", "image_std"}):
-        raise VtpError(f"the image processor has settings that are not supported: {', '.join(unknown)}")
-    if values["do_pad"] and not processor.pads:
-        raise VtpError("the image processor sets do_pad, which is supported for LlavaImageProcessor only")
+    values = _settings(config, processor)
     size = _size_fields(values["size"]) if values["do_resize"] else {}
     crop = _crop_fields(values["crop_size"]) if values["do_center_crop"] else {}
     copied = (
@@ -334,6 +326,17 @@ def spec_from_processor(config: Mapping[str, Any]) -> ImageSpec:
         **size,
         **crop,
     )
+
+
+def _settings(config: Mapping[str, Any], processor: _Processor) -> dict[str, Any]:
+    """The file's settings over the class defaults; settings that are not known are refused."""
+    given = {key: value for key, value in config.items() if value is not None}
+    values = {**_COMMON, **processor.defaults, **given}
+    if unknown := sorted(set(values) - _BYSTANDERS - set(_COMMON) - {"size", "image_mean", "image_std"}):
+        raise VtpError(f"the image processor has settings that are not supported: {', '.join(unknown)}")
+    if values["do_pad"] and not processor.pads:
+        raise VtpError("the image processor sets do_pad, which is supported for LlavaImageProcessor only")
+    return values
 
 
 def _find_processor(config: Mapping[str, Any]) -> _Processor:

@@ -67,16 +67,16 @@ def engine_names() -> list[str]:
     return [AUTO, *_JUDGES]
 
 
-def choose_engine(
-    wanted: str = AUTO, probe: Callable[[], list[str] | None] = installed_providers
-) -> Choice:
+def choose_engine(wanted: str = AUTO, probe: Callable[[], list[str] | None] = installed_providers) -> Choice:
     """Decide which engine to use. `probe` says which providers exist (passed in, so that it can be tested).
 
     Raises UsageError for an unknown name, VtpError when what was asked for cannot run here.
     """
     if wanted not in engine_names():
         known = engine_names()
-        raise UsageError(f"unknown engine '{wanted}'{nearest(wanted, known)}; choose one of {', '.join(known)}")
+        raise UsageError(
+            f"unknown engine '{wanted}'{nearest(wanted, known)}; choose one of {', '.join(known)}"
+        )
     providers = probe()
     names = list(_JUDGES) if wanted == AUTO else [wanted]
     decisions = [_JUDGES[name](providers) for name in names]

@@ -46,7 +46,9 @@ def resolve(model: str | None) -> Path:
     if folder.exists():
         raise VtpError(f"model {model} is a file; give the folder that holds its config.json")
     if not _looks_like_hub_id(model):
-        raise VtpError(f"no such model folder: {model}; give a folder in Hugging Face layout, or a hub id ORG/NAME")
+        raise VtpError(
+            f"no such model folder: {model}; give a folder in Hugging Face layout, or a hub id ORG/NAME"
+        )
     return _download(model)
 
 
@@ -81,7 +83,9 @@ def load(folder: Path, dtype: str) -> Checkpoint:
     config = read_config(folder)
     family_class = find_family(config)
     if not any(folder.glob("*.safetensors")):
-        raise VtpError(f"{folder} has no *.safetensors; vtp loads no pickled weights: convert the model first")
+        raise VtpError(
+            f"{folder} has no *.safetensors; vtp loads no pickled weights: convert the model first"
+        )
     model = _load_model(folder, config["architectures"][0], DTYPES[dtype])
     family = family_class(model)
     processor = _load_processor(folder)
@@ -107,7 +111,9 @@ def _load_model(folder: Path, architecture: str, dtype: torch.dtype) -> Any:
 
     model_class = getattr(transformers, architecture, None)
     if model_class is None:
-        raise VtpError(f"transformers {transformers.__version__} has no class {architecture}; update transformers")
+        raise VtpError(
+            f"transformers {transformers.__version__} has no class {architecture}; update transformers"
+        )
     try:
         model, info = model_class.from_pretrained(
             folder,
@@ -119,7 +125,10 @@ def _load_model(folder: Path, architecture: str, dtype: torch.dtype) -> Any:
         )
     except Exception as error:  # transformers raises many kinds here, all about this folder
         raise VtpError(f"cannot load the model in {folder}: {_one_line(error)}") from error
-    for problem, advice in (("missing_keys", "lacks the tensor"), ("mismatched_keys", "has a misshapen tensor")):
+    for problem, advice in (
+        ("missing_keys", "lacks the tensor"),
+        ("mismatched_keys", "has a misshapen tensor"),
+    ):
         if info[problem]:
             raise VtpError(f"the checkpoint in {folder} {advice} {sorted(map(str, info[problem]))[0]}")
     if info["unexpected_keys"]:
@@ -147,7 +156,9 @@ def _image_processor(folder: Path) -> dict[str, Any]:
 
 def _text_spec(folder: Path, processor: Any, family: Family) -> TextSpec:
     tokenizer = processor.tokenizer
-    special = {name: str(text) for name, text in tokenizer.special_tokens_map.items() if isinstance(text, str)}
+    special = {
+        name: str(text) for name, text in tokenizer.special_tokens_map.items() if isinstance(text, str)
+    }
     return TextSpec(
         chat_template=processor.chat_template or tokenizer.chat_template,
         image_token=processor.image_token,

@@ -21,9 +21,20 @@ _DESCRIPTION = "Split a vision-language model, prune its visual tokens, and writ
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add vtp-export's flags to a parser (also used by `optimum-cli export vtp`)."""
     add = parser.add_argument
-    add("--model", metavar="DIR|HUB_ID", help="model folder in Hugging Face layout (default: the built-in one)")
-    add("--method", default="adaptprune", metavar="NAME|FILE.py:CLASS", help="pruning method (default: %(default)s)")
-    add("--keep-tokens", metavar="K[,K...|A:B:STEP]", help="visual tokens to keep (default: the method's own)")
+    add(
+        "--model",
+        metavar="DIR|HUB_ID",
+        help="model folder in Hugging Face layout (default: the built-in one)",
+    )
+    add(
+        "--method",
+        default="adaptprune",
+        metavar="NAME|FILE.py:CLASS",
+        help="pruning method (default: %(default)s)",
+    )
+    add(
+        "--keep-tokens", metavar="K[,K...|A:B:STEP]", help="visual tokens to keep (default: the method's own)"
+    )
     add("--prune-ratio", metavar="R", help="fraction of visual tokens to drop, instead of --keep-tokens")
     add("--method-option", action="append", default=[], metavar="NAME=VALUE", help="an option of the method")
     add("--target", default="ort", help="what the bundle runs on: ort (default: %(default)s)")
@@ -123,7 +134,12 @@ def _report(bundle: Bundle, output: Path) -> str:
     manifest = bundle.manifest
     parity = manifest.parity.get("graphs", {})
     rows = [
-        [_stage_of(file), file, f"{_megabytes(bundle, file):.2f}", _parity_cell(file, parity, manifest.parity)]
+        [
+            _stage_of(file),
+            file,
+            f"{_megabytes(bundle, file):.2f}",
+            _parity_cell(file, parity, manifest.parity),
+        ]
         for file in manifest.graphs
     ]
     keeps = ", ".join(f"{manifest.visual.count} → {keep}" for keep in manifest.visual.keep)
@@ -192,7 +208,13 @@ def _methods(as_json: bool) -> str:
     if as_json:
         return json.dumps(rows, indent=1)
     cells = [
-        [row["name"], row["site"], ", ".join(row["needs"]), str(row["default_keep_of_576"]), row["paper"] or "-"]
+        [
+            row["name"],
+            row["site"],
+            ", ".join(row["needs"]),
+            str(row["default_keep_of_576"]),
+            row["paper"] or "-",
+        ]
         for row in rows
     ]
     return table(["method", "site", "needs", "K of 576", "paper"], cells)
@@ -212,7 +234,9 @@ def _families(as_json: bool) -> str:
     ]
     if as_json:
         return json.dumps(rows, indent=1)
-    cells = [[row["name"], ", ".join(row["architectures"]), ", ".join(row["sites"]), row["limits"]] for row in rows]
+    cells = [
+        [row["name"], ", ".join(row["architectures"]), ", ".join(row["sites"]), row["limits"]] for row in rows
+    ]
     return table(["family", "architectures", "sites", "limits"], cells)
 
 

@@ -107,7 +107,9 @@ def _method(request: Request) -> tuple[type[Pruner] | None, dict[str, Any], str]
             raise UsageError(f"method none has no options; leave out --method-option {texts[0]}")
         return None, {}, "compact"
     at_decoder = parse_site(method.site)[0] == "decoder"
-    chosen = [text.partition("=")[2].strip() for text in texts if text.partition("=")[0].strip() == "positions"]
+    chosen = [
+        text.partition("=")[2].strip() for text in texts if text.partition("=")[0].strip() == "positions"
+    ]
     if not chosen:
         return method, parse_options(method, texts), "original" if at_decoder else "compact"
     if at_decoder or chosen[-1] not in POSITIONS:
@@ -205,7 +207,9 @@ def _manifest(
         visual=VisualInfo(count, list(family.grid), keep, _default_keep(pruners, keep, count)),
         image=model.image,
         text=model.text,
-        graphs={f"{spec.name}.onnx": _graph_info(spec, plan, folder, max_length, keep) for spec in plan.graphs},
+        graphs={
+            f"{spec.name}.onnx": _graph_info(spec, plan, folder, max_length, keep) for spec in plan.graphs
+        },
         stages=plan.stages,
         files=describe_files(folder),
         versions=_versions(),
@@ -229,7 +233,9 @@ def _graph_info(spec: GraphSpec, plan: Plan, folder: Path, max_length: int, keep
     graph = onnx.load(folder / f"{spec.name}.onnx", load_external_data=False).graph
     inputs = {value.name: _tensor_info(value) for value in graph.input}
     outputs = {value.name: _tensor_info(value) for value in graph.output}
-    named = {axis for info in [*inputs.values(), *outputs.values()] for axis in info.shape if isinstance(axis, str)}
+    named = {
+        axis for info in [*inputs.values(), *outputs.values()] for axis in info.shape if isinstance(axis, str)
+    }
     cache = plan.caches.get(spec.name)
     typical = 64
     ranges = {

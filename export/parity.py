@@ -228,7 +228,9 @@ def _check_generation(
         if int(logits.argmax()) == token:
             equal += 1
         elif not undecided:
-            raise VtpError(f"fidelity check failed: greedy token {number + 1} of {keep} kept differs from torch's")
+            raise VtpError(
+                f"fidelity check failed: greedy token {number + 1} of {keep} kept differs from torch's"
+            )
         if number + 1 < len(answer.token_ids):
             logits = runner.step(keep, token, position + number)
     if not worst <= TOLERANCE[dtype]:

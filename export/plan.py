@@ -98,7 +98,9 @@ class _Planner:
         for pruner in self.pruners:
             inputs = [GraphInput(name, shapes[name], {0: BATCH}) for name in cues]
             name = self._pruner_name(pruner)
-            self._add(GraphSpec(name, FeaturePruner(pruner, cues), inputs, ["keep_indices", kept]))
+            self._add(
+                GraphSpec(name, FeaturePruner(pruner, cues), inputs, ["keep_indices", kept], rewrite=False)
+            )
             self._stage("pruner", "image", cues, ["keep_indices", kept], file=name, keep=pruner.keep)
 
     # -- once a prompt -------------------------------------------------------------------------------------
@@ -206,7 +208,7 @@ class _Planner:
         kept = {"kept_hidden_states": {1: "kept_sequence"}, "kept_position_ids": {1: "kept_sequence"}}
         for pruner in self.pruners:
             name = self._pruner_name(pruner)
-            self._add(GraphSpec(name, DecoderPruner(pruner, cues), inputs, outputs, kept))
+            self._add(GraphSpec(name, DecoderPruner(pruner, cues), inputs, outputs, kept, rewrite=False))
             reads = [item.name for item in inputs]
             self._stage("pruner", "prefill", reads, outputs, file=name, keep=pruner.keep)
 

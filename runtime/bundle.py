@@ -101,7 +101,9 @@ def check_output(folder: Path, overwrite: bool) -> None:
     if not overwrite:
         raise UsageError(f"output {folder} exists; choose another folder or add --overwrite")
     if not (folder / MANIFEST).is_file():
-        raise UsageError(f"output {folder} is not a bundle, so --overwrite leaves it alone; choose another folder")
+        raise UsageError(
+            f"output {folder} is not a bundle, so --overwrite leaves it alone; choose another folder"
+        )
 
 
 @contextmanager
@@ -125,7 +127,9 @@ def whole_bundle(folder: Path, overwrite: bool = False) -> Iterator[Path]:
         yield aside
         _swap(aside, folder)
     except OSError as error:
-        raise VtpError(f"writing {folder} failed: {error.strerror or error}; nothing was left behind") from error
+        raise VtpError(
+            f"writing {folder} failed: {error.strerror or error}; nothing was left behind"
+        ) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 

@@ -29,7 +29,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--engine", default="auto", help=f"one of {', '.join(engine_names())} (default: %(default)s)")
     add("--max-new-tokens", default=str(DEFAULT_NEW_TOKENS), metavar="N", help="default: %(default)s")
     add("--temperature", default="0", metavar="T", help="0 is greedy (default)")
-    add("--top-p", default="1", metavar="P", help="sample from the smallest set of tokens with this probability")
+    add(
+        "--top-p",
+        default="1",
+        metavar="P",
+        help="sample from the smallest set of tokens with this probability",
+    )
     add("--seed", metavar="N", help="makes sampling repeatable")
     add("--stop", action="append", default=[], metavar="TEXT", help="end the answer before this text")
     add("--threads", metavar="N", help="CPU threads (default: all cores)")

@@ -166,7 +166,9 @@ def _check(manifest: Manifest) -> None:
         raise VtpError("manifest.visual contradicts itself; export the bundle again")
     for stage in manifest.stages:
         if stage.when not in WHEN:
-            raise VtpError(f"stage {stage.name} runs at unknown moment '{stage.when}'; known: {', '.join(WHEN)}")
+            raise VtpError(
+                f"stage {stage.name} runs at unknown moment '{stage.when}'; known: {', '.join(WHEN)}"
+            )
         if stage.file not in manifest.graphs or stage.file not in manifest.files:
             raise VtpError(f"stage {stage.name} names '{stage.file}', which the manifest does not describe")
 

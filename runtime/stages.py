@@ -21,7 +21,9 @@ class KvCache:
 
     def __init__(self, engine: Engine, info: KvInfo) -> None:
         if info.lengths != "seqlens_k":
-            raise VtpError(f"the cache convention '{info.lengths}' is unknown to this runtime; update vtp-edge")
+            raise VtpError(
+                f"the cache convention '{info.lengths}' is unknown to this runtime; update vtp-edge"
+            )
         self.capacity = info.capacity
         self.length = 0
         shape = (1, info.heads, info.capacity, info.head_dim)
@@ -171,7 +173,10 @@ class StageRunner:
                 "input_ids": engine.zeros((1, 1), "int64"),
                 "position_ids": engine.zeros((1, 1), "int64"),
             }
-            self._steps[keep] = (values, [(stage, stage.bind(values)) for stage in self._stages("step", keep)])
+            self._steps[keep] = (
+                values,
+                [(stage, stage.bind(values)) for stage in self._stages("step", keep)],
+            )
         return self._steps[keep]
 
     def _open(self, file: str) -> None:

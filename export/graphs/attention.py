@@ -157,7 +157,9 @@ def _tower_attention(
     probe: TowerProbe = _active[-1]
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     if module is probe.module:
-        probe.scores = _cls_row(query, key, scale) if probe.has_cls else _attention_received(query, key, scale)
+        probe.scores = (
+            _cls_row(query, key, scale) if probe.has_cls else _attention_received(query, key, scale)
+        )
     output = functional.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scale)
     return output.transpose(1, 2), None
 
@@ -185,7 +187,9 @@ def register() -> None:
     AttentionMaskInterface.register(TOWER_ATTENTION, lambda *args, **kwargs: None)
 
 
-def _rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+def _rotate(
+    query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *_: Any, **__: Any
+) -> tuple[Tensor, Tensor]:
     """`apply_rotary_pos_emb` as the ONNX operator; cos and sin [B,S,d] hold two equal halves."""
     half = cos.shape[-1] // 2
     cos, sin = cos[..., :half], sin[..., :half]

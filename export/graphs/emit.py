@@ -15,6 +15,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
+from vtp.export.graphs.optimize import optimize
 from vtp.export.pruners.ops import onnx_translations
 
 OPSET = 23
@@ -33,13 +34,18 @@ class GraphInput:
 
 @dataclass(frozen=True)
 class GraphSpec:
-    """A module and the names of what goes in and comes out, in the order of its forward."""
+    """A module and the names of what goes in and comes out, in the order of its forward.
+
+    output_axes   names for dynamic axes of outputs that no input has
+    rewrite       whether pattern rules may run over the traced graph (see `optimize`)
+    """
 
     name: str
     module: nn.Module
     inputs: list[GraphInput]
     outputs: list[str]
     output_axes: dict[str, dict[int, str]] = field(default_factory=dict)
+    rewrite: bool = True
 
 
 class WeightStore:
@@ -74,7 +80,12 @@ class WeightStore:
             )
             self._places.setdefault(identity, known)
         return ir.ExternalTensor(
-            known.location, known.offset, known.length, tensor.dtype, shape=tensor.shape, name=name,
+            known.location,
+            known.offset,
+            known.length,
+            tensor.dtype,
+            shape=tensor.shape,
+            name=name,
             base_dir=self.folder,
         )
 
@@ -91,17 +102,19 @@ def emit(spec: GraphSpec, store: WeightStore) -> Path:
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(
             spec.module.eval(),
-            tuple(item.example for item in spec.inputs),
+            # Clones: torch.export takes two inputs that share a tensor for one.
+            tuple(item.example.clone() for item in spec.inputs),
             dynamo=True,
             opset_version=OPSET,
             input_names=[item.name for item in spec.inputs],
             output_names=spec.outputs,
             dynamic_shapes=_dynamic_shapes(spec),
             custom_translation_table=onnx_translations(),
-            optimize=True,
+            optimize=False,
             verbose=False,
         )
     model = program.model
+    optimize(model, spec.rewrite)
     _strip(model)
     _name_axes(model.graph, spec)
     store.externalize(model, spec.name)
@@ -112,9 +125,7 @@ def emit(spec: GraphSpec, store: WeightStore) -> Path:
 
 def _dynamic_shapes(spec: GraphSpec) -> tuple[Any, ...]:
     """Every dynamic axis as Dim.DYNAMIC: never frozen to the example, and length 1 runs as well."""
-    shapes = [
-        {axis: torch.export.Dim.DYNAMIC for axis in item.dynamic} or None for item in spec.inputs
-    ]
+    shapes = [{axis: torch.export.Dim.DYNAMIC for axis in item.dynamic} or None for item in spec.inputs]
     fixed = _positional_count(spec.module)
     return (*shapes[:fixed], tuple(shapes[fixed:])) if fixed < len(shapes) else tuple(shapes)
 

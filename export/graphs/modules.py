@@ -102,7 +102,11 @@ class Splice(nn.Module):
         self.original = positions == "original"
 
     def forward(
-        self, inputs_embeds: Tensor, image_embeds: Tensor, image_start: Tensor, keep_indices: Tensor | None = None
+        self,
+        inputs_embeds: Tensor,
+        image_embeds: Tensor,
+        image_start: Tensor,
+        keep_indices: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         text, visual = inputs_embeds.shape[1], image_embeds.shape[1]
         total = text - self.placeholders + visual
@@ -183,7 +187,9 @@ class DecoderPart(nn.Module):
     reads. Both then give present key and value per layer.
     """
 
-    def __init__(self, decoder: Decoder, first: int, end: int, cues: Sequence[str] = (), normed_keys: bool = False):
+    def __init__(
+        self, decoder: Decoder, first: int, end: int, cues: Sequence[str] = (), normed_keys: bool = False
+    ):
         super().__init__()
         self.decoder_layers = nn.ModuleList(list(decoder.layers)[first:end])
         self.rotary = decoder.model.rotary_emb
@@ -213,7 +219,11 @@ class DecoderPart(nn.Module):
         with active(cache):
             for layer in self.decoder_layers:
                 hidden = layer(
-                    hidden, attention_mask=None, position_embeddings=rotary, past_key_values=cache, use_cache=True
+                    hidden,
+                    attention_mask=None,
+                    position_embeddings=rotary,
+                    past_key_values=cache,
+                    use_cache=True,
                 )
         present = tuple(tensor for number in self.numbers for tensor in cache.present[number])
         return (*self._answer(hidden, cache), *present)

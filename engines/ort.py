@@ -138,7 +138,8 @@ def _check(spec: TensorSpec, value: Value) -> None:
     )
     if not fits or str(value.dtype) != spec.dtype:
         raise VtpError(
-            f"input '{spec.name}' is {value.dtype}{list(shape)}; the graph takes {spec.dtype}{list(spec.shape)}"
+            f"input '{spec.name}' is {value.dtype}{list(shape)}; "
+            f"the graph takes {spec.dtype}{list(spec.shape)}"
         )
 
 

@@ -92,8 +92,8 @@ def load(folder: Path, dtype: str) -> Checkpoint:
     image = spec_from_processor(_image_processor(folder))
     if image.fixed_size != family.image_size:
         raise VtpError(
-            f"the image processor makes {image.fixed_size} pixels, the vision tower takes {family.image_size}; "
-            "mend preprocessor_config.json"
+            f"the image processor makes {image.fixed_size} pixels, the vision tower takes "
+            f"{family.image_size}; mend preprocessor_config.json"
         )
     return Checkpoint(
         folder=folder,
@@ -163,9 +163,9 @@ def _text_spec(folder: Path, processor: Any, family: Family) -> TextSpec:
         chat_template=processor.chat_template or tokenizer.chat_template,
         image_token=processor.image_token,
         image_token_id=family.image_token_id,
-        placeholder_ids=[family.image_token_id] * family.placeholders,
+        placeholder_ids=(family.image_token_id,) * family.placeholders,
         bos_token_id=tokenizer.bos_token_id,
-        eos_token_ids=_end_ids(folder, tokenizer),
+        eos_token_ids=tuple(_end_ids(folder, tokenizer)),
         special_tokens=special,
     )
 

@@ -190,7 +190,8 @@ def _generation_lines(parity: dict[str, Any]) -> list[str]:
 def _methods(as_json: bool) -> str:
     from vtp.export.pruners import NONE, find_method, method_names
 
-    rows = [{"name": NONE, "site": "-", "needs": [], "paper": "", "default_keep_of_576": 576, "options": {}}]
+    none = {"name": NONE, "site": "-", "needs": [], "paper": "", "default_keep_of_576": 576, "options": {}}
+    rows: list[dict[str, Any]] = [none]
     for name in method_names():
         if name == NONE:
             continue
@@ -223,7 +224,7 @@ def _methods(as_json: bool) -> str:
 def _families(as_json: bool) -> str:
     from vtp.export.families import families
 
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "name": family.name,
             "architectures": list(family.architectures),

@@ -97,8 +97,8 @@ def _check_request(request: Request) -> None:
 def _method(request: Request) -> tuple[type[Pruner] | None, dict[str, Any], str]:
     """The pruner class, its options, and how kept tokens are numbered.
 
-    `positions` is an option of every vision- and projector-site method, so the exporter reads it; decoder-site
-    methods always keep original positions.
+    `positions` is an option of every vision- and projector-site method, so the exporter reads it;
+    decoder-site methods always keep original positions.
     """
     method = resolve_method(request.method)
     texts = list(request.method_options)

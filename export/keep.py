@@ -20,7 +20,7 @@ def parse_keep(text: str) -> list[int]:
         if len(numbers) == 1:
             counts.add(numbers[0])
         elif len(numbers) == 3:
-            counts.update(_span(*numbers, text=text))
+            counts.update(_span(text, *numbers))
         else:
             raise UsageError(f"keep-tokens '{text}' is not {_ALLOWED}")
     return sorted(counts)
@@ -53,7 +53,7 @@ def _number(piece: str, text: str) -> int:
     return int(piece)
 
 
-def _span(first: int, last: int, step: int, text: str) -> range:
+def _span(text: str, first: int, last: int, step: int) -> range:
     if step < 1 or last < first:
         raise UsageError(f"keep-tokens '{text}': a range is FIRST:LAST:STEP with FIRST <= LAST and STEP >= 1")
     if (last - first) // step > 4096:

@@ -130,7 +130,7 @@ class _Planner:
 
     def _embed_graph(self) -> None:
         ids = GraphInput("input_ids", torch.zeros(_B, _T, dtype=torch.int64), {0: BATCH, 1: TEXT})
-        embedding = EmbedTokens(self.family.decoder.model.embed_tokens)  # type: ignore[arg-type]
+        embedding = EmbedTokens(self.family.decoder.model.embed_tokens)
         self._add(GraphSpec("embed_tokens", embedding, [ids], ["inputs_embeds"]))
 
     def _splice(self) -> None:

@@ -143,7 +143,7 @@ class Manifest:
 
 
 def parse_manifest(text: str) -> Manifest:
-    """Read manifest.json. Raises VtpError, in one line, for anything that is not a manifest of this schema."""
+    """Read manifest.json. Raises VtpError, in one line, for what is not a manifest of this schema."""
     try:
         data = json.loads(text)
     except ValueError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -44,7 +44,8 @@ class Pipeline:
     """Answers prompts about pictures from one bundle.
 
     One Pipeline serves one thread and one generation at a time: a second call while one runs (or while a
-    stream is open) raises VtpError. Use one Pipeline per thread. A context manager; `close()` frees the graphs.
+    stream is open) raises VtpError. Use one Pipeline per thread. A context manager; `close()` frees the
+    graphs.
     """
 
     def __init__(self, bundle: Bundle, choice: Choice, threads: int | None = None) -> None:
@@ -91,8 +92,8 @@ class Pipeline:
         image           path, bytes, PIL image or uint8 RGB array [H,W,3]
         prompt          the user's words; or
         messages        several turns, as chat templates take them: {"role": ..., "content": str or a list of
-                        {"type": "image"} and {"type": "text", "text": ...}}; without an image entry the picture
-                        joins the first user turn
+                        {"type": "image"} and {"type": "text", "text": ...}}; without an image entry
+                        the picture joins the first user turn
         max_new_tokens  at most so many tokens are generated
         keep_tokens     one of the bundle's keep-counts; None: its default
         temperature     0 is greedy; otherwise sample, from the `top_p` nucleus, repeatable with `seed`
@@ -128,7 +129,7 @@ class Pipeline:
         seed: int | None = None,
         stop: str | Sequence[str] = (),
     ) -> Stream:
-        """Like `generate`, piece by piece: iterate for text, then read `.result`; `.cancel()` ends it early."""
+        """Like `generate`, piece by piece: iterate for text, then read `.result`; `.cancel()` ends it."""
         started, timings = time.perf_counter(), Timings()
         request = _Request(
             pixels=self._pixels(image, timings),
@@ -192,8 +193,8 @@ class Pipeline:
         needed = text + self.manifest.visual.count + 1
         if needed > self.manifest.model.max_length:
             raise VtpError(
-                f"the prompt has {text} tokens; beside {self.manifest.visual.count} visual tokens this bundle "
-                f"has room for {self.manifest.model.max_length - self.manifest.visual.count - 1}; "
+                f"the prompt has {text} tokens; beside {self.manifest.visual.count} visual tokens this "
+                f"bundle has room for {self.manifest.model.max_length - self.manifest.visual.count - 1}; "
                 "shorten it, or export with a larger --max-length"
             )
 
@@ -202,8 +203,8 @@ class Pipeline:
             raise VtpError("this pipeline is closed; load the bundle again")
         if not self._busy.acquire(blocking=False):
             raise VtpError(
-                "this pipeline is busy: it serves one generation at a time; finish or cancel the open stream, "
-                "or load one Pipeline per thread"
+                "this pipeline is busy: it serves one generation at a time; finish or cancel the open "
+                "stream, or load one Pipeline per thread"
             )
         return self._runner
 
@@ -239,7 +240,7 @@ class Stream:
     def __next__(self) -> str:
         return next(self._pieces)
 
-    def _run(self) -> Iterator[str]:  # a generator: leaving it by any door frees the pipeline
+    def _run(self) -> Generator[str, None, None]:  # a generator: leaving it by any door frees the pipeline
         runner = self._pipeline._claim()
         try:
             yield from self._answer(runner)

@@ -71,7 +71,7 @@ class Family(ABC):
         return 1
 
     @property
-    def tower(self) -> nn.Module | None:
+    def tower(self) -> Any:
         """The vision model whose attention is replaced while its graph is traced."""
         return None
 

@@ -7,6 +7,8 @@ attention of the layer that *produces* those hidden states.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from vtp.engines import VtpError
@@ -45,7 +47,7 @@ class Llava(Family):
         return self.model.config.image_token_id
 
     @property
-    def tower(self) -> nn.Module:
+    def tower(self) -> Any:
         return self.model.model.vision_tower
 
     def vision_encoder(self, scores: bool) -> VisionEncoder:
@@ -56,7 +58,7 @@ class Llava(Family):
         return Projector(self.model.model.multi_modal_projector)
 
     @property
-    def _vision(self):  # type: ignore[no-untyped-def]
+    def _vision(self) -> Any:
         return self.model.config.vision_config
 
     def _has_cls(self) -> bool:
@@ -83,7 +85,7 @@ class Llava(Family):
 
 
 class _ClipEmbeddings(nn.Module):
-    def __init__(self, tower: nn.Module) -> None:
+    def __init__(self, tower: Any) -> None:
         super().__init__()
         self.embeddings, self.norm = tower.embeddings, tower.pre_layrnorm
 
@@ -92,7 +94,7 @@ class _ClipEmbeddings(nn.Module):
 
 
 class _SiglipEmbeddings(nn.Module):
-    def __init__(self, tower: nn.Module) -> None:
+    def __init__(self, tower: Any) -> None:
         super().__init__()
         self.embeddings = tower.embeddings
 

@@ -45,7 +45,7 @@ class Lengths:
 
 @dataclass
 class Cache:
-    """Duck-typed transformers cache: hands new keys and values through, holds the graph's past and present."""
+    """Duck-typed transformers cache: hands new keys and values through, holds the past and present."""
 
     past: dict[int, tuple[Tensor, Tensor]]
     lengths: Lengths
@@ -81,7 +81,7 @@ def active(context: Cache | TowerProbe) -> Iterator[None]:
 
 
 def _decoder_attention(
-    module: nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -171,7 +171,7 @@ def _cls_row(query: Tensor, key: Tensor, scale: float) -> Tensor:
 
 
 def _attention_received(query: Tensor, key: Tensor, scale: float) -> Tensor:
-    """Attention that every patch receives, mean over heads and query rows, float32 [B,N] (towers without CLS)."""
+    """Attention that every patch receives, mean over heads and rows, float32 [B,N] (towers without CLS)."""
     logits = torch.matmul(query, key.transpose(2, 3)).float() * scale
     return torch.softmax(logits, dim=-1).mean(dim=(1, 2))
 
@@ -228,7 +228,7 @@ def _modeling(decoder: nn.Module) -> Any:
 
 
 @contextmanager
-def _attention_implementation(part: nn.Module, name: str) -> Iterator[None]:
+def _attention_implementation(part: Any, name: str) -> Iterator[None]:
     config = part.config
     before = config._attn_implementation
     config._attn_implementation = name

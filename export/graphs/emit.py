@@ -113,6 +113,7 @@ def emit(spec: GraphSpec, store: WeightStore) -> Path:
             optimize=False,
             verbose=False,
         )
+    assert program is not None  # torch's signature: None only for the old exporter
     model = program.model
     optimize(model, spec.rewrite)
     _strip(model)
@@ -125,7 +126,7 @@ def emit(spec: GraphSpec, store: WeightStore) -> Path:
 
 def _dynamic_shapes(spec: GraphSpec) -> tuple[Any, ...]:
     """Every dynamic axis as Dim.DYNAMIC: never frozen to the example, and length 1 runs as well."""
-    shapes = [{axis: torch.export.Dim.DYNAMIC for axis in item.dynamic} or None for item in spec.inputs]
+    shapes = [dict.fromkeys(item.dynamic, torch.export.Dim.DYNAMIC) or None for item in spec.inputs]
     fixed = _positional_count(spec.module)
     return (*shapes[:fixed], tuple(shapes[fixed:])) if fixed < len(shapes) else tuple(shapes)
 

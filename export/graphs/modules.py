@@ -1,4 +1,4 @@
-"""The modules that become graphs: each takes and gives named tensors, in the order of `inputs` and `outputs`."""
+"""The modules that become graphs: each takes and gives tensors in the order that its docstring names them."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from vtp.export.pruners.ops import gather_rows
 class Decoder:
     """The parts of a transformers decoder that graphs are made of."""
 
-    model: nn.Module  # the base model: .layers, .norm, .rotary_emb, .embed_tokens, .config
-    lm_head: nn.Module
+    model: Any  # the base model: .layers, .norm, .rotary_emb, .embed_tokens, .config
+    lm_head: Any
 
     @property
     def layers(self) -> Sequence[Any]:
-        return self.model.layers  # type: ignore[return-value]
+        return self.model.layers
 
     @property
     def kv_heads(self) -> int:
@@ -183,8 +183,8 @@ class DecoderPart(nn.Module):
 
     hidden [B,S,D], position_ids int64 [B,S], seqlens_k int32 [B], total_sequence_length int32 [], then past
     key and value [B,G,capacity,d] per layer. A part with the last layer gives logits float32 [B,1,V] of every
-    row's last real position; an earlier part gives hidden_states [B,S,D] and the cues that the pruner after it
-    reads. Both then give present key and value per layer.
+    row's last real position; an earlier part gives hidden_states [B,S,D] and the cues that the pruner after
+    it reads. Both then give present key and value per layer.
     """
 
     def __init__(
@@ -192,14 +192,14 @@ class DecoderPart(nn.Module):
     ):
         super().__init__()
         self.decoder_layers = nn.ModuleList(list(decoder.layers)[first:end])
-        self.rotary = decoder.model.rotary_emb
+        self.rotary: Any = decoder.model.rotary_emb
         self.numbers = range(first, end)
         self.cues = tuple(cues)
         self.final = end == len(decoder.layers)
         self.norm = decoder.model.norm if self.final else None
         self.lm_head = decoder.lm_head if self.final else None
         # Keys of the layer after the cut; a method reads them with or without that layer's input norm.
-        self.next_layer = decoder.layers[end] if "keys" in cues else None
+        self.next_layer: Any = decoder.layers[end] if "keys" in cues else None
         self.normed_keys = normed_keys
 
     def forward(
@@ -234,8 +234,8 @@ class DecoderPart(nn.Module):
             last = cache.lengths.last_index(hidden.shape[1])
             row = gather_rows(hidden, last.unsqueeze(1)).squeeze(1)
             return (self.lm_head(self.norm(row)).float().unsqueeze(1),)
-        cues = {"attention_scores": cache.scores, "keys": self._keys(hidden)}
-        return (hidden, *(cues[name] for name in self.cues if name in cues))  # type: ignore[misc]
+        cues: dict[str, Any] = {"attention_scores": cache.scores, "keys": self._keys(hidden)}
+        return (hidden, *(cues[name] for name in self.cues if name in cues))
 
     def _keys(self, hidden: Tensor) -> Tensor | None:
         if self.next_layer is None:

@@ -89,7 +89,7 @@ def _export(args: argparse.Namespace) -> None:
         verify=args.verify,
         overwrite=args.overwrite,
     )
-    _quiet_libraries()
+    quiet_libraries()
     progress = Progress()
     try:
         bundle = export(request, progress.step)
@@ -98,7 +98,8 @@ def _export(args: argparse.Namespace) -> None:
     print(json.dumps(_summary(bundle), indent=1) if args.json else _report(bundle, output))
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
+    """Keep transformers' notes and progress bars from a command's terminal."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()

@@ -19,7 +19,7 @@ from vtp.runtime.images import ImageSource, load_image
 from vtp.runtime.preprocess import preprocess
 from vtp.runtime.result import Result, Timings, VisualTokens
 from vtp.runtime.sampling import Sampler
-from vtp.runtime.stages import StageRunner
+from vtp.runtime.stages import Seen, StageRunner
 from vtp.runtime.text import Detokenizer, Prompt, Prompter, StopStrings
 
 Messages = Sequence[dict[str, Any]]
@@ -48,7 +48,9 @@ class Pipeline:
     graphs.
     """
 
-    def __init__(self, bundle: Bundle, choice: Choice, threads: int | None = None) -> None:
+    def __init__(
+        self, bundle: Bundle, choice: Choice, threads: int | None = None, reuse_image: bool = False
+    ) -> None:
         """Open every graph of a verified bundle; most users call `Pipeline.load`."""
         self.bundle = bundle
         self.manifest = bundle.manifest
@@ -57,22 +59,32 @@ class Pipeline:
         self._prompter = Prompter(self.manifest.text, bundle.path("tokenizer.json"))
         self._runner: StageRunner | None = StageRunner(bundle, choice.engine, threads)
         self._busy = threading.Lock()
+        self._reuse_image = reuse_image
+        self._last_pixels: np.ndarray | None = None
+        self._seen: Seen = {}
 
     @classmethod
     def load(
-        cls, bundle: str | Path, engine: str = AUTO, threads: int | None = None, check_hashes: bool = False
+        cls,
+        bundle: str | Path,
+        engine: str = AUTO,
+        threads: int | None = None,
+        check_hashes: bool = False,
+        reuse_image: bool = False,
     ) -> Pipeline:
         """Open a bundle folder.
 
         engine        "auto" (the best that can run here), or one by name, such as "ort-cpu"
         threads       CPU threads of one operator; None: all cores
         check_hashes  also compare every file's sha256 with the manifest (reads all weights)
+        reuse_image   keep what the image stages gave, for a next prompt about the very same picture (their
+                      timings are then near 0; off by default, so that timings mean what they say)
 
         Raises VtpError for a bundle that is damaged or cannot run here, UsageError for a bad argument.
         """
         if threads is not None and (not isinstance(threads, int) or threads < 1):
             raise UsageError(f"threads {threads!r} is not a whole number of at least 1")
-        return cls(open_bundle(bundle, check_hashes), choose_engine(engine), threads)
+        return cls(open_bundle(bundle, check_hashes), choose_engine(engine), threads, reuse_image)
 
     def generate(
         self,
@@ -198,6 +210,14 @@ class Pipeline:
                 "shorten it, or export with a larger --max-length"
             )
 
+    def _seen_of(self, pixels: np.ndarray) -> Seen | None:
+        """What the image stages gave for these pixels, to be read and added to; None when not asked for."""
+        if not self._reuse_image:
+            return None
+        if self._last_pixels is None or not np.array_equal(self._last_pixels, pixels):
+            self._last_pixels, self._seen = pixels, {}
+        return self._seen
+
     def _claim(self) -> StageRunner:
         if self._runner is None:
             raise VtpError("this pipeline is closed; load the bundle again")
@@ -302,7 +322,7 @@ class Stream:
         runner.reset()
         dtype = runner.dtype_of("pixel_values")
         values: dict[str, Value] = {"pixel_values": engine.put(request.pixels.astype(dtype, copy=False))}
-        runner.run("image", request.keep, values, request.timings)
+        runner.run("image", request.keep, values, request.timings, self._pipeline._seen_of(request.pixels))
         values["input_ids"] = engine.put(np.array([request.prompt.ids], np.int64))
         values["image_start"] = engine.put(np.array([request.prompt.image_start], np.int64))
         runner.run("prefill", request.keep, values, request.timings)

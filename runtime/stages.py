@@ -12,6 +12,9 @@ from vtp.runtime.bundle import Bundle
 from vtp.runtime.manifest import GraphInfo, KvInfo, StageInfo, TensorInfo
 from vtp.runtime.result import Timings
 
+# What image stages gave for one picture: (file, keep-count or None) -> pipeline name -> value.
+Seen = dict[tuple[str, int | None], dict[str, Value]]
+
 
 class KvCache:
     """One decoder stage's cache: a fixed buffer per layer, bound as past and as present.
@@ -131,11 +134,24 @@ class StageRunner:
         for cache in self._caches.values():
             cache.reset()
 
-    def run(self, when: str, keep: int, values: dict[str, Value], timings: Timings) -> None:
-        """Run the stages of one moment in order, timing each under its name."""
+    def run(
+        self, when: str, keep: int, values: dict[str, Value], timings: Timings, seen: Seen | None = None
+    ) -> None:
+        """Run the stages of one moment in order, timing each under its name.
+
+        Where `seen` holds what a stage gave before, it is taken from there; else it is put there.
+        """
+        owner = None  # from a stage of one keep-count on, everything belongs to that keep-count
         for stage in self._stages(when, keep):
+            owner = owner or stage.info.keep
+            known = seen.get((stage.info.file, owner)) if seen is not None else None
             with timings.measure(stage.info.name):
-                stage.run(values)
+                if known is None:
+                    stage.run(values)
+                else:
+                    values.update(known)
+            if seen is not None:
+                seen[stage.info.file, owner] = {name: values[name] for name in stage.info.outputs.values()}
 
     def step(self, keep: int, token: int, position: int) -> np.ndarray:
         """Feed one token at its position; returns the next logits float32 [V]."""

@@ -1,0 +1,38 @@
+# Everything runs from a fresh clone with nothing but Python 3.11 to 3.13 and make.
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO := build/demo
+EXTRAS := export,ort,dev
+
+.PHONY: setup demo test check accuracy scenes clean
+
+setup: .venv/.installed  ## make .venv and install vtp into it
+
+.venv/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; ok = (3, 11) <= sys.version_info[:2] <= (3, 13); \
+	  sys.exit(0 if ok else f"vtp needs Python 3.11 to 3.13, {sys.executable} is {sys.version.split()[0]}; run make PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
+	touch $@
+
+demo: setup  ## the main job on the built-in model: export with AdaptPrune, ask, show what was kept
+	$(BIN)/vtp-export --method adaptprune -o $(DEMO)/bundle --overwrite
+	$(BIN)/vtp-run $(DEMO)/bundle --image scenes/examples/scene.png --prompt "what color is the star ?" \
+	  --show-kept $(DEMO)/kept.png
+
+test: setup  ## the tests (CPU, no network)
+	$(BIN)/python -m pytest
+
+check: setup  ## format, lint, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	.ci/types
+
+accuracy: setup  ## exact match of every method on 1,000 held-out questions, as a Markdown table
+	$(BIN)/python -m vtp.bench.accuracy
+
+scenes: setup  ## train the built-in model again (about two hours on 2 CPU cores; resumes)
+	$(BIN)/python -m vtp.scenes.train --run build/scenes
+
+clean:
+	rm -rf build .venv

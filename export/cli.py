@@ -45,7 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--overwrite", action="store_true", help="replace an existing bundle")
     add("--list-methods", action="store_true", help="list the methods and leave")
     add("--list-families", action="store_true", help="list the model families and leave")
-    add("--json", action="store_true", help="print the result as JSON")
+    add("--json", action="store_true", help="print the result (or the list) as JSON")
+    add("--markdown", action="store_true", help="print the list as a Markdown table")
     add("--debug", action="store_true", help="show tracebacks")
 
 
@@ -62,10 +63,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
-    if args.list_methods:
-        print(_methods(args.json))
-    elif args.list_families:
-        print(_families(args.json))
+    if args.list_methods or args.list_families:
+        from vtp.export import listing
+
+        rows = listing.methods() if args.list_methods else listing.families()
+        print(listing.render(rows, "json" if args.json else "markdown" if args.markdown else "text"))
     else:
         _export(args)
 
@@ -186,60 +188,6 @@ def _generation_lines(parity: dict[str, Any]) -> list[str]:
         f"logits within {case['logits_max_difference']:.1e}"
         for keep, case in parity["generation"].items()
     ]
-
-
-def _methods(as_json: bool) -> str:
-    from vtp.export.pruners import NONE, find_method, method_names
-
-    none = {"name": NONE, "site": "-", "needs": [], "paper": "", "default_keep_of_576": 576, "options": {}}
-    rows: list[dict[str, Any]] = [none]
-    for name in method_names():
-        if name == NONE:
-            continue
-        method = find_method(name)
-        rows.append(
-            {
-                "name": name,
-                "site": method.site,
-                "needs": list(method.needs),
-                "paper": method.paper,
-                "default_keep_of_576": method.default_keep(576),
-                "options": method.options,
-            }
-        )
-    if as_json:
-        return json.dumps(rows, indent=1)
-    cells = [
-        [
-            row["name"],
-            row["site"],
-            ", ".join(row["needs"]),
-            str(row["default_keep_of_576"]),
-            row["paper"] or "-",
-        ]
-        for row in rows
-    ]
-    return table(["method", "site", "needs", "K of 576", "paper"], cells)
-
-
-def _families(as_json: bool) -> str:
-    from vtp.export.families import families
-
-    rows: list[dict[str, Any]] = [
-        {
-            "name": family.name,
-            "architectures": list(family.architectures),
-            "sites": list(family.sites),
-            "limits": family.limits,
-        }
-        for family in families()
-    ]
-    if as_json:
-        return json.dumps(rows, indent=1)
-    cells = [
-        [row["name"], ", ".join(row["architectures"]), ", ".join(row["sites"]), row["limits"]] for row in rows
-    ]
-    return table(["family", "architectures", "sites", "limits"], cells)
 
 
 if __name__ == "__main__":

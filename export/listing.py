@@ -1,0 +1,64 @@
+"""What this vtp serves, as tables: the methods and the families."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from vtp.export import families as family_registry
+from vtp.export import pruners
+from vtp.runtime.console import table
+
+
+def methods() -> list[dict[str, Any]]:
+    """One row per method: name, site, needs, default K of LLaVA's 576 tokens, options, paper."""
+    rows: list[dict[str, Any]] = [
+        {"method": pruners.NONE, "site": "-", "needs": [], "K of 576": 576, "options": {}, "paper": ""}
+    ]
+    for name in pruners.method_names():
+        if name != pruners.NONE:
+            method = pruners.find_method(name)
+            rows.append(
+                {
+                    "method": name,
+                    "site": method.site,
+                    "needs": list(method.needs),
+                    "K of 576": method.default_keep(576),
+                    "options": method.options,
+                    "paper": method.paper,
+                }
+            )
+    return rows
+
+
+def families() -> list[dict[str, Any]]:
+    """One row per family: name, architectures, sites served, limits."""
+    return [
+        {
+            "family": family.name,
+            "architectures": list(family.architectures),
+            "sites": list(family.sites),
+            "limits": family.limits,
+        }
+        for family in family_registry.families()
+    ]
+
+
+def render(rows: list[dict[str, Any]], form: str) -> str:
+    """Rows as "json", "markdown" or "text"."""
+    if form == "json":
+        return json.dumps(rows, indent=1)
+    header = list(rows[0])
+    cells = [[_cell(value) for value in row.values()] for row in rows]
+    if form == "text":
+        return table(header, cells)
+    lines = [header, ["---"] * len(header), *cells]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key}={default}" for key, default in value.items()) or "-"
+    if isinstance(value, list):
+        return ", ".join(value) or "-"
+    return str(value) or "-"

@@ -69,6 +69,7 @@ def reference_generate(
         embeds = model.model.multi_modal_projector(features)
         decoder = _Decoder(model, input_ids, cut or 0, cut is not None or positions == "original")
         hidden = decoder.embed(embeds)
+        cues: dict[str, Any]
         if site == "decoder":
             cues = decoder.head(hidden, pruner)
             hidden = cues.pop("hidden_states")

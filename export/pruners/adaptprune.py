@@ -54,6 +54,9 @@ class AdaptPrune(Pruner):
     }
     paper = "arXiv 2503.08019"
 
+    prior: Tensor
+    table: Tensor
+
     def __init__(self, grid: tuple[int, int], keep: int, **options: Any) -> None:
         super().__init__(grid, keep, **options)
         check_settings(self.settings)

@@ -46,10 +46,16 @@ def _(scores: Tensor, k: int, largest: bool) -> tuple[Tensor, Tensor]:
     return scores.new_empty(shape), scores.new_empty(shape, dtype=torch.int64)
 
 
+def onnx_ops() -> Any:
+    """The ONNX operators a translation is written with (onnxscript's opset 23; loaded when exporting)."""
+    from onnxscript import opset23
+
+    return opset23
+
+
 @translates(torch.ops.vtp.top_k.default)
 def _(scores: Any, k: int, largest: bool) -> Any:
-    from onnxscript import opset23 as op
-
+    op = onnx_ops()
     return op.TopK(scores, op.Constant(value_ints=[k]), axis=-1, largest=int(largest), sorted=1)
 
 

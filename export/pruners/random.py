@@ -29,6 +29,8 @@ class Random(Pruner):
     needs = ("image_features",)
     options: ClassVar[dict[str, Any]] = {"seed": 0}
 
+    chosen: Tensor
+
     def __init__(self, grid: tuple[int, int], keep: int, **options: Any) -> None:
         super().__init__(grid, keep, **options)
         seed = self.settings["seed"]

@@ -28,6 +28,8 @@ class Uniform(Pruner):
     site = "vision"
     needs = ("image_features",)
 
+    chosen: Tensor
+
     def __init__(self, grid: tuple[int, int], keep: int, **options: Any) -> None:
         super().__init__(grid, keep, **options)
         self.register_buffer("chosen", torch.tensor([spread(grid, keep)], dtype=torch.int64))

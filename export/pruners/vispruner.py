@@ -12,8 +12,9 @@ Option: r (0.5), the share of important tokens. Default K: 64 of 576, as in the 
 Every length is known at export, so the rounds are unrolled: one Gram matrix, from which each round gathers.
 Departures from the published code, which selects the same set wherever it runs: it fails when the
 residual is odd or a round wants to drop more than A has; here A is then one longer than B, and a round
-drops at most half of the residual. Similarities are float32 whatever the model's dtype, a zero feature
-row is similar to nothing instead of NaN, and ties go to the lower place.
+drops at most half of the residual. Similarities are float32 whatever the model's dtype (rounded from
+float64, see `cosines`), a zero feature row is similar to nothing instead of NaN, and ties go to the lower
+place.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ class VisPruner(Pruner):
         share = self.settings["r"]
         if not 0 <= share <= 1:
             raise UsageError(f"method vispruner: r {share} is outside 0 to 1, the share of important tokens")
+        self.exact = True  # an engine without float64 (TensorRT) needs False
         self.important = int(keep * share)
         self.diverse = keep - self.important
 
@@ -56,9 +58,19 @@ class VisPruner(Pruner):
             return ops.raster(ops.top_k(scores, self.keep))
         order = ops.top_k(scores, self.count)
         residual = order[:, self.important :]
-        rows = ops.normalize(ops.gather_rows(image_features, residual))
-        spread = torch.gather(residual, 1, torch.ops.vtp.distinct(rows, self.diverse))
+        likeness = self.cosines(ops.gather_rows(image_features, residual))
+        spread = torch.gather(residual, 1, torch.ops.vtp.distinct(likeness, self.diverse))
         return ops.raster(torch.cat([order[:, : self.important], spread], dim=1))
+
+    def cosines(self, rows: Tensor) -> Tensor:
+        """Cosines float32 [B,R,R] of all pairs of rows [B,R,C]; 0 for a zero row.
+
+        A round sorts by them and deals the survivors out anew, so that one swap of near-equals changes
+        every later round. Rounded from float64 they are the same whatever order an engine sums in.
+        """
+        rows = rows.to(torch.float64 if self.exact else torch.float32)
+        rows = rows / rows.norm(dim=2, keepdim=True).clamp_min(1e-12)
+        return torch.matmul(rows, rows.transpose(1, 2)).float()
 
 
 def rounds(count: int, keep: int) -> Iterator[tuple[int, int, int]]:
@@ -70,44 +82,43 @@ def rounds(count: int, keep: int) -> Iterator[tuple[int, int, int]]:
 
 
 @torch.library.custom_op("vtp::distinct", mutates_args=())
-def distinct(rows: Tensor, keep: int) -> Tensor:
-    """Which `keep` of the unit rows float32 [B,R,C] survive the rounds: their row numbers [B,keep].
+def distinct(likeness: Tensor, keep: int) -> Tensor:
+    """Which `keep` of R tokens survive the rounds, from their cosines float32 [B,R,R]: numbers [B,keep].
 
     An operator with its own ONNX form: traced from torch, the rounds cost some 30 s of export time.
     """
     survivors = []
-    for products in torch.matmul(rows, rows.transpose(1, 2)):
-        left = torch.arange(rows.shape[1], device=rows.device)
-        for _, _, drop in rounds(rows.shape[1], keep):
+    for table in likeness:
+        left = torch.arange(len(table), device=table.device)
+        for _, _, drop in rounds(len(table), keep):
             even, odd = left[0::2], left[1::2]
-            likeness = products[even][:, odd].amax(dim=1)
-            order = torch.sort(likeness, descending=True, stable=True).indices
+            best = table[even][:, odd].amax(dim=1)
+            order = torch.sort(best, descending=True, stable=True).indices
             left = torch.cat([even[order[drop:]], odd])
         survivors.append(left)
     return torch.stack(survivors)
 
 
 @distinct.register_fake
-def _(rows: Tensor, keep: int) -> Tensor:
-    return rows.new_empty((rows.shape[0], keep), dtype=torch.int64)
+def _(likeness: Tensor, keep: int) -> Tensor:
+    return likeness.new_empty((likeness.shape[0], keep), dtype=torch.int64)
 
 
 @ops.translates(torch.ops.vtp.distinct.default)
-def _(rows: Any, keep: int) -> Any:
-    """The rounds in ONNX: eleven nodes each.
+def _(likeness: Any, keep: int) -> Any:
+    """The rounds in ONNX: about twelve nodes each.
 
-    A round gathers whole lines of the Gram matrix and hides all columns but B's with -inf: copying lines
+    A round gathers whole lines of the matrix and hides all columns but B's with -inf: copying lines
     and masking is several times quicker than gathering the block A x B number by number.
     """
-    from onnxscript import opset23 as op
-
-    count = rows.shape[1]
+    op = ops.onnx_ops()
+    count = likeness.shape[1]
     zero, one, two, size = (op.Constant(value_ints=[number]) for number in (0, 1, 2, count))
-    wide = op.Concat(op.Shape(rows, start=0, end=1), size, axis=0)  # [B, R]
-    lines = op.Reshape(op.MatMul(rows, op.Transpose(rows, perm=[0, 2, 1])), [-1, count])
+    wide = op.Concat(op.Shape(likeness, start=0, end=1), size, axis=0)  # [B, R]
+    lines = op.Reshape(likeness, [-1, count])
     places = op.Constant(value_ints=list(range(count)))
     left = op.Expand(places, wide)
-    batch = op.Squeeze(op.Shape(rows, start=0, end=1))
+    batch = op.Squeeze(op.Shape(likeness, start=0, end=1))
     nought, step = op.Constant(value_int=0), op.Constant(value_int=1)
     first = op.Unsqueeze(op.Mul(op.Range(nought, batch, step), size), one)  # of each picture's lines
     hidden = op.Expand(op.Constant(value_floats=[-np.inf]), wide)
@@ -117,8 +128,7 @@ def _(rows: Any, keep: int) -> Any:
         shown = op.Slice(clear, zero, op.Constant(value_ints=[odds]), one)
         mask = op.Unsqueeze(op.ScatterElements(hidden, odd, shown, axis=1), one)
         block = op.Add(op.Gather(lines, op.Add(even, first), axis=0), mask)
-        likeness = op.ReduceMax(block, two, keepdims=0)
-        _, order = op.TopK(likeness, op.Constant(value_ints=[evens]), axis=1)
+        _, order = op.TopK(op.ReduceMax(block, two, keepdims=0), op.Constant(value_ints=[evens]), axis=1)
         order = op.Slice(order, op.Constant(value_ints=[drop]), size, one)
         left = op.Concat(op.GatherElements(even, order, axis=1), odd, axis=1)
     return left

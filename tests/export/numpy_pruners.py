@@ -1,9 +1,10 @@
 """The pruning methods once more, as plain numpy loops over one picture, written from their description.
 
 Shares no code with vtp.export. Every function returns (kept indices ascending, margin). The margin is the
-smallest gap between two numbers whose order decided something and that are not exactly equal: below about
-1e-6 another order of summation may decide otherwise, so a test on arbitrary floats must look at it first.
-Inputs on a coarse lattice (sums and roots exact in float32) need no margin.
+smallest gap between two numbers whose order decided something and that are not exactly equal. AdaptPrune's
+numbers come from float32 products and exponentials, which engines round differently: below about 1e-6 a test
+on arbitrary floats must not insist. Inputs on a coarse lattice (all exact in float32) need no margin, and
+the other methods compare only what no engine rounds differently.
 """
 
 from __future__ import annotations
@@ -94,10 +95,10 @@ def vispruner(
 
 
 def cosines(rows: np.ndarray) -> list[list[float]]:
-    """Cosine of every pair of rows; a zero row is at a right angle to everything."""
+    """Cosine of every pair of rows, rounded to float32; a zero row is at a right angle to everything."""
     rows = rows.astype(np.float64)
     units = [row / (math.sqrt(float(np.dot(row, row))) or 1.0) for row in rows]
-    return np.array([np.dot(units, unit) for unit in units]).tolist()
+    return np.array([np.dot(units, unit) for unit in units]).astype(np.float32).tolist()
 
 
 def adaptprune(

@@ -35,12 +35,15 @@ def installed_providers() -> list[str] | None:
     """ONNX Runtime's providers on this machine; None when no onnxruntime is installed."""
     if util.find_spec("onnxruntime") is None:
         return None
-    import onnxruntime
-
+    try:
+        import onnxruntime
+    except ImportError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise VtpError(f"onnxruntime is installed but does not import ({reason}); {_INSTALL}") from error
     return list(onnxruntime.get_available_providers())
 
 
-def _judge_cuda(providers: list[str] | None) -> Decision:
+def _judge_cuda(providers: list[str] | None, dtype: str | None) -> Decision:
     if providers is None:
         return Decision("ort-cuda", False, f"onnxruntime is not installed: {_INSTALL}")
     if "CUDAExecutionProvider" not in providers:
@@ -49,17 +52,26 @@ def _judge_cuda(providers: list[str] | None) -> Decision:
             False,
             "this onnxruntime has no CUDA provider: pip install 'vtp-edge[ort-gpu]' in place of onnxruntime",
         )
+    if dtype == "float32":
+        return Decision(
+            "ort-cuda",
+            False,
+            "its fused attention takes no float32: export the bundle again with --dtype float16",
+        )
     return Decision("ort-cuda", True, "the CUDA provider is present")
 
 
-def _judge_cpu(providers: list[str] | None) -> Decision:
+def _judge_cpu(providers: list[str] | None, dtype: str | None) -> Decision:
     if providers is None:
         return Decision("ort-cpu", False, f"onnxruntime is not installed: {_INSTALL}")
     return Decision("ort-cpu", True, "onnxruntime is installed")
 
 
 # Best first: "auto" takes the first that is accepted.
-_JUDGES: dict[str, Callable[[list[str] | None], Decision]] = {"ort-cuda": _judge_cuda, "ort-cpu": _judge_cpu}
+_JUDGES: dict[str, Callable[[list[str] | None, str | None], Decision]] = {
+    "ort-cuda": _judge_cuda,
+    "ort-cpu": _judge_cpu,
+}
 
 
 def engine_names() -> list[str]:
@@ -67,8 +79,14 @@ def engine_names() -> list[str]:
     return [AUTO, *_JUDGES]
 
 
-def choose_engine(wanted: str = AUTO, probe: Callable[[], list[str] | None] = installed_providers) -> Choice:
-    """Decide which engine to use. `probe` says which providers exist (passed in, so that it can be tested).
+def choose_engine(
+    wanted: str = AUTO,
+    dtype: str | None = None,
+    probe: Callable[[], list[str] | None] = installed_providers,
+) -> Choice:
+    """Decide which engine to use for graphs that compute in `dtype` (None: not known).
+
+    `probe` says which providers exist (passed in, so that it can be tested).
 
     Raises UsageError for an unknown name, VtpError when what was asked for cannot run here.
     """
@@ -79,7 +97,7 @@ def choose_engine(wanted: str = AUTO, probe: Callable[[], list[str] | None] = in
         )
     providers = probe()
     names = list(_JUDGES) if wanted == AUTO else [wanted]
-    decisions = [_JUDGES[name](providers) for name in names]
+    decisions = [_JUDGES[name](providers, dtype) for name in names]
     for decision in decisions:
         if decision.accepted:
             return Choice(decision.engine, decisions)

@@ -14,8 +14,11 @@ from vtp.engines.errors import VtpError
 _DTYPES = {
     "tensor(float)": "float32",
     "tensor(float16)": "float16",
+    "tensor(double)": "float64",
     "tensor(int64)": "int64",
     "tensor(int32)": "int32",
+    "tensor(int8)": "int8",
+    "tensor(uint8)": "uint8",
     "tensor(bool)": "bool",
 }
 _DEVICES = {"ort-cpu": "cpu", "ort-cuda": "cuda"}
@@ -40,7 +43,12 @@ class OrtValue:
         return self.raw.numpy()
 
     def update(self, array: np.ndarray) -> None:
-        """Overwrite the tensor in place."""
+        """Overwrite the tensor in place; VtpError for another shape or dtype (ONNX Runtime counts bytes)."""
+        if array.shape != self.shape or array.dtype != self.dtype:
+            raise VtpError(
+                f"a tensor {self.dtype}{list(self.shape)} cannot take {array.dtype}{list(array.shape)}; "
+                "give the same shape and dtype"
+            )
         self.raw.update_inplace(np.ascontiguousarray(array))
 
 
@@ -54,7 +62,7 @@ class OrtBinding(Binding):
 
     def run(self) -> None:
         """Run the graph on the bound places."""
-        self._session.run_with_iobinding(self._io)
+        _run(self._session, self._io)
 
 
 class OrtEngine(Engine):
@@ -90,24 +98,21 @@ class OrtEngine(Engine):
         if missing:
             raise VtpError(f"no place is bound for output '{missing[0]}'; bind every output of the graph")
         io = self._bind_inputs(feeds)
-        for name in self.outputs:
-            io.bind_ortvalue_output(name, into[name].raw)  # type: ignore[attr-defined]
+        self._bind_outputs(io, into)
         return OrtBinding(self._session, io, {name: into[name] for name in self.outputs})
 
     def run(self, feeds: Mapping[str, Value], into: Mapping[str, Value] | None = None) -> dict[str, Value]:
         """Run once; outputs that are not in `into` are allocated by ONNX Runtime on the device."""
         into = into or {}
         io = self._bind_inputs(feeds)
-        for name in self.outputs:
-            if name in into:
-                io.bind_ortvalue_output(name, into[name].raw)  # type: ignore[attr-defined]
-            else:
-                io.bind_output(name, self._device)
-        self._session.run_with_iobinding(io)
-        return {
-            name: into.get(name, OrtValue(raw))
-            for name, raw in zip(self.outputs, io.get_outputs(), strict=True)
-        }
+        self._bind_outputs(io, into)
+        allocated = [name for name in self.outputs if name not in into]
+        for name in allocated:
+            io.bind_output(name, self._device)
+        _run(self._session, io)
+        # In the order of binding: first those in `into`.
+        raws = io.get_outputs()[len(into) :]
+        return {**into, **{name: OrtValue(raw) for name, raw in zip(allocated, raws, strict=True)}}
 
     def close(self) -> None:
         """Drop the session and its weights."""
@@ -120,9 +125,16 @@ class OrtEngine(Engine):
         for name, spec in self.inputs.items():
             if name not in feeds:
                 raise VtpError(f"input '{name}' is missing; the graph takes {', '.join(self.inputs)}")
-            _check(spec, feeds[name])
+            _check("input", spec, feeds[name])
             io.bind_ortvalue_input(name, feeds[name].raw)  # type: ignore[attr-defined]
         return io
+
+    def _bind_outputs(self, io: Any, into: Mapping[str, Value]) -> None:
+        for name, value in into.items():
+            if name not in self.outputs:
+                raise VtpError(f"the graph has no output '{name}'; it gives {', '.join(self.outputs)}")
+            _check("output", self.outputs[name], value)
+            io.bind_ortvalue_output(name, value.raw)  # type: ignore[attr-defined]
 
 
 def _spec(arg: Any) -> TensorSpec:
@@ -131,30 +143,45 @@ def _spec(arg: Any) -> TensorSpec:
     return TensorSpec(arg.name, _DTYPES.get(arg.type, arg.type), shape)
 
 
-def _check(spec: TensorSpec, value: Value) -> None:
+def _check(kind: str, spec: TensorSpec, value: Value) -> None:
     shape = value.shape
     fits = len(shape) == len(spec.shape) and all(
         isinstance(want, str) or want == have for want, have in zip(spec.shape, shape, strict=True)
     )
     if not fits or str(value.dtype) != spec.dtype:
         raise VtpError(
-            f"input '{spec.name}' is {value.dtype}{list(shape)}; "
-            f"the graph takes {spec.dtype}{list(spec.shape)}"
+            f"{kind} '{spec.name}' is bound to {value.dtype}{list(shape)}; "
+            f"the graph wants {spec.dtype}{list(spec.shape)}"
         )
+
+
+def _run(session: Any, io: Any) -> None:
+    try:
+        session.run_with_iobinding(io)
+    except Exception as error:  # onnxruntime's exceptions share no base class of their own
+        raise VtpError(f"ONNX Runtime failed while running the graph: {_one_line(error)}") from error
 
 
 def _open_session(path: Path, name: str, threads: int | None) -> Any:
     import onnxruntime as ort
 
     options = ort.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # what goes wrong is raised; a log line as well would be said twice
     if threads:
         options.intra_op_num_threads = threads
     providers = ["CPUExecutionProvider"]
     if name == "ort-cuda":
         providers = ["CUDAExecutionProvider", "CPUExecutionProvider"]
     try:
-        return ort.InferenceSession(str(path), options, providers=providers)
-    except Exception as error:  # onnxruntime's exceptions share no base class of their own
-        reason = " ".join(str(error).split())[:300]
-        raise VtpError(f"ONNX Runtime {ort.__version__} cannot load {path.name}: {reason}") from error
+        session = ort.InferenceSession(str(path), options, providers=providers)
+    except Exception as error:  # as above
+        raise VtpError(
+            f"ONNX Runtime {ort.__version__} cannot load {path.name}: {_one_line(error)}"
+        ) from error
+    if session.get_providers()[0] != providers[0]:
+        raise VtpError("ONNX Runtime could not start CUDA on this machine; check the driver, or use ort-cpu")
+    return session
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]

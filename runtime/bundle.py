@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
@@ -16,6 +17,7 @@ from vtp.runtime.manifest import FileInfo, Manifest, parse_manifest
 
 MANIFEST = "manifest.json"
 _OWNER = ".pid"  # names the process that writes a folder which is not a bundle yet
+_OLD = "old"  # the bundle that is being replaced, inside a folder beside it
 
 
 @dataclass(frozen=True)
@@ -94,10 +96,15 @@ def describe_files(folder: Path) -> dict[str, FileInfo]:
 
 def check_output(folder: Path, overwrite: bool) -> None:
     """Refuse an output folder that exists without --overwrite, or that is no bundle to be overwritten."""
-    if folder.is_file():
-        raise UsageError(f"output {folder} is a file; choose a folder that does not exist")
-    if not folder.exists() or not any(folder.iterdir()):
-        return
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise UsageError(f"output {folder} is a file; choose a folder that does not exist")
+        if Path.cwd().is_relative_to(folder.resolve()):
+            raise UsageError(f"output {folder} holds the folder you are in; choose another one")
+        if not folder.exists() or not any(folder.iterdir()):
+            return
+    except OSError as error:
+        raise UsageError(f"output {folder} cannot be used: {error.strerror or error}") from error
     if not overwrite:
         raise UsageError(f"output {folder} exists; choose another folder or add --overwrite")
     if not (folder / MANIFEST).is_file():
@@ -114,16 +121,18 @@ def whole_bundle(folder: Path, overwrite: bool = False) -> Iterator[Path]:
     output is as it was before; leftovers of a killed run are hidden folders `.<name>.partial-*`, removed by
     the next run for the same output.
     """
-    check_output(folder, overwrite)
-    parent = folder.resolve().parent
+    folder = folder.resolve()  # a link to a bundle stays one: what it points to is replaced
+    made = [path for path in folder.parents if not path.exists()]
     try:
-        parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(parent, folder.name)
-        aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=parent))
-        (aside / _OWNER).write_text(str(os.getpid()))
+        _remove_leftovers(folder)
+        check_output(folder, overwrite)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))
     except OSError as error:
-        raise VtpError(f"cannot write to {parent}: {error.strerror or error}") from error
+        _remove_empty(made)
+        raise VtpError(f"cannot write to {folder.parent}: {error.strerror or error}") from error
     try:
+        (aside / _OWNER).write_text(str(os.getpid()))
         yield aside
         _swap(aside, folder)
     except OSError as error:
@@ -132,35 +141,54 @@ def whole_bundle(folder: Path, overwrite: bool = False) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+        _remove_empty(made)
 
 
-def _remove_leftovers(parent: Path, name: str) -> None:
-    for stale in parent.glob(f".{name}.partial-*"):
-        if not _is_running(stale):
-            shutil.rmtree(stale, ignore_errors=True)
+def _remove_empty(folders: list[Path]) -> None:
+    """Remove the folders, deepest first, in which nothing was put."""
+    for path in folders:
+        with suppress(OSError):
+            path.rmdir()
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Clean up after killed runs; one that was killed in the middle of a swap gets its old bundle back."""
+    for stale in folder.parent.glob(f".{glob.escape(folder.name)}.partial-*"):
+        if _is_running(stale):
+            continue
+        if (stale / _OLD).is_dir() and not folder.exists():
+            (stale / _OLD).rename(folder)
+        shutil.rmtree(stale, ignore_errors=True)
 
 
 def _is_running(folder: Path) -> bool:
     """Whether the process that writes `folder` still lives."""
     try:
         os.kill(int((folder / _OWNER).read_text()), 0)
+    except PermissionError:  # it lives, and is somebody else's
+        return True
     except (OSError, ValueError):
         return False
     return True
 
 
 def _swap(aside: Path, folder: Path) -> None:
-    (aside / _OWNER).unlink(missing_ok=True)
     aside.chmod(0o755)
     if not folder.exists():
         aside.rename(folder)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=aside.parent))
-    folder.rename(old / "old")
+    else:
+        _replace(aside, folder)
+    (folder / _OWNER).unlink(missing_ok=True)  # last: until then nobody may take `aside` for a leftover
+
+
+def _replace(aside: Path, folder: Path) -> None:
+    holder = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=aside.parent))
+    (holder / _OWNER).write_text(str(os.getpid()))
+    folder.rename(holder / _OLD)
     try:
         aside.rename(folder)
     except OSError:
-        (old / "old").rename(folder)
+        (holder / _OLD).rename(folder)
         raise
     finally:
-        shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(holder, ignore_errors=True)

@@ -19,6 +19,7 @@ from vtp.runtime.text import TextSpec
 
 SCHEMA = 1
 WHEN = ("image", "prefill", "step")
+TOKENIZER = "tokenizer.json"
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ def parse_manifest(text: str) -> Manifest:
     """Read manifest.json. Raises VtpError, in one line, for what is not a manifest of this schema."""
     try:
         data = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise VtpError(f"manifest.json is not valid JSON ({error}); export the bundle again") from error
     if not isinstance(data, dict) or "schema" not in data:
         raise VtpError("manifest.json has no schema version; this is not a vtp bundle")
@@ -161,16 +162,77 @@ def parse_manifest(text: str) -> Manifest:
 
 
 def _check(manifest: Manifest) -> None:
-    visual = manifest.visual
-    if visual.count != visual.grid[0] * visual.grid[1] or visual.default_keep not in visual.keep:
-        raise VtpError("manifest.visual contradicts itself; export the bundle again")
+    """Hold the parts against each other, so that a stage never meets a name or a number it cannot use."""
+    visual, longest = manifest.visual, manifest.model.max_length
+    _agree(len(visual.grid) == 2 and min(visual.grid) > 0, "manifest.visual.grid is not (rows, columns)")
+    _agree(visual.count == visual.grid[0] * visual.grid[1], "manifest.visual.count is not rows x columns")
+    _agree(all(1 <= keep <= visual.count for keep in visual.keep), "manifest.visual.keep is out of range")
+    _agree(visual.default_keep in visual.keep, "manifest.visual.default_keep is not one of keep")
+    _agree(TOKENIZER in manifest.files, f"manifest.files lacks {TOKENIZER}")
+    for file, graph in manifest.graphs.items():
+        _agree(file in manifest.files, f"graph {file} is not one of manifest.files")
+        _check_cache(file, graph, longest)
     for stage in manifest.stages:
-        if stage.when not in WHEN:
-            raise VtpError(
-                f"stage {stage.name} runs at unknown moment '{stage.when}'; known: {', '.join(WHEN)}"
-            )
-        if stage.file not in manifest.graphs or stage.file not in manifest.files:
-            raise VtpError(f"stage {stage.name} names '{stage.file}', which the manifest does not describe")
+        _check_stage(stage, manifest)
+    for keep in visual.keep:
+        _check_flow(manifest, keep)
+
+
+def _check_cache(file: str, graph: GraphInfo, longest: int) -> None:
+    kv = graph.kv
+    if kv is None:
+        return
+    _agree(kv.heads > 0 and kv.head_dim > 0 and bool(kv.layers), f"the cache of {file} is empty")
+    _agree(0 < kv.capacity <= longest, f"the cache of {file} has {kv.capacity} places, not 1 to {longest}")
+    for layer in kv.layers:
+        for part in ("key", "value"):
+            past = graph.inputs.get(f"past_key_values.{layer}.{part}")
+            fits = past is not None and past.dtype == kv.dtype and len(past.shape) == 4
+            _agree(fits, f"the cache of {file} does not fit its inputs at layer {layer}")
+
+
+def _check_stage(stage: StageInfo, manifest: Manifest) -> None:
+    if stage.when not in WHEN:
+        raise VtpError(f"stage {stage.name} runs at unknown moment '{stage.when}'; known: {', '.join(WHEN)}")
+    if stage.file not in manifest.graphs:
+        raise VtpError(f"stage {stage.name} names '{stage.file}', which the manifest does not describe")
+    _agree(
+        stage.keep in (None, *manifest.visual.keep), f"stage {stage.name} has the unknown keep {stage.keep}"
+    )
+    graph = manifest.graphs[stage.file]
+    cached = {name for name in graph.inputs if graph.kv and _is_cache(name)}
+    missing = sorted(set(graph.inputs) - set(stage.inputs) - cached)
+    _agree(not missing, f"stage {stage.name} feeds nothing to input {missing}")
+    for name in stage.inputs:
+        _agree(name in graph.inputs, f"stage {stage.name} feeds '{name}', which {stage.file} does not take")
+    for name in stage.outputs:
+        _agree(name in graph.outputs, f"stage {stage.name} reads '{name}', which {stage.file} does not give")
+    _agree(graph.kv is None or "position_ids" in stage.inputs, f"stage {stage.name} has no position_ids")
+
+
+def _is_cache(name: str) -> bool:
+    return name.startswith("past_key_values.") or name in ("seqlens_k", "total_sequence_length")
+
+
+def _check_flow(manifest: Manifest, keep: int) -> None:
+    """Every pipeline tensor is there before a stage reads it, and what the pipeline reads comes out."""
+    known: set[str] = set()
+    for when, given, wanted in (
+        ("image", {"pixel_values"}, set()),
+        ("prefill", {"input_ids", "image_start"}, {"logits", "next_position"}),
+        ("step", {"input_ids", "position_ids"}, {"logits"}),
+    ):
+        known = given if when == "step" else known | given
+        for stage in manifest.stages_for(when, keep):
+            lacking = sorted(set(stage.inputs.values()) - known)
+            _agree(not lacking, f"stage {stage.name} ({when}) reads {lacking} before any stage gives it")
+            known = known | set(stage.outputs.values())
+        _agree(wanted <= known, f"the {when} stages do not give {sorted(wanted)}")
+
+
+def _agree(fits: bool, problem: str) -> None:
+    if not fits:
+        raise VtpError(f"manifest.json contradicts itself: {problem}; export the bundle again")
 
 
 def _build(kind: Any, data: Any, where: str) -> Any:

@@ -24,6 +24,7 @@ from vtp.runtime.text import Detokenizer, Prompt, Prompter, StopStrings
 
 Messages = Sequence[dict[str, Any]]
 DEFAULT_NEW_TOKENS = 128
+TARGET = "ort"  # what this runtime's engines run
 
 
 @dataclass(frozen=True)
@@ -82,9 +83,10 @@ class Pipeline:
 
         Raises VtpError for a bundle that is damaged or cannot run here, UsageError for a bad argument.
         """
-        if threads is not None and (not isinstance(threads, int) or threads < 1):
-            raise UsageError(f"threads {threads!r} is not a whole number of at least 1")
-        return cls(open_bundle(bundle, check_hashes), choose_engine(engine), threads, reuse_image)
+        threads = None if threads is None else _whole("threads", threads)
+        opened = open_bundle(bundle, check_hashes)
+        _check_target(opened.manifest.target)
+        return cls(opened, choose_engine(engine, opened.manifest.dtype), threads, reuse_image)
 
     def generate(
         self,
@@ -97,7 +99,7 @@ class Pipeline:
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int | None = None,
-        stop: str | Sequence[str] = (),
+        stop: str | Sequence[str] | None = None,
     ) -> Result:
         """Answer a prompt about a picture.
 
@@ -139,7 +141,7 @@ class Pipeline:
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int | None = None,
-        stop: str | Sequence[str] = (),
+        stop: str | Sequence[str] | None = None,
     ) -> Stream:
         """Like `generate`, piece by piece: iterate for text, then read `.result`; `.cancel()` ends it."""
         started, timings = time.perf_counter(), Timings()
@@ -149,7 +151,7 @@ class Pipeline:
             keep=self._keep(keep_tokens),
             max_new_tokens=_whole("max_new_tokens", max_new_tokens),
             sampler=Sampler(temperature=temperature, top_p=top_p, seed=seed),
-            stops=StopStrings(stop),
+            stops=StopStrings(() if stop is None else stop),
             timings=timings,
             started=started,
         )
@@ -186,18 +188,19 @@ class Pipeline:
         with timings.measure("tokenize"):
             if prompt is not None:
                 return self._prompter.encode(self._prompter.messages_for(prompt))
-            return self._prompter.encode(_with_image(messages or ()))
+            assert messages is not None  # by the check above
+            return self._prompter.encode(_with_image(messages))
 
     def _keep(self, wanted: int | None) -> int:
         visual = self.manifest.visual
         keep = visual.default_keep if wanted is None else wanted
-        if keep not in visual.keep or isinstance(keep, bool):
+        if keep not in visual.keep or not _is_whole(keep):
             held = ", ".join(map(str, visual.keep))
             raise UsageError(
                 f"keep_tokens {wanted!r} is not in this bundle, which holds {held}; "
                 "choose one of them, or export with --keep-tokens"
             )
-        return keep
+        return int(keep)
 
     def _check_room(self, request: _Request) -> None:
         """Refuse a prompt that leaves no room for an answer, before anything runs."""
@@ -219,13 +222,17 @@ class Pipeline:
         return self._seen
 
     def _claim(self) -> StageRunner:
-        if self._runner is None:
-            raise VtpError("this pipeline is closed; load the bundle again")
+        runner = self._check_open()
         if not self._busy.acquire(blocking=False):
             raise VtpError(
                 "this pipeline is busy: it serves one generation at a time; finish or cancel the open "
                 "stream, or load one Pipeline per thread"
             )
+        return runner
+
+    def _check_open(self) -> StageRunner:
+        if self._runner is None:
+            raise VtpError("this pipeline is closed; load the bundle again")
         return self._runner
 
 
@@ -233,22 +240,21 @@ class Stream:
     """The pieces of one answer, as they become certain. Iterate it once, then read `result`."""
 
     def __init__(self, pipeline: Pipeline, request: _Request) -> None:
-        self._pipeline = pipeline
-        self._request = request
-        self._cancelled = False
-        self._result: Result | None = None
-        self._pieces = self._run()
+        # The generator knows the answer but not this stream, so no cycle keeps an abandoned stream alive:
+        # when the last reference goes, the pipeline is free.
+        self._answer = _Answer(pipeline, request)
+        self._pieces = self._answer.pieces()
 
     @property
     def result(self) -> Result:
         """The whole answer so far; complete once the iteration ended. VtpError before the first piece."""
-        if self._result is None:
+        if self._answer.result is None:
             raise VtpError("this stream has not started; iterate it first")
-        return self._result
+        return self._answer.result
 
     def cancel(self) -> None:
         """End the answer before the next token; `result` holds what there is. Safe from another thread."""
-        self._cancelled = True
+        self._answer.cancelled = True
 
     def close(self) -> None:
         """Give the pipeline back without finishing."""
@@ -260,24 +266,36 @@ class Stream:
     def __next__(self) -> str:
         return next(self._pieces)
 
-    def _run(self) -> Generator[str, None, None]:  # a generator: leaving it by any door frees the pipeline
+
+class _Answer:
+    """One generation under way: its pieces of text, and the result that they add up to."""
+
+    def __init__(self, pipeline: Pipeline, request: _Request) -> None:
+        self.cancelled = False
+        self.result: Result | None = None
+        self._pipeline = pipeline
+        self._request = request
+
+    def pieces(self) -> Generator[str, None, None]:
+        """Generate; a generator, since leaving it by any door frees the pipeline."""
         runner = self._pipeline._claim()
         try:
-            yield from self._answer(runner)
+            yield from self._generate(runner)
         finally:
             self._pipeline._busy.release()
 
-    def _answer(self, runner: StageRunner) -> Iterator[str]:
+    def _generate(self, runner: StageRunner) -> Iterator[str]:
         request = self._request
-        if self._cancelled:
-            self._result = self._empty_result()
+        result = self._empty_result()
+        if self.cancelled:
+            self.result = result
             return
-        logits, position = self._prefill(runner)
-        detokenizer = Detokenizer(self._pipeline._prompter)
-        stops, result = request.stops, self.result
+        logits, position = self._prefill(runner, result)
+        self.result = result
+        detokenizer, stops = Detokenizer(self._pipeline._prompter), request.stops
         while True:
             token = request.sampler.pick(logits)
-            self._count_token(token)
+            self._count_token(result, token)
             if token in self._pipeline.manifest.text.eos_token_ids:
                 result.finish_reason = "eos"
                 break
@@ -285,7 +303,7 @@ class Stream:
             if piece:
                 result.text += piece
                 yield piece
-            if reason := self._reason_to_stop(stops, runner):
+            if reason := self._reason_to_stop(result, runner.room(), position):
                 result.finish_reason = reason
                 break
             logits = runner.step(request.keep, token, position)
@@ -297,17 +315,20 @@ class Stream:
             if stops.hit:
                 result.finish_reason = "stop"
 
-    def _reason_to_stop(self, stops: StopStrings, runner: StageRunner) -> str | None:
-        if stops.hit:
+    def _reason_to_stop(self, result: Result, room: int, position: int) -> str | None:
+        """Why the answer ends here; None to go on with a token at `position` while caches have `room`."""
+        if self._request.stops.hit:
             return "stop"
-        if self._cancelled:
+        if self.cancelled:
             return "cancelled"
-        full = len(self.result.token_ids) >= self._request.max_new_tokens or runner.room() < 1
-        return "length" if full else None
+        self._pipeline._check_open()
+        # With original positions a small keep-count leaves room in the caches past the last position.
+        full = room < 1 or position >= self._pipeline.manifest.model.max_length
+        return "length" if full or len(result.token_ids) >= self._request.max_new_tokens else None
 
-    def _count_token(self, token: int) -> None:
+    def _count_token(self, result: Result, token: int) -> None:
         """Note a token and the time it came."""
-        result, now = self.result, (time.perf_counter() - self._request.started) * 1e3
+        now = (time.perf_counter() - self._request.started) * 1e3
         result.token_ids.append(token)
         timings = result.timings
         if len(result.token_ids) == 1:
@@ -316,7 +337,7 @@ class Stream:
             timings.tpot = (now - timings.ttft) / (len(result.token_ids) - 1)
         timings.total = now
 
-    def _prefill(self, runner: StageRunner) -> tuple[np.ndarray, int]:
+    def _prefill(self, runner: StageRunner, result: Result) -> tuple[np.ndarray, int]:
         """Run the image and prompt stages; returns the first logits and the first new token's position."""
         request, engine = self._request, runner.any_engine
         runner.reset()
@@ -326,9 +347,8 @@ class Stream:
         values["input_ids"] = engine.put(np.array([request.prompt.ids], np.int64))
         values["image_start"] = engine.put(np.array([request.prompt.image_start], np.int64))
         runner.run("prefill", request.keep, values, request.timings)
-        self._result = self._empty_result()
         if "keep_indices" in values:
-            self._result.kept = values["keep_indices"].numpy()[0].tolist()
+            result.kept = values["keep_indices"].numpy()[0].tolist()
         return values["logits"].numpy()[0, 0], int(values["next_position"].numpy()[0])
 
     def _empty_result(self) -> Result:
@@ -346,7 +366,7 @@ class Stream:
 
 def _with_image(messages: Messages) -> Messages:
     """Put the picture before the first user turn's words where no turn says where it belongs."""
-    if isinstance(messages, str) or not all(isinstance(turn, dict) for turn in messages):
+    if not isinstance(messages, Sequence) or not all(isinstance(turn, dict) for turn in messages):
         return messages  # malformed: the prompter says how
     parts = [part for turn in messages if isinstance(turn.get("content"), list) for part in turn["content"]]
     if any(isinstance(part, dict) and part.get("type") == "image" for part in parts):
@@ -355,13 +375,26 @@ def _with_image(messages: Messages) -> Messages:
     for turn in turns:
         if turn.get("role") == "user":
             content = turn.get("content")
-            words = [{"type": "text", "text": content}] if isinstance(content, str) else list(content or ())
-            turn["content"] = [{"type": "image"}, *words]
+            words = [{"type": "text", "text": content}] if isinstance(content, str) else content
+            if isinstance(words, list):  # anything else is malformed, as above
+                turn["content"] = [{"type": "image"}, *words]
             break
     return turns
 
 
+def _check_target(target: str) -> None:
+    if target != TARGET:
+        raise VtpError(
+            f"this bundle was made for target '{target}', which no engine here runs; "
+            f"export it again with: vtp-export --target {TARGET}"
+        )
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
 def _whole(name: str, value: int) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    if not _is_whole(value) or value < 1:
         raise UsageError(f"{name} {value!r} is not a whole number of at least 1")
-    return value
+    return int(value)

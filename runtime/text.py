@@ -434,6 +434,8 @@ class StopStrings:
     """
 
     def __init__(self, stops: str | Sequence[str] = ()) -> None:
+        if not isinstance(stops, str | Sequence):
+            raise UsageError(f"stop strings must be text or a list of texts, not {type(stops).__name__}")
         self._stops = (stops,) if isinstance(stops, str) else tuple(stops)
         for stop in self._stops:
             if not isinstance(stop, str) or not stop:

@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vtp.engines import UsageError
+from vtp.engines import UsageError, VtpError
 from vtp.runtime.bundle import Bundle
 from vtp.runtime.console import Parser, Progress, run_command, table
 
 PROG = "vtp-export"
+_LIBRARIES = ("torch", "transformers", "onnx", "onnxscript", "onnx_ir", "safetensors", "onnxruntime")
 _DESCRIPTION = "Split a vision-language model, prune its visual tokens, and write a bundle of ONNX graphs."
 
 
@@ -63,6 +64,17 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
+    try:
+        _list_or_export(args)
+    except ModuleNotFoundError as error:
+        if error.name not in _LIBRARIES:
+            raise
+        raise VtpError(
+            f"{error.name} is not installed, and exporting needs it: pip install 'vtp-edge[export,ort]'"
+        ) from error
+
+
+def _list_or_export(args: argparse.Namespace) -> None:
     if args.list_methods or args.list_families:
         from vtp.export import listing
 

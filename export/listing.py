@@ -24,11 +24,17 @@ def methods() -> list[dict[str, Any]]:
                     "site": method.site,
                     "needs": list(method.needs),
                     "K of 576": method.default_keep(576),
-                    "options": method.options,
+                    "options": _options(method),
                     "paper": method.paper,
                 }
             )
     return rows
+
+
+def _options(method: type[pruners.Pruner]) -> dict[str, Any]:
+    """A method's own options, and the exporter's `positions` where tokens can be renumbered."""
+    at_decoder = pruners.parse_site(method.site)[0] == "decoder"
+    return dict(method.options) if at_decoder else {**method.options, "positions": "compact"}
 
 
 def families() -> list[dict[str, Any]]:

@@ -1,0 +1,78 @@
+"""The built-in model, end to end: bundles against an unmodified transformers model on held-out questions."""
+
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+from vtp.export.exporter import Request, export
+from vtp.export.pruners import find_method
+from vtp.export.reference import reference_generate
+from vtp.runtime import Pipeline
+from vtp.scenes import model_dir
+from vtp.scenes.exam import Item, held_out
+
+NEW_TOKENS = 12
+
+
+@pytest.fixture(scope="module")
+def model() -> LlavaForConditionalGeneration:
+    return LlavaForConditionalGeneration.from_pretrained(model_dir()).eval()
+
+
+@pytest.fixture(scope="module")
+def processor() -> Any:
+    return AutoProcessor.from_pretrained(model_dir())
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("builtin")
+    keep = {"none": None, "vispruner": "64", "adaptprune": "57"}
+    made = [Request(folder / name, method=name, keep_tokens=count) for name, count in keep.items()]
+    return {request.method: export(request).folder for request in made}
+
+
+def encode(processor: Any, item: Item) -> Any:
+    """The question as transformers' own processor encodes it."""
+    content = [{"type": "image"}, {"type": "text", "text": item.prompt}]
+    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    return processor(images=item.image, text=text, return_tensors="pt")
+
+
+def test_unpruned_tokens_equal_transformers_on_held_out_questions(
+    bundles: dict[str, Path], model: LlavaForConditionalGeneration, processor: Any
+) -> None:
+    with Pipeline.load(bundles["none"], reuse_image=True) as pipe:
+        for item in held_out(52, seed=7):
+            inputs = encode(processor, item)
+            with torch.no_grad():
+                wanted = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
+            wanted_ids = wanted[0, inputs.input_ids.shape[1] :].tolist()
+            answer = pipe.generate(item.image, item.prompt, max_new_tokens=NEW_TOKENS)
+            assert answer.token_ids == wanted_ids, item.prompt
+            assert answer.text == processor.decode(wanted_ids, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize(("method", "keep"), [("vispruner", 64), ("adaptprune", 57)])
+def test_pruned_answers_equal_the_torch_reference(
+    method: str, keep: int, bundles: dict[str, Path], processor: Any
+) -> None:
+    eager = LlavaForConditionalGeneration.from_pretrained(model_dir(), attn_implementation="eager").eval()
+    pruner = find_method(method)((24, 24), keep)
+    eos = [eager.generation_config.eos_token_id]
+    with Pipeline.load(bundles[method]) as pipe:
+        for item in islice(held_out(48, seed=8), 0, None, 4):
+            inputs = encode(processor, item)
+            wanted = reference_generate(
+                eager, pruner, inputs.input_ids, inputs.pixel_values, NEW_TOKENS, eos_ids=eos
+            )
+            answer = pipe.generate(item.image, item.prompt, max_new_tokens=NEW_TOKENS)
+            assert answer.kept == wanted.keep_indices.flatten().tolist()
+            assert answer.token_ids == wanted.token_ids
+            assert answer.visual_tokens == (576, keep)

@@ -6,6 +6,7 @@ own and not the reference's.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -175,6 +176,8 @@ def _as_reference(array: np.ndarray) -> Tensor:
 
 def _difference(given: np.ndarray, wanted: np.ndarray, dtype: str) -> float:
     """Largest difference: absolute for float32, relative to the largest wanted value for float16."""
+    if not (np.isfinite(given).all() and np.isfinite(wanted).all()):
+        return math.inf  # NaN would get lost in the first max()
     gap = float(np.abs(given.astype(np.float64) - wanted.astype(np.float64)).max())
     if dtype == "float32":
         return gap
@@ -184,8 +187,8 @@ def _difference(given: np.ndarray, wanted: np.ndarray, dtype: str) -> float:
 # -- end to end ----------------------------------------------------------------------------------------------
 
 
-class _Chosen(Pruner):
-    """Keeps what the bundle kept, so that generation is compared on equal tokens."""
+class Chosen(Pruner):
+    """Keeps what a bundle kept, so that generation is compared on equal tokens."""
 
     def __init__(self, pruner: Pruner, keep_indices: Tensor) -> None:
         self.name, self.site, self.needs = pruner.name, pruner.site, pruner.needs  # type: ignore[misc]
@@ -201,7 +204,7 @@ def _reference(
     model: Checkpoint, case: _Case, pruner: Pruner | None, values: dict[str, Value], bundle: Bundle
 ) -> ReferenceAnswer:
     if pruner is not None:
-        pruner = _Chosen(pruner, torch.from_numpy(values["keep_indices"].numpy()))
+        pruner = Chosen(pruner, torch.from_numpy(values["keep_indices"].numpy()))
     with torch.no_grad():
         return reference_generate(
             model.family.model,

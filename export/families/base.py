@@ -12,6 +12,10 @@ from vtp.export.graphs.modules import Decoder, Projector, Splice, VisionEncoder
 
 # Decoders whose attention, rotary embedding and norms the emitter was held against transformers with.
 DECODERS = ("llama", "mistral", "qwen2", "qwen3")
+# Rotary embeddings whose frequencies depend on the position alone, not on how long the prompt is.
+ROTARY = ("default", "linear", "llama3", "yarn")
+# Rotary embeddings whose frequencies do not depend on how long the prompt is: a graph can hold them.
+ROPES = ("default", "linear", "llama3", "yarn")
 
 
 class Family(ABC):
@@ -31,14 +35,29 @@ class Family(ABC):
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        kind = self.decoder.model.config.model_type
-        if kind not in DECODERS:
-            raise VtpError(f"this model's decoder is '{kind}'; supported decoders: {', '.join(DECODERS)}")
+        self.check_decoder(self.decoder.model.config.model_type)
+        rope = getattr(self.decoder.model.rotary_emb, "rope_type", "default")
+        if rope not in ROPES:
+            raise VtpError(f"this model's rotary embedding is '{rope}'; supported: {', '.join(ROPES)}")
+        rotary = (getattr(self.decoder.model.config, "rope_parameters", None) or {}).get("rope_type", "default")
+        if rotary not in ROTARY:
+            raise VtpError(f"this model's rotary embedding is '{rotary}'; supported: {', '.join(ROTARY)}")
         if self.decoder.head_dim % 8:
             raise VtpError(
                 f"head size {self.decoder.head_dim} is not a multiple of 8, which GroupQueryAttention needs; "
                 "this model cannot be exported for target ort"
             )
+
+    @classmethod
+    @abstractmethod
+    def check(cls, config: dict[str, Any]) -> None:
+        """Raise VtpError for a config.json that the family cannot serve, before its weights are loaded."""
+
+    @staticmethod
+    def check_decoder(kind: str) -> None:
+        """Raise VtpError for a decoder's model_type that is not in DECODERS."""
+        if kind not in DECODERS:
+            raise VtpError(f"this model's decoder is '{kind}'; supported decoders: {', '.join(DECODERS)}")
 
     @property
     @abstractmethod

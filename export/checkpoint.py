@@ -16,6 +16,8 @@ from vtp.runtime.preprocess import ImageSpec, spec_from_processor
 from vtp.runtime.text import TextSpec
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 
 
 @dataclass(frozen=True)
@@ -75,19 +77,31 @@ def read_config(folder: Path) -> dict[str, Any]:
     return _read_json(folder / "config.json", f"{folder} is not a model folder: it has no config.json")
 
 
-def load(folder: Path, dtype: str) -> Checkpoint:
-    """Load a model with transformers in `dtype` and gather what the bundle needs from its folder.
+def check(folder: Path) -> type[Family]:
+    """The family that serves the model in `folder`, found without loading the model.
 
-    Raises VtpError for an unsupported architecture, missing files, or weights that do not fit the config.
+    Raises VtpError for an unsupported architecture and for missing files.
     """
     config = read_config(folder)
-    family_class = find_family(config)
+    family = find_family(config)
+    family.check(config)
     if not any(folder.glob("*.safetensors")):
         raise VtpError(
             f"{folder} has no *.safetensors; vtp loads no pickled weights: convert the model first"
         )
-    model = _load_model(folder, config["architectures"][0], DTYPES[dtype])
-    family = family_class(model)
+    for names, what in ((_TOKENIZERS, "tokenizer"), (_PROCESSORS, "image processor")):
+        if not any((folder / name).is_file() for name in names):
+            raise VtpError(f"{folder} has no {what}: one of {', '.join(names)} is needed beside the weights")
+    return family
+
+
+def load(folder: Path, dtype: str) -> Checkpoint:
+    """Load a model with transformers in `dtype` and gather what the bundle needs from its folder.
+
+    Raises VtpError for what `check` refuses, and for weights that do not fit the config.
+    """
+    family_class = check(folder)
+    family = family_class(_load_model(folder, family_class.architectures[0], DTYPES[dtype]))
     processor = _load_processor(folder)
     image = spec_from_processor(_image_processor(folder))
     if image.fixed_size != family.image_size:
@@ -122,15 +136,17 @@ def _load_model(folder: Path, architecture: str, dtype: torch.dtype) -> Any:
             local_files_only=True,
             attn_implementation="eager",
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below, with the tensor's name
         )
     except Exception as error:  # transformers raises many kinds here, all about this folder
         raise VtpError(f"cannot load the model in {folder}: {_one_line(error)}") from error
-    for problem, advice in (
-        ("missing_keys", "lacks the tensor"),
-        ("mismatched_keys", "has a misshapen tensor"),
-    ):
-        if info[problem]:
-            raise VtpError(f"the checkpoint in {folder} {advice} {sorted(map(str, info[problem]))[0]}")
+    if info["missing_keys"]:
+        raise VtpError(f"the checkpoint in {folder} lacks the tensor {min(map(str, info['missing_keys']))}")
+    if info["mismatched_keys"]:
+        name, given, wanted = min(info["mismatched_keys"])
+        raise VtpError(
+            f"the checkpoint in {folder} has {name} as {list(given)}; its config says {list(wanted)}"
+        )
     if info["unexpected_keys"]:
         extra = sorted(map(str, info["unexpected_keys"]))[0]
         raise VtpError(f"the checkpoint in {folder} has a tensor that its config has no place for: {extra}")
@@ -173,12 +189,15 @@ def _text_spec(folder: Path, processor: Any, family: Family) -> TextSpec:
 def _end_ids(folder: Path, tokenizer: Any) -> list[int]:
     """Every id that ends an answer: generation_config's, else the tokenizer's."""
     path = folder / "generation_config.json"
-    ids = _read_json(path, "").get("eos_token_id") if path.is_file() else None
-    if ids is None:
-        ids = tokenizer.eos_token_id
-    if ids is None:
+    given = _read_json(path, "").get("eos_token_id") if path.is_file() else None
+    if given in (None, []):
+        given = tokenizer.eos_token_id
+    if given is None:
         raise VtpError(f"{folder} names no end-of-sequence token; add eos_token_id to generation_config.json")
-    return [ids] if isinstance(ids, int) else sorted(ids)
+    ids = given if isinstance(given, list) else [given]
+    if not all(isinstance(number, int) for number in ids):
+        raise VtpError(f"eos_token_id of {path} is {given!r}; give an id or a list of ids")
+    return sorted(ids)
 
 
 def _read_json(path: Path, missing: str) -> dict[str, Any]:

@@ -89,7 +89,8 @@ def _export(args: argparse.Namespace) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from vtp.export.exporter import Request, export
 
-    output = Path(args.output or f"bundle-{Path(args.method.partition(':')[0]).stem}")
+    default = f"bundle-{Path(args.method.partition(':')[0]).stem}"
+    output = Path(default if args.output is None else args.output)
     request = Request(
         output=output,
         model=args.model,

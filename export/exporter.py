@@ -10,19 +10,30 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import torch
 
-from vtp.engines import UsageError
+from vtp.engines import UsageError, VtpError
 from vtp.export import checkpoint
 from vtp.export.checkpoint import DTYPES, Checkpoint
+from vtp.export.families.base import Family
 from vtp.export.graphs.attention import emitting
 from vtp.export.graphs.emit import GraphSpec, WeightStore, emit
 from vtp.export.keep import check_keep, keep_for_ratio, parse_keep
-from vtp.export.parity import verify
+from vtp.export.parity import PROMPT, verify
 from vtp.export.plan import Plan, make_plan
 from vtp.export.pruners import NONE, parse_options, parse_site, resolve_method
 from vtp.export.pruners.base import Pruner
 from vtp.runtime.bundle import MANIFEST, Bundle, check_output, describe_files, open_bundle, whole_bundle
-from vtp.runtime.manifest import GraphInfo, Manifest, MethodInfo, ModelInfo, TensorInfo, VisualInfo
+from vtp.runtime.manifest import (
+    TOKENIZER,
+    GraphInfo,
+    Manifest,
+    MethodInfo,
+    ModelInfo,
+    TensorInfo,
+    VisualInfo,
+)
+from vtp.runtime.text import Prompter
 
 TARGETS = ("ort",)
 VERIFY = ("full", "none")
@@ -56,14 +67,17 @@ def export(request: Request, progress: Callable[[str], None] = lambda _: None) -
     _check_request(request)
     check_output(request.output, request.overwrite)
     method, options, positions = _method(request)
+    folder = checkpoint.resolve(request.model)
+    checkpoint.check(folder)
     progress("load the model")
-    model = checkpoint.load(checkpoint.resolve(request.model), request.dtype)
+    model = checkpoint.load(folder, request.dtype)
     pruners = _pruners(request, model, method, options)
     max_length = _max_length(request, model)
     plan = make_plan(model.family, pruners, positions, DTYPES[request.dtype], max_length)
     with whole_bundle(request.output, request.overwrite) as folder:
+        (folder / TOKENIZER).write_text(model.tokenizer_json, encoding="utf-8")
+        _check_prompt(model, folder)
         _emit_graphs(model, plan, folder, progress)
-        (folder / "tokenizer.json").write_text(model.tokenizer_json, encoding="utf-8")
         manifest = _manifest(request, model, plan, pruners, positions, max_length, folder)
         (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
         if request.verify == "full":
@@ -139,7 +153,37 @@ def _pruners(
         raise UsageError(
             f"method {method.name} prunes before decoder layer {layer}, but this model has {layers} layers"
         )
-    return [method(family.grid, keep, **options) for keep in _keep_counts(request, method, count)]
+    pruners = [method(family.grid, keep, **options) for keep in _keep_counts(request, method, count)]
+    for pruner in pruners:
+        _check_choice(pruner, family)
+    return pruners
+
+
+def _check_choice(pruner: Pruner, family: Family) -> None:
+    """Run a pruner once on random cues: what it returns must be K indices, each once, in raster order."""
+    generator = torch.Generator().manual_seed(0)
+    widths = {
+        "attention_scores": (),
+        "image_features": (family.feature_width,),
+        "keys": (family.decoder.kv_heads * family.decoder.head_dim,),
+    }
+    cues = {
+        name: torch.rand(2, pruner.count, *widths.get(name, (family.decoder.width,)), generator=generator)
+        for name in pruner.needs
+    }
+    with torch.no_grad():
+        keep = pruner(**cues)
+    if not isinstance(keep, torch.Tensor) or keep.dtype != torch.int64 or keep.shape != (2, pruner.keep):
+        found = f"{keep.dtype} {list(keep.shape)}" if isinstance(keep, torch.Tensor) else type(keep).__name__
+        raise VtpError(
+            f"method {pruner.name} returns {found}; keep_indices must be torch.int64 [batch, {pruner.keep}]"
+        )
+    inside = int(keep.min()) >= 0 and int(keep.max()) < pruner.count
+    if not inside or not bool((keep[:, 1:] > keep[:, :-1]).all()):
+        raise VtpError(
+            f"method {pruner.name} returns keep_indices that are not ascending, without repeats, within "
+            f"0 to {pruner.count - 1}; sort them"
+        )
 
 
 def _refuse_keep_for_none(request: Request, count: int) -> None:
@@ -161,6 +205,10 @@ def _max_length(request: Request, model: Checkpoint) -> int:
     count = model.family.grid[0] * model.family.grid[1]
     window = getattr(model.family.decoder.model.config, "sliding_window", None)
     most = min(model.max_positions, window or model.max_positions)
+    if most < count + 2:
+        raise VtpError(
+            f"this model knows {most} positions: too few for its {count} visual tokens and some text"
+        )
     if request.max_length is None:
         return min(most, count + ROOM_FOR_TEXT)
     if not count + 2 <= request.max_length <= most:
@@ -169,6 +217,15 @@ def _max_length(request: Request, model: Checkpoint) -> int:
             f"tokens and some text, and this model knows {most} positions"
         )
     return request.max_length
+
+
+def _check_prompt(model: Checkpoint, folder: Path) -> None:
+    """Refuse a tokenizer or chat template that no prompt can go through, before minutes are spent."""
+    try:
+        prompter = Prompter(model.text, folder / TOKENIZER)
+        prompter.encode(prompter.messages_for(PROMPT))
+    except VtpError as error:  # what would be a user's mistake is the model's here
+        raise VtpError(f"the model in {model.folder} cannot be prompted: {error}") from error
 
 
 def _emit_graphs(model: Checkpoint, plan: Plan, folder: Path, progress: Callable[[str], None]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -34,8 +35,8 @@ def run_command(name: str, work: Callable[[], None], debug: bool = False) -> int
         return _fail(name, str(error), error.exit_code, debug)
     except KeyboardInterrupt:
         return _fail(name, "interrupted; nothing was left behind", INTERRUPTED, debug)
-    except BrokenPipeError:
-        sys.stderr.close()
+    except BrokenPipeError:  # the reader left, as in `vtp-run ... | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the flush at exit fails too
         return FAILED
     except MemoryError:
         return _fail(name, "this machine has not enough memory for the model", FAILED, debug)

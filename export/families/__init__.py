@@ -18,7 +18,8 @@ def families() -> list[type[Family]]:
 
 def find_family(config: dict[str, Any]) -> type[Family]:
     """The family of a config.json. Raises VtpError naming the architecture and what is supported."""
-    architectures = config.get("architectures") or []
+    named = config.get("architectures") or []
+    architectures = [str(name) for name in named] if isinstance(named, list) else [str(named)]
     known = {name: family for family in families() for name in family.architectures}
     for name in architectures:
         if name in known:

@@ -24,6 +24,13 @@ class Llava(Family):
     sites = ("vision", "projector", "decoder")
     limits = "one picture per prompt; CLIP or SigLIP tower; one vision_feature_layer"
 
+    @classmethod
+    def check(cls, config: dict[str, Any]) -> None:
+        text, vision = config.get("text_config") or {}, config.get("vision_config") or {}
+        cls.check_decoder(text.get("model_type", "llama"))
+        _check_tower(vision.get("model_type", "clip_vision_model"))
+        _check_layer(config.get("vision_feature_layer", -2))
+
     @property
     def grid(self) -> tuple[int, int]:
         rows, columns = (size // self._vision.patch_size for size in self.image_size)
@@ -63,8 +70,7 @@ class Llava(Family):
 
     def _has_cls(self) -> bool:
         kind, strategy = self._vision.model_type, self.model.config.vision_feature_select_strategy
-        if kind not in _TOWERS:
-            raise VtpError(f"this LLaVA's vision tower is '{kind}'; supported towers: {', '.join(_TOWERS)}")
+        _check_tower(kind)
         fits = (strategy == "default") == (kind == "clip_vision_model")
         if not fits:
             raise VtpError(
@@ -76,12 +82,21 @@ class Llava(Family):
     def _feature_layer(self) -> int:
         """How many encoder layers run: hidden_states[0] is the embedding, [i] comes out of the i-th layer."""
         layer, count = self.model.config.vision_feature_layer, self._vision.num_hidden_layers
-        if not isinstance(layer, int):
-            raise VtpError(f"vision_feature_layer is the list {layer}; only one layer is supported")
+        _check_layer(layer)
         number = layer if layer >= 0 else count + 1 + layer
         if not 1 <= number <= count:
             raise VtpError(f"vision_feature_layer {layer} is not one of the tower's {count} layers")
         return number
+
+
+def _check_tower(kind: str) -> None:
+    if kind not in _TOWERS:
+        raise VtpError(f"this LLaVA's vision tower is '{kind}'; supported towers: {', '.join(_TOWERS)}")
+
+
+def _check_layer(layer: Any) -> None:
+    if not isinstance(layer, int):
+        raise VtpError(f"vision_feature_layer is {layer!r}; only one layer, a whole number, is supported")
 
 
 class _ClipEmbeddings(nn.Module):

@@ -15,6 +15,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
+from vtp.engines import VtpError
 from vtp.export.graphs.optimize import optimize
 from vtp.export.pruners.ops import onnx_translations
 
@@ -99,22 +100,7 @@ class WeightStore:
 
 def emit(spec: GraphSpec, store: WeightStore) -> Path:
     """Trace, translate and write one graph into the store's folder; returns its path."""
-    with _quiet(), torch.no_grad():
-        program = torch.onnx.export(
-            spec.module.eval(),
-            # Clones: torch.export takes two inputs that share a tensor for one.
-            tuple(item.example.clone() for item in spec.inputs),
-            dynamo=True,
-            opset_version=OPSET,
-            input_names=[item.name for item in spec.inputs],
-            output_names=spec.outputs,
-            dynamic_shapes=_dynamic_shapes(spec),
-            custom_translation_table=onnx_translations(),
-            optimize=False,
-            verbose=False,
-        )
-    assert program is not None  # torch's signature: None only for the old exporter
-    model = program.model
+    model = _trace(spec)
     optimize(model, spec.rewrite)
     _strip(model)
     _name_axes(model.graph, spec)
@@ -122,6 +108,32 @@ def emit(spec: GraphSpec, store: WeightStore) -> Path:
     path = store.folder / f"{spec.name}.onnx"
     ir.save(model, path)
     return path
+
+
+def _trace(spec: GraphSpec) -> ir.Model:
+    try:
+        with _quiet(), torch.no_grad():
+            program = torch.onnx.export(
+                spec.module.eval(),
+                # Clones: torch.export takes two inputs that share a tensor for one.
+                tuple(item.example.clone() for item in spec.inputs),
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=[item.name for item in spec.inputs],
+                output_names=spec.outputs,
+                dynamic_shapes=_dynamic_shapes(spec),
+                custom_translation_table=onnx_translations(),
+                optimize=False,
+                verbose=False,
+            )
+    except torch.onnx.OnnxExporterError as error:  # its own text is a page; the cause says what is wrong
+        cause = error.__cause__ or error
+        reason = " ".join(str(cause).split())[:200]
+        raise VtpError(
+            f"graph {spec.name} cannot be exported: {type(cause).__name__}: {reason} (--debug shows where)"
+        ) from error
+    assert program is not None  # torch's signature: None only for the old exporter
+    return program.model
 
 
 def _dynamic_shapes(spec: GraphSpec) -> tuple[Any, ...]:
@@ -180,15 +192,12 @@ def _nodes(model: ir.Model) -> Sequence[ir.Node]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the exporter's warnings from a user's terminal; failures still raise."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "torch.export")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
+    """Keep the exporter's notes from a user's terminal; failures still raise, and say it all."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        logging.disable(before)

@@ -14,8 +14,6 @@ from vtp.export.graphs.modules import Decoder, Projector, Splice, VisionEncoder
 DECODERS = ("llama", "mistral", "qwen2", "qwen3")
 # Rotary embeddings whose frequencies depend on the position alone, not on how long the prompt is.
 ROTARY = ("default", "linear", "llama3", "yarn")
-# Rotary embeddings whose frequencies do not depend on how long the prompt is: a graph can hold them.
-ROPES = ("default", "linear", "llama3", "yarn")
 
 
 class Family(ABC):
@@ -36,9 +34,6 @@ class Family(ABC):
     def __init__(self, model: Any) -> None:
         self.model = model
         self.check_decoder(self.decoder.model.config.model_type)
-        rope = getattr(self.decoder.model.rotary_emb, "rope_type", "default")
-        if rope not in ROPES:
-            raise VtpError(f"this model's rotary embedding is '{rope}'; supported: {', '.join(ROPES)}")
         rotary = (getattr(self.decoder.model.config, "rope_parameters", None) or {}).get("rope_type", "default")
         if rotary not in ROTARY:
             raise VtpError(f"this model's rotary embedding is '{rotary}'; supported: {', '.join(ROTARY)}")

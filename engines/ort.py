@@ -40,7 +40,8 @@ class OrtValue:
 
     def numpy(self) -> np.ndarray:
         """Copy the tensor to the host."""
-        return self.raw.numpy()
+        # On the CPU, ONNX Runtime gives a view, into memory that it frees with the value.
+        return np.array(self.raw.numpy())
 
     def update(self, array: np.ndarray) -> None:
         """Overwrite the tensor in place; VtpError for another shape or dtype (ONNX Runtime counts bytes)."""

@@ -1,0 +1,87 @@
+"""Which engine runs: decisions with their reasons, whatever this machine has."""
+
+from __future__ import annotations
+
+import builtins
+from collections.abc import Callable
+
+import pytest
+
+from vtp.engines import AUTO, UsageError, VtpError, choose_engine, engine_names
+from vtp.engines.choose import installed_providers
+
+CPU = ["CPUExecutionProvider"]
+GPU = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
+
+
+def probe(providers: list[str] | None) -> Callable[[], list[str] | None]:
+    return lambda: providers
+
+
+def test_auto_takes_the_cpu_without_cuda_and_says_why() -> None:
+    choice = choose_engine(AUTO, probe=probe(CPU))
+    assert choice.engine == "ort-cpu"
+    assert [(one.engine, one.accepted) for one in choice.decisions] == [
+        ("ort-cuda", False),
+        ("ort-cpu", True),
+    ]
+    assert "vtp-edge[ort-gpu]" in choice.decisions[0].reason
+
+
+def test_auto_takes_cuda_for_float16() -> None:
+    assert choose_engine(AUTO, "float16", probe(GPU)).engine == "ort-cuda"
+
+
+def test_auto_leaves_float32_to_the_cpu() -> None:
+    choice = choose_engine(AUTO, "float32", probe(GPU))
+    assert choice.engine == "ort-cpu"
+    assert "--dtype float16" in choice.decisions[0].reason
+
+
+@pytest.mark.parametrize("wanted", [AUTO, "ort-cpu", "ort-cuda"])
+def test_no_onnxruntime_names_the_extra(wanted: str) -> None:
+    with pytest.raises(VtpError, match=r"not installed: pip install 'vtp-edge\[ort\]'"):
+        choose_engine(wanted, probe=probe(None))
+
+
+def test_cuda_asked_for_without_cuda_names_the_extra() -> None:
+    with pytest.raises(VtpError, match=r"'ort-cuda' cannot run here: .*'vtp-edge\[ort-gpu\]'") as caught:
+        choose_engine("ort-cuda", probe=probe(CPU))
+    assert caught.value.exit_code == 1
+
+
+def test_cuda_asked_for_with_float32_names_the_export_flag() -> None:
+    with pytest.raises(VtpError, match="--dtype float16"):
+        choose_engine("ort-cuda", "float32", probe(GPU))
+
+
+def test_asked_for_by_name_other_engines_are_not_judged() -> None:
+    assert [one.engine for one in choose_engine("ort-cpu", probe=probe(GPU)).decisions] == ["ort-cpu"]
+
+
+def test_unknown_engine_suggests_the_nearest_before_probing() -> None:
+    def never() -> None:
+        raise AssertionError("probed")
+
+    with pytest.raises(UsageError, match="unknown engine 'ort-gpu'; did you mean 'ort-cpu'") as caught:
+        choose_engine("ort-gpu", probe=never)
+    assert all(name in str(caught.value) for name in engine_names())
+    assert "\n" not in str(caught.value)
+
+
+def test_this_machine_has_the_cpu_provider() -> None:
+    assert "CPUExecutionProvider" in (installed_providers() or [])
+
+
+def test_a_broken_onnxruntime_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def fail(name: str, *args: object, **kwargs: object) -> object:
+        if name == "onnxruntime":
+            raise ImportError("libcudart.so.13:\n cannot open")
+        return real(name, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(builtins, "__import__", fail)
+    with pytest.raises(VtpError, match="does not import") as caught:
+        installed_providers()
+    assert "\n" not in str(caught.value)

@@ -76,7 +76,7 @@ def is_inside(name: str) -> bool:
     parts = PurePosixPath(name).parts
     absolute = PurePosixPath(name).is_absolute() or PureWindowsPath(name).is_absolute()
     windows = PureWindowsPath(name)
-    return bool(parts) and not absolute and not windows.drive and ".." not in (*parts, *windows.parts)
+    return bool(parts) and not absolute and not windows.anchor and ".." not in (*parts, *windows.parts)
 
 
 def sha256(path: Path) -> str:

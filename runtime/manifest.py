@@ -262,9 +262,12 @@ def _build(kind: Any, data: Any, where: str) -> Any:
 
 
 def _build_union(choices: tuple[Any, ...], data: Any, where: str) -> Any:
+    if data is None and type(None) in choices:
+        return None
     for choice in choices:
         try:
-            return _build(choice, data, where)
+            if choice is not type(None):
+                return _build(choice, data, where)
         except VtpError as error:
             last = error
     raise last

@@ -22,36 +22,46 @@ from vtp.export import pruners
 from vtp.export.pruners import ops
 from vtp.export.pruners.base import Pruner
 
-from .numpy_pruners import REFERENCES, vispruner
+from .numpy_pruners import vispruner
+from .numpy_pruners_more import MARGINS, REFERENCES
 
 METHODS = pruners.method_names()[1:]
 WIDTH = 16  # of features and keys
 
 # Below this gap between unequal numbers, engines' rounding may decide on arbitrary floats; -1: never.
-MARGIN = {"adaptprune": 2e-6}
+MARGIN = {"adaptprune": 2e-6, **MARGINS}
 
 # Every operator that a pruner's graph may hold: standard, of fixed output shape, no control flow.
 ALLOWED = [
     "Abs",
     "Add",
     "ArgMax",
+    "ArgMin",
     "Cast",
     "Clip",
     "Concat",
     "Constant",
     "ConstantOfShape",
     "Div",
+    "Equal",
     "Exp",
     "Expand",
+    "Floor",
     "Gather",
     "GatherElements",
+    "Greater",
+    "Less",
     "MatMul",
     "Max",
     "Mul",
+    "Neg",
     "Pad",
+    "Pow",
     "Range",
     "ReduceL2",
     "ReduceMax",
+    "ReduceSum",
+    "Relu",
     "Reshape",
     "ScatterElements",
     "Shape",
@@ -62,6 +72,7 @@ ALLOWED = [
     "TopK",
     "Transpose",
     "Unsqueeze",
+    "Where",
 ]
 
 
@@ -96,6 +107,10 @@ CASES = {
         Case((1, 9), 4),
         Case((6, 5), 12, {"radius": 1.5, "sigma_space": 3.0, "sigma_feature": 0.5}),
     ],
+    "fastervlm": ANY[:2],  # the selection of fastv
+    "scope": [*ANY, Case((5, 6), 7, {"alpha": 2.0})],
+    "holov": [*ANY, Case((5, 5), 20, {"crops": 8, "alpha": 2.0})],  # quotas above a crop's length
+    "dart": [*ANY, Case((3, 7), 9, {"pivots": 4})],
 }
 ALL = [pytest.param(name, case, id=f"{name}-{case}") for name in METHODS for case in CASES.get(name, ANY)]
 
@@ -196,7 +211,7 @@ def lattice(case: Case, batch: int, seed: int, levels: int = 4, kinds: int = 5) 
     kind = rng.integers(0, kinds, (batch, count))
     features = codes[kind] * scale
     keys = np.eye(WIDTH)[kind % WIDTH] * scale
-    return typed(case, image_features=features, attention_scores=scores, keys=keys)
+    return typed(case, features, scores, keys)
 
 
 def continuous(case: Case, batch: int, seed: int) -> dict[str, np.ndarray]:
@@ -209,15 +224,13 @@ def continuous(case: Case, batch: int, seed: int) -> dict[str, np.ndarray]:
         twin = rows[:, 0] + 0.01 * rng.standard_normal((batch, WIDTH))
         rows[:, count // 2] = 1.5 * twin
     scores = rng.random((batch, count)) ** 3
-    return typed(case, image_features=features, attention_scores=scores, keys=keys)
+    return typed(case, features, scores, keys)
 
 
-def typed(case: Case, **cues: np.ndarray) -> dict[str, np.ndarray]:
-    """Scores are float32 always, the rest in the model's dtype."""
-    return {
-        name: value.astype(np.float32 if name == "attention_scores" else case.dtype)
-        for name, value in cues.items()
-    }
+def typed(case: Case, features: np.ndarray, scores: np.ndarray, keys: np.ndarray) -> dict[str, np.ndarray]:
+    """Every cue by name: scores are float32 always, the rest in the model's dtype."""
+    rows = dict.fromkeys(("image_features", "image_embeds", "hidden_states"), features.astype(case.dtype))
+    return {**rows, "attention_scores": scores.astype(np.float32), "keys": keys.astype(case.dtype)}
 
 
 # -- the three agree -----------------------------------------------------------------------------------------
@@ -439,7 +452,7 @@ def test_bad_option_strings_are_refused_in_one_line(name, texts, words):
 
 def test_registry_lists_files_and_none():
     folder = Path(pruners.__file__).parent
-    files = {file.stem for file in folder.glob("*.py")} - {"__init__", "base", "ops"}
+    files = {file.stem for file in folder.glob("*.py")} - {"__init__", "base", "greedy", "ops"}
     assert pruners.method_names() == ["none", *sorted(files)]
     assert {"random", "uniform", "fastv", "vispruner", "adaptprune"} <= files
 

@@ -1,0 +1,143 @@
+"""Greedy selection over a matrix of likenesses: K picks, each changing what the next one is worth.
+
+Two rules: `farthest` takes the token least like those picked, `cover` the one that represents most of the
+picture. Each is an operator with its own ONNX form, for traced from torch the K unrolled steps cost many
+times more export time. Ties go to the lower index.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vtp.export.pruners import ops
+
+
+def cosines(rows: Tensor) -> Tensor:
+    """Cosines float32 [B,N,N] of all pairs of rows [B,N,C]; 0 for a zero row."""
+    rows = ops.normalize(rows)
+    return torch.matmul(rows, rows.transpose(1, 2))
+
+
+# -- farthest first ------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("vtp::farthest", mutates_args=())
+def farthest(likeness: Tensor, keep: int) -> Tensor:
+    """Picks [B,keep] in order of picking, from likenesses float32 [B,N,N] (the diagonal is not read).
+
+    First the token whose nearest other token is farthest; then, each time, the token whose nearest pick
+    is farthest.
+    """
+    chosen = []
+    for table in likeness:
+        best = int(table.clone().fill_diagonal_(-torch.inf).amax(dim=1).argmin())
+        table = table.clone().fill_diagonal_(torch.inf)  # a pick is infinitely like itself: never again
+        nearest, picks = table[best], [best]
+        while len(picks) < keep:
+            best = int(nearest.argmin())
+            nearest = torch.maximum(nearest, table[best])
+            picks.append(best)
+        chosen.append(picks)
+    return torch.tensor(chosen, dtype=torch.int64, device=likeness.device).reshape(-1, keep)
+
+
+@farthest.register_fake
+def _(likeness: Tensor, keep: int) -> Tensor:
+    return likeness.new_empty((likeness.shape[0], keep), dtype=torch.int64)
+
+
+@ops.translates(torch.ops.vtp.farthest.default)
+def _(likeness: Any, keep: int) -> Any:
+    """Four nodes a pick: ArgMin, Add, Gather, Max."""
+    op, count = ops.onnx_ops(), likeness.shape[1]
+    own = _diagonal(op, count)
+    nearest = op.ReduceMax(op.Where(own, _number(op, -np.inf), likeness), _axes(op, 2), keepdims=0)
+    lines, first = _lines(op, op.Where(own, _number(op, np.inf), likeness), count)
+    nearest = op.Unsqueeze(nearest, _axes(op, 1))  # [B,1,N], as lines are gathered
+    picks = [op.ArgMin(nearest, axis=2, keepdims=0)]
+    for step in range(1, keep):
+        line = op.Gather(lines, op.Add(picks[-1], first), axis=0)
+        nearest = line if step == 1 else op.Max(nearest, line)
+        picks.append(op.ArgMin(nearest, axis=2, keepdims=0))
+    return op.Concat(*picks, axis=1)
+
+
+# -- coverage ------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("vtp::cover", mutates_args=())
+def cover(likeness: Tensor, weights: Tensor, keep: int) -> Tensor:
+    """Picks [B,keep] in order of picking, from likenesses float32 [B,N,N] and weights float32 [B,N].
+
+    A token is covered as far as its likest pick is like it, 0 without picks. Each time the token is
+    picked whose weight times the coverage it would add, summed over all tokens, is highest.
+    """
+    chosen = []
+    for table, weight in zip(likeness, weights, strict=True):
+        covered, taken = torch.zeros_like(weight), torch.zeros_like(weight)
+        picks: list[int] = []
+        while len(picks) < keep:
+            gain = (table - covered).clamp_min(0).sum(dim=1)
+            best = int((gain * weight + taken).argmax())
+            covered = torch.maximum(covered, table[best])
+            taken[best] = -torch.inf
+            picks.append(best)
+        chosen.append(picks)
+    return torch.tensor(chosen, dtype=torch.int64, device=likeness.device).reshape(-1, keep)
+
+
+@cover.register_fake
+def _(likeness: Tensor, weights: Tensor, keep: int) -> Tensor:
+    return likeness.new_empty((likeness.shape[0], keep), dtype=torch.int64)
+
+
+@ops.translates(torch.ops.vtp.cover.default)
+def _(likeness: Any, weights: Any, keep: int) -> Any:
+    """Ten nodes a pick, three of which pass over the whole matrix."""
+    op, count = ops.onnx_ops(), likeness.shape[1]
+    lines, first = _lines(op, likeness, count)
+    taken = op.Sub(weights, weights)  # [B,N] of 0, -inf for a pick
+    covered = op.Unsqueeze(taken, _axes(op, 1))  # [B,1,N]
+    gone = op.Expand(_number(op, -np.inf), op.Concat(_batch(op, likeness), _axes(op, 1), axis=0))
+    picks: list[Any] = []
+    for step in range(keep):
+        if step:
+            covered = op.Max(covered, op.Gather(lines, op.Add(picks[-1], first), axis=0))
+            taken = op.ScatterElements(taken, picks[-1], gone, axis=1)
+        more = op.ReduceSum(op.Relu(op.Sub(likeness, covered)), _axes(op, 2), keepdims=0)
+        picks.append(op.ArgMax(op.Add(op.Mul(more, weights), taken), axis=1, keepdims=1))
+    return op.Concat(*picks, axis=1)
+
+
+# -- what both graphs need -----------------------------------------------------------------------------------
+
+
+def _number(op: Any, value: float) -> Any:
+    return op.Constant(value_float=value)
+
+
+def _axes(op: Any, *axes: int) -> Any:
+    return op.Constant(value_ints=list(axes))
+
+
+def _batch(op: Any, table: Any) -> Any:
+    """The batch size, int64 [1]."""
+    return op.Shape(table, start=0, end=1)
+
+
+def _diagonal(op: Any, count: int) -> Any:
+    """Bool [count,count], true where row and column are the same token; made when run: N numbers on disk."""
+    places = op.Constant(value_ints=list(range(count)))
+    return op.Equal(op.Unsqueeze(places, _axes(op, 1)), places)
+
+
+def _lines(op: Any, table: Any, count: int) -> tuple[Any, Any]:
+    """All lines of table [B,N,N] as [B·N,N], and the number of each picture's first line, int64 [B,1]."""
+    nought, step = op.Constant(value_int=0), op.Constant(value_int=1)
+    pictures = op.Range(nought, op.Squeeze(_batch(op, table)), step)
+    first = op.Mul(op.Unsqueeze(pictures, _axes(op, 1)), _axes(op, count))
+    return op.Reshape(table, _axes(op, -1, count)), first

@@ -8,11 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import LlavaForConditionalGeneration
+from transformers import LlamaModel, LlavaForConditionalGeneration
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from vtp.scenes.checkpoint import Run
 from vtp.scenes.generator import KINDS
-from vtp.scenes.mixed import half_precision
+from vtp.scenes.labels import shows_thing
+from vtp.scenes.mixed import attend, half_precision
 from vtp.scenes.packing import SKIP, Packed, masks, pack
 from vtp.scenes.pool import Pool
 
@@ -25,7 +27,8 @@ class Stage:
     """One step of the decoder's curriculum: it ends at `goal` or after `steps`.
 
     `goal` bounds the mean accuracy over all kinds. `batch` is the number of pictures of 336 pixels; smaller
-    ones come in larger batches.
+    ones come in larger batches. A `loose` stage crowds small pictures, and squeezes the places of the visual
+    tokens in half of its batches, so that the model reads pictures by content and not by place.
     """
 
     name: str
@@ -36,37 +39,51 @@ class Stage:
     rate: float
     goal: float
     steps: int
+    loose: bool = False
 
 
 STAGES = (
-    Stage("bare-168", (168,), (1, 4), "bare", 16, 2e-3, 0.95, 2500),
-    Stage("full-168", (168,), (1, 6), "full", 16, 1.5e-3, 0.93, 1500),
-    Stage("full-252", (252, 168), (2, 6), "full", 16, 1.5e-3, 0.93, 1200),
-    Stage("full-336", (336, 224), (3, 6), "full", 16, 1.5e-3, 0.95, 1200),
-    Stage("chat", (336, 168, 336, 224, 280, 336, 140, 308), (3, 6), "chat", 16, 1.5e-3, 2.0, 3000),
+    Stage("bare-168", (168,), (1, 4), "bare", 16, 2e-3, 0.92, 2500),
+    Stage("full-168", (168,), (1, 6), "full", 16, 1.5e-3, 0.88, 1500),
+    Stage("full-252", (252, 168), (2, 6), "full", 12, 1.5e-3, 0.88, 1200),
+    Stage("chat", (336, 168, 280, 224, 336, 140, 252, 308), (3, 6), "chat", 12, 1.5e-3, 1.0, 300),
+    Stage("loose", (336, 168, 336, 224, 336, 112, 336, 280), (2, 6), "chat", 12, 1.5e-3, 2.0, 900, True),
 )
 
 
 def answer_logits(
-    model: LlavaForConditionalGeneration, features: Tensor, packed: Packed
+    model: LlavaForConditionalGeneration, features: Tensor, packed: Packed, squeeze: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """Logits [A, V] at every position that has a label, and those labels [A]."""
     inner = model.model
     embed = inner.language_model.embed_tokens
     visual = inner.multi_modal_projector(features)
-    _, questions, length = packed.blocks.shape
     parts = [embed(packed.prefix), visual, embed(packed.middle), embed(packed.blocks.flatten(1))]
     shared = sum(part.shape[1] for part in parts[:-1])
-    mask, positions = masks(shared, questions, length)
-    hidden = inner.language_model(
-        inputs_embeds=torch.cat([p.float() for p in parts], 1),
-        attention_mask=mask,
-        position_ids=positions,
-        use_cache=False,
-        shared=shared,
-    ).last_hidden_state[:, shared:]
+    mask, positions = masks(packed, visual.shape[1], squeeze)
+    hidden = _decode(inner.language_model, torch.cat([p.float() for p in parts], 1), mask, positions, shared)
     wanted = packed.labels.flatten(1) != SKIP
     return model.lm_head(hidden[wanted]).float(), packed.labels.flatten(1)[wanted]
+
+
+def _decode(decoder: LlamaModel, hidden: Tensor, mask: Tensor, positions: Tensor, shared: int) -> Tensor:
+    """Final hidden states [B, S - shared, C] of the blocks; the last layer skips all other queries."""
+    turns = decoder.rotary_emb(hidden, positions)
+    *layers, last = decoder.layers
+    for layer in layers:
+        hidden = layer(
+            hidden, attention_mask=mask, position_embeddings=turns, position_ids=positions, shared=shared
+        )
+    attention, normed = last.self_attn, last.input_layernorm(hidden)
+    heads = (*hidden.shape[:2], -1, attention.head_dim)
+    query, key, value = (
+        project(normed).view(heads).transpose(1, 2)
+        for project in (attention.q_proj, attention.k_proj, attention.v_proj)
+    )
+    query, key = apply_rotary_pos_emb(query, key, *turns)
+    looked, _ = attend(attention, query[:, :, shared:], key, value, mask[:, :, shared:], attention.scaling)
+    hidden = hidden[:, shared:] + attention.o_proj(looked.flatten(2))
+    return decoder.norm(hidden + last.mlp(last.post_attention_layernorm(hidden)))
 
 
 class Tally:
@@ -102,6 +119,8 @@ def train_decoder(
     if "model" in state:
         model.load_state_dict(state["model"])
     pool = Pool(tower, state["picture"])
+    if "model" not in state:
+        _fit_projector(model, pool, np.random.default_rng(seed))
     for number in range(state["stage"], len(STAGES)):
         resumed = state if number == state["stage"] else {"step": 0}
         _train_stage(model, pool, run, number, resumed, seed)
@@ -110,6 +129,21 @@ def train_decoder(
         )
         if 336 in STAGES[number].sizes:
             publish(model)
+
+
+@torch.no_grad()
+def _fit_projector(model: LlavaForConditionalGeneration, pool: Pool, rng: np.random.Generator) -> None:
+    """Start the projector at unit scale for patches that show things; ground is far larger."""
+    encoded = pool.sample(168, (2, 3), 64, 64, rng)
+    features = torch.stack([e.features for e in encoded]).float()
+    on_thing = torch.from_numpy(np.stack([shows_thing(e.picture) for e in encoded]))
+    things = features[on_thing]
+    projector = model.model.multi_modal_projector
+    width = things.shape[1]
+    nn.init.normal_(projector.linear_1.weight, std=width**-0.5)
+    projector.linear_1.weight /= things.std(0)
+    projector.linear_1.bias.copy_(-projector.linear_1.weight @ things.mean(0))
+    nn.init.normal_(projector.linear_2.weight, std=width**-0.5)
 
 
 def _train_stage(
@@ -158,10 +192,13 @@ def _step(
     """Forward and backward pass of one batch; returns its loss."""
     size = stage.sizes[step % len(stage.sizes)]
     number = min(3 * stage.batch, round(stage.batch * (336 / size) ** 1.6))
-    encoded = pool.sample(size, stage.objects, number, max(2, stage.batch // 4), rng)
+    encoded = pool.sample(size, stage.objects, number, stage.batch // 2, rng, 0.7 if stage.loose else 1.2)
     packed = pack([e.picture for e in encoded], QUESTIONS, stage.style, rng)
+    squeeze = float(rng.uniform(0.1, 1.0)) if stage.loose and rng.random() < 0.5 else 1.0
     with half_precision():
-        logits, labels = answer_logits(model, torch.stack([e.features for e in encoded]).float(), packed)
+        logits, labels = answer_logits(
+            model, torch.stack([e.features for e in encoded]).float(), packed, squeeze
+        )
     loss = F.cross_entropy(logits, labels)
     loss.backward()
     tally.add(logits.detach(), labels, packed)
@@ -169,6 +206,6 @@ def _step(
 
 
 def _pace(step: int, stage: Stage) -> float:
-    """Warm up over 100 steps; the last stage also decays to zero over its second half."""
+    """Warm up over 100 steps; the last stage also decays to zero."""
     warm = min(1.0, (step + 1) / 100)
-    return warm if stage.goal <= 1 else warm * min(1.0, 2 * (1 - step / stage.steps) + 0.01)
+    return warm if stage.goal <= 1 else warm * (1.01 - step / stage.steps)

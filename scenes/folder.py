@@ -24,7 +24,8 @@ SPECIALS = ("<pad>", "<s>", "</s>", "<image>")
 PAD, BOS, EOS, IMAGE = range(4)
 VOCABULARY = 512
 _GRAMMAR = (
-    "what how many where is the shape color are there a an and or not in on of picture top bottom left right "
+    "what how many where is the shape color are there a an and or not in on of picture "
+    "top bottom left right northwest northeast southwest southeast "
     "0 1 2 3 4 5 6 7 8 9 you it this please hello yes no ? . , !"
 )
 
@@ -121,10 +122,16 @@ def build_config() -> LlavaConfig:
 
 
 def build_model(seed: int = 0) -> LlavaForConditionalGeneration:
-    """A randomly initialised model; its embeddings start wide (std 0.5): binding takes far longer without."""
+    """A randomly initialised model, wider than transformers' 0.02: binding takes far longer from there."""
     torch.manual_seed(seed)
     model = LlavaForConditionalGeneration(build_config())
-    torch.nn.init.normal_(model.model.language_model.embed_tokens.weight, std=0.5)
+    decoder = model.model.language_model
+    torch.nn.init.normal_(decoder.embed_tokens.weight, std=0.5)
+    for name, weight in decoder.layers.named_parameters():
+        if weight.ndim == 2:
+            torch.nn.init.normal_(
+                weight, std=0.04 if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.09
+            )
     model.generation_config = GenerationConfig(
         bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD, do_sample=False, max_new_tokens=16
     )

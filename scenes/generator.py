@@ -24,7 +24,7 @@ COLORS: dict[str, tuple[int, int, int]] = {
     "pink": (250, 135, 195),
 }
 KINDS = ("shape", "color", "count", "where")
-PLACES = ("top left", "top right", "bottom left", "bottom right")
+PLACES = ("northwest", "northeast", "southwest", "southeast")
 HELD_OUT = 1 << 40
 PATCH = 14
 SIZES = tuple(range(168, 337, 28))
@@ -126,7 +126,7 @@ def unique_words(picture: Picture) -> dict[str, Thing]:
 def place(picture: Picture, thing: Thing) -> str:
     """The quarter of the picture that holds the centre of `thing`, one of `PLACES`."""
     height, width = picture.owner.shape
-    return f"{'top' if thing.y < height / 2 else 'bottom'} {'left' if thing.x < width / 2 else 'right'}"
+    return f"{'north' if thing.y < height / 2 else 'south'}{'west' if thing.x < width / 2 else 'east'}"
 
 
 def _ask_count(picture: Picture, rng: np.random.Generator) -> Question:

@@ -50,6 +50,15 @@ def patch_labels(picture: Picture) -> Labels:
     return Labels(shape, color, centre, anchor, summary.ravel())
 
 
+def shows_thing(picture: Picture) -> np.ndarray:
+    """bool [P]: the patches that hold the centre of a thing (needs no mask)."""
+    grid = picture.owner.shape[0] // PATCH
+    shown = np.zeros(grid * grid, bool)
+    for thing in picture.things:
+        shown[int(thing.y) // PATCH * grid + int(thing.x) // PATCH] = True
+    return shown
+
+
 def _own_centres(grid: int) -> np.ndarray:
     axis = (np.arange(grid, dtype=np.float32) + 0.5) * 2 / grid - 1
     return np.stack([np.tile(axis, grid), np.repeat(axis, grid)], 1)

@@ -22,7 +22,7 @@ def settle_memory() -> None:
 
 def register_attention() -> str:
     """Register attention that runs in float32 under autocast (its bfloat16 backward is four times slower)."""
-    AttentionInterface.register(ATTENTION, _attention)
+    AttentionInterface.register(ATTENTION, attend)
     return ATTENTION
 
 
@@ -31,7 +31,7 @@ def half_precision() -> torch.autocast:
     return torch.autocast("cpu", torch.bfloat16)
 
 
-def _attention(
+def attend(
     module: torch.nn.Module,
     query: Tensor,
     key: Tensor,
@@ -48,12 +48,12 @@ def _attention(
             t.float().repeat_interleave(groups, 1) if groups > 1 else t.float() for t in (key, value)
         )
         query = query.float()
-        attend = F.scaled_dot_product_attention
+        core = F.scaled_dot_product_attention
         if not shared or mask is None:
-            out = attend(query, key, value, attn_mask=mask, scale=scaling)
+            out = core(query, key, value, attn_mask=mask, scale=scaling)
         else:
             seen = slice(None), slice(None), slice(shared)
-            head = attend(query[seen], key[seen], value[seen], is_causal=True, scale=scaling)
-            tail = attend(query[:, :, shared:], key, value, attn_mask=mask[:, :, shared:], scale=scaling)
+            head = core(query[seen], key[seen], value[seen], is_causal=True, scale=scaling)
+            tail = core(query[:, :, shared:], key, value, attn_mask=mask[:, :, shared:], scale=scaling)
             out = torch.cat((head, tail), 2)
     return out.transpose(1, 2), None

@@ -16,6 +16,7 @@ from vtp.scenes.folder import BOS, EOS, PAD, build_tokenizer
 from vtp.scenes.generator import KINDS, Picture, Question, ask
 
 SKIP = -100
+_SHARES = {"chat": (0.2, 0.14, 0.42, 0.24)}  # of each kind: the last two are learned last
 STYLES = ("bare", "full", "chat")
 
 
@@ -55,7 +56,7 @@ def pack(pictures: list[Picture], questions: int, style: str, rng: np.random.Gen
     rows, kinds = [], []
     for picture in pictures:
         for _ in range(questions):
-            asked = [ask(picture, str(rng.choice(KINDS)), rng) for _ in range(turns)]
+            asked = [ask(picture, str(rng.choice(KINDS, p=_SHARES.get(style))), rng) for _ in range(turns)]
             rows.append(_block(asked, style, bool(style == "chat" and rng.random() < 0.1), bool(between)))
             kinds.append(KINDS.index(asked[-1].kind))
     length = max(len(ids) for ids, _ in rows)
@@ -102,11 +103,21 @@ def _filler(length: int, rng: np.random.Generator) -> list[int]:
     return [int(i) for i in rng.integers(EOS + 2, _tokenizer().get_vocab_size(), length)]
 
 
-def masks(shared: int, questions: int, length: int) -> tuple[Tensor, Tensor]:
-    """Mask bool [1, 1, S, S] and positions [1, S] of a row with `shared` positions before the blocks."""
+def masks(packed: Packed, visual: int, squeeze: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Mask bool [1, 1, S, S] and positions [1, S] of rows with `visual` tokens of the picture.
+
+    `squeeze` below 1 lets neighbouring visual tokens share positions, so that the picture takes up fewer:
+    what the model reads off a picture must not hang on how far away its tokens stand.
+    """
+    before, after = packed.prefix.shape[1], packed.middle.shape[1]
+    _, questions, length = packed.blocks.shape
+    shared = before + visual + after
     block = torch.cat((torch.full((shared,), -1), torch.arange(questions).repeat_interleave(length)))
-    total = len(block)
-    causal = torch.ones(total, total, dtype=torch.bool).tril()
+    causal = torch.ones(len(block), len(block), dtype=torch.bool).tril()
     visible = (block[None, :] == -1) | (block[None, :] == block[:, None])
-    positions = torch.cat((torch.arange(shared), shared + torch.arange(length).repeat(questions)))
+    places = before + (torch.arange(visual) * squeeze).long()
+    following = int(places[-1]) + 1 + torch.arange(after + length)
+    positions = torch.cat(
+        (torch.arange(before), places, following[:after], following[after:].repeat(questions))
+    )
     return (causal & visible)[None, None], positions[None]

@@ -29,12 +29,18 @@ class Pool:
         self.entries: dict[tuple[int, int, int], list[Encoded]] = {}
 
     def sample(
-        self, size: int, objects: tuple[int, int], number: int, fresh: int, rng: np.random.Generator
+        self,
+        size: int,
+        objects: tuple[int, int],
+        number: int,
+        fresh: int,
+        rng: np.random.Generator,
+        power: float = 1.2,
     ) -> list[Encoded]:
         """`number` pictures, of which `fresh` are new; all of them while the pool is small."""
-        low, high = objects_for(size, objects)
+        low, high = objects_for(size, objects, power)
         entries = self.entries.setdefault((size, low, high), [])
-        fresh = number if len(entries) < 8 * number else fresh
+        fresh = number if len(entries) < 16 * number else fresh
         entries += self._encode(size, (low, high), fresh)
         del entries[: -self.keep]
         chosen: Iterable[int] = (

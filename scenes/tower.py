@@ -38,7 +38,7 @@ class TowerStage:
 
 STAGES = (
     TowerStage("tower-168", (168,), (1, 3), 48, 1e-3, 0.93, 1800),
-    TowerStage("tower-mix", (336, 168, 336, 224, 336, 280), (3, 6), 24, 1e-3, 2.0, 1400),
+    TowerStage("tower-mix", (336, 168, 336, 224, 336, 280), (3, 6), 24, 1e-3, 2.0, 600),
 )
 
 
@@ -115,9 +115,9 @@ class Stream:
             yield preprocess(np.stack([p for p, _ in picks])), stack([t for _, t in picks])
 
 
-def objects_for(size: int, objects: tuple[int, int]) -> tuple[int, int]:
-    """Fewer things on a smaller picture, so that they fit."""
-    most = max(1, min(objects[1], round(objects[1] * (size / 336) ** 1.2)))
+def objects_for(size: int, objects: tuple[int, int], power: float = 1.2) -> tuple[int, int]:
+    """Fewer things on a smaller picture, so that they fit; a lower `power` crowds them."""
+    most = max(1, min(objects[1], round(objects[1] * (size / 336) ** power)))
     return min(objects[0], most), most
 
 

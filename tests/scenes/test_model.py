@@ -14,7 +14,7 @@ from vtp.scenes import examples_dir, model_dir
 from vtp.scenes.exam import held_out, score
 from vtp.scenes.generator import COLORS, SHAPES
 
-GRAMMAR = "what how many where is the shape color top bottom left right 0 1 2 3 4 5 6 ?"
+GRAMMAR = "what how many where is the shape color northwest northeast southwest southeast 0 1 2 3 4 5 6 ?"
 WORDS = (*SHAPES, *COLORS, *GRAMMAR.split())
 
 

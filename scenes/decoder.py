@@ -69,8 +69,9 @@ def answer_logits(
 def _decode(decoder: LlamaModel, hidden: Tensor, mask: Tensor, positions: Tensor, shared: int) -> Tensor:
     """Final hidden states [B, S - shared, C] of the blocks; the last layer skips all other queries."""
     turns = decoder.rotary_emb(hidden, positions)
-    *layers, last = decoder.layers
-    for layer in layers:
+    layers: list[Any] = list(decoder.layers)
+    *front, last = layers
+    for layer in front:
         hidden = layer(
             hidden, attention_mask=mask, position_embeddings=turns, position_ids=positions, shared=shared
         )

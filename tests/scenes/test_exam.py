@@ -32,7 +32,7 @@ def test_wilson_interval() -> None:
     assert wilson(0, 0) == (0.0, 1.0)
     low, high = wilson(900, 1000)
     assert (round(low, 4), round(high, 4)) == (0.8798, 0.9171)
-    assert wilson(10, 10)[1] == 1.0 and wilson(0, 10)[0] == 0.0
+    assert wilson(10, 10)[1] == pytest.approx(1) and wilson(0, 10)[0] == pytest.approx(0)
 
 
 def test_groups_share_a_picture() -> None:

@@ -119,7 +119,7 @@ def test_the_model_answers_held_out_questions(model, processor) -> None:  # type
 
 def test_the_model_goes_on_in_a_second_turn(model, processor) -> None:  # type: ignore[no-untyped-def]
     right = 0
-    items = list(held_out(24))
+    items = list(held_out(16))
     for first, second in zip(items[::2], items[1::2], strict=True):
         turns = [
             _text("user", first.prompt, image=True),
@@ -131,4 +131,4 @@ def test_the_model_goes_on_in_a_second_turn(model, processor) -> None:  # type: 
         ids = model.generate(**inputs, max_new_tokens=8)
         said = processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         right += said.strip() == second.answer
-    assert right >= 8
+    assert right >= 5

@@ -106,3 +106,13 @@ def test_unfit_options_are_refused(name, options, words):
     with pytest.raises(UsageError, match=words) as refused:
         pruners.find_method(name)((4, 4), 2, **options)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SELECTING)
+def test_a_bundle_of_each_holds_against_torch(tmp_path, model_folder, name):
+    from vtp.export.exporter import Request, export
+
+    source = str(model_folder("gqa"))
+    done = export(Request(tmp_path / "bundle", model=source, method=name, keep_tokens="3,6", verify="full"))
+    assert (done.folder / "manifest.json").is_file()

@@ -34,7 +34,8 @@ class Family(ABC):
     def __init__(self, model: Any) -> None:
         self.model = model
         self.check_decoder(self.decoder.model.config.model_type)
-        rotary = (getattr(self.decoder.model.config, "rope_parameters", None) or {}).get("rope_type", "default")
+        rope = getattr(self.decoder.model.config, "rope_parameters", None) or {}
+        rotary = rope.get("rope_type", "default")
         if rotary not in ROTARY:
             raise VtpError(f"this model's rotary embedding is '{rotary}'; supported: {', '.join(ROTARY)}")
         if self.decoder.head_dim % 8:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
-from transformers import AutoProcessor, LlavaForConditionalGeneration
+from transformers import AutoProcessor, LlavaForConditionalGeneration, Qwen3Config
 
 from vtp.engines import Value, VtpError, open_graph
 from vtp.export import parity
@@ -27,6 +27,7 @@ from vtp.runtime.bundle import Bundle, open_bundle
 from vtp.runtime.result import Timings
 from vtp.runtime.stages import StageRunner
 
+from . import tiny
 from .tiny import IMAGE, pixels, prompt_ids
 
 STEPS = 64
@@ -486,6 +487,29 @@ def test_a_bundle_that_differs_from_torch_is_not_written(
     with pytest.raises(VtpError, match="fidelity check failed"):
         export(request)
     assert list(tmp_path.iterdir()) == []
+
+
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 256}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "method"),
+    [
+        ({"decoder": "qwen3", "layers": 3}, "adaptprune"),
+        ({"rope_parameters": YARN, "layers": 2}, "none"),
+        ({"decoder": "mistral", "sliding_window": 64, "layers": 2}, "none"),
+    ],
+)
+def test_rarer_decoders_pass_the_check_at_export(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], method: str
+) -> None:
+    """Norms on queries and keys, scaled rotary embeddings, a sliding window (which bounds the length)."""
+    monkeypatch.setitem(tiny.DECODERS, "qwen3", (Qwen3Config, {}))
+    tiny.save_tiny(tmp_path / "model", vision_layers=2, **options)
+    manifest = export(Request(tmp_path / "out", model=str(tmp_path / "model"), method=method)).manifest
+    assert all(case["equal"] == case["tokens"] for case in manifest.parity["generation"].values())
+    assert manifest.model.max_length == options.get("sliding_window", 1024)
 
 
 def test_differences_of_nan_are_infinite() -> None:

@@ -12,9 +12,8 @@ Option: r (0.5), the share of important tokens. Default K: 64 of 576, as in the 
 Every length is known at export, so the rounds are unrolled: one Gram matrix, from which each round gathers.
 Departures from the published code, which selects the same set wherever it runs: it fails when the
 residual is odd or a round wants to drop more than A has; here A is then one longer than B, and a round
-drops at most half of the residual. Similarities are float32 whatever the model's dtype (rounded from
-float64, see `cosines`), a zero feature row is similar to nothing instead of NaN, and ties go to the lower
-place.
+drops at most half of the residual. Cosines are float64 (see `cosines`), a zero feature row is similar to
+nothing instead of NaN, and ties go to the lower place.
 """
 
 from __future__ import annotations
@@ -31,6 +30,7 @@ from vtp.export.pruners import ops
 from vtp.export.pruners.base import Pruner
 
 DROP = 8  # tokens dropped in a round, from the published code
+GRAIN = 2.0**40  # cosines are told apart down to 1 / GRAIN
 
 
 class VisPruner(Pruner):
@@ -63,14 +63,16 @@ class VisPruner(Pruner):
         return ops.raster(torch.cat([order[:, : self.important], spread], dim=1))
 
     def cosines(self, rows: Tensor) -> Tensor:
-        """Cosines float32 [B,R,R] of all pairs of rows [B,R,C]; 0 for a zero row.
+        """Cosines [B,R,R] of all pairs of rows [B,R,C]; 0 for a zero row.
 
         A round sorts by them and deals the survivors out anew, so that one swap of near-equals changes
-        every later round. Rounded from float64 they are the same whatever order an engine sums in.
+        every later round. In float64 they come out the same whatever order an engine sums in; the last
+        bits are rounded off, so that equal rows stay equal.
         """
         rows = rows.to(torch.float64 if self.exact else torch.float32)
         rows = rows / rows.norm(dim=2, keepdim=True).clamp_min(1e-12)
-        return torch.matmul(rows, rows.transpose(1, 2)).float()
+        products = torch.matmul(rows, rows.transpose(1, 2))
+        return torch.round(products * GRAIN) / GRAIN if self.exact else products
 
 
 def rounds(count: int, keep: int) -> Iterator[tuple[int, int, int]]:
@@ -83,7 +85,7 @@ def rounds(count: int, keep: int) -> Iterator[tuple[int, int, int]]:
 
 @torch.library.custom_op("vtp::distinct", mutates_args=())
 def distinct(likeness: Tensor, keep: int) -> Tensor:
-    """Which `keep` of R tokens survive the rounds, from their cosines float32 [B,R,R]: numbers [B,keep].
+    """Which `keep` of R tokens survive the rounds, from their cosines [B,R,R]: numbers [B,keep].
 
     An operator with its own ONNX form: traced from torch, the rounds cost some 30 s of export time.
     """
@@ -121,8 +123,8 @@ def _(likeness: Any, keep: int) -> Any:
     batch = op.Squeeze(op.Shape(likeness, start=0, end=1))
     nought, step = op.Constant(value_int=0), op.Constant(value_int=1)
     first = op.Unsqueeze(op.Mul(op.Range(nought, batch, step), size), one)  # of each picture's lines
-    hidden = op.Expand(op.Constant(value_floats=[-np.inf]), wide)
-    clear = op.Expand(op.Constant(value_floats=[0.0]), wide)
+    hidden = op.Expand(op.Cast(op.Constant(value_floats=[-np.inf]), to=likeness.dtype), wide)
+    clear = op.Expand(op.Cast(op.Constant(value_floats=[0.0]), to=likeness.dtype), wide)
     for evens, odds, drop in rounds(count, keep):
         even, odd = op.Slice(left, zero, size, one, two), op.Slice(left, one, size, one, two)
         shown = op.Slice(clear, zero, op.Constant(value_ints=[odds]), one)

@@ -95,10 +95,11 @@ def vispruner(
 
 
 def cosines(rows: np.ndarray) -> list[list[float]]:
-    """Cosine of every pair of rows, rounded to float32; a zero row is at a right angle to everything."""
+    """Cosine of every pair of rows, to 40 binary places; a zero row is at a right angle to everything."""
     rows = rows.astype(np.float64)
     units = [row / (math.sqrt(float(np.dot(row, row))) or 1.0) for row in rows]
-    return np.array([np.dot(units, unit) for unit in units]).astype(np.float32).tolist()
+    products = np.array([np.dot(units, unit) for unit in units])
+    return np.ldexp(np.rint(np.ldexp(products, 40)), -40).tolist()
 
 
 def adaptprune(

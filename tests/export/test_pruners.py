@@ -63,6 +63,7 @@ ALLOWED = [
     "ReduceSum",
     "Relu",
     "Reshape",
+    "Round",
     "ScatterElements",
     "Shape",
     "Slice",

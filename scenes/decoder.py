@@ -128,8 +128,9 @@ def train_decoder(
         run.save(
             {"stage": number + 1, "step": 0, "picture": pool.next, "model": model.state_dict()}, "decoder.pt"
         )
-        if 336 in STAGES[number].sizes:
+        if 336 in STAGES[number].sizes and number + 1 < len(STAGES):
             publish(model)
+    publish(model)
 
 
 @torch.no_grad()

@@ -81,8 +81,8 @@ def build_processor() -> LlavaProcessor:
     )
 
 
-def build_config() -> LlavaConfig:
-    """CLIP tower of 5 layers (the last unused: feature layer -2) and a Llama decoder of 4, both 128 wide."""
+def build_config(layers: int = 4) -> LlavaConfig:
+    """CLIP tower of 5 layers (the last unused: feature layer -2), Llama decoder of `layers`, 128 wide."""
     vision = CLIPVisionConfig(
         hidden_size=128,
         intermediate_size=512,
@@ -97,7 +97,7 @@ def build_config() -> LlavaConfig:
         vocab_size=VOCABULARY,
         hidden_size=128,
         intermediate_size=384,
-        num_hidden_layers=4,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=32,

@@ -8,6 +8,7 @@ from transformers import LlavaForConditionalGeneration
 from vtp.scenes import model_dir
 from vtp.scenes.checkpoint import Run
 from vtp.scenes.decoder import train_decoder
+from vtp.scenes.deepen import deepen
 from vtp.scenes.folder import build_model, save
 from vtp.scenes.mixed import register_attention, settle_memory
 from vtp.scenes.train_tower import train_tower
@@ -37,7 +38,7 @@ def main() -> None:
     train_tower(model.model.vision_tower, run, options.seed)
 
     def publish(trained: LlavaForConditionalGeneration) -> None:
-        save(trained, options.output)
+        save(deepen(trained), options.output)
         run.log(f"wrote {options.output.name}/")
 
     train_decoder(model, run, options.seed, publish)

@@ -132,3 +132,10 @@ def test_the_model_goes_on_in_a_second_turn(model, processor) -> None:  # type: 
         said = processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         right += said.strip() == second.answer
     assert right >= 5
+
+
+def test_the_first_two_decoder_layers_are_quiet(model: LlavaForConditionalGeneration) -> None:
+    """Otherwise the picture would be read before decoder:2, and pruning there would cost nothing."""
+    for layer in model.model.language_model.layers[:2]:
+        assert 0 < layer.self_attn.o_proj.weight.std() < 0.01
+        assert 0 < layer.mlp.down_proj.weight.std() < 0.01

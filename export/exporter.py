@@ -2,37 +2,27 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import onnx
 import torch
 
 from vtp.engines import UsageError, VtpError
 from vtp.export import checkpoint
 from vtp.export.checkpoint import DTYPES, Checkpoint
+from vtp.export.describe import describe
 from vtp.export.families.base import Family
 from vtp.export.graphs.attention import emitting
-from vtp.export.graphs.emit import GraphSpec, WeightStore, emit
+from vtp.export.graphs.emit import WeightStore, emit
 from vtp.export.keep import check_keep, keep_for_ratio, parse_keep
 from vtp.export.parity import PROMPT, verify
 from vtp.export.plan import Plan, make_plan
-from vtp.export.pruners import NONE, parse_options, parse_site, resolve_method
+from vtp.export.pruners import parse_options, parse_site, resolve_method
 from vtp.export.pruners.base import Pruner
-from vtp.runtime.bundle import MANIFEST, Bundle, check_output, describe_files, open_bundle, whole_bundle
-from vtp.runtime.manifest import (
-    TOKENIZER,
-    GraphInfo,
-    Manifest,
-    MethodInfo,
-    ModelInfo,
-    TensorInfo,
-    VisualInfo,
-)
+from vtp.runtime.bundle import MANIFEST, Bundle, check_output, open_bundle, whole_bundle
+from vtp.runtime.manifest import TOKENIZER
 from vtp.runtime.text import Prompter
 
 TARGETS = ("ort",)
@@ -78,7 +68,16 @@ def export(request: Request, progress: Callable[[str], None] = lambda _: None) -
         (folder / TOKENIZER).write_text(model.tokenizer_json, encoding="utf-8")
         _check_prompt(model, folder)
         _emit_graphs(model, plan, folder, progress)
-        manifest = _manifest(request, model, plan, pruners, positions, max_length, folder)
+        manifest = describe(
+            folder,
+            model,
+            plan,
+            pruners,
+            positions=positions,
+            max_length=max_length,
+            target=request.target,
+            dtype=request.dtype,
+        )
         (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
         if request.verify == "full":
             progress("verify against the torch model")
@@ -234,90 +233,3 @@ def _emit_graphs(model: Checkpoint, plan: Plan, folder: Path, progress: Callable
         for spec in plan.graphs:
             progress(f"export {spec.name}")
             emit(spec, store)
-
-
-def _manifest(
-    request: Request,
-    model: Checkpoint,
-    plan: Plan,
-    pruners: list[Pruner],
-    positions: str,
-    max_length: int,
-    folder: Path,
-) -> Manifest:
-    family = model.family
-    count = family.grid[0] * family.grid[1]
-    keep = [pruner.keep for pruner in pruners] or [count]
-    config = family.decoder.model.config
-    return Manifest(
-        model=ModelInfo(
-            name=model.name,
-            architecture=type(family.model).__name__,
-            family=family.name,
-            hidden_size=family.decoder.width,
-            vocab_size=config.vocab_size,
-            max_length=max_length,
-        ),
-        method=_method_info(pruners, positions),
-        target=request.target,
-        dtype=request.dtype,
-        visual=VisualInfo(count, list(family.grid), keep, _default_keep(pruners, keep, count)),
-        image=model.image,
-        text=model.text,
-        graphs={
-            f"{spec.name}.onnx": _graph_info(spec, plan, folder, max_length, keep) for spec in plan.graphs
-        },
-        stages=plan.stages,
-        files=describe_files(folder),
-        versions=_versions(),
-    )
-
-
-def _default_keep(pruners: list[Pruner], keep: list[int], count: int) -> int:
-    """The method's own default where the bundle holds it, else the largest."""
-    usual = pruners[0].default_keep(count) if pruners else count
-    return usual if usual in keep else max(keep)
-
-
-def _method_info(pruners: list[Pruner], positions: str) -> MethodInfo:
-    if not pruners:
-        return MethodInfo(NONE, NONE, {}, positions, "")
-    first = pruners[0]
-    return MethodInfo(first.name, first.site, dict(first.settings), positions, first.paper)
-
-
-def _graph_info(spec: GraphSpec, plan: Plan, folder: Path, max_length: int, keep: list[int]) -> GraphInfo:
-    graph = onnx.load(folder / f"{spec.name}.onnx", load_external_data=False).graph
-    inputs = {value.name: _tensor_info(value) for value in graph.input}
-    outputs = {value.name: _tensor_info(value) for value in graph.output}
-    named = {
-        axis for info in [*inputs.values(), *outputs.values()] for axis in info.shape if isinstance(axis, str)
-    }
-    cache = plan.caches.get(spec.name)
-    typical = 64
-    ranges = {
-        "batch": [1, 1, 8],
-        "text": [1, typical, max_length],
-        "visual": [1, keep[-1], max_length],
-        "sequence": [1, keep[-1] + typical, max_length],
-        "kept_sequence": [1, keep[-1] + typical, max_length],
-        "capacity": [1, max_length, max_length] if cache is None else [1, cache.capacity, cache.capacity],
-    }
-    return GraphInfo(inputs, outputs, {name: ranges[name] for name in sorted(named)}, cache)
-
-
-def _tensor_info(value: onnx.ValueInfoProto) -> TensorInfo:
-    tensor = value.type.tensor_type
-    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
-    return TensorInfo(dtype, [axis.dim_param or axis.dim_value for axis in tensor.shape.dim])
-
-
-def _versions() -> dict[str, str]:
-    names = ("vtp-edge", "torch", "transformers", "onnx", "onnxscript", "onnxruntime", "tokenizers", "numpy")
-    found = {"python": platform.python_version()}
-    for name in names:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found

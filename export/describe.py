@@ -1,0 +1,109 @@
+"""The manifest of a bundle that was just written: read off its graphs, its plan and its model."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+
+import onnx
+
+from vtp.export.checkpoint import Checkpoint
+from vtp.export.graphs.emit import GraphSpec
+from vtp.export.plan import Plan
+from vtp.export.pruners import NONE
+from vtp.export.pruners.base import Pruner
+from vtp.runtime.bundle import describe_files
+from vtp.runtime.manifest import GraphInfo, Manifest, MethodInfo, ModelInfo, TensorInfo, VisualInfo
+
+TYPICAL_TEXT = 64  # tokens of a usual prompt: what engines should be tuned for
+
+
+def describe(
+    folder: Path,
+    model: Checkpoint,
+    plan: Plan,
+    pruners: Sequence[Pruner],
+    *,
+    positions: str,
+    max_length: int,
+    target: str,
+    dtype: str,
+) -> Manifest:
+    """The manifest of the graphs that stand in `folder`; its parity report is still empty."""
+    family = model.family
+    count = family.grid[0] * family.grid[1]
+    keep = [pruner.keep for pruner in pruners] or [count]
+    config = family.decoder.model.config
+    return Manifest(
+        model=ModelInfo(
+            name=model.name,
+            architecture=type(family.model).__name__,
+            family=family.name,
+            hidden_size=family.decoder.width,
+            vocab_size=config.vocab_size,
+            max_length=max_length,
+        ),
+        method=_method_info(pruners, positions),
+        target=target,
+        dtype=dtype,
+        visual=VisualInfo(count, list(family.grid), keep, _default_keep(pruners, keep, count)),
+        image=model.image,
+        text=model.text,
+        graphs={
+            f"{spec.name}.onnx": _graph_info(spec, plan, folder, max_length, keep) for spec in plan.graphs
+        },
+        stages=plan.stages,
+        files=describe_files(folder),
+        versions=_versions(),
+    )
+
+
+def _default_keep(pruners: Sequence[Pruner], keep: list[int], count: int) -> int:
+    """The method's own default where the bundle holds it, else the largest."""
+    usual = pruners[0].default_keep(count) if pruners else count
+    return usual if usual in keep else max(keep)
+
+
+def _method_info(pruners: Sequence[Pruner], positions: str) -> MethodInfo:
+    if not pruners:
+        return MethodInfo(NONE, NONE, {}, positions, "")
+    first = pruners[0]
+    return MethodInfo(first.name, first.site, dict(first.settings), positions, first.paper)
+
+
+def _graph_info(spec: GraphSpec, plan: Plan, folder: Path, max_length: int, keep: list[int]) -> GraphInfo:
+    graph = onnx.load(folder / f"{spec.name}.onnx", load_external_data=False).graph
+    inputs = {value.name: _tensor_info(value) for value in graph.input}
+    outputs = {value.name: _tensor_info(value) for value in graph.output}
+    named = {
+        axis for info in [*inputs.values(), *outputs.values()] for axis in info.shape if isinstance(axis, str)
+    }
+    cache = plan.caches.get(spec.name)
+    ranges = {
+        "batch": [1, 1, 8],
+        "text": [1, TYPICAL_TEXT, max_length],
+        "visual": [1, keep[-1], max_length],
+        "sequence": [1, keep[-1] + TYPICAL_TEXT, max_length],
+        "kept_sequence": [1, keep[-1] + TYPICAL_TEXT, max_length],
+        "capacity": [1, max_length, max_length] if cache is None else [1, cache.capacity, cache.capacity],
+    }
+    return GraphInfo(inputs, outputs, {name: ranges[name] for name in sorted(named)}, cache)
+
+
+def _tensor_info(value: onnx.ValueInfoProto) -> TensorInfo:
+    tensor = value.type.tensor_type
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
+    return TensorInfo(dtype, [axis.dim_param or axis.dim_value for axis in tensor.shape.dim])
+
+
+def _versions() -> dict[str, str]:
+    names = ("vtp-edge", "torch", "transformers", "onnx", "onnxscript", "onnxruntime", "tokenizers", "numpy")
+    found = {"python": platform.python_version()}
+    for name in names:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found

@@ -7,8 +7,8 @@ With 1 - cosine as the distance: the first token is the one whose nearest other 
 then, until there are K, the token whose nearest kept token is farthest. Attention and prompt play no part.
 
 Written from descriptions of the paper's algorithm, for the licence of the published code forbids reuse;
-agreement with that code was not tested. Stated here because they leave it open: equal distances go to the lower
-index, a zero row is at distance 1 from everything, cosines are float32 whatever the model's dtype.
+agreement with that code was not tested. Stated here because they leave it open: equal distances go to the
+lower index, a zero row is at distance 1 from everything, cosines are float32 whatever the model's dtype.
 """
 
 from __future__ import annotations

@@ -6,15 +6,20 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
+from vtp.engines import Value
 from vtp.export.exporter import Request, export
 from vtp.export.parity import Chosen
 from vtp.export.pruners import find_method
 from vtp.export.reference import reference_generate
-from vtp.runtime import Pipeline
+from vtp.runtime import Pipeline, Timings, open_bundle
+from vtp.runtime.preprocess import preprocess
+from vtp.runtime.stages import StageRunner
+from vtp.runtime.text import Prompt, Prompter
 from vtp.scenes import model_dir
 from vtp.scenes.exam import Item, held_out
 
@@ -60,6 +65,20 @@ def test_unpruned_tokens_equal_transformers_on_held_out_questions(
             assert answer.text == processor.decode(wanted_ids, skip_special_tokens=True)
 
 
+def run_to_first_token(runner: StageRunner, keep: int, pixels: Any, prompt: Prompt) -> dict[str, Value]:
+    """Every tensor that flowed through the image and prompt stages, by the pipeline's names."""
+    runner.reset()
+    put = runner.any_engine.put
+    values = {
+        "pixel_values": put(pixels),
+        "input_ids": put(np.array([prompt.ids])),
+        "image_start": put(np.array([prompt.image_start])),
+    }
+    for when in ("image", "prefill"):
+        runner.run(when, keep, values, Timings())
+    return values
+
+
 @pytest.mark.parametrize(("method", "keep"), [("vispruner", 64), ("adaptprune", 57)])
 def test_pruned_answers_equal_the_torch_reference(
     method: str, keep: int, bundles: dict[str, Path], processor: Any
@@ -80,18 +99,35 @@ def test_pruned_answers_equal_the_torch_reference(
             assert answer.visual_tokens == (576, keep)
 
 
-@pytest.mark.parametrize(("method", "keep", "least"), [("vispruner", 64, 0.8), ("adaptprune", 57, 0.98)])
-def test_the_choice_agrees_with_the_torch_reference(
-    method: str, keep: int, least: float, bundles: dict[str, Path], processor: Any
+@pytest.mark.parametrize(("method", "keep"), [("vispruner", 64), ("adaptprune", 57)])
+def test_the_choice_on_real_pictures_equals_the_torch_module(
+    method: str, keep: int, bundles: dict[str, Path]
 ) -> None:
-    """Whole pictures through both towers: VisPruner's rounds turn differences of 1e-6 into other choices."""
-    eager = LlavaForConditionalGeneration.from_pretrained(model_dir(), attn_implementation="eager").eval()
+    """The torch module, given the cues that flowed through the bundle, keeps the very same tokens."""
     pruner = find_method(method)((24, 24), keep)
+    bundle = open_bundle(bundles[method])
+    runner = StageRunner(bundle, "ort-cpu", None)
+    prompter = Prompter(bundle.manifest.text, bundle.path("tokenizer.json"))
+    for item in islice(held_out(48, seed=9), 0, None, 4):
+        prompt = prompter.encode(prompter.messages_for(item.prompt))
+        values = run_to_first_token(runner, keep, preprocess(item.image, bundle.manifest.image), prompt)
+        cues = {name: torch.from_numpy(values[name].numpy()) for name in pruner.needs}
+        if pruner.site.startswith("decoder"):
+            visual = slice(prompt.image_start, prompt.image_start + 576)
+            cues = {name: cue[:, visual] for name, cue in cues.items()}
+        assert values["keep_indices"].numpy().tolist() == pruner(**cues).tolist(), item.prompt
+    runner.close()
+
+
+def test_adaptprune_chooses_as_inside_transformers(bundles: dict[str, Path], processor: Any) -> None:
+    """Whole pictures through both models (VisPruner's rounds magnify differences of 1e-6: see docs)."""
+    eager = LlavaForConditionalGeneration.from_pretrained(model_dir(), attn_implementation="eager").eval()
+    pruner = find_method("adaptprune")((24, 24), 57)
     shared = []
-    with Pipeline.load(bundles[method]) as pipe:
+    with Pipeline.load(bundles["adaptprune"]) as pipe:
         for item in islice(held_out(48, seed=9), 0, None, 4):
             inputs = encode(processor, item)
             wanted = reference_generate(eager, pruner, inputs.input_ids, inputs.pixel_values, 1)
             kept = pipe.generate(item.image, item.prompt, max_new_tokens=1).kept
-            shared.append(len(set(kept) & set(wanted.keep_indices.flatten().tolist())) / keep)
-    assert sum(shared) / len(shared) >= least, shared
+            shared.append(len(set(kept) & set(wanted.keep_indices.flatten().tolist())) / 57)
+    assert sum(shared) / len(shared) >= 0.98, shared

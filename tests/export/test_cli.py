@@ -384,6 +384,10 @@ def test_a_full_disk_leaves_nothing(
     assert nothing_left(tmp_path)
 
 
+def _listen_to_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGKILL])
 def test_an_export_that_is_stopped_half_way(
     exported: Callable[[str], Any], tmp_path: Path, sign: signal.Signals
@@ -393,7 +397,9 @@ def test_an_export_that_is_stopped_half_way(
     bundle = Path(shutil.copytree(made.folder, tmp_path / "bundle"))
     argv = ["--model", str(made.model), "--method", "none", "-o", str(bundle), "--overwrite"]
     command = [str(BIN / "vtp-export"), *argv]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+    streams: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    # A shell's background job ignores SIGINT and hands that down: the command is started as from a terminal.
+    with subprocess.Popen(command, preexec_fn=_listen_to_interrupts, **streams) as process:
         assert process.stderr is not None
         lines = iter(process.stderr.readline, "")
         assert any("export projector" in line for line in lines)

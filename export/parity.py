@@ -60,8 +60,7 @@ def verify(bundle: Bundle, model: Checkpoint, plan: Plan, pruners: Sequence[Prun
     generation: dict[str, Any] = {}
     try:
         for keep in keeps:
-            runner.reset()
-            values = _run_stages(runner, keep, case)
+            values = runner.prefill(keep, case.pixels, case.ids, case.image_start, Timings())
             graphs.update(_check_graphs(bundle, plan, model, keep, values, skip=set(graphs)))
             if keep in (keeps[0], keeps[-1]):
                 answer = _reference(model, case, by_keep.get(keep), values, bundle)
@@ -93,16 +92,6 @@ def sample_picture(size: tuple[int, int]) -> Image.Image:
         top, left = rng.integers(0, height - height // 6), rng.integers(0, width - width // 6)
         picture[top : top + height // 6, left : left + width // 6] = rng.integers(0, 256, 3)
     return Image.fromarray(picture.clip(0, 255).astype(np.uint8))
-
-
-def _run_stages(runner: StageRunner, keep: int, case: _Case) -> dict[str, Value]:
-    engine, timings = runner.any_engine, Timings()
-    values: dict[str, Value] = {"pixel_values": engine.put(case.pixels)}
-    runner.run("image", keep, values, timings)
-    values["input_ids"] = engine.put(np.array([case.ids], np.int64))
-    values["image_start"] = engine.put(np.array([case.image_start], np.int64))
-    runner.run("prefill", keep, values, timings)
-    return values
 
 
 # -- graph by graph ------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vtp.engines import AUTO, Choice, UsageError, Value, VtpError, choose_engine
+from vtp.engines import AUTO, Choice, UsageError, VtpError, choose_engine
 from vtp.runtime.bundle import Bundle, open_bundle
 from vtp.runtime.images import ImageSource, load_image
 from vtp.runtime.preprocess import preprocess
@@ -339,14 +339,11 @@ class _Answer:
 
     def _prefill(self, runner: StageRunner, result: Result) -> tuple[np.ndarray, int]:
         """Run the image and prompt stages; returns the first logits and the first new token's position."""
-        request, engine = self._request, runner.any_engine
-        runner.reset()
-        dtype = runner.dtype_of("pixel_values")
-        values: dict[str, Value] = {"pixel_values": engine.put(request.pixels.astype(dtype, copy=False))}
-        runner.run("image", request.keep, values, request.timings, self._pipeline._seen_of(request.pixels))
-        values["input_ids"] = engine.put(np.array([request.prompt.ids], np.int64))
-        values["image_start"] = engine.put(np.array([request.prompt.image_start], np.int64))
-        runner.run("prefill", request.keep, values, request.timings)
+        request = self._request
+        prompt, seen = request.prompt, self._pipeline._seen_of(request.pixels)
+        values = runner.prefill(
+            request.keep, request.pixels, prompt.ids, prompt.image_start, request.timings, seen
+        )
         if "keep_indices" in values:
             result.kept = values["keep_indices"].numpy()[0].tolist()
         return values["logits"].numpy()[0, 0], int(values["next_position"].numpy()[0])

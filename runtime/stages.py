@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -152,6 +152,29 @@ class StageRunner:
                     values.update(known)
             if seen is not None:
                 seen[stage.info.file, owner] = {name: values[name] for name in stage.info.outputs.values()}
+
+    def prefill(
+        self,
+        keep: int,
+        pixels: np.ndarray,
+        ids: Sequence[int],
+        image_start: int,
+        timings: Timings,
+        seen: Seen | None = None,
+    ) -> dict[str, Value]:
+        """Start a new conversation: image stages on pixel_values [1,3,H,W], then prompt stages on the ids.
+
+        Returns every tensor that flowed, by the pipeline's names: logits and next_position among them. `seen`
+        is for the image stages, as in `run`.
+        """
+        self.reset()
+        put, dtype = self.any_engine.put, self.dtype_of("pixel_values")
+        values: dict[str, Value] = {"pixel_values": put(pixels.astype(dtype, copy=False))}
+        self.run("image", keep, values, timings, seen)
+        values["input_ids"] = put(np.array([ids], np.int64))
+        values["image_start"] = put(np.array([image_start], np.int64))
+        self.run("prefill", keep, values, timings)
+        return values
 
     def step(self, keep: int, token: int, position: int) -> np.ndarray:
         """Feed one token at its position; returns the next logits float32 [V]."""

@@ -58,7 +58,7 @@ class WeightStore:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._places: dict[tuple[str, str], ir.ExternalTensor] = {}
+        self._places: dict[tuple[str, str], tuple[str, int]] = {}  # dtype, sha256 -> file, offset
 
     def externalize(self, model: ir.Model, name: str) -> None:
         """Replace the large initializers of `model` by references into the store's files."""
@@ -72,22 +72,11 @@ class WeightStore:
     def _place(self, tensor: Any, file: str, name: str) -> ir.ExternalTensor:
         data = tensor.tobytes()
         identity = (str(tensor.dtype), hashlib.sha256(data).hexdigest())
-        known = self._places.get(identity)
-        if known is None or tuple(known.shape) != tuple(tensor.shape):
-            offset = known.offset if known is not None else self._append(file, data)
-            location = known.location if known is not None else file
-            known = ir.ExternalTensor(
-                location, offset, len(data), tensor.dtype, shape=tensor.shape, name=name, base_dir=self.folder
-            )
-            self._places.setdefault(identity, known)
+        if identity not in self._places:
+            self._places[identity] = (file, self._append(file, data))
+        location, offset = self._places[identity]
         return ir.ExternalTensor(
-            known.location,
-            known.offset,
-            known.length,
-            tensor.dtype,
-            shape=tensor.shape,
-            name=name,
-            base_dir=self.folder,
+            location, offset, len(data), tensor.dtype, shape=tensor.shape, name=name, base_dir=self.folder
         )
 
     def _append(self, file: str, data: bytes) -> int:

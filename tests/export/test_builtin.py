@@ -6,12 +6,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from vtp.engines import Value
 from vtp.export.exporter import Request, export
 from vtp.export.parity import Chosen
 from vtp.export.pruners import find_method
@@ -19,7 +17,7 @@ from vtp.export.reference import reference_generate
 from vtp.runtime import Pipeline, Timings, open_bundle
 from vtp.runtime.preprocess import preprocess
 from vtp.runtime.stages import StageRunner
-from vtp.runtime.text import Prompt, Prompter
+from vtp.runtime.text import Prompter
 from vtp.scenes import model_dir
 from vtp.scenes.exam import Item, held_out
 
@@ -65,20 +63,6 @@ def test_unpruned_tokens_equal_transformers_on_held_out_questions(
             assert answer.text == processor.decode(wanted_ids, skip_special_tokens=True)
 
 
-def run_to_first_token(runner: StageRunner, keep: int, pixels: Any, prompt: Prompt) -> dict[str, Value]:
-    """Every tensor that flowed through the image and prompt stages, by the pipeline's names."""
-    runner.reset()
-    put = runner.any_engine.put
-    values = {
-        "pixel_values": put(pixels),
-        "input_ids": put(np.array([prompt.ids])),
-        "image_start": put(np.array([prompt.image_start])),
-    }
-    for when in ("image", "prefill"):
-        runner.run(when, keep, values, Timings())
-    return values
-
-
 @pytest.mark.parametrize(("method", "keep"), [("vispruner", 64), ("adaptprune", 57)])
 def test_pruned_answers_equal_the_torch_reference(
     method: str, keep: int, bundles: dict[str, Path], processor: Any
@@ -110,7 +94,8 @@ def test_the_choice_on_real_pictures_equals_the_torch_module(
     prompter = Prompter(bundle.manifest.text, bundle.path("tokenizer.json"))
     for item in islice(held_out(48, seed=9), 0, None, 4):
         prompt = prompter.encode(prompter.messages_for(item.prompt))
-        values = run_to_first_token(runner, keep, preprocess(item.image, bundle.manifest.image), prompt)
+        pixels = preprocess(item.image, bundle.manifest.image)
+        values = runner.prefill(keep, pixels, prompt.ids, prompt.image_start, Timings())
         cues = {name: torch.from_numpy(values[name].numpy()) for name in pruner.needs}
         if pruner.site.startswith("decoder"):
             visual = slice(prompt.image_start, prompt.image_start + 576)

@@ -24,7 +24,7 @@ from vtp.export.pruners.base import Pruner
 NONE = "none"
 
 # Modules of this package that are no methods.
-_SUPPORT = {"base", "greedy", "ops"}
+_SUPPORT = {"base", "greedy", "merge", "ops"}
 
 # What a pruner may ask for, by the kind of its site.
 CUES: dict[str, tuple[str, ...]] = {

@@ -1,4 +1,7 @@
-"""Every method: exported graph = torch module = numpy loops, index for index; and the registry."""
+"""Every method: exported graph = torch module = numpy loops, index for index; and the registry.
+
+Of methods that merge, the rows are compared as well.
+"""
 
 from __future__ import annotations
 
@@ -22,14 +25,19 @@ from vtp.export import pruners
 from vtp.export.pruners import ops
 from vtp.export.pruners.base import Pruner
 
+from . import numpy_merging, numpy_pruners_more
 from .numpy_pruners import vispruner
-from .numpy_pruners_more import MARGINS, REFERENCES
 
 METHODS = pruners.method_names()[1:]
 WIDTH = 16  # of features and keys
 
+REFERENCES = {**numpy_pruners_more.REFERENCES, **numpy_merging.REFERENCES}
+
 # Below this gap between unequal numbers, engines' rounding may decide on arbitrary floats; -1: never.
-MARGIN = {"adaptprune": 2e-6, **MARGINS}
+MARGIN = {"adaptprune": 2e-6, **numpy_pruners_more.MARGINS, **numpy_merging.MARGINS}
+
+# How far merged rows may be apart, relative and absolute: sums in float32, then the features' dtype.
+CLOSE = {"float32": 1e-5, "float16": 2e-3}
 
 # Every operator that a pruner's graph may hold: standard, of fixed output shape, no control flow.
 ALLOWED = [
@@ -112,6 +120,20 @@ CASES = {
     "scope": [*ANY, Case((5, 6), 7, {"alpha": 2.0})],
     "holov": [*ANY, Case((5, 5), 20, {"crops": 8, "alpha": 2.0})],  # quotas above a crop's length
     "dart": [*ANY, Case((3, 7), 9, {"pivots": 4})],
+    "visionzip": [
+        *ANY,
+        Case((6, 7), 20, {"contextual": 0.4, "heads": 4}),
+        Case((5, 5), 8, {"contextual": 0.9}),
+        Case((5, 5), 9, {"contextual": 0.25, "heads": 4}, dtype="float16"),
+        Case((4, 5), 20, {"contextual": 0.5}),  # every token is kept, none joins a target
+    ],
+    "prumerge": [
+        *ANY,
+        Case((6, 7), 12, {"neighbours": 5}),
+        Case((5, 5), 8, {"sampled": 0.75, "neighbours": 3}, dtype="float16"),
+        Case((3, 5), 6, {"sampled": 1.0, "neighbours": 1}),
+        Case((5, 3), 6, {"sampled": 0.0, "neighbours": 0}),
+    ],
 }
 ALL = [pytest.param(name, case, id=f"{name}-{case}") for name in METHODS for case in CASES.get(name, ANY)]
 
@@ -132,22 +154,39 @@ class Graph:
         """Compare the three on cues [B,...]; returns how many rows were decided by more than `margin`."""
         given = {key: cues[key] for key in self.module.needs}
         names = {item.name for item in self.session.get_inputs()}
-        (graph,) = self.session.run(None, {key: value for key, value in given.items() if key in names})
-        module = self.module(**{key: torch.from_numpy(value) for key, value in given.items()}).numpy()
+        graph, *rows = self.session.run(None, {key: value for key, value in given.items() if key in names})
+        module, *module_rows = run_module(self.module, given)
+        assert len(rows) == len(module_rows) == self.module.merges
         assert graph.dtype == module.dtype == np.int64
         assert graph.shape == module.shape == (len(next(iter(given.values()))), self.case.keep)
         decided = 0
         for row, (one, two) in enumerate(zip(graph.tolist(), module.tolist(), strict=True)):
             assert one == sorted(set(one)), "ascending and unique"
             assert one[0] >= 0 and one[-1] < self.module.count
-            kept, gap = self.reference({key: value[row] for key, value in given.items()})
+            kept, gap, *wanted = self.reference({key: value[row] for key, value in given.items()})
             if gap > margin:
                 decided += 1
                 assert one == two == kept
+                if wanted:
+                    self.check_rows(rows[0][row], module_rows[0][row], *wanted)
         return decided
 
-    def reference(self, cues: dict[str, np.ndarray]) -> tuple[list[int], float]:
+    def check_rows(self, graph: np.ndarray, module: np.ndarray, wanted: np.ndarray) -> None:
+        """Merged rows [K,C] of one picture, in the features' dtype."""
+        assert graph.dtype == module.dtype == self.case.dtype
+        near = CLOSE[self.case.dtype]
+        np.testing.assert_allclose(graph, wanted, rtol=near, atol=near)
+        np.testing.assert_allclose(module, wanted, rtol=near, atol=near)
+
+    def reference(self, cues: dict[str, np.ndarray]) -> tuple[Any, ...]:
+        """kept indices, margin and, of a method that merges, rows."""
         return REFERENCES[self.name](self.case.grid, self.case.keep, **cues, **self.case.options)
+
+
+def run_module(module: Pruner, cues: dict[str, np.ndarray]) -> list[np.ndarray]:
+    """What `module` makes of the cues it needs: keep_indices and, if it merges, rows."""
+    made = module(**{key: torch.from_numpy(cues[key]) for key in module.needs})
+    return [item.numpy() for item in (made if isinstance(made, tuple) else (made,))]
 
 
 def export(module: Pruner, case: Case, path: Path) -> None:
@@ -160,7 +199,7 @@ def export(module: Pruner, case: Case, path: Path) -> None:
             super().__init__()
             self.pruner = module
 
-        def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        def forward(self, *inputs: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
             return self.pruner(**dict(zip(names, inputs, strict=True)))
 
     with warnings.catch_warnings():
@@ -171,7 +210,7 @@ def export(module: Pruner, case: Case, path: Path) -> None:
             dynamo=True,
             opset_version=23,
             input_names=names,
-            output_names=["keep_indices"],
+            output_names=["keep_indices", "kept_rows"][: 1 + module.merges],
             dynamic_shapes=(tuple({0: torch.export.Dim.DYNAMIC} for _ in names),),
             custom_translation_table=ops.onnx_translations(),
             verbose=False,
@@ -212,7 +251,9 @@ def lattice(case: Case, batch: int, seed: int, levels: int = 4, kinds: int = 5) 
     kind = rng.integers(0, kinds, (batch, count))
     features = codes[kind] * scale
     keys = np.eye(WIDTH)[kind % WIDTH] * scale
-    return typed(case, features, scores, keys)
+    # Four parts alike, of unit entries: whole, or averaged over one or four heads, norms are powers of two.
+    vision_keys = np.tile(rng.choice([-1, 1], (kinds, WIDTH // 4))[kind], 4) * scale
+    return typed(case, features, scores, keys, vision_keys)
 
 
 def continuous(case: Case, batch: int, seed: int) -> dict[str, np.ndarray]:
@@ -221,17 +262,21 @@ def continuous(case: Case, batch: int, seed: int) -> dict[str, np.ndarray]:
     count = case.grid[0] * case.grid[1]
     features = rng.standard_normal((batch, count, WIDTH))
     keys = rng.standard_normal((batch, 1, WIDTH)) + 0.3 * rng.standard_normal((batch, count, WIDTH))
-    for rows in (features, keys):
+    vision_keys = rng.standard_normal((batch, 1, WIDTH)) + rng.standard_normal((batch, count, WIDTH))
+    for rows in (features, keys, vision_keys):
         twin = rows[:, 0] + 0.01 * rng.standard_normal((batch, WIDTH))
         rows[:, count // 2] = 1.5 * twin
     scores = rng.random((batch, count)) ** 3
-    return typed(case, features, scores, keys)
+    return typed(case, features, scores, keys, vision_keys)
 
 
-def typed(case: Case, features: np.ndarray, scores: np.ndarray, keys: np.ndarray) -> dict[str, np.ndarray]:
+def typed(
+    case: Case, features: np.ndarray, scores: np.ndarray, keys: np.ndarray, vision_keys: np.ndarray
+) -> dict[str, np.ndarray]:
     """Every cue by name: scores are float32 always, the rest in the model's dtype."""
     rows = dict.fromkeys(("image_features", "image_embeds", "hidden_states"), features.astype(case.dtype))
-    return {**rows, "attention_scores": scores.astype(np.float32), "keys": keys.astype(case.dtype)}
+    rows |= {"keys": keys.astype(case.dtype), "vision_keys": vision_keys.astype(case.dtype)}
+    return {**rows, "attention_scores": scores.astype(np.float32)}
 
 
 # -- the three agree -----------------------------------------------------------------------------------------
@@ -273,8 +318,10 @@ def test_graph_holds_standard_operators_of_fixed_shape(graph_of, name, case):
     assert {node.op_type for node in model.graph.node} <= set(ALLOWED)
     assert {node.domain for node in model.graph.node} <= {""} and not model.functions
     assert [item.version for item in model.opset_import if item.domain == ""] == [23]
-    (output,) = model.graph.output
-    assert output.type.tensor_type.shape.dim[1].dim_value == case.keep
+    outputs = {item.name: item.type.tensor_type.shape.dim for item in model.graph.output}
+    assert list(outputs) == ["keep_indices", "kept_rows"][: 1 + pruners.find_method(name).merges]
+    assert all(shape[1].dim_value == case.keep for shape in outputs.values())
+    assert all(shape[2].dim_value == WIDTH for key, shape in outputs.items() if key == "kept_rows")
 
 
 @pytest.mark.parametrize(("name", "keep"), [("vispruner", 64), ("adaptprune", 57)])
@@ -387,12 +434,15 @@ def test_batch_rows_are_independent(graph_of):
         case = ANY[1]
         graph = graph_of(name, case)
         cues = continuous(case, 3, seed=5)
-        given = {key: torch.from_numpy(cues[key]) for key in graph.module.needs}
-        together = graph.module(**given)
+        together = run_module(graph.module, cues)
         alone = [
-            graph.module(**{key: value[row : row + 1] for key, value in given.items()}) for row in range(3)
+            run_module(graph.module, {key: value[row : row + 1] for key, value in cues.items()})
+            for row in range(3)
         ]
-        assert torch.equal(together, torch.cat(alone))
+        kept, *rows = (np.concatenate(parts) for parts in zip(*alone, strict=True))
+        assert np.array_equal(together[0], kept)
+        for one, two in zip(together[1:], rows, strict=True):
+            np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-5)
 
 
 # -- keep-counts and options ---------------------------------------------------------------------------------
@@ -453,7 +503,7 @@ def test_bad_option_strings_are_refused_in_one_line(name, texts, words):
 
 def test_registry_lists_files_and_none():
     folder = Path(pruners.__file__).parent
-    files = {file.stem for file in folder.glob("*.py")} - {"__init__", "base", "greedy", "ops"}
+    files = {file.stem for file in folder.glob("*.py")} - {"__init__", "base", "greedy", "merge", "ops"}
     assert pruners.method_names() == ["none", *sorted(files)]
     assert {"random", "uniform", "fastv", "vispruner", "adaptprune"} <= files
 

@@ -1,8 +1,8 @@
 """Greedy selection over a matrix of likenesses: K picks, each changing what the next one is worth.
 
-Two rules: `farthest` takes the token least like those picked, `cover` the one that represents most of the
-picture. Each is an operator with its own ONNX form, for traced from torch the K unrolled steps cost many
-times more export time. Ties go to the lower index.
+Three rules: `farthest` takes the token least like those picked, `cover` the one that represents most of the
+picture, `volume` the one of which the picks leave most. Each is an operator with its own ONNX form, for
+traced from torch the K unrolled steps cost many times more export time. Ties go to the lower index.
 """
 
 from __future__ import annotations
@@ -113,7 +113,74 @@ def _(likeness: Any, weights: Any, keep: int) -> Any:
     return op.Concat(*picks, axis=1)
 
 
-# -- what both graphs need -----------------------------------------------------------------------------------
+# -- volume --------------------------------------------------------------------------------------------------
+
+LEAST = 2.0**-20  # less than this of a token counts as this much: cosines in float32 tell no more
+GRAIN = 2.0**40  # float64 products are told apart down to 1 / GRAIN
+
+
+@torch.library.custom_op("vtp::volume", mutates_args=())
+def volume(likeness: Tensor, weights: Tensor, keep: int) -> Tensor:
+    """Picks [B,keep] in order of picking, from likenesses float32 [B,N,N] and weights >= 0 [B,N].
+
+    Each time the token is picked whose weight times what is left of it (1 - its squared part in the span
+    of the picks) is largest: with it the picks' determinant of sqrt(weight) likeness sqrt(weight) is.
+    What is left comes from Cholesky's steps, a line of N numbers for each pick, in the weights' dtype.
+    """
+    chosen = []
+    for table, weight in zip(likeness, weights, strict=True):
+        left, worth = torch.ones_like(weight), weight * GRAIN
+        lines = weight.new_zeros((keep, len(weight)))
+        picks: list[int] = []
+        for step in range(keep):
+            best = int(_grained(worth * left).argmax())
+            line = table[best].to(weight.dtype) - lines[:step, best] @ lines[:step]
+            lines[step] = line / left[best].sqrt()
+            left = (left - lines[step] * lines[step]).clamp_min(LEAST)
+            worth[best] = -torch.inf
+            picks.append(best)
+        chosen.append(picks)
+    return torch.tensor(chosen, dtype=torch.int64, device=likeness.device).reshape(-1, keep)
+
+
+def _grained(values: Tensor) -> Tensor:
+    return values.round() if values.dtype == torch.float64 else values
+
+
+@volume.register_fake
+def _(likeness: Tensor, weights: Tensor, keep: int) -> Tensor:
+    return likeness.new_empty((likeness.shape[0], keep), dtype=torch.int64)
+
+
+@ops.translates(torch.ops.vtp.volume.default)
+def _(likeness: Any, weights: Any, keep: int) -> Any:
+    """Some twenty nodes a pick, which pass over as many lines of N as there are picks."""
+    op, count = ops.onnx_ops(), likeness.shape[1]
+    exact = weights.dtype == likeness.dtype.__class__.DOUBLE
+    rows, first = _lines(op, likeness, count)
+    number = [op.Cast(_number(op, value), to=weights.dtype) for value in (1.0, -np.inf, LEAST, GRAIN)]
+    worth = op.Unsqueeze(op.Mul(weights, number[3]), _axes(op, 1))  # [B,1,N], -inf for a pick
+    gone = op.Expand(number[1], op.Concat(_batch(op, likeness), _axes(op, 1, 1), axis=0))
+    left = op.Expand(number[0], op.Shape(worth))
+    lines, picks = None, []
+    while True:
+        gain = op.Mul(worth, left)
+        picks.append(op.ArgMax(op.Round(gain) if exact else gain, axis=2, keepdims=0))  # [B,1]
+        if len(picks) == keep:
+            return op.Concat(*picks, axis=1)
+        place = op.Unsqueeze(picks[-1], _axes(op, 2))
+        line = op.Cast(op.Gather(rows, op.Add(picks[-1], first), axis=0), to=weights.dtype)
+        if lines is not None:
+            own = op.Expand(place, _axes(op, 1, len(picks) - 1, 1))
+            own = op.GatherElements(lines, own, axis=2)
+            line = op.Sub(line, op.MatMul(op.Transpose(own, perm=[0, 2, 1]), lines))
+        line = op.Div(line, op.Sqrt(op.GatherElements(left, place, axis=2)))
+        lines = line if lines is None else op.Concat(lines, line, axis=1)
+        left = op.Max(op.Sub(left, op.Mul(line, line)), number[2])
+        worth = op.ScatterElements(worth, place, gone, axis=2)
+
+
+# -- what the graphs need ------------------------------------------------------------------------------------
 
 
 def _number(op: Any, value: float) -> Any:

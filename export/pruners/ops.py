@@ -91,3 +91,9 @@ def normalize(rows: Tensor) -> Tensor:
     """L2-normalise the last axis in float32; a zero row stays zero."""
     rows = rows.float()
     return rows / rows.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+
+
+def question(text_mask: Tensor) -> Tensor:
+    """Which text counts as the question, float32 [B,R]: what follows the picture, else all of it."""
+    asked = text_mask.float()
+    return torch.where(asked.sum(dim=1, keepdim=True) > 0, asked, 1.0)

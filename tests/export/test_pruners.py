@@ -25,16 +25,16 @@ from vtp.export import pruners
 from vtp.export.pruners import ops
 from vtp.export.pruners.base import Pruner
 
-from . import numpy_merging, numpy_pruners_more
+from . import numpy_merging, numpy_pruners_more, numpy_text, text_cues
 from .numpy_pruners import vispruner
 
 METHODS = pruners.method_names()[1:]
 WIDTH = 16  # of features and keys
 
-REFERENCES = {**numpy_pruners_more.REFERENCES, **numpy_merging.REFERENCES}
+REFERENCES = {**numpy_pruners_more.REFERENCES, **numpy_merging.REFERENCES, **numpy_text.REFERENCES}
 
 # Below this gap between unequal numbers, engines' rounding may decide on arbitrary floats; -1: never.
-MARGIN = {"adaptprune": 2e-6, **numpy_pruners_more.MARGINS, **numpy_merging.MARGINS}
+MARGIN = {"adaptprune": 2e-6} | numpy_pruners_more.MARGINS | numpy_merging.MARGINS | numpy_text.MARGINS
 
 # How far merged rows may be apart, relative and absolute: sums in float32, then the features' dtype.
 CLOSE = {"float32": 1e-5, "float16": 2e-3}
@@ -68,6 +68,8 @@ ALLOWED = [
     "Range",
     "ReduceL2",
     "ReduceMax",
+    "ReduceMean",
+    "ReduceMin",
     "ReduceSum",
     "Relu",
     "Reshape",
@@ -75,7 +77,9 @@ ALLOWED = [
     "ScatterElements",
     "Shape",
     "Slice",
+    "Softmax",
     "Split",
+    "Sqrt",
     "Squeeze",
     "Sub",
     "TopK",
@@ -120,6 +124,8 @@ CASES = {
     "scope": [*ANY, Case((5, 6), 7, {"alpha": 2.0})],
     "holov": [*ANY, Case((5, 5), 20, {"crops": 8, "alpha": 2.0})],  # quotas above a crop's length
     "dart": [*ANY, Case((3, 7), 9, {"pivots": 4})],
+    "cdpruner": [*ANY, Case((5, 6), 12, {"relevance": "unlike"})],
+    "sparsevlm": [*ANY, Case((4, 5), 8, {"heads": 5})],
     "visionzip": [
         *ANY,
         Case((6, 7), 20, {"contextual": 0.4, "heads": 4}),
@@ -211,11 +217,16 @@ def export(module: Pruner, case: Case, path: Path) -> None:
             opset_version=23,
             input_names=names,
             output_names=["keep_indices", "kept_rows"][: 1 + module.merges],
-            dynamic_shapes=(tuple({0: torch.export.Dim.DYNAMIC} for _ in names),),
+            dynamic_shapes=(tuple(free_axes(name) for name in names),),
             custom_translation_table=ops.onnx_translations(),
             verbose=False,
         )
     program.save(path)
+
+
+def free_axes(cue: str) -> dict[int, Any]:
+    """The axes of a cue that its graph leaves free: the batch, and the number of text tokens."""
+    return dict.fromkeys((0, *text_cues.FREE.get(cue, ())), torch.export.Dim.DYNAMIC)
 
 
 @pytest.fixture(scope="module")
@@ -253,7 +264,8 @@ def lattice(case: Case, batch: int, seed: int, levels: int = 4, kinds: int = 5) 
     keys = np.eye(WIDTH)[kind % WIDTH] * scale
     # Four parts alike, of unit entries: whole, or averaged over one or four heads, norms are powers of two.
     vision_keys = np.tile(rng.choice([-1, 1], (kinds, WIDTH // 4))[kind], 4) * scale
-    return typed(case, features, scores, keys, vision_keys)
+    texts = text_cues.lattice(count, WIDTH, case.dtype, batch, seed, levels)
+    return typed(case, features, scores, keys, vision_keys) | texts
 
 
 def continuous(case: Case, batch: int, seed: int) -> dict[str, np.ndarray]:
@@ -267,7 +279,8 @@ def continuous(case: Case, batch: int, seed: int) -> dict[str, np.ndarray]:
         twin = rows[:, 0] + 0.01 * rng.standard_normal((batch, WIDTH))
         rows[:, count // 2] = 1.5 * twin
     scores = rng.random((batch, count)) ** 3
-    return typed(case, features, scores, keys, vision_keys)
+    texts = text_cues.continuous(count, WIDTH, case.dtype, batch, seed)
+    return typed(case, features, scores, keys, vision_keys) | texts
 
 
 def typed(

@@ -95,15 +95,21 @@ def check(folder: Path) -> type[Family]:
     return family
 
 
-def load(folder: Path, dtype: str) -> Checkpoint:
+def load(
+    folder: Path, dtype: str, image_size: tuple[int, int] | None = None, fit: str = "letterbox"
+) -> Checkpoint:
     """Load a model with transformers in `dtype` and gather what the bundle needs from its folder.
 
-    Raises VtpError for what `check` refuses, and for weights that do not fit the config.
+    image_size  (height, width) that the bundle is made for, and `fit`, what becomes of pictures that the
+                processor would lay out otherwise: see `spec_from_processor`.
+
+    Raises VtpError for what `check` refuses, and for weights that do not fit the config; UsageError for an
+    image size that the processor does not give.
     """
     family_class = check(folder)
     family = family_class(_load_model(folder, family_class.architectures[0], DTYPES[dtype]))
     processor = _load_processor(folder)
-    image = spec_from_processor(_image_processor(folder))
+    image = spec_from_processor(_processor_config(folder), image_size, fit)
     if image.fixed_size != family.image_size:
         raise VtpError(
             f"the image processor makes {image.fixed_size} pixels, the vision tower takes "
@@ -162,12 +168,12 @@ def _load_processor(folder: Path) -> Any:
         raise VtpError(f"cannot load the processor in {folder}: {_one_line(error)}") from error
 
 
-def _image_processor(folder: Path) -> dict[str, Any]:
-    """The image processor's settings: in a file of their own or inside processor_config.json."""
+def _processor_config(folder: Path) -> dict[str, Any]:
+    """The file that holds the image processor's settings: its own, or the processor's with all its parts."""
     own, shared = folder / "preprocessor_config.json", folder / "processor_config.json"
     if own.is_file():
         return _read_json(own, "")
-    return _read_json(shared, f"{folder} has no preprocessor_config.json").get("image_processor") or {}
+    return _read_json(shared, f"{folder} has no preprocessor_config.json")
 
 
 def _text_spec(folder: Path, processor: Any, family: Family) -> TextSpec:

@@ -145,7 +145,7 @@ def test_bad_specs_and_images_are_refused() -> None:
     with pytest.raises(VtpError, match="unknown keys"):
         ImageSpec.from_json({**spec_from_processor(saved(LLAVA)).to_json(), "colour": 1})
     with pytest.raises(VtpError, match="unknown image preprocessing"):
-        ImageSpec(kind="qwen", shortest_edge=3)
+        ImageSpec(kind="hologram", shortest_edge=3)
     with pytest.raises(VtpError, match="shortest_edge, or height and width"):
         ImageSpec(shortest_edge=3, height=3, width=3)
     with pytest.raises(VtpError, match="crop_height"):

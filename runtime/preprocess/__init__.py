@@ -1,0 +1,53 @@
+"""From a picture to `pixel_values`, bit for bit as transformers' PIL image processors make them.
+
+The recipe is data (`ImageSpec`), read from a model's processor configuration at export and kept in the
+bundle; its `kind` names the module that carries it out. Resizing is Pillow's own, and the arithmetic on
+pixels is done once for each of the 256 values and looked up, which gives the same bits as doing it per pixel.
+
+Some processors cut a picture into as many tiles or patches as its size suggests. A bundle's shapes are fixed,
+so such a spec holds the one image size that the bundle was made for, and every picture is brought to that
+layout (see `vtp.runtime.preprocess.fit`).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from PIL import Image
+
+from vtp.engines.errors import VtpError
+from vtp.runtime.preprocess.fit import FITS
+from vtp.runtime.preprocess.kinds import KINDS
+from vtp.runtime.preprocess.pixels import Box
+from vtp.runtime.preprocess.processors import spec_from_processor
+from vtp.runtime.preprocess.spec import ImageSpec
+
+__all__ = ["FITS", "Box", "ImageSpec", "preprocess", "source_box", "source_boxes", "spec_from_processor"]
+
+
+def preprocess(image: Image.Image, spec: ImageSpec) -> np.ndarray:
+    """Turn an RGB image (see `vtp.runtime.images.load_image`) into float32 `pixel_values`.
+
+    Their shape is `spec.shape`: [1, 3, H, W]; [tiles, 3, H, W] for kinds that cut tiles; [patches, values]
+    for kind "qwen". Raises `VtpError` for another mode, for a picture so long and thin that it cannot be
+    processed, and for one of another layout where the spec's `fit` is "refuse".
+    """
+    if image.mode != "RGB":
+        raise VtpError(
+            f"preprocess takes RGB images, not mode {image.mode}; open the picture with load_image"
+        )
+    return KINDS[spec.kind].pixels(image, spec)
+
+
+def source_box(spec: ImageSpec, width: int, height: int) -> Box:
+    """Where the model's input, all of its tiles together, lies in a source picture of `width` x `height`.
+
+    The map is linear: column u of W input columns shows source column left + u / W * (right - left).
+    """
+    boxes = source_boxes(spec, width, height)
+    lefts, tops, rights, bottoms = zip(*boxes, strict=True)
+    return Box(min(lefts), min(tops), max(rights), max(bottoms))
+
+
+def source_boxes(spec: ImageSpec, width: int, height: int) -> tuple[Box, ...]:
+    """Where each tile of `pixel_values` lies in a source picture, in the order of the tiles."""
+    return KINDS[spec.kind].boxes(spec, width, height)

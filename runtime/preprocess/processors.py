@@ -1,0 +1,360 @@
+"""Reading transformers' processor configurations into an `ImageSpec`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from vtp.engines.errors import UsageError, VtpError
+from vtp.runtime.preprocess import anyres, idefics3, internvl, qwen
+from vtp.runtime.preprocess.fit import FITS
+from vtp.runtime.preprocess.pixels import Size
+from vtp.runtime.preprocess.spec import CLIP_MEAN, CLIP_STD, ImageSpec, is_int
+
+_HALF = (0.5, 0.5, 0.5)
+Settings = dict[str, Any]
+
+
+def spec_from_processor(
+    config: Mapping[str, Any], image_size: Size | None = None, fit: str = "letterbox"
+) -> ImageSpec:
+    """Read the dictionary of preprocessor_config.json, or processor_config.json's with "image_processor".
+
+    config      keys left out or null take the default of the processor class that the file names.
+    image_size  (height, width) that the bundle is to be made for; None: the processor's only size, or for
+                processors that adapt to each picture a moderate square. See docs of the kinds' modules.
+    fit         what becomes of pictures that the processor would lay out otherwise; see `ImageSpec`.
+
+    Raises `VtpError`, by name, for a processor class, key or size that is not known here, and `UsageError`
+    for an image size that the processor does not give.
+    """
+    owner = str(config.get("processor_class") or "")
+    config = config.get("image_processor") or config
+    processor = _find_processor(config)
+    values = _settings(config, processor)
+    values["processor_class"] = config.get("processor_class") or owner
+    if fit not in FITS:
+        raise UsageError(f"unknown fit '{fit}'; choose one of {', '.join(FITS)}")
+    shared = {
+        "resample": int(values["resample"]),
+        "mean": _three(values["image_mean"]),
+        "std": _three(values["image_std"]),
+        **{name: values[name] for name in ("do_convert_rgb", "do_resize", "do_rescale")},
+        **{name: values[name] for name in ("rescale_factor", "do_normalize")},
+    }
+    fields = processor.read(values, image_size)
+    if fields.get("kind", "clip") == "clip":
+        spec = ImageSpec(**shared, **fields)
+        if image_size is not None and image_size != spec.fixed_size:
+            raise UsageError(
+                f"image size {_words(image_size)} is not to be had: this model's image processor makes "
+                f"{_words(spec.fixed_size)} only"
+            )
+        return spec
+    try:
+        return ImageSpec(**shared, **fields, fit=fit)
+    except VtpError as error:
+        if image_size is None:
+            raise
+        raise UsageError(str(error)) from error
+
+
+def _words(size: Size) -> str:
+    return f"{size[1]}x{size[0]}"
+
+
+# -- from a processor's settings to fields of the spec, kind by kind ----------------------------------------
+
+
+def _read_clip(values: Settings, _: Size | None) -> Settings:
+    size = _size_fields(values["size"]) if values["do_resize"] else {}
+    crop = _crop_fields(values["crop_size"]) if values["do_center_crop"] else {}
+    return {"do_pad": values["do_pad"], "do_center_crop": values["do_center_crop"], **size, **crop}
+
+
+def _read_gemma3(values: Settings, image_size: Size | None) -> Settings:
+    if values["do_pan_and_scan"]:
+        raise VtpError(
+            "the image processor sets do_pan_and_scan, which makes as many crops as a picture suggests; "
+            "only do_pan_and_scan false is supported"
+        )
+    return _read_clip(values, image_size)
+
+
+def _read_qwen(values: Settings, image_size: Size | None) -> Settings:
+    size = dict(values["size"]) if isinstance(values["size"], Mapping) else {}
+    least = values["min_pixels"] or size.get("shortest_edge") or size.get("min_pixels")
+    most = values["max_pixels"] or size.get("longest_edge") or size.get("max_pixels")
+    if not (is_int(least) and is_int(most) and 1 <= least <= most):
+        raise VtpError(
+            f"image size {values['size']} is not supported; supported: shortest_edge and longest_edge, "
+            "the fewest and the most pixels"
+        )
+    sides = {name: values[name] for name in ("patch_size", "temporal_patch_size", "merge_size")}
+    for name, side in sides.items():
+        if not (is_int(side) and side >= 1):
+            raise VtpError(f"the image processor's {name} is {side!r}; it must be a positive whole number")
+    factor = sides["patch_size"] * sides["merge_size"]
+    given = image_size or qwen.default_size(least, most, factor)
+    return {"kind": "qwen", "min_pixels": least, "max_pixels": most, **sides, **_image(given)}
+
+
+def _read_anyres(values: Settings, image_size: Size | None) -> Settings:
+    tile = _one_tile(values)
+    points = values["image_grid_pinpoints"]
+    if not (isinstance(points, list | tuple) and points and all(_is_pair(point) for point in points)):
+        raise VtpError(
+            f"image_grid_pinpoints {points!r:.60} is not supported; supported: [height, width] pairs"
+        )
+    pinpoints = tuple((point[0], point[1]) for point in points)
+    given = image_size or anyres.default_size(pinpoints, tile)
+    return {"kind": "anyres", "height": tile, "width": tile, "pinpoints": pinpoints, **_image(given)}
+
+
+def _one_tile(values: Settings) -> int:
+    """The edge of anyres' tiles: `size` and `crop_size` agree on it, so that cropping changes nothing."""
+    size = _size_fields(values["size"])
+    edges = {*size.values(), *(_crop_fields(values["crop_size"]).values() if values["crop_size"] else ())}
+    if len(edges) != 1:
+        raise VtpError(
+            f"size {values['size']} with crop_size {values['crop_size']} is not supported for this image "
+            "processor; supported: one square size for both"
+        )
+    return edges.pop()
+
+
+def _read_internvl(values: Settings, image_size: Size | None) -> Settings:
+    tile = _size_fields(values["size"])
+    if "height" not in tile:
+        raise VtpError(f"image size {values['size']} is not supported; supported: height and width")
+    # InternVLProcessor switches cropping on, whatever its image processor's own file says.
+    crops = values["crop_to_patches"] or values["processor_class"] == "InternVLProcessor"
+    edges, least, most = (tile["height"], tile["width"]), values["min_patches"], values["max_patches"]
+    if not (is_int(least) and is_int(most) and 1 <= least <= most):
+        raise VtpError(f"min_patches {least!r} and max_patches {most!r} of the image processor do not fit")
+    if image_size is None:
+        image_size = internvl.default_size(edges, least, most) if crops else edges
+    if image_size == edges:  # as with crop_to_patches off: every picture is stretched to the one tile
+        return tile
+    return {"kind": "internvl", **tile, "min_tiles": least, "max_tiles": most, **_image(image_size)}
+
+
+def _read_idefics3(values: Settings, image_size: Size | None) -> Settings:
+    edges = [_longest_edge(values[name], name) for name in ("size", "max_image_size")]
+    longest, tile = edges
+    splitting = values["do_image_splitting"]
+    if image_size is None:
+        image_size = idefics3.default_size(longest, tile, splitting)
+    elif splitting:
+        longest = max(image_size)  # as with transformers' size={"longest_edge": ...}
+    return {
+        "kind": "idefics3",
+        "height": tile,
+        "width": tile,
+        "longest_edge": longest,
+        "do_image_splitting": splitting,
+        **_image(image_size),
+    }
+
+
+def _longest_edge(size: Any, name: str) -> int:
+    edge = size.get("longest_edge") if isinstance(size, Mapping) and len(size) == 1 else None
+    if not (is_int(edge) and edge >= 1):
+        raise VtpError(f"{name} {size} is not supported; supported: longest_edge")
+    return edge
+
+
+def _image(size: Size) -> Settings:
+    return {"image_height": size[0], "image_width": size[1]}
+
+
+# -- the processors -----------------------------------------------------------------------------------------
+
+
+class _Processor(NamedTuple):
+    """One transformers image processor: how it is read, its class defaults, for keys a file leaves out.
+
+    `ignored` are keys of its files that change nothing for one picture.
+    """
+
+    read: Callable[[Settings, Size | None], Settings]
+    defaults: Settings
+    pads: bool = False
+    ignored: tuple[str, ...] = ()
+
+
+_CLIP = _Processor(
+    _read_clip,
+    {
+        "do_center_crop": True,
+        "size": {"shortest_edge": 224},
+        "crop_size": {"height": 224, "width": 224},
+        "image_mean": CLIP_MEAN,
+        "image_std": CLIP_STD,
+    },
+)
+_IDEFICS3 = _Processor(
+    _read_idefics3,
+    {
+        "resample": 1,
+        "size": {"longest_edge": 4 * 364},
+        "max_image_size": {"longest_edge": 364},
+        "do_image_splitting": True,
+        "image_mean": _HALF,
+        "image_std": _HALF,
+    },
+    ignored=("do_pad", "return_row_col_info"),  # its padding is for batches of unlike pictures
+)
+_PROCESSORS: dict[str, _Processor] = {
+    "CLIP": _CLIP,
+    "Siglip": _Processor(
+        _read_clip, {"size": {"height": 224, "width": 224}, "image_mean": _HALF, "image_std": _HALF}
+    ),
+    # LLaVA's own class differs from CLIP's by one switch: `do_pad` pads to a square first.
+    "Llava": _CLIP._replace(pads=True),
+    "VideoLlava": _CLIP,
+    "Gemma3": _Processor(
+        _read_gemma3,
+        {
+            "resample": 2,
+            "size": {"height": 224, "width": 224},
+            "image_mean": _HALF,
+            "image_std": _HALF,
+            "do_pan_and_scan": False,
+        },
+        ignored=(
+            "pan_and_scan_min_crop_size",
+            "pan_and_scan_max_num_crops",
+            "pan_and_scan_min_ratio_to_activate",
+        ),
+    ),
+    "Qwen2VL": _Processor(
+        _read_qwen,
+        {
+            "size": {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280},
+            "min_pixels": None,
+            "max_pixels": None,
+            "patch_size": 14,
+            "temporal_patch_size": 2,
+            "merge_size": 2,
+            "image_mean": CLIP_MEAN,
+            "image_std": CLIP_STD,
+        },
+    ),
+    "LlavaNext": _Processor(
+        _read_anyres,
+        {
+            "do_center_crop": True,
+            "size": {"shortest_edge": 224},
+            "crop_size": {"height": 224, "width": 224},
+            "image_grid_pinpoints": [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]],
+            "image_mean": CLIP_MEAN,
+            "image_std": CLIP_STD,
+        },
+        ignored=("do_pad",),  # it pads batches of unlike pictures
+    ),
+    "LlavaOnevision": _Processor(
+        _read_anyres,
+        {
+            "size": {"height": 384, "width": 384},
+            "image_grid_pinpoints": [
+                [height, width] for height in range(384, 2305, 384) for width in range(384, 2305, 384)
+            ],
+            "image_mean": CLIP_MEAN,
+            "image_std": CLIP_STD,
+        },
+        ignored=("do_pad",),
+    ),
+    "GotOcr2": _Processor(
+        _read_internvl,
+        {
+            "size": {"height": 384, "width": 384},
+            "crop_to_patches": False,
+            "min_patches": 1,
+            "max_patches": 12,
+            "image_mean": CLIP_MEAN,
+            "image_std": CLIP_STD,
+        },
+    ),
+    "Idefics3": _IDEFICS3,
+    "SmolVLM": _IDEFICS3,
+}
+
+_COMMON = {
+    "do_convert_rgb": True,
+    "do_resize": True,
+    "resample": 3,
+    "do_center_crop": False,
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "do_pad": False,
+    "crop_size": None,
+}
+# Keys that say who wrote the file or how tensors are handed over, and change no pixel.
+_BYSTANDERS = frozenset(
+    (
+        *("image_processor_type", "feature_extractor_type", "processor_class", "auto_map"),
+        *("backend", "device", "data_format", "input_data_format", "return_tensors"),
+        *("disable_grouping", "default_to_square", "image_seq_length", "_valid_processor_keys"),
+    )
+)
+
+
+def _settings(config: Mapping[str, Any], processor: _Processor) -> Settings:
+    """The file's settings over the class defaults; settings that are not known are refused."""
+    given = {
+        key: value
+        for key, value in config.items()
+        if value is not None and key not in _BYSTANDERS and key not in processor.ignored
+    }
+    values = {**_COMMON, **processor.defaults, **given}
+    if unknown := sorted(set(values) - set(_COMMON) - set(processor.defaults)):
+        raise VtpError(f"the image processor has settings that are not supported: {', '.join(unknown)}")
+    if values["do_pad"] and not processor.pads:
+        raise VtpError("the image processor sets do_pad, which is supported for LlavaImageProcessor only")
+    return values
+
+
+def _find_processor(config: Mapping[str, Any]) -> _Processor:
+    """The row for the class that the file names, whichever of transformers' backends and ages it is from."""
+    name = str(config.get("image_processor_type") or config.get("feature_extractor_type") or "")
+    stem = name
+    for suffix in ("Fast", "Pil", "ImageProcessor", "FeatureExtractor"):
+        stem = stem.removesuffix(suffix)
+    if stem not in _PROCESSORS:
+        known = ", ".join(f"{key}ImageProcessor" for key in sorted(_PROCESSORS))
+        raise VtpError(f"image processor '{name or 'without a type'}' is not supported; supported: {known}")
+    return _PROCESSORS[stem]
+
+
+def _size_fields(size: Any) -> Settings:
+    """`size` as spec fields; a bare number is a shortest edge, as in these processors' older files."""
+    if is_int(size):
+        return {"shortest_edge": size}
+    if isinstance(size, list | tuple) and len(size) == 2:
+        return {"height": size[0], "width": size[1]}
+    if isinstance(size, Mapping) and set(size) in ({"shortest_edge"}, {"height", "width"}):
+        return dict(size)
+    raise VtpError(f"image size {size} is not supported; supported: shortest_edge, or height and width")
+
+
+def _crop_fields(size: Any) -> Settings:
+    """`crop_size` as spec fields; a bare number is a square."""
+    if is_int(size):
+        size = {"height": size, "width": size}
+    fields = _size_fields(size)
+    if "height" not in fields:
+        raise VtpError(f"crop size {size} is not supported; supported: height and width")
+    return {"crop_height": fields["height"], "crop_width": fields["width"]}
+
+
+def _is_pair(point: Any) -> bool:
+    return isinstance(point, list | tuple) and len(point) == 2 and all(is_int(edge) for edge in point)
+
+
+def _three(numbers: Any) -> tuple[float, ...]:
+    """A mean or deviation for each channel; one number stands for all three."""
+    if isinstance(numbers, int | float) and not isinstance(numbers, bool):
+        return (float(numbers),) * 3
+    return tuple(numbers)

@@ -108,7 +108,7 @@ def load(
     """
     family_class = check(folder)
     family = family_class(_load_model(folder, family_class.architectures[0], DTYPES[dtype]))
-    processor = _load_processor(folder)
+    tokenizer = _load_tokenizer(folder)
     image = spec_from_processor(_processor_config(folder), image_size, fit)
     if image.fixed_size != family.image_size:
         raise VtpError(
@@ -120,8 +120,8 @@ def load(
         name=folder.resolve().name,
         family=family,
         image=image,
-        text=_text_spec(folder, processor, family),
-        tokenizer_json=processor.tokenizer.backend_tokenizer.to_str(),
+        text=_text_spec(folder, tokenizer, family),
+        tokenizer_json=tokenizer.backend_tokenizer.to_str(),
         max_positions=int(getattr(family.decoder.model.config, "max_position_embeddings", 2048)),
     )
 
@@ -159,13 +159,37 @@ def _load_model(folder: Path, architecture: str, dtype: torch.dtype) -> Any:
     return model.eval()
 
 
-def _load_processor(folder: Path) -> Any:
-    from transformers import AutoProcessor
+def _load_tokenizer(folder: Path) -> Any:
+    """The tokenizer alone: a whole processor may want torchvision, for videos that nobody asked about."""
+    from transformers import AutoTokenizer
 
     try:
-        return AutoProcessor.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer.backend_tokenizer.to_str()
+        return tokenizer
     except Exception as error:  # as above
-        raise VtpError(f"cannot load the processor in {folder}: {_one_line(error)}") from error
+        raise VtpError(f"cannot load the tokenizer in {folder}: {_one_line(error)}") from error
+
+
+def _chat_template(folder: Path, tokenizer: Any) -> str | None:
+    """The processor's chat template from whichever file it is in, else the tokenizer's."""
+    own = folder / "chat_template.jinja"
+    if own.is_file():
+        return own.read_text(encoding="utf-8")
+    for name in ("chat_template.json", "processor_config.json"):
+        path = folder / name
+        template = _read_json(path, "").get("chat_template") if path.is_file() else None
+        if isinstance(template, str):
+            return template
+    return tokenizer.chat_template
+
+
+def _image_token(folder: Path, tokenizer: Any, token_id: int) -> str:
+    """The text of the image token: the tokenizer's or processor's own word for it, else the config's id."""
+    path = folder / "processor_config.json"
+    named = _read_json(path, "").get("image_token") if path.is_file() else None
+    token = getattr(tokenizer, "image_token", None) or (named if isinstance(named, str) else None)
+    return str(token or tokenizer.convert_ids_to_tokens(token_id))
 
 
 def _processor_config(folder: Path) -> dict[str, Any]:
@@ -176,14 +200,13 @@ def _processor_config(folder: Path) -> dict[str, Any]:
     return _read_json(shared, f"{folder} has no preprocessor_config.json")
 
 
-def _text_spec(folder: Path, processor: Any, family: Family) -> TextSpec:
-    tokenizer = processor.tokenizer
+def _text_spec(folder: Path, tokenizer: Any, family: Family) -> TextSpec:
     special = {
         name: str(text) for name, text in tokenizer.special_tokens_map.items() if isinstance(text, str)
     }
     return TextSpec(
-        chat_template=processor.chat_template or tokenizer.chat_template,
-        image_token=processor.image_token,
+        chat_template=_chat_template(folder, tokenizer),
+        image_token=_image_token(folder, tokenizer, family.image_token_id),
         image_token_id=family.image_token_id,
         placeholder_ids=(family.image_token_id,) * family.placeholders,
         bos_token_id=tokenizer.bos_token_id,

@@ -187,7 +187,7 @@ BAD_MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "image token": (edit(CONFIG, image_token_index=99, image_token_id=99), "cannot be prompted: .*id 4"),
     "no tokenizer": (remove("tokenizer.json"), r"has no tokenizer: one of tokenizer\.json"),
-    "bad tokenizer": (write("tokenizer.json", b"{}"), "cannot load the processor"),
+    "bad tokenizer": (write("tokenizer.json", b"{}"), "cannot load the tokenizer"),
     "no processor": (remove("preprocessor_config.json", "processor_config.json"), "has no image processor"),
     "bad processor": (write("preprocessor_config.json", b"?"), r"cannot read .*preprocessor_config\.json"),
     "other size": (

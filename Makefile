@@ -4,7 +4,7 @@ BIN := .venv/bin
 DEMO := build/demo
 EXTRAS := export,ort,dev
 
-.PHONY: setup demo test check accuracy scenes clean
+.PHONY: setup demo test test-trtrtx check accuracy scenes clean
 
 setup: .venv/.installed  ## make .venv and install vtp into it
 
@@ -22,6 +22,10 @@ demo: setup  ## the main job on the built-in model: export with AdaptPrune, ask,
 
 test: setup  ## the tests (CPU, no network)
 	$(BIN)/python -m pytest
+
+test-trtrtx: setup  ## every pruner graph built with TensorRT-RTX (installs it: 250 MB; needs no GPU)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[trtrtx]'
+	$(BIN)/python -m pytest -m trtrtx
 
 check: setup  ## format, lint, types
 	$(BIN)/ruff format --check .

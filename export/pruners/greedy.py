@@ -117,6 +117,7 @@ def _(likeness: Any, weights: Any, keep: int) -> Any:
 
 LEAST = 2.0**-20  # less than this of a token counts as this much: cosines in float32 tell no more
 GRAIN = 2.0**40  # float64 products are told apart down to 1 / GRAIN
+PART = 32  # lines that are added one by one before they join the older ones
 
 
 @torch.library.custom_op("vtp::volume", mutates_args=())
@@ -162,7 +163,7 @@ def _(likeness: Any, weights: Any, keep: int) -> Any:
     worth = op.Unsqueeze(op.Mul(weights, number[3]), _axes(op, 1))  # [B,1,N], -inf for a pick
     gone = op.Expand(number[1], op.Concat(_batch(op, likeness), _axes(op, 1, 1), axis=0))
     left = op.Expand(number[0], op.Shape(worth))
-    lines, picks = None, []
+    older, newer, picks = None, None, []  # lines [B,.,N] of the picks, in two parts: Concat copies one
     while True:
         gain = op.Mul(worth, left)
         picks.append(op.ArgMax(op.Round(gain) if exact else gain, axis=2, keepdims=0))  # [B,1]
@@ -170,14 +171,20 @@ def _(likeness: Any, weights: Any, keep: int) -> Any:
             return op.Concat(*picks, axis=1)
         place = op.Unsqueeze(picks[-1], _axes(op, 2))
         line = op.Cast(op.Gather(rows, op.Add(picks[-1], first), axis=0), to=weights.dtype)
-        if lines is not None:
-            own = op.Expand(place, _axes(op, 1, len(picks) - 1, 1))
-            own = op.GatherElements(lines, own, axis=2)
-            line = op.Sub(line, op.MatMul(op.Transpose(own, perm=[0, 2, 1]), lines))
+        for lines, length in ((older, _full(len(picks) - 1)), (newer, (len(picks) - 1) % PART)):
+            if length:
+                own = op.GatherElements(lines, op.Expand(place, _axes(op, 1, length, 1)), axis=2)
+                line = op.Sub(line, op.MatMul(op.Transpose(own, perm=[0, 2, 1]), lines))
         line = op.Div(line, op.Sqrt(op.GatherElements(left, place, axis=2)))
-        lines = line if lines is None else op.Concat(lines, line, axis=1)
+        newer = line if newer is None else op.Concat(newer, line, axis=1)
+        if len(picks) % PART == 0:
+            older, newer = newer if older is None else op.Concat(older, newer, axis=1), None
         left = op.Max(op.Sub(left, op.Mul(line, line)), number[2])
         worth = op.ScatterElements(worth, place, gone, axis=2)
+
+
+def _full(length: int) -> int:
+    return length - length % PART
 
 
 # -- what the graphs need ------------------------------------------------------------------------------------

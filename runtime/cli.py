@@ -11,7 +11,7 @@ from pathlib import Path
 from vtp.engines import UsageError, engine_names
 from vtp.runtime.console import Parser, run_command, table
 from vtp.runtime.images import load_image
-from vtp.runtime.kept import check_picture_path, save_picture, show_kept
+from vtp.runtime.kept import check_one_view, check_picture_path, save_picture, show_kept
 from vtp.runtime.pipeline import DEFAULT_NEW_TOKENS, Pipeline, Stream
 from vtp.runtime.result import Result
 
@@ -56,6 +56,8 @@ def _run(args: argparse.Namespace) -> None:
         check_picture_path(args.show_kept)
     threads = None if args.threads is None else _whole("threads", args.threads)
     with Pipeline.load(args.bundle, args.engine, threads, args.check_hashes) as pipe:
+        if args.show_kept:
+            check_one_view(pipe.manifest.image)
         image = load_image(args.image)
         stream = _ask(pipe, image, args)
         for piece in stream:

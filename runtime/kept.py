@@ -13,7 +13,7 @@ from PIL import Image, ImageEnhance, ImageOps
 from vtp.engines.errors import UsageError, VtpError
 from vtp.runtime.preprocess import ImageSpec, source_box
 
-__all__ = ["check_picture_path", "save_picture", "show_kept"]
+__all__ = ["check_one_view", "check_picture_path", "save_picture", "show_kept"]
 
 _SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP"}
 _DROPPED = 0.38  # brightness of dropped patches, which also lose their colour
@@ -29,8 +29,10 @@ def show_kept(
 
     image: the source picture, upright RGB. grid: (rows, columns) of the model's patches. kept: indices into
     them, row by row from 0. Patches are mapped back through the resizing and cropping of `spec`; what the
-    model did not see is darker still. An index outside the grid is a `VtpError`.
+    model did not see is darker still. An index outside the grid is a `VtpError`, and so is a bundle that sees
+    a picture in several tiles.
     """
+    check_one_view(spec)
     kept_grid = _kept_grid(grid, kept)
     rows, columns = _patch_of_pixels(spec, grid, image.size)
     mask = kept_grid[rows[:, None], columns[None, :]]  # [H, W] bool
@@ -43,6 +45,14 @@ def show_kept(
     if width := _outline_width(spec, grid, image.size):
         shown.paste(_OUTLINE, mask=_as_mask(mask & ~_shrunk(mask, width), 170))
     return shown
+
+
+def check_one_view(spec: ImageSpec) -> None:
+    """Raise `VtpError` for a bundle that sees a picture in several tiles: its tokens form no one grid."""
+    if spec.views > 1:
+        raise VtpError(
+            f"this bundle sees a picture in {spec.views} tiles, which cannot be shown yet; leave out --show-kept"
+        )
 
 
 def check_picture_path(path: str | os.PathLike[str]) -> Path:

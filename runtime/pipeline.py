@@ -160,7 +160,8 @@ class Pipeline:
 
     def warmup(self) -> None:
         """Run every stage once on a blank picture, so that the first answer does not pay for set-up."""
-        blank = Image.new("RGB", (64, 64))
+        spec = self.manifest.image
+        blank = Image.new("RGB", (spec.image_width or 64, spec.image_height or 64))
         for keep in self.manifest.visual.keep:
             self.generate(blank, "warm up", keep_tokens=keep, max_new_tokens=2)
 

@@ -98,6 +98,11 @@ class ImageSpec:
         return KINDS[self.kind].shape(self)
 
     @property
+    def views(self) -> int:
+        """How many tiles `pixel_values` holds; 1 where the picture is seen in one piece."""
+        return self.shape[0] if self.image_height is not None and len(self.shape) == 4 else 1
+
+    @property
     def image_size(self) -> Size:
         """(H, W) of the image size that the bundle was made for; kind "clip" has none of its own."""
         return self.image_height or 0, self.image_width or 0

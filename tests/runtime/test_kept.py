@@ -148,3 +148,11 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(VtpError, match="No space left on device"):
         save_picture(bright(9, 9), tmp_path / "kept.png")
     assert [path.read_text() for path in tmp_path.iterdir()] == ["an older picture"]
+
+
+def test_several_tiles_are_refused() -> None:
+    spec = ImageSpec(
+        kind="internvl", height=8, width=8, min_tiles=1, max_tiles=9, image_height=16, image_width=16
+    )
+    with pytest.raises(VtpError, match="sees a picture in 5 tiles"):
+        show_kept(Image.new("RGB", (30, 30)), spec, (2, 2), [0])

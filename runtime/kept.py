@@ -51,7 +51,8 @@ def check_one_view(spec: ImageSpec) -> None:
     """Raise `VtpError` for a bundle that sees a picture in several tiles: its tokens form no one grid."""
     if spec.views > 1:
         raise VtpError(
-            f"this bundle sees a picture in {spec.views} tiles, which cannot be shown yet; leave out --show-kept"
+            f"this bundle sees a picture in {spec.views} tiles, which cannot be shown yet; "
+            "leave out --show-kept"
         )
 
 

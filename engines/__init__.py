@@ -1,7 +1,15 @@
 """vtp.engines: opens and runs ONE graph file. Knows no model, no pruner and no bundle."""
 
 from vtp.engines.base import Binding, Engine, TensorSpec, Value
-from vtp.engines.choose import AUTO, Choice, Decision, choose_engine, engine_names, open_graph
+from vtp.engines.choose import (
+    AUTO,
+    Choice,
+    Decision,
+    choose_engine,
+    engine_names,
+    judge_engines,
+    open_graph,
+)
 from vtp.engines.errors import UsageError, VtpError, nearest
 
 __all__ = [
@@ -16,6 +24,7 @@ __all__ = [
     "VtpError",
     "choose_engine",
     "engine_names",
+    "judge_engines",
     "nearest",
     "open_graph",
 ]

@@ -8,6 +8,7 @@ from importlib import util
 from pathlib import Path
 
 from vtp.engines.base import Engine
+from vtp.engines.cuda import CudaProbe, probe_cuda
 from vtp.engines.errors import UsageError, VtpError, nearest
 
 AUTO = "auto"
@@ -43,7 +44,7 @@ def installed_providers() -> list[str] | None:
     return list(onnxruntime.get_available_providers())
 
 
-def _judge_cuda(providers: list[str] | None, dtype: str | None) -> Decision:
+def _judge_cuda(providers: list[str] | None, dtype: str | None, cuda: Callable[[], CudaProbe]) -> Decision:
     if providers is None:
         return Decision("ort-cuda", False, f"onnxruntime is not installed: {_INSTALL}")
     if "CUDAExecutionProvider" not in providers:
@@ -58,17 +59,21 @@ def _judge_cuda(providers: list[str] | None, dtype: str | None) -> Decision:
             False,
             "its fused attention takes no float32: export the bundle again with --dtype float16",
         )
-    return Decision("ort-cuda", True, "the CUDA provider is present")
+    found = cuda()  # onnxruntime-gpu lists its provider wherever it is installed
+    if not found.devices:
+        return Decision("ort-cuda", False, f"{found.reason}; check nvidia-smi, or use --engine ort-cpu")
+    device = found.devices[0]
+    return Decision("ort-cuda", True, f"the CUDA provider is present, and a {device.name} (SM {device.sm})")
 
 
-def _judge_cpu(providers: list[str] | None, dtype: str | None) -> Decision:
+def _judge_cpu(providers: list[str] | None, dtype: str | None, cuda: Callable[[], CudaProbe]) -> Decision:
     if providers is None:
         return Decision("ort-cpu", False, f"onnxruntime is not installed: {_INSTALL}")
     return Decision("ort-cpu", True, "onnxruntime is installed")
 
 
 # Best first: "auto" takes the first that is accepted.
-_JUDGES: dict[str, Callable[[list[str] | None, str | None], Decision]] = {
+_JUDGES: dict[str, Callable[[list[str] | None, str | None, Callable[[], CudaProbe]], Decision]] = {
     "ort-cuda": _judge_cuda,
     "ort-cpu": _judge_cpu,
 }
@@ -83,10 +88,11 @@ def choose_engine(
     wanted: str = AUTO,
     dtype: str | None = None,
     probe: Callable[[], list[str] | None] = installed_providers,
+    cuda: Callable[[], CudaProbe] = probe_cuda,
 ) -> Choice:
     """Decide which engine to use for graphs that compute in `dtype` (None: not known).
 
-    `probe` says which providers exist (passed in, so that it can be tested).
+    `probe` says which providers exist, `cuda` which GPUs (passed in, so that it can be tested).
 
     Raises UsageError for an unknown name, VtpError when what was asked for cannot run here.
     """
@@ -97,11 +103,24 @@ def choose_engine(
         )
     providers = probe()
     names = list(_JUDGES) if wanted == AUTO else [wanted]
-    decisions = [_JUDGES[name](providers, dtype) for name in names]
+    decisions = [_JUDGES[name](providers, dtype, cuda) for name in names]
     for decision in decisions:
         if decision.accepted:
             return Choice(decision.engine, decisions)
     raise VtpError(f"engine '{wanted}' cannot run here: {decisions[-1].reason}")
+
+
+def judge_engines(
+    dtype: str | None = None,
+    probe: Callable[[], list[str] | None] = installed_providers,
+    cuda: Callable[[], CudaProbe] = probe_cuda,
+) -> list[Decision]:
+    """Every engine, best first, whether it can run here, and why (not); raises nothing that it can tell."""
+    try:
+        providers = probe()
+    except VtpError as error:
+        return [Decision(name, False, str(error)) for name in _JUDGES]
+    return [judge(providers, dtype, cuda) for judge in _JUDGES.values()]
 
 
 def open_graph(path: str | Path, engine: str, threads: int | None = None) -> Engine:

@@ -7,8 +7,9 @@ from collections.abc import Callable
 
 import pytest
 
-from vtp.engines import AUTO, UsageError, VtpError, choose_engine, engine_names
+from vtp.engines import AUTO, UsageError, VtpError, choose_engine, engine_names, judge_engines
 from vtp.engines.choose import installed_providers
+from vtp.engines.cuda import CudaDevice, CudaProbe
 
 CPU = ["CPUExecutionProvider"]
 GPU = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
@@ -16,6 +17,14 @@ GPU = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvid
 
 def probe(providers: list[str] | None) -> Callable[[], list[str] | None]:
     return lambda: providers
+
+
+def orin() -> CudaProbe:
+    return CudaProbe([CudaDevice("Orin", "8.7", 8 << 30)], driver="12.6")
+
+
+def no_gpu() -> CudaProbe:
+    return CudaProbe(reason="the driver finds no GPU")
 
 
 def test_auto_takes_the_cpu_without_cuda_and_says_why() -> None:
@@ -29,7 +38,32 @@ def test_auto_takes_the_cpu_without_cuda_and_says_why() -> None:
 
 
 def test_auto_takes_cuda_for_float16() -> None:
-    assert choose_engine(AUTO, "float16", probe(GPU)).engine == "ort-cuda"
+    choice = choose_engine(AUTO, "float16", probe(GPU), orin)
+    assert choice.engine == "ort-cuda"
+    assert "Orin (SM 8.7)" in choice.decisions[0].reason
+
+
+def test_auto_takes_the_cpu_when_the_cuda_build_finds_no_gpu() -> None:
+    choice = choose_engine(AUTO, "float16", probe(GPU), no_gpu)
+    assert choice.engine == "ort-cpu"
+    assert choice.decisions[0].reason.startswith("the driver finds no GPU")
+
+
+def test_cuda_asked_for_without_a_gpu_is_one_line() -> None:
+    with pytest.raises(VtpError, match=r"'ort-cuda' cannot run here: the driver finds no GPU; .*ort-cpu"):
+        choose_engine("ort-cuda", "float16", probe(GPU), no_gpu)
+
+
+def test_judging_all_engines_raises_nothing() -> None:
+    assert [(one.engine, one.accepted) for one in judge_engines("float16", probe(GPU), orin)] == [
+        ("ort-cuda", True),
+        ("ort-cpu", True),
+    ]
+
+    def broken() -> list[str]:
+        raise VtpError("does not import")
+
+    assert {one.reason for one in judge_engines(probe=broken)} == {"does not import"}
 
 
 def test_auto_leaves_float32_to_the_cpu() -> None:

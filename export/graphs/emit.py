@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -158,6 +159,22 @@ def _name_axes(graph: ir.Graph, spec: GraphSpec) -> None:
                 for axis, size in enumerate(value.shape or ())
             ]
         )
+    _name_inner_axes(graph, named)
+
+
+def _name_inner_axes(graph: ir.Graph, named: Mapping[str, str]) -> None:
+    """Say inner shapes in the same names (`batch*sequence`): from them memory can be told beforehand."""
+    outputs = set(graph.outputs)
+    for node in graph:
+        for value in node.outputs:
+            if value.shape is not None and value not in outputs:
+                value.shape = ir.Shape([_renamed(size, named) for size in value.shape])
+
+
+def _renamed(size: Any, named: Mapping[str, str]) -> int | str:
+    if isinstance(size, int):
+        return size
+    return re.sub(r"\w+", lambda symbol: named.get(symbol[0], symbol[0]), str(size))
 
 
 def _strip(model: ir.Model) -> None:

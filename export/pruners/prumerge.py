@@ -3,13 +3,13 @@
 Site: vision; merges. Inputs: image_features [B,N,C], before the projector and without CLS; attention_scores
 [B,N], the mean over heads of the CLS query's row (or of the attention received, in towers without CLS);
 vision_keys [B,N,C], the keys of the layer that makes the features, heads side by side. Options: sampled
-(0.5), the share of evenly spaced tokens; neighbours (32), of each kept token. Default K: 144 of 576, as in
-the paper's tables.
+(0.5), the share of evenly spaced tokens; neighbours (32), of each kept token. Default K: 144 of 576, what the
+published code's fixed form keeps at its ratio of 1/8.
 
 1. K - floor(K·sampled) tokens with the highest attention, and floor(K·sampled) evenly spaced in raster order,
    are kept. Where the two coincide, the next in attention take the places left.
-2. A kept token's neighbours are the 32 other tokens, kept ones among them, whose keys have the highest
-   cosine with its own.
+2. A kept token's neighbours are the 32 other tokens whose keys have the highest cosine with its own: kept
+   ones among them, as in the code, where the paper's abstract speaks of pruned ones.
 3. Its row is its own features plus the sum of its neighbours', each times its attention. The weights do not
    add up to one: attention is a share of the whole picture, so that this sum is small.
 

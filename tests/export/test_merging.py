@@ -92,7 +92,7 @@ def test_rows_have_the_dtype_of_the_features(name):
 @pytest.mark.parametrize(
     ("keep", "contextual"), [(1, 0), (6, 0), (7, 1), (32, 5), (64, 10), (128, 20), (192, 30)]
 )
-def test_visionzip_splits_as_the_paper_does(keep, contextual):
+def test_visionzip_scales_the_published_split(keep, contextual):
     assert pruners.find_method("visionzip")((24, 24), keep).contextual == contextual
 
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import onnx
 
+from vtp.export.chain import Chain, site_of
 from vtp.export.checkpoint import Checkpoint
 from vtp.export.graphs.emit import GraphSpec
 from vtp.export.plan import Plan
 from vtp.export.pruners import NONE
-from vtp.export.pruners.base import Pruner
 from vtp.runtime.bundle import describe_files
 from vtp.runtime.manifest import GraphInfo, Manifest, MethodInfo, ModelInfo, TensorInfo, VisualInfo
 
@@ -24,7 +24,7 @@ def describe(
     folder: Path,
     model: Checkpoint,
     plan: Plan,
-    pruners: Sequence[Pruner],
+    chains: Sequence[Chain],
     *,
     positions: str,
     max_length: int,
@@ -34,7 +34,7 @@ def describe(
     """The manifest of the graphs that stand in `folder`; its parity report is still empty."""
     family = model.family
     count = family.grid[0] * family.grid[1]
-    keep = [pruner.keep for pruner in pruners] or [count]
+    keep = [chain[-1].keep for chain in chains] or [count]
     config = family.decoder.model.config
     return Manifest(
         model=ModelInfo(
@@ -45,10 +45,10 @@ def describe(
             vocab_size=config.vocab_size,
             max_length=max_length,
         ),
-        method=_method_info(pruners, positions),
+        method=_method_info(chains, positions),
         target=target,
         dtype=dtype,
-        visual=VisualInfo(count, list(family.grid), keep, _default_keep(pruners, keep, count)),
+        visual=VisualInfo(count, list(family.grid), keep, _default_keep(chains, keep, count)),
         image=model.image,
         text=model.text,
         graphs={
@@ -60,17 +60,17 @@ def describe(
     )
 
 
-def _default_keep(pruners: Sequence[Pruner], keep: list[int], count: int) -> int:
+def _default_keep(chains: Sequence[Chain], keep: list[int], count: int) -> int:
     """The method's own default where the bundle holds it, else the largest."""
-    usual = pruners[0].default_keep(count) if pruners else count
+    usual = chains[0][0].default_keep(count) if chains else count
     return usual if usual in keep else max(keep)
 
 
-def _method_info(pruners: Sequence[Pruner], positions: str) -> MethodInfo:
-    if not pruners:
+def _method_info(chains: Sequence[Chain], positions: str) -> MethodInfo:
+    if not chains:
         return MethodInfo(NONE, NONE, {}, positions, "")
-    first = pruners[0]
-    return MethodInfo(first.name, first.site, dict(first.settings), positions, first.paper)
+    first = chains[0][0]
+    return MethodInfo(first.name, site_of(chains[0]), dict(first.settings), positions, first.paper)
 
 
 def _graph_info(spec: GraphSpec, plan: Plan, folder: Path, max_length: int, keep: list[int]) -> GraphInfo:
@@ -84,6 +84,7 @@ def _graph_info(spec: GraphSpec, plan: Plan, folder: Path, max_length: int, keep
     ranges = {
         "batch": [1, 1, 8],
         "text": [1, TYPICAL_TEXT, max_length],
+        "text_rows": [1, TYPICAL_TEXT, max_length],
         "visual": [1, keep[-1], max_length],
         "sequence": [1, keep[-1] + TYPICAL_TEXT, max_length],
         "kept_sequence": [1, keep[-1] + TYPICAL_TEXT, max_length],

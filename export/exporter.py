@@ -7,19 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from vtp.engines import UsageError, VtpError
 from vtp.export import checkpoint
+from vtp.export.chain import Chain, make_chains
 from vtp.export.checkpoint import DTYPES, Checkpoint
 from vtp.export.describe import describe
-from vtp.export.families.base import Family
 from vtp.export.graphs.attention import emitting
 from vtp.export.graphs.emit import WeightStore, emit
 from vtp.export.keep import check_keep, keep_for_ratio, parse_keep
 from vtp.export.parity import PROMPT, verify
 from vtp.export.plan import Plan, make_plan
-from vtp.export.pruners import parse_options, parse_site, resolve_method
+from vtp.export.pruners import POSITIONS, parse_options, parse_site, resolve_method
 from vtp.export.pruners.base import Pruner
 from vtp.runtime.bundle import MANIFEST, Bundle, check_output, open_bundle, whole_bundle
 from vtp.runtime.manifest import TOKENIZER
@@ -27,7 +25,6 @@ from vtp.runtime.text import Prompter
 
 TARGETS = ("ort",)
 VERIFY = ("full", "none")
-POSITIONS = ("compact", "original")
 ROOM_FOR_TEXT = 1472  # tokens of prompt and answer beside the picture, where the model has the positions
 
 
@@ -61,9 +58,9 @@ def export(request: Request, progress: Callable[[str], None] = lambda _: None) -
     checkpoint.check(folder)
     progress("load the model")
     model = checkpoint.load(folder, request.dtype)
-    pruners = _pruners(request, model, method, options)
+    chains = _chains(request, model, method, options)
     max_length = _max_length(request, model)
-    plan = make_plan(model.family, pruners, positions, DTYPES[request.dtype], max_length)
+    plan = make_plan(model.family, chains, positions, DTYPES[request.dtype], max_length)
     with whole_bundle(request.output, request.overwrite) as folder:
         (folder / TOKENIZER).write_text(model.tokenizer_json, encoding="utf-8")
         _check_prompt(model, folder)
@@ -72,7 +69,7 @@ def export(request: Request, progress: Callable[[str], None] = lambda _: None) -
             folder,
             model,
             plan,
-            pruners,
+            chains,
             positions=positions,
             max_length=max_length,
             target=request.target,
@@ -81,7 +78,7 @@ def export(request: Request, progress: Callable[[str], None] = lambda _: None) -
         (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
         if request.verify == "full":
             progress("verify against the torch model")
-            manifest.parity.update(verify(open_bundle(folder), model, plan, pruners))
+            manifest.parity.update(verify(open_bundle(folder), model, plan, chains))
         else:
             manifest.parity.update({"mode": "none"})
         (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
@@ -124,7 +121,7 @@ def _method(request: Request) -> tuple[type[Pruner] | None, dict[str, Any], str]
         text.partition("=")[2].strip() for text in texts if text.partition("=")[0].strip() == "positions"
     ]
     if not chosen:
-        return method, parse_options(method, texts), "original" if at_decoder else "compact"
+        return method, parse_options(method, texts), "original" if at_decoder else method.positions
     if at_decoder or chosen[-1] not in POSITIONS:
         allowed = "original only (a decoder-site method)" if at_decoder else " or ".join(POSITIONS)
         raise UsageError(f"method-option positions={chosen[-1]}: {method.name} takes {allowed}")
@@ -132,57 +129,15 @@ def _method(request: Request) -> tuple[type[Pruner] | None, dict[str, Any], str]
     return method, parse_options(method, rest), chosen[-1]
 
 
-def _pruners(
+def _chains(
     request: Request, model: Checkpoint, method: type[Pruner] | None, options: dict[str, Any]
-) -> list[Pruner]:
-    """One pruner per keep-count, checked against what the family serves."""
-    family = model.family
-    count = family.grid[0] * family.grid[1]
+) -> list[Chain]:
+    """One chain of pruners per keep-count, checked against what the family serves."""
+    count = model.family.grid[0] * model.family.grid[1]
     if method is None:
         _refuse_keep_for_none(request, count)
         return []
-    kind, layer = parse_site(method.site)
-    if kind not in family.sites:
-        raise UsageError(
-            f"method {method.name} acts at {method.site}, which family {family.name} does not serve; "
-            f"its sites: {', '.join(family.sites)}"
-        )
-    layers = len(family.decoder.layers)
-    if layer is not None and layer >= layers:
-        raise UsageError(
-            f"method {method.name} prunes before decoder layer {layer}, but this model has {layers} layers"
-        )
-    pruners = [method(family.grid, keep, **options) for keep in _keep_counts(request, method, count)]
-    for pruner in pruners:
-        _check_choice(pruner, family)
-    return pruners
-
-
-def _check_choice(pruner: Pruner, family: Family) -> None:
-    """Run a pruner once on random cues: what it returns must be K indices, each once, in raster order."""
-    generator = torch.Generator().manual_seed(0)
-    widths = {
-        "attention_scores": (),
-        "image_features": (family.feature_width,),
-        "keys": (family.decoder.kv_heads * family.decoder.head_dim,),
-    }
-    cues = {
-        name: torch.rand(2, pruner.count, *widths.get(name, (family.decoder.width,)), generator=generator)
-        for name in pruner.needs
-    }
-    with torch.no_grad():
-        keep = pruner(**cues)
-    if not isinstance(keep, torch.Tensor) or keep.dtype != torch.int64 or keep.shape != (2, pruner.keep):
-        found = f"{keep.dtype} {list(keep.shape)}" if isinstance(keep, torch.Tensor) else type(keep).__name__
-        raise VtpError(
-            f"method {pruner.name} returns {found}; keep_indices must be torch.int64 [batch, {pruner.keep}]"
-        )
-    inside = int(keep.min()) >= 0 and int(keep.max()) < pruner.count
-    if not inside or not bool((keep[:, 1:] > keep[:, :-1]).all()):
-        raise VtpError(
-            f"method {pruner.name} returns keep_indices that are not ascending, without repeats, within "
-            f"0 to {pruner.count - 1}; sort them"
-        )
+    return make_chains(method, model.family, _keep_counts(request, method, count), options)
 
 
 def _refuse_keep_for_none(request: Request, count: int) -> None:

@@ -7,7 +7,7 @@ own and not the reference's.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from vtp.engines import Value, VtpError
+from vtp.export.chain import Chain
 from vtp.export.checkpoint import Checkpoint
 from vtp.export.graphs.attention import emitting
 from vtp.export.graphs.emit import GraphSpec
@@ -45,7 +46,7 @@ class _Case:
     expanded: Tensor  # input_ids [1,T] with N placeholders
 
 
-def verify(bundle: Bundle, model: Checkpoint, plan: Plan, pruners: Sequence[Pruner]) -> dict[str, Any]:
+def verify(bundle: Bundle, model: Checkpoint, plan: Plan, chains: Sequence[Chain]) -> dict[str, Any]:
     """Check a bundle on ONNX Runtime's CPU provider; returns the parity report for its manifest.
 
     Every keep-count's pruner is checked; generation is checked for the smallest and the largest keep-count.
@@ -54,7 +55,7 @@ def verify(bundle: Bundle, model: Checkpoint, plan: Plan, pruners: Sequence[Prun
     model.family.model.float()
     case = _case(bundle, model)
     runner = StageRunner(bundle, "ort-cpu", None)
-    by_keep = {pruner.keep: pruner for pruner in pruners}
+    by_keep = {chain[-1].keep: chain for chain in chains}
     keeps = bundle.manifest.visual.keep
     graphs: dict[str, Any] = {}
     generation: dict[str, Any] = {}
@@ -63,7 +64,7 @@ def verify(bundle: Bundle, model: Checkpoint, plan: Plan, pruners: Sequence[Prun
             values = runner.prefill(keep, case.pixels, case.ids, case.image_start, Timings())
             graphs.update(_check_graphs(bundle, plan, model, keep, values, skip=set(graphs)))
             if keep in (keeps[0], keeps[-1]):
-                answer = _reference(model, case, by_keep.get(keep), values, bundle)
+                answer = _reference(model, case, by_keep.get(keep, ()), values, bundle)
                 generation[str(keep)] = _check_generation(runner, keep, values, answer, bundle.manifest.dtype)
     finally:
         runner.close()
@@ -179,25 +180,45 @@ def _difference(given: np.ndarray, wanted: np.ndarray, dtype: str) -> float:
 class Chosen(Pruner):
     """Keeps what a bundle kept, so that generation is compared on equal tokens."""
 
-    def __init__(self, pruner: Pruner, keep_indices: Tensor) -> None:
+    def __init__(self, pruner: Pruner, keep_indices: Tensor, rows: Tensor | None = None) -> None:
+        """Stand in for `pruner` with indices [1,K] and, where it merges, the rows [1,K,.] it made."""
         self.name, self.site, self.needs = pruner.name, pruner.site, pruner.needs  # type: ignore[misc]
+        self.merges = pruner.merges  # type: ignore[misc]
         super().__init__(pruner.grid, pruner.keep)
         self.settings = pruner.settings
-        self.keep_indices = keep_indices
+        self.answer = keep_indices if rows is None else (keep_indices, rows)
 
-    def forward(self, **_: Tensor) -> Tensor:
-        return self.keep_indices
+    def forward(self, **_: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        return self.answer
+
+
+def chosen(bundle: Bundle, chain: Chain, values: Mapping[str, Value]) -> list[Pruner]:
+    """The pruners of a chain with what a bundle chose for them, from the tensors that flowed through it."""
+    stages = [
+        stage
+        for when in ("image", "prefill")
+        for stage in bundle.manifest.stages_for(when, chain[-1].keep if chain else 0)
+        if "keep_indices" in stage.outputs
+    ]
+    answers: list[Pruner] = []
+    arriving = torch.arange(bundle.manifest.visual.count)
+    for pruner, stage in zip(chain, stages, strict=True):
+        kept = torch.from_numpy(values[stage.outputs["keep_indices"]].numpy())
+        rows = next((name for name in ("kept_features", "kept_embeds") if name in stage.outputs), None)
+        merged = torch.from_numpy(values[stage.outputs[rows]].numpy()) if pruner.merges and rows else None
+        # A bundle counts within the picture, a pruner among the tokens that reach it.
+        answers.append(Chosen(pruner, torch.searchsorted(arriving, kept), merged))
+        arriving = kept[0]
+    return answers
 
 
 def _reference(
-    model: Checkpoint, case: _Case, pruner: Pruner | None, values: dict[str, Value], bundle: Bundle
+    model: Checkpoint, case: _Case, chain: Chain, values: dict[str, Value], bundle: Bundle
 ) -> ReferenceAnswer:
-    if pruner is not None:
-        pruner = Chosen(pruner, torch.from_numpy(values["keep_indices"].numpy()))
     with torch.no_grad():
         return reference_generate(
             model.family.model,
-            pruner,
+            chosen(bundle, chain, values),
             case.expanded,
             torch.from_numpy(case.pixels).float(),
             max_new_tokens=STEPS,

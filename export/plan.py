@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from vtp.export.chain import Chain, layers_of
 from vtp.export.families.base import Family
 from vtp.export.graphs.emit import GraphInput, GraphSpec
 from vtp.export.graphs.modules import (
+    PART_CUES,
+    TEXT_CUES,
     DecoderPart,
     DecoderPruner,
     EmbedTokens,
     FeaturePruner,
 )
 from vtp.export.pruners import parse_site
-from vtp.export.pruners.base import Pruner
 from vtp.runtime.manifest import KvInfo, StageInfo
 
-BATCH, SEQUENCE, TEXT, VISUAL, CAPACITY = "batch", "sequence", "text", "visual", "capacity"
-_B, _T = 2, 5  # example sizes while tracing: above 1, so that no axis is frozen
+BATCH, SEQUENCE, TEXT, ROWS, VISUAL, CAPACITY = (
+    "batch",
+    "sequence",
+    "text",
+    "text_rows",
+    "visual",
+    "capacity",
+)
+_B, _T, _R = 2, 5, 4  # example sizes while tracing: above 1, so that no axis is frozen
 
 
 @dataclass(frozen=True)
@@ -34,25 +44,39 @@ class Plan:
 
 
 def make_plan(
-    family: Family, pruners: Sequence[Pruner], positions: str, dtype: torch.dtype, max_length: int
+    family: Family, chains: Sequence[Chain], positions: str, dtype: torch.dtype, max_length: int
 ) -> Plan:
-    """Lay out a bundle. `pruners` holds one instance per keep-count of one method, or is empty for `none`."""
-    return _Planner(family, list(pruners), positions, dtype, max_length).plan()
+    """Lay out a bundle. `chains` holds one chain per keep-count of one method, or is empty for `none`."""
+    return _Planner(family, list(chains), positions, dtype, max_length).plan()
+
+
+@dataclass(frozen=True)
+class _Flow:
+    """The pipeline's names of what goes into the next part of the decoder."""
+
+    hidden: str = "prompt_embeds"
+    positions: str = "position_ids"
+    rows: str = "text_rows"
+    kept: str = ""  # which of the image's tokens arrive; all of them before the first cut
 
 
 class _Planner:
     def __init__(
-        self, family: Family, pruners: list[Pruner], positions: str, dtype: torch.dtype, max_length: int
+        self, family: Family, chains: list[Chain], positions: str, dtype: torch.dtype, max_length: int
     ) -> None:
         self.family = family
-        self.pruners = pruners
+        self.chains = chains
         self.dtype = dtype
         self.max_length = max_length
         self.count = family.grid[0] * family.grid[1]
-        self.site, self.layer = parse_site(pruners[0].site) if pruners else ("none", None)
-        self.needs = pruners[0].needs if pruners else ()
+        first = chains[0][0] if chains else None
+        self.site = parse_site(first.site)[0] if first else "none"
+        self.needs = first.needs if first else ()
+        self.normed_keys = first is not None and first.settings.get("keys") == "normed"
+        self.cuts = layers_of(chains[0]) if chains else []
+        self.reads_text = any(name.startswith("text_") for name in self.needs)
         # Before a decoder-site pruner nothing is missing yet: places and positions agree.
-        self.positions = positions if self.layer is None else "compact"
+        self.positions = "compact" if self.cuts else positions
         self.graphs: list[GraphSpec] = []
         self.stages: list[StageInfo] = []
         self.caches: dict[str, KvInfo] = {}
@@ -66,14 +90,15 @@ class _Planner:
     # -- once a picture ------------------------------------------------------------------------------------
 
     def _image_stages(self) -> None:
-        scores = self.site in ("vision", "projector") and "attention_scores" in self.needs
+        vision_cues = {"vision": ("attention_scores", "vision_keys"), "projector": ("attention_scores",)}
+        cues = [name for name in vision_cues.get(self.site, ()) if name in self.needs]
         height, width = self.family.image_size
-        outputs = ["image_features", *(["attention_scores"] if scores else [])]
+        outputs = ["image_features", *cues]
         pixels = GraphInput("pixel_values", self._float(_B, 3, height, width), {0: BATCH})
-        self._add(GraphSpec("vision_encoder", self.family.vision_encoder(scores), [pixels], outputs))
+        self._add(GraphSpec("vision_encoder", self.family.vision_encoder(cues), [pixels], outputs))
         self._stage("vision_encoder", "image", ["pixel_values"], outputs)
         if self.site == "vision":
-            self._feature_pruners("image_features", "kept_features", self.family.feature_width)
+            self._feature_pruners("image", "image_features", "kept_features")
         features = self._float(_B, self.count, self.family.feature_width)
         self._add(
             GraphSpec(
@@ -85,63 +110,58 @@ class _Planner:
         )
         source = "kept_features" if self.site == "vision" else "image_features"
         self._stage("projector", "image", {"image_features": source}, ["image_embeds"])
-        if self.site == "projector":
-            self._feature_pruners("image_embeds", "kept_embeds", self.family.decoder.width)
+        if self.site == "projector" and not self.reads_text:
+            self._feature_pruners("image", "image_embeds", "kept_embeds")
 
-    def _feature_pruners(self, rows: str, kept: str, width: int) -> None:
+    def _feature_pruners(self, when: str, rows: str, kept: str) -> None:
         cues = [rows, *(name for name in self.needs if name != rows)]
+        width, embeds = self.family.feature_width, self.family.decoder.width
         shapes = {
-            "image_features": self._float(_B, self.count, self.family.feature_width),
-            "image_embeds": self._float(_B, self.count, self.family.decoder.width),
+            "image_features": self._float(_B, self.count, width),
+            "vision_keys": self._float(_B, self.count, width),
+            "image_embeds": self._float(_B, self.count, embeds),
             "attention_scores": torch.rand(_B, self.count),
+            **self._text_examples(),
         }
-        for pruner in self.pruners:
-            inputs = [GraphInput(name, shapes[name], {0: BATCH}) for name in cues]
-            name = self._pruner_name(pruner)
-            self._add(
-                GraphSpec(name, FeaturePruner(pruner, cues), inputs, ["keep_indices", kept], rewrite=False)
-            )
-            self._stage("pruner", "image", cues, ["keep_indices", kept], file=name, keep=pruner.keep)
+        for chain in self.chains:
+            pruner, name = chain[0], self._pruner_name(chain, 0)
+            inputs = [GraphInput(cue, shapes[cue], _axes(cue)) for cue in cues]
+            module = FeaturePruner(pruner, cues)
+            self._add(GraphSpec(name, module, inputs, ["keep_indices", kept], rewrite=False))
+            self._stage("pruner", when, cues, ["keep_indices", kept], file=name, keep=pruner.keep)
 
     # -- once a prompt -------------------------------------------------------------------------------------
 
     def _prompt_stages(self) -> None:
         self._embed_graph()
         self._stage("embed_tokens", "prefill", ["input_ids"], ["inputs_embeds"])
+        if self.reads_text:
+            self._text_cues()
+        if self.site == "projector" and self.reads_text:
+            self._feature_pruners("prefill", "image_embeds", "kept_embeds")
         self._splice()
-        if self.layer is None:
-            layers = len(self.family.decoder.layers)
-            self._decoder_graph("decoder", 0, layers, "inputs_embeds", [])
-            reads = {"inputs_embeds": "prompt_embeds", "position_ids": "position_ids"}
-            self._stage("decoder", "prefill", reads, ["logits"])
-        else:
-            self._split_decoder(self.layer)
-
-    def _split_decoder(self, layer: int) -> None:
-        cues = [name for name in self.needs if name != "hidden_states"]
-        layers = len(self.family.decoder.layers)
-        self._decoder_graph("decoder_head", 0, layer, "inputs_embeds", cues)
-        reads = {"inputs_embeds": "prompt_embeds", "position_ids": "position_ids"}
-        self._stage("decoder_head", "prefill", reads, ["hidden_states", *cues])
-        self._decoder_pruners(cues)
-        self._decoder_graph("decoder", layer, layers, "hidden_states", [])
-        reads = {"hidden_states": "kept_hidden_states", "position_ids": "kept_position_ids"}
-        self._stage("decoder", "prefill", reads, ["logits"])
+        self._decoder_stages()
 
     def _embed_graph(self) -> None:
         ids = GraphInput("input_ids", torch.zeros(_B, _T, dtype=torch.int64), {0: BATCH, 1: TEXT})
         embedding = EmbedTokens(self.family.decoder.model.embed_tokens)
         self._add(GraphSpec("embed_tokens", embedding, [ids], ["inputs_embeds"]))
 
+    def _text_cues(self) -> None:
+        inputs = [self._embeds_input(), self._start_input()]
+        outputs = ["text_embeds", "text_mask", "text_rows"]
+        axes = {name: {1: ROWS} for name in outputs}
+        self._add(GraphSpec("text_cues", self.family.text_cues(), inputs, outputs, axes))
+        self._stage("text_cues", "prefill", [item.name for item in inputs], outputs)
+
     def _splice(self) -> None:
-        width, visual = self.family.decoder.width, max(2, min((p.keep for p in self.pruners), default=2))
-        original = self.positions == "original"
+        width, visual = self.family.decoder.width, max(2, min((c[-1].keep for c in self.chains), default=2))
         inputs = [
-            GraphInput("inputs_embeds", self._float(_B, _T, width), {0: BATCH, 1: TEXT}),
+            self._embeds_input(),
             GraphInput("image_embeds", self._float(_B, visual, width), {0: BATCH, 1: VISUAL}),
-            GraphInput("image_start", torch.ones(_B, dtype=torch.int64), {0: BATCH}),
+            self._start_input(),
         ]
-        if original:
+        if self.positions == "original":
             keep = torch.zeros(_B, visual, dtype=torch.int64)
             inputs.append(GraphInput("keep_indices", keep, {0: BATCH, 1: VISUAL}))
         outputs = ["prompt_embeds", "position_ids", "next_position"]
@@ -152,16 +172,36 @@ class _Planner:
             reads["image_embeds"] = "kept_embeds"
         self._stage("splice", "prefill", reads, outputs)
 
-    def _decoder_graph(self, name: str, first: int, end: int, source: str, cues: list[str]) -> None:
-        decoder = self.family.decoder
-        normed = bool(self.pruners) and self.pruners[0].settings.get("keys") == "normed"
-        module = DecoderPart(decoder, first, end, cues, normed)
+    def _decoder_stages(self) -> None:
+        """Parts of the decoder with pruners between them; without a decoder-site method there is one part."""
+        flow, cues = _Flow(), [name for name in PART_CUES if name in self.needs]
+        for number, (first, end) in enumerate(self._parts()):
+            name, last = self._part_name(number), number == len(self.cuts)
+            given = [] if last else cues
+            self._decoder_graph(number, first, end, given)
+            reads = {self._part_source(number): flow.hidden, "position_ids": flow.positions}
+            if _reads_rows(given):
+                reads["text_rows"] = flow.rows
+            if last:
+                self._stage(name, "prefill", reads, ["logits"])
+                return
+            tail = self._tail(number)
+            self._stage(name, "prefill", reads, {item: item + tail for item in ["hidden_states", *given]})
+            self._decoder_pruners(number, given, flow)
+            kept = "kept_hidden_states", "kept_position_ids", "kept_text_rows", "keep_indices"
+            flow = _Flow(*(item + tail for item in kept))
+
+    def _decoder_graph(self, number: int, first: int, end: int, cues: list[str]) -> None:
+        decoder, name = self.family.decoder, self._part_name(number)
+        module = DecoderPart(decoder, first, end, cues, self.normed_keys)
         rows = {0: BATCH, 1: SEQUENCE}
+        text = [GraphInput("text_rows", self._text_examples()["text_rows"], {0: BATCH, 1: ROWS})]
         inputs = [
-            GraphInput(source, self._float(_B, _T, decoder.width), rows),
+            GraphInput(self._part_source(number), self._float(_B, _T, decoder.width), rows),
             GraphInput("position_ids", torch.arange(_T).repeat(_B, 1), rows),
             GraphInput("seqlens_k", torch.full((_B,), _T - 1, dtype=torch.int32), {0: BATCH}),
             GraphInput("total_sequence_length", torch.tensor(_T, dtype=torch.int32)),
+            *(text if module.reads_text else []),
             *self._past(first, end),
         ]
         answer = ["logits"] if module.final else ["hidden_states", *cues]
@@ -171,7 +211,7 @@ class _Planner:
             layers=list(range(first, end)),
             heads=decoder.kv_heads,
             head_dim=decoder.head_dim,
-            capacity=self._capacity(name),
+            capacity=self._capacity(number),
             dtype=str(self.dtype).removeprefix("torch."),
             lengths="seqlens_k",
         )
@@ -185,49 +225,117 @@ class _Planner:
             for part in ("key", "value")
         ]
 
-    def _capacity(self, name: str) -> int:
-        """A head sees all N visual tokens; what comes after pruning holds at most the largest keep-count."""
-        if not self.pruners or name == "decoder_head":
+    def _capacity(self, number: int) -> int:
+        """A head sees all N visual tokens; what comes after pruning holds at most what the largest keeps."""
+        if not self.chains or (self.cuts and number == 0):
             return self.max_length
-        return self.max_length - self.count + max(pruner.keep for pruner in self.pruners)
+        site = number - 1 if self.cuts else 0
+        return self.max_length - self.count + max(chain[site].keep for chain in self.chains)
 
-    def _decoder_pruners(self, cues: list[str]) -> None:
-        decoder, total = self.family.decoder, self.count + _T
-        rows = {0: BATCH, 1: SEQUENCE}
-        shapes = {
-            "attention_scores": torch.rand(_B, total),
-            "keys": self._float(_B, total, decoder.kv_heads * decoder.head_dim),
-        }
-        inputs = [
-            GraphInput("hidden_states", self._float(_B, total, decoder.width), rows),
-            GraphInput("position_ids", torch.arange(total).repeat(_B, 1), rows),
-            GraphInput("image_start", torch.ones(_B, dtype=torch.int64), {0: BATCH}),
-            *(GraphInput(cue, shapes[cue], rows) for cue in cues),
-        ]
+    def _decoder_pruners(self, number: int, part_cues: list[str], flow: _Flow) -> None:
+        """The pruners after part `number`, which `flow` went into: one per keep-count."""
+        tail, more = self._tail(number), number + 1 < len(self.cuts)
+        own = {"hidden_states", "position_ids", "image_start"}
+        names = [*part_cues, *(name for name in self.needs if name not in {*part_cues, *own})]
+        reads = {name: name + tail for name in ["hidden_states", *part_cues]}
+        reads.update(position_ids=flow.positions, image_start="image_start")
+        if flow.kept:
+            names, reads = [*names, "previous_indices"], {**reads, "previous_indices": flow.kept}
+        if more and _reads_rows(part_cues):
+            names, reads = [*names, "text_rows"], {**reads, "text_rows": flow.rows}
         outputs = ["keep_indices", "kept_hidden_states", "kept_position_ids"]
-        kept = {"kept_hidden_states": {1: "kept_sequence"}, "kept_position_ids": {1: "kept_sequence"}}
-        for pruner in self.pruners:
-            name = self._pruner_name(pruner)
-            self._add(GraphSpec(name, DecoderPruner(pruner, cues), inputs, outputs, kept, rewrite=False))
-            reads = [item.name for item in inputs]
-            self._stage("pruner", "prefill", reads, outputs, file=name, keep=pruner.keep)
+        outputs += ["kept_text_rows"] if "text_rows" in names else []
+        axes = {name: {1: "kept_sequence"} for name in outputs[1:3]}
+        for chain in self.chains:
+            pruner, name = chain[number], self._pruner_name(chain, number)
+            examples = self._prompt_examples(pruner.count)
+            scores = {"attention_scores": {1: SEQUENCE}}  # of the whole prompt here, of the picture elsewhere
+            inputs = [
+                GraphInput(item, examples[item], {**_axes(item), **scores.get(item, {})})
+                for item in ["hidden_states", "position_ids", "image_start", *names]
+            ]
+            module = DecoderPruner(pruner, names)
+            self._add(GraphSpec(name, module, inputs, outputs, axes, rewrite=False))
+            self._stage(
+                f"pruner_{number + 1}" if len(self.cuts) > 1 else "pruner",
+                "prefill",
+                {item.name: reads.get(item.name, item.name) for item in inputs},
+                {item: item + tail for item in outputs},
+                file=name,
+                keep=chain[-1].keep,
+            )
 
     # -- once a token --------------------------------------------------------------------------------------
 
     def _step_stages(self) -> None:
         self._stage("embed_tokens", "step", ["input_ids"], ["inputs_embeds"])
-        reads = {"inputs_embeds": "inputs_embeds", "position_ids": "position_ids"}
-        if self.layer is None:
-            self._stage("decoder", "step", reads, ["logits"])
-            return
-        self._stage("decoder_head", "step", reads, ["hidden_states"])
-        reads = {"hidden_states": "hidden_states", "position_ids": "position_ids"}
-        self._stage("decoder", "step", reads, ["logits"])
+        hidden = "inputs_embeds"
+        for number in range(len(self.cuts) + 1):
+            last, tail = number == len(self.cuts), self._tail(number)
+            reads = {self._part_source(number): hidden, "position_ids": "position_ids"}
+            if not last and _reads_rows(self.needs):
+                # Nobody reads the cues of a step: any indices will do, and these are at hand.
+                reads["text_rows"] = "position_ids"
+            gives = {"logits": "logits"} if last else {"hidden_states": "hidden_states" + tail}
+            self._stage(self._part_name(number), "step", reads, gives)
+            hidden = "hidden_states" + tail
 
     # -- small things --------------------------------------------------------------------------------------
 
-    def _pruner_name(self, pruner: Pruner) -> str:
-        return "pruner" if len(self.pruners) == 1 else f"pruner_{pruner.keep}"
+    def _parts(self) -> list[tuple[int, int]]:
+        """(first, end) layer of every part of the decoder."""
+        return list(pairwise([0, *self.cuts, len(self.family.decoder.layers)]))
+
+    def _part_name(self, number: int) -> str:
+        if number == len(self.cuts):
+            return "decoder"
+        return "decoder_head" if number == 0 else f"decoder_{number}"
+
+    def _part_source(self, number: int) -> str:
+        """The input's name; a part in the middle gives hidden_states itself, and no graph has a name twice."""
+        if number == 0:
+            return "inputs_embeds"
+        return "hidden_states" if number == len(self.cuts) else "kept_hidden_states"
+
+    def _tail(self, number: int) -> str:
+        """What is added to the pipeline's names around a site: nothing at the last one (or the only one)."""
+        return "" if number + 1 >= len(self.cuts) else f".{number + 1}"
+
+    def _pruner_name(self, chain: Chain, number: int) -> str:
+        site = f"_{number + 1}" if len(chain) > 1 else ""
+        return f"pruner{site}" if len(self.chains) == 1 else f"pruner{site}_{chain[-1].keep}"
+
+    def _embeds_input(self) -> GraphInput:
+        return GraphInput(
+            "inputs_embeds", self._float(_B, _T, self.family.decoder.width), _axes("inputs_embeds")
+        )
+
+    def _start_input(self) -> GraphInput:
+        return GraphInput("image_start", torch.ones(_B, dtype=torch.int64), {0: BATCH})
+
+    def _text_examples(self) -> dict[str, Tensor]:
+        return {
+            "text_embeds": self._float(_B, _R, self.family.decoder.width),
+            "text_mask": torch.ones(_B, _R),
+            "text_rows": torch.arange(_R).repeat(_B, 1),
+        }
+
+    def _prompt_examples(self, count: int) -> dict[str, Tensor]:
+        """Inputs of a decoder-site pruner that `count` visual tokens reach."""
+        decoder, total = self.family.decoder, count + _R
+        return {
+            "hidden_states": self._float(_B, total, decoder.width),
+            "position_ids": torch.arange(total).repeat(_B, 1),
+            "image_start": torch.ones(_B, dtype=torch.int64),
+            "attention_scores": torch.rand(_B, total),
+            "next_scores": torch.rand(_B, total),
+            "keys": self._float(_B, total, decoder.kv_heads * decoder.head_dim),
+            "text_attention": torch.rand(_B, decoder.heads, _R, total),
+            "text_gravity": torch.rand(_B, _R, total),
+            "image_embeds": self._float(_B, self.count, decoder.width),
+            "previous_indices": torch.arange(count).repeat(_B, 1),
+            **self._text_examples(),
+        }
 
     def _add(self, spec: GraphSpec) -> None:
         self.graphs.append(spec)
@@ -236,14 +344,39 @@ class _Planner:
         self,
         name: str,
         when: str,
-        inputs: dict[str, str] | list[str],
-        outputs: list[str],
+        inputs: Mapping[str, str] | Sequence[str],
+        outputs: Mapping[str, str] | Sequence[str],
         file: str = "",
         keep: int | None = None,
     ) -> None:
-        reads = inputs if isinstance(inputs, dict) else {item: item for item in inputs}
-        gives = {item: item for item in outputs}
-        self.stages.append(StageInfo(name, f"{file or name}.onnx", when, keep, reads, gives))
+        self.stages.append(StageInfo(name, f"{file or name}.onnx", when, keep, _map(inputs), _map(outputs)))
 
     def _float(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=self.dtype)
+
+
+def _map(names: Mapping[str, str] | Sequence[str]) -> dict[str, str]:
+    return dict(names) if isinstance(names, Mapping) else {name: name for name in names}
+
+
+def _reads_rows(cues: Sequence[str]) -> bool:
+    return bool(set(cues) & set(TEXT_CUES))
+
+
+# Dynamic axes of a pruner's inputs; of those that are not named, only the batch.
+_AXES: dict[str, dict[int, str]] = {
+    "inputs_embeds": {1: TEXT},
+    "hidden_states": {1: SEQUENCE},
+    "position_ids": {1: SEQUENCE},
+    "keys": {1: SEQUENCE},
+    "next_scores": {1: SEQUENCE},
+    "text_embeds": {1: ROWS},
+    "text_mask": {1: ROWS},
+    "text_rows": {1: ROWS},
+    "text_attention": {2: ROWS, 3: SEQUENCE},
+    "text_gravity": {1: ROWS, 2: SEQUENCE},
+}
+
+
+def _axes(name: str) -> dict[int, str]:
+    return {0: BATCH, **_AXES.get(name, {})}

@@ -3,14 +3,17 @@
 Written without the exporter's graphs: plain PyTorch around the model's own modules, eager attention, one
 growing cache, greedy choice. All N visual tokens are projected and placed in the prompt as transformers does
 it; then the prompt is cut down to the kept places, in front of the first decoder layer (vision and projector
-sites) or in front of layer L (decoder:L). Slow, simple, batch 1.
+sites) or in front of layer L (decoder:L, or several L in turn). Rows that a method merged take the places
+of the tokens they stand for. Slow, simple, batch 1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+import sys
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -45,7 +48,7 @@ class ReferenceAnswer:
 
 def reference_generate(
     model: LlavaForConditionalGeneration,
-    pruner: Pruner | None,
+    pruner: Pruner | Sequence[Pruner] | None,
     input_ids: Tensor,
     pixel_values: Tensor,
     max_new_tokens: int = 32,
@@ -54,6 +57,7 @@ def reference_generate(
 ) -> ReferenceAnswer:
     """Answer one prompt greedily, in the model's dtype.
 
+    pruner        a method's pruner, or one for every site in turn, or None
     input_ids     int64 [1,T] with N image placeholders.
     pixel_values  float [1,3,H,W]; cast to the model's dtype.
     positions     "compact" (pruned tokens never existed) or "original" (kept tokens keep their places and new
@@ -63,130 +67,189 @@ def reference_generate(
     """
     if positions not in ("compact", "original"):
         raise UsageError(f"positions is '{positions}'; choose compact or original")
-    site, cut = parse_site(pruner.site) if pruner else ("vision", None)
+    chain = [pruner] if isinstance(pruner, Pruner) else list(pruner or [])
+    site = parse_site(chain[0].site)[0] if chain else "none"
     with torch.no_grad(), _eager(model):
-        features, scores = vision_cues(model, pixel_values, pruner)
-        embeds = model.model.multi_modal_projector(features)
-        decoder = _Decoder(model, input_ids, cut or 0, cut is not None or positions == "original")
-        hidden = decoder.embed(embeds)
-        cues: dict[str, Any]
-        if site == "decoder":
-            cues = decoder.head(hidden, pruner)
-            hidden = cues.pop("hidden_states")
-            cues["hidden_states"] = hidden[:, decoder.image]
+        project = model.model.multi_modal_projector
+        cues = vision_cues(model, pixel_values, chain[0] if site in ("vision", "projector") else None)
+        cues["image_embeds"] = project(cues["image_features"])
+        decoder = _Decoder(model, input_ids, site == "decoder" or positions == "original")
+        cues.update(decoder.text_cues())
+        embeds = cues["image_embeds"]
+        if site in ("vision", "projector"):
+            keep, rows = _select(chain[0], cues)
+            if rows is not None:
+                rows = project(rows) if site == "vision" else rows
+                embeds = embeds.index_copy(1, keep, rows.to(embeds.dtype))
+            decoder.start(embeds)
+            decoder.cut(keep)
         else:
-            cues = {"image_features": features, "image_embeds": embeds, "attention_scores": scores}
-        keep = _select(pruner, cues, embeds.shape[1])
-        tokens, logits = decoder.answer(hidden, keep, max_new_tokens, eos_ids)
-    return ReferenceAnswer(tokens, keep, logits, decoder.cache_lengths())
+            decoder.start(embeds)
+        decoder.prefill(chain if site == "decoder" else [], cues)
+        tokens, logits = decoder.answer(max_new_tokens, eos_ids)
+    return ReferenceAnswer(tokens, decoder.kept, logits, decoder.cache_lengths())
 
 
 def vision_cues(
     model: LlavaForConditionalGeneration, pixel_values: Tensor, pruner: Pruner | None = None
-) -> tuple[Tensor, Tensor | None]:
-    """image_features [1,N,C] before the projector, and attention_scores float32 [1,N] if `pruner` needs them.
+) -> dict[str, Tensor]:
+    """image_features [1,N,C] before the projector, and the cues of the tower that `pruner` needs.
 
-    Scores are the mean over heads of the CLS query's row, in the encoder layer that produces the features;
-    the attention received (mean over heads and queries) in a tower without CLS. Needs eager attention.
+    attention_scores  float32 [1,N]: mean over heads of the CLS query's row, in the encoder layer that makes
+                      the features; the attention received (mean over heads and queries) without CLS.
+    vision_keys       [1,N,C]: k_proj of that layer.
+    Needs eager attention.
     """
     tower, layer = model.model.vision_tower, model.config.vision_feature_layer
     if not isinstance(layer, int):
         raise VtpError(f"vision_feature_layer is {layer}; only a single layer is supported")
-    out = tower(
-        pixel_values.to(model.dtype), output_hidden_states=True, output_attentions=True, return_dict=True
+    number = range(len(tower.encoder.layers) + 1)[layer] - 1
+    keys: list[Tensor] = []
+    hook = tower.encoder.layers[max(number, 0)].self_attn.k_proj.register_forward_hook(
+        lambda _module, _inputs, output: keys.append(output)
     )
+    try:
+        out = tower(
+            pixel_values.to(model.dtype), output_hidden_states=True, output_attentions=True, return_dict=True
+        )
+    finally:
+        hook.remove()
     states = out.hidden_states[layer]
     has_cls = hasattr(tower.embeddings, "class_embedding")
     cropped = model.config.vision_feature_select_strategy == "default"
-    features = states[:, 1:] if cropped else states
-    if pruner is None or "decoder" in pruner.site or "attention_scores" not in pruner.needs:
-        return features, None
-    producer = range(len(out.hidden_states))[layer] - 1
-    if producer < 0 or cropped != has_cls:
-        raise VtpError("attention scores need patch features that an encoder layer made, without CLS")
-    weights = out.attentions[producer].float().mean(dim=1)
-    return features, weights[:, 0, 1:] if has_cls else weights.mean(dim=1)
+    cues = {"image_features": states[:, 1:] if cropped else states}
+    wanted = {"attention_scores", "vision_keys"} & set(pruner.needs if pruner is not None else ())
+    if wanted and (number < 0 or cropped != has_cls):
+        raise VtpError("the tower's cues need patch features that an encoder layer made, without CLS")
+    if "attention_scores" in wanted:
+        weights = out.attentions[number].float().mean(dim=1)
+        cues["attention_scores"] = weights[:, 0, 1:] if has_cls else weights.mean(dim=1)
+    if "vision_keys" in wanted:
+        cues["vision_keys"] = keys[0][:, 1:] if has_cls else keys[0]
+    return cues
 
 
 class _Decoder:
-    """The decoder's own layers, run one by one over a prompt that is cut down in front of layer `cut`."""
+    """The decoder's own layers, run one by one over a prompt that shrinks on the way.
 
-    def __init__(
-        self, model: LlavaForConditionalGeneration, input_ids: Tensor, cut: int, original: bool
-    ) -> None:
+    hidden [1,S,D] holds the tokens that are left; `numbers` [S] are their positions, `image` and `other` the
+    places among them of visual and of text tokens, `kept` the visual tokens' numbers within the picture.
+    """
+
+    hidden: Tensor
+
+    def __init__(self, model: LlavaForConditionalGeneration, input_ids: Tensor, original: bool) -> None:
         self.model = model
         self.text: Any = model.model.language_model
         self.ids = input_ids
-        self.cut = cut
         self.original = original
         image = input_ids[0] == model.config.image_token_id
         self.image = image.nonzero().flatten()
         self.other = (~image).nonzero().flatten()
+        self.kept = torch.arange(len(self.image))
+        self.numbers = torch.arange(input_ids.shape[1])
+        self.next_number = input_ids.shape[1]
         self.cache = DynamicCache()
-        if not 0 <= cut < len(self.text.layers):
-            raise VtpError(f"site decoder:{cut} needs a decoder of more than {cut} layers")
 
-    def embed(self, image_embeds: Tensor) -> Tensor:
-        """The prompt's embeddings [1,T,D], with all N visual tokens in their places."""
+    def text_cues(self) -> dict[str, Tensor]:
+        """text_embeds [1,R,D], and text_mask float32 [1,R]: 1 after the picture."""
+        embeds = self.text.embed_tokens(self.ids[:, self.other])
+        return {"text_embeds": embeds, "text_mask": (self.other > self.image[0]).float().unsqueeze(0)}
+
+    def start(self, image_embeds: Tensor) -> None:
+        """Embed the prompt [1,T,D], with all N visual tokens in their places."""
         if image_embeds.shape[1] != len(self.image):
             raise VtpError(
                 f"the prompt has {len(self.image)} placeholders for {image_embeds.shape[1]} tokens"
             )
         prompt = self.text.embed_tokens(self.ids)
-        return prompt.index_copy(1, self.image, image_embeds.to(prompt.dtype))
+        self.hidden = prompt.index_copy(1, self.image, image_embeds.to(prompt.dtype))
 
-    def head(self, hidden: Tensor, pruner: Pruner | None) -> dict[str, Tensor]:
-        """Layers below the cut on the whole prompt; the cues of the cut, cut to the image where per token."""
-        rows: list[Tensor] = []
-        attention = self.text.layers[self.cut - 1].self_attn
-        hook = attention.register_forward_hook(lambda _module, _inputs, outputs: rows.append(outputs[1]))
+    def cut(self, keep: Tensor) -> None:
+        """Leave only the visual tokens `keep` [K], numbered among those that are left."""
+        stay = torch.cat([self.other, self.image[keep]]).sort().values
+        self.hidden, self.numbers = self.hidden[:, stay], self.numbers[stay]
+        self.image, self.other = (
+            torch.searchsorted(stay, self.image[keep]),
+            torch.searchsorted(stay, self.other),
+        )
+        self.kept = self.kept[keep]
+        if not self.original:
+            self.numbers = torch.arange(len(stay))
+            self.next_number = len(stay)
+
+    def prefill(self, chain: Sequence[Pruner], cues: dict[str, Tensor]) -> None:
+        """Run all layers, cutting the prompt in front of the layer that each pruner names."""
+        layers = [parse_site(pruner.site)[1] or 0 for pruner in chain]
+        if layers and not 0 < layers[-1] < len(self.text.layers):
+            raise VtpError(f"site decoder:{layers[-1]} needs a decoder of more than {layers[-1]} layers")
+        for pruner, (first, end) in zip(chain, pairwise([0, *layers]), strict=True):
+            keep, _ = _select(pruner, {**cues, **self._run_to(first, end, pruner, cues["image_embeds"])})
+            self.cut(keep)
+        self.run(layers[-1] if layers else 0, len(self.text.layers))
+
+    def _run_to(self, first: int, end: int, pruner: Pruner, image_embeds: Tensor) -> dict[str, Tensor]:
+        """Run layers `first` to `end` - 1; the cues of that cut, per token cut to the image."""
+        weights: list[Tensor] = []
+        attention = self.text.layers[end - 1].self_attn
+        hook = attention.register_forward_hook(lambda _module, _inputs, outputs: weights.append(outputs[1]))
         try:
-            hidden = self.layers(hidden, 0, self.cut, torch.arange(hidden.shape[1]))
+            self.run(first, end)
         finally:
             hook.remove()
-        layer = self.text.layers[self.cut]
-        normed = pruner is not None and pruner.settings.get("keys") == "normed"
-        keys = layer.self_attn.k_proj(layer.input_layernorm(hidden) if normed else hidden)
+        rows, hidden, layer = weights[0].float(), self.hidden, self.text.layers[end]
+        normed = layer.input_layernorm(hidden)
+        keys = layer.self_attn.k_proj(normed if pruner.settings.get("keys") == "normed" else hidden)
+        _, coming = layer.self_attn(
+            normed, position_embeddings=self._turns(hidden), attention_mask=_causal(hidden)
+        )
         return {
-            "hidden_states": hidden,
-            "attention_scores": rows[0][:, :, -1].float().mean(dim=1)[:, self.image],
+            "hidden_states": hidden[:, self.image],
+            "attention_scores": rows[:, :, -1].mean(dim=1)[:, self.image],
+            "next_scores": coming[:, :, -1].float().mean(dim=1)[:, self.image],
             "keys": keys[:, self.image],
+            "text_attention": rows[:, :, self.other][..., self.image],
+            "text_gravity": self._gravity()[:, self.other][..., self.image],
+            "image_embeds": image_embeds[:, self.kept],
         }
 
-    def layers(self, hidden: Tensor, first: int, end: int, places: Tensor) -> Tensor:
-        """Run layers `first` to `end` - 1 on hidden [1,S,D] at positions [S], after what the cache holds."""
-        places = places.to(hidden.device).unsqueeze(0)
-        mask = _causal(hidden) if hidden.shape[1] > 1 else None
-        turns = self.text.rotary_emb(hidden, position_ids=places)
+    def _gravity(self) -> Tensor:
+        """[1,S,S]: all-ones queries and keys, turned as the model turns them; products / sqrt(head_dim)."""
+        cos, sin = (part.float() for part in self._turns(self.hidden))
+        ones = torch.ones_like(cos).unsqueeze(1)
+        query, key = sys.modules[type(self.text).__module__].apply_rotary_pos_emb(ones, ones, cos, sin)
+        return (query @ key.transpose(2, 3))[:, 0] / cos.shape[-1] ** 0.5
+
+    def _turns(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        return self.text.rotary_emb(hidden, position_ids=self.numbers.unsqueeze(0))
+
+    def run(self, first: int, end: int) -> None:
+        """Run layers `first` to `end` - 1 on `hidden`, after what the cache holds."""
+        mask = _causal(self.hidden) if self.hidden.shape[1] > 1 else None
+        turns = self._turns(self.hidden)
         for layer in self.text.layers[first:end]:
-            hidden = layer(
-                hidden,
+            self.hidden = layer(
+                self.hidden,
                 attention_mask=mask,
-                position_ids=places,
+                position_ids=self.numbers.unsqueeze(0),
                 past_key_values=self.cache,
                 use_cache=True,
                 position_embeddings=turns,
             )
-        return hidden
 
-    def answer(
-        self, hidden: Tensor, keep: Tensor, steps: int, eos_ids: Collection[int]
-    ) -> tuple[list[int], list[Tensor]]:
-        """Cut the prompt to the kept visual tokens, run the layers above, then go on greedily."""
-        places = torch.cat([self.other, self.image[keep]]).sort().values
-        numbers = places if self.original else torch.arange(len(places))
-        position = self.ids.shape[1] if self.original else len(places)
-        hidden = self.layers(hidden[:, places], self.cut, len(self.text.layers), numbers)
+    def answer(self, steps: int, eos_ids: Collection[int]) -> tuple[list[int], list[Tensor]]:
+        """Go on greedily after the prompt."""
         tokens: list[int] = []
         logits: list[Tensor] = []
         while True:
-            logits.append(self.model.lm_head(self.text.norm(hidden[:, -1]))[0].float())
+            logits.append(self.model.lm_head(self.text.norm(self.hidden[:, -1]))[0].float())
             tokens.append(int(logits[-1].argmax()))
             if tokens[-1] in eos_ids or len(tokens) >= steps:
                 return tokens, logits
-            hidden = self.text.embed_tokens(self.ids.new_tensor([tokens[-1:]]))
-            hidden = self.layers(hidden, 0, len(self.text.layers), torch.tensor([position]))
-            position += 1
+            self.hidden = self.text.embed_tokens(self.ids.new_tensor([tokens[-1:]]))
+            self.numbers = torch.tensor([self.next_number])
+            self.next_number += 1
+            self.run(0, len(self.text.layers))
 
     def cache_lengths(self) -> list[int]:
         """How many tokens every layer's cache holds."""
@@ -200,12 +263,13 @@ def _causal(hidden: Tensor) -> Tensor:
     return lowest.triu(1)[None, None]
 
 
-def _select(pruner: Pruner | None, cues: dict[str, Any], count: int) -> Tensor:
-    if pruner is None:
-        return torch.arange(count)
+def _select(pruner: Pruner, cues: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+    """keep_indices [K] among the tokens that arrive, and the rows [1,K,.] of a method that merges."""
+    count = cues["hidden_states" if "hidden_states" in cues else "image_features"].shape[1]
     if pruner.count != count:
         raise VtpError(f"the pruner was made for {pruner.count} visual tokens; this model has {count}")
-    return pruner(**{name: cues[name] for name in pruner.needs})[0]
+    answer = pruner(**{name: cues[name] for name in pruner.needs})
+    return (answer[0][0], answer[1]) if pruner.merges else (answer[0], None)
 
 
 @contextmanager

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import nn
 
 from vtp.engines import VtpError
-from vtp.export.graphs.modules import Decoder, Projector, Splice, VisionEncoder
+from vtp.export.graphs.modules import Decoder, Projector, Splice, TextCues, VisionEncoder
 
 # Decoders whose attention, rotary embedding and norms the emitter was held against transformers with.
 DECODERS = ("llama", "mistral", "qwen2", "qwen3")
@@ -24,12 +25,14 @@ class Family(ABC):
     architectures   class names in config.json's `architectures` that the family serves
     sites           kinds of pruning site it serves: "vision", "projector", "decoder"
     limits          what it does not serve, in words for `--list-families`
+    lacks           cues of pruners that it cannot give -> why
     """
 
     name: ClassVar[str]
     architectures: ClassVar[tuple[str, ...]]
     sites: ClassVar[tuple[str, ...]]
     limits: ClassVar[str] = ""
+    lacks: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -91,8 +94,8 @@ class Family(ABC):
         return None
 
     @abstractmethod
-    def vision_encoder(self, scores: bool) -> VisionEncoder:
-        """pixel_values -> image_features (and attention_scores)."""
+    def vision_encoder(self, cues: Sequence[str]) -> VisionEncoder:
+        """pixel_values -> image_features, then the cues asked for: attention_scores, vision_keys."""
 
     @abstractmethod
     def projector(self) -> Projector:
@@ -101,3 +104,7 @@ class Family(ABC):
     def splice(self, positions: str) -> nn.Module:
         """The rule for places and positions; `positions` is "compact" or "original"."""
         return Splice(self.placeholders, self.grid[0] * self.grid[1], positions)
+
+    def text_cues(self) -> nn.Module:
+        """inputs_embeds, image_start -> text_embeds, text_mask, text_rows."""
+        return TextCues(self.placeholders, self.grid[0] * self.grid[1])

@@ -7,6 +7,7 @@ attention of the layer that *produces* those hidden states.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -57,9 +58,9 @@ class Llava(Family):
     def tower(self) -> Any:
         return self.model.model.vision_tower
 
-    def vision_encoder(self, scores: bool) -> VisionEncoder:
+    def vision_encoder(self, cues: Sequence[str]) -> VisionEncoder:
         layers = list(self.tower.encoder.layers)[: self._feature_layer()]
-        return VisionEncoder(_TOWERS[self._vision.model_type](self.tower), layers, self._has_cls(), scores)
+        return VisionEncoder(_TOWERS[self._vision.model_type](self.tower), layers, self._has_cls(), cues)
 
     def projector(self) -> Projector:
         return Projector(self.model.model.multi_modal_projector)

@@ -44,15 +44,43 @@ class Lengths:
 
 
 @dataclass
+class Watch:
+    """A decoder layer whose attention a method reads, and what was read once that layer ran.
+
+    layer      absolute number
+    text_rows  int64 [B,R], places of the text tokens in this run, where their rows are wanted too
+    last       float32 [B,S], the last real token's row, mean over heads
+    text       float32 [B,H,R,S], the text tokens' rows
+    """
+
+    layer: int
+    text_rows: Tensor | None = None
+    last: Tensor | None = None
+    text: Tensor | None = None
+
+    def read(self, query: Tensor, key: Tensor, scale: float, lengths: Lengths) -> None:
+        """Take the rows from query [B,H,S,d] and key [B,G,S,d], both rotated."""
+        self.last = last_row(query, key, scale, lengths).mean(dim=1)
+        if self.text_rows is not None:
+            self.text = attention_rows(query, key, scale, self.text_rows)
+
+
+@dataclass
+class Peek:
+    """Only what a layer would attend to: its attention leaves the last row here and gives zeros."""
+
+    watch: Watch
+    lengths: Lengths
+
+
+@dataclass
 class Cache:
     """Duck-typed transformers cache: hands new keys and values through, holds the past and present."""
 
     past: dict[int, tuple[Tensor, Tensor]]
     lengths: Lengths
     present: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    # The layer whose attention row a method reads, and the row [B,S] once that layer ran.
-    scored_layer: int | None = None
-    scores: Tensor | None = None
+    watch: Watch | None = None
 
     def update(self, key: Tensor, value: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         return key, value
@@ -60,18 +88,19 @@ class Cache:
 
 @dataclass
 class TowerProbe:
-    """Which tower attention module to watch, and the scores [B,N] it gave."""
+    """Which tower attention module to watch; the scores [B,N] and the keys [B,N,C] it gave."""
 
     module: nn.Module | None
     has_cls: bool
     scores: Tensor | None = None
+    keys: Tensor | None = None
 
 
 _active: list[Any] = []
 
 
 @contextmanager
-def active(context: Cache | TowerProbe) -> Iterator[None]:
+def active(context: Cache | Peek | TowerProbe) -> Iterator[None]:
     """Make `context` the one that the registered attention functions read and write."""
     _active.append(context)
     try:
@@ -93,11 +122,13 @@ def _decoder_attention(
     refused = sorted(name for name, given in kwargs.items() if name not in _HARMLESS and given is not None)
     if refused:
         raise VtpError(f"this decoder's attention uses '{refused[0]}', which the exporter does not serve")
-    cache: Cache = _active[-1]
+    cache: Cache | Peek = _active[-1]
     layer = module.layer_idx
     scale = float(scaling if scaling is not None else query.shape[-1] ** -0.5)
-    if layer == cache.scored_layer:
-        cache.scores = last_row(query, key, scale, cache.lengths)
+    if cache.watch is not None and layer == cache.watch.layer:
+        cache.watch.read(query, key, scale, cache.lengths)
+    if isinstance(cache, Peek):
+        return torch.zeros_like(query).transpose(1, 2), None
     batch, heads, sequence, width = query.shape
     groups = key.shape[1]
     output, *present = torch.onnx.ops.symbolic_multi_out(
@@ -128,20 +159,30 @@ def _merge_heads(tensor: Tensor) -> Tensor:
 
 
 def last_row(query: Tensor, key: Tensor, scale: float, lengths: Lengths) -> Tensor:
-    """Mean over heads of the last real token's attention row over this run's tokens, float32 [B,S].
+    """The last real token's attention row over this run's tokens, float32 [B,H,S].
 
     Only this one row is computed; the fused attention beside it never materialises S x S. It is the whole
     row when the cache was empty (prefill), which is when pruners read it.
     """
+    last = lengths.last_index(query.shape[2]).unsqueeze(1)
+    return attention_rows(query, key, scale, last)[:, :, 0]
+
+
+def attention_rows(query: Tensor, key: Tensor, scale: float, rows: Tensor) -> Tensor:
+    """The attention rows float32 [B,H,R,S] of the tokens at `rows` int64 [B,R] among this run's S.
+
+    query [B,H,S,d] and key [B,G,S,d], rotated. A token sees itself and those before it.
+    """
     batch, heads, sequence, width = query.shape
-    groups = key.shape[1]
-    last = lengths.last_index(sequence)
-    row = torch.gather(query, 2, last.view(-1, 1, 1, 1).expand(batch, heads, 1, width))
-    row = row.reshape(batch, groups, heads // groups, width)
-    logits = torch.matmul(row, key.transpose(2, 3)).float() * scale
-    padding = torch.arange(sequence) > last.unsqueeze(1)
-    logits = logits.masked_fill(padding.view(batch, 1, 1, sequence), torch.finfo(torch.float32).min)
-    return torch.softmax(logits, dim=-1).mean(dim=(1, 2))
+    groups, count = key.shape[1], rows.shape[1]
+    places = rows.clamp(0, sequence - 1)
+    asked = torch.gather(query, 2, places.view(batch, 1, count, 1).expand(batch, heads, count, width))
+    asked = asked.reshape(batch, groups, heads // groups * count, width)
+    logits = torch.matmul(asked, key.transpose(2, 3)).float() * scale
+    logits = logits.reshape(batch, heads, count, sequence)
+    later = torch.arange(sequence) > places.unsqueeze(2)
+    logits = logits.masked_fill(later.unsqueeze(1), torch.finfo(torch.float32).min)
+    return torch.softmax(logits, dim=-1)
 
 
 def _tower_attention(
@@ -160,6 +201,8 @@ def _tower_attention(
         probe.scores = (
             _cls_row(query, key, scale) if probe.has_cls else _attention_received(query, key, scale)
         )
+        keys = _merge_heads(key)
+        probe.keys = keys[:, 1:] if probe.has_cls else keys
     output = functional.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scale)
     return output.transpose(1, 2), None
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vtp.export.graphs.attention import Cache, Lengths, TowerProbe, active
+from vtp.export.graphs.attention import Cache, Lengths, Peek, TowerProbe, Watch, active
 from vtp.export.pruners.base import Pruner
 from vtp.export.pruners.ops import gather_rows
 
@@ -26,6 +26,10 @@ class Decoder:
         return self.model.layers
 
     @property
+    def heads(self) -> int:
+        return self.model.config.num_attention_heads
+
+    @property
     def kv_heads(self) -> int:
         return self.model.config.num_key_value_heads
 
@@ -39,27 +43,31 @@ class Decoder:
 
 
 class VisionEncoder(nn.Module):
-    """pixel_values [B,3,H,W] -> image_features [B,N,C] and, where asked for, attention_scores float32 [B,N].
+    """pixel_values [B,3,H,W] -> image_features [B,N,C], then the cues asked for, in their order.
 
-    `embed` turns pixels into the first hidden states; `layers` are only those that the features need.
+    `embed` turns pixels into the first hidden states; `layers` are only those that the features need. Cues:
+    attention_scores float32 [B,N] and vision_keys [B,N,C], both of the last of those layers.
     """
 
-    def __init__(self, embed: nn.Module, layers: Sequence[nn.Module], has_cls: bool, scores: bool) -> None:
+    def __init__(
+        self, embed: nn.Module, layers: Sequence[nn.Module], has_cls: bool, cues: Sequence[str] = ()
+    ) -> None:
         super().__init__()
         self.embed = embed
         self.layers = nn.ModuleList(layers)
         self.has_cls = has_cls
-        self.scores = scores
+        self.cues = tuple(cues)
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
-        watched = self.layers[-1].self_attn if self.scores else None
+        watched = self.layers[-1].self_attn if self.cues else None
         probe = TowerProbe(watched, self.has_cls)  # type: ignore[arg-type]
         hidden = self.embed(pixel_values)
         with active(probe):
             for layer in self.layers:
                 hidden = layer(hidden, None)
         features = hidden[:, 1:] if self.has_cls else hidden
-        return (features,) if probe.scores is None else (features, probe.scores)
+        read: dict[str, Any] = {"attention_scores": probe.scores, "vision_keys": probe.keys}
+        return (features, *(read[name] for name in self.cues))
 
 
 class Projector(nn.Module):
@@ -126,10 +134,29 @@ class Splice(nn.Module):
         return prompt, position_ids, torch.zeros_like(image_start) + (total - visual + self.count)
 
 
+class TextCues(nn.Module):
+    """The text of a prompt, for methods that read it: R = T - placeholders tokens.
+
+    inputs_embeds [B,T,D], image_start int64 [B] -> text_embeds [B,R,D], text_mask float32 [B,R] (1 after the
+    picture, 0 before) and text_rows int64 [B,R], their places in a prompt that holds all N visual tokens.
+    """
+
+    def __init__(self, placeholders: int, count: int) -> None:
+        super().__init__()
+        self.placeholders = placeholders
+        self.count = count
+
+    def forward(self, inputs_embeds: Tensor, image_start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        place = torch.arange(inputs_embeds.shape[1] - self.placeholders).unsqueeze(0)
+        after = place >= image_start.unsqueeze(1)
+        embeds = gather_rows(inputs_embeds, torch.where(after, place + self.placeholders, place))
+        return embeds, after.float(), torch.where(after, place + self.count, place)
+
+
 class FeaturePruner(nn.Module):
     """A vision- or projector-site pruner over features [B,N,C]: -> keep_indices [B,K], kept rows [B,K,C].
 
-    `cues` names the inputs; the first is the one whose rows are kept.
+    `cues` names the inputs; the first is the one whose rows are kept (or merged, by a method that does).
     """
 
     def __init__(self, pruner: Pruner, cues: Sequence[str]) -> None:
@@ -139,52 +166,83 @@ class FeaturePruner(nn.Module):
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         given = dict(zip(self.cues, inputs, strict=True))
-        keep = self.pruner(**{name: given[name] for name in self.pruner.needs})
-        return keep, gather_rows(inputs[0], keep)
+        answer = self.pruner(**{name: given[name] for name in self.pruner.needs})
+        if self.pruner.merges:
+            return answer
+        return answer, gather_rows(inputs[0], answer)
 
 
 class DecoderPruner(nn.Module):
-    """A decoder-site pruner over S prompt tokens, N of them visual from image_start int64 [B] on.
+    """A decoder-site pruner over S prompt tokens, n of them visual from image_start int64 [B] on.
 
-    hidden_states [B,S,D], position_ids int64 [B,S] and the cues the method needs (attention_scores [B,S],
-    keys [B,S,.]) -> keep_indices [B,K] within the image, kept_hidden_states [B,S-N+K,D] and
-    kept_position_ids int64 [B,S-N+K]: the original positions.
+    Inputs: hidden_states [B,S,D], position_ids int64 [B,S], image_start, then those that `others` names: the
+    method's cues (over all S tokens where they are per token), image_embeds [B,N,D], and at a later one of
+    several sites previous_indices int64 [B,n] (which of the image's N tokens arrive); text_rows int64 [B,R]
+    where a later site reads text rows.
+    Outputs: keep_indices [B,K] within the image, kept_hidden_states [B,S-n+K,D], kept_position_ids int64
+    [B,S-n+K] (the original positions), and kept_text_rows int64 [B,R] if text_rows came in.
     """
 
-    def __init__(self, pruner: Pruner, cues: Sequence[str]) -> None:
+    def __init__(self, pruner: Pruner, others: Sequence[str]) -> None:
         super().__init__()
         self.pruner = pruner
-        self.cues = tuple(cues)
+        self.others = tuple(others)
 
     def forward(
-        self, hidden_states: Tensor, position_ids: Tensor, image_start: Tensor, *cues: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, hidden_states: Tensor, position_ids: Tensor, image_start: Tensor, *others: Tensor
+    ) -> tuple[Tensor, ...]:
         count, kept = self.pruner.count, self.pruner.keep
         start = image_start.unsqueeze(1)
-        visual = start + torch.arange(count).unsqueeze(0)
-        given = {**dict(zip(self.cues, cues, strict=True)), "hidden_states": hidden_states}
-        cut = {name: _rows(given[name], visual) for name in self.pruner.needs}
-        keep = self.pruner(**cut)
+        given = {**dict(zip(self.others, others, strict=True)), "hidden_states": hidden_states}
+        previous = given.get("previous_indices")
+        keep = self.pruner(**self._cues(given, start + torch.arange(count).unsqueeze(0), previous))
         place = torch.arange(hidden_states.shape[1] - count + kept).unsqueeze(0)
         slot = (place - start).clamp(0, kept - 1)
         inside = start + torch.gather(keep, 1, slot)
         source = torch.where(
             place < start, place, torch.where(place < start + kept, inside, place + count - kept)
         )
-        return keep, gather_rows(hidden_states, source), torch.gather(position_ids, 1, source)
+        within = keep if previous is None else torch.gather(previous, 1, keep)
+        answer = (within, gather_rows(hidden_states, source), torch.gather(position_ids, 1, source))
+        if "text_rows" not in given:
+            return answer
+        rows = given["text_rows"]
+        return (*answer, torch.where(rows < start, rows, rows - count + kept))
+
+    def _cues(self, given: dict[str, Tensor], visual: Tensor, previous: Tensor | None) -> dict[str, Tensor]:
+        """The method's cues, cut to the visual tokens that arrive: their places int64 [B,n] among the S."""
+        cut: dict[str, Tensor] = {}
+        for name in self.pruner.needs:
+            tensor = given[name]
+            if name in ("text_attention", "text_gravity"):
+                shape = (*tensor.shape[:-1], visual.shape[1])
+                columns = visual.reshape(visual.shape[0], *[1] * (tensor.dim() - 2), -1)
+                tensor = torch.gather(tensor, -1, columns.expand(shape))
+            elif name == "image_embeds":
+                tensor = tensor if previous is None else gather_rows(tensor, previous)
+            elif name not in ("text_embeds", "text_mask"):
+                tensor = _rows(tensor, visual)
+            cut[name] = tensor
+        return cut
 
 
 def _rows(tensor: Tensor, indices: Tensor) -> Tensor:
     return torch.gather(tensor, 1, indices) if tensor.dim() == 2 else gather_rows(tensor, indices)
 
 
+# Cues that a decoder part computes; those named TEXT_CUES need the places of the text tokens.
+PART_CUES = ("attention_scores", "next_scores", "keys", "text_attention", "text_gravity")
+TEXT_CUES = ("text_attention", "text_gravity")
+
+
 class DecoderPart(nn.Module):
     """Decoder layers first..last on a bound cache, for prefill and single steps alike.
 
-    hidden [B,S,D], position_ids int64 [B,S], seqlens_k int32 [B], total_sequence_length int32 [], then past
-    key and value [B,G,capacity,d] per layer. A part with the last layer gives logits float32 [B,1,V] of every
-    row's last real position; an earlier part gives hidden_states [B,S,D] and the cues that the pruner after
-    it reads. Both then give present key and value per layer.
+    hidden [B,S,D], position_ids int64 [B,S], seqlens_k int32 [B], total_sequence_length int32 [], then
+    text_rows int64 [B,R] if a cue of TEXT_CUES is asked for, then past key and value [B,G,capacity,d] per
+    layer. A part with the last layer gives logits float32 [B,1,V] of every row's last real position; an
+    earlier part gives hidden_states [B,S,D] and the cues that the pruner after it reads. Both then give
+    present key and value per layer.
     """
 
     def __init__(
@@ -195,11 +253,12 @@ class DecoderPart(nn.Module):
         self.rotary: Any = decoder.model.rotary_emb
         self.numbers = range(first, end)
         self.cues = tuple(cues)
+        self.reads_text = bool(set(cues) & set(TEXT_CUES))
         self.final = end == len(decoder.layers)
         self.norm = decoder.model.norm if self.final else None
         self.lm_head = decoder.lm_head if self.final else None
-        # Keys of the layer after the cut; a method reads them with or without that layer's input norm.
-        self.next_layer: Any = decoder.layers[end] if "keys" in cues else None
+        # The layer after the cut: its keys (with or without its input norm), and what it is about to see.
+        self.next_layer: Any = decoder.layers[end] if {"keys", "next_scores"} & set(cues) else None
         self.normed_keys = normed_keys
 
     def forward(
@@ -208,13 +267,15 @@ class DecoderPart(nn.Module):
         position_ids: Tensor,
         seqlens_k: Tensor,
         total_sequence_length: Tensor,
-        *past: Tensor,
+        *others: Tensor,
     ) -> tuple[Tensor, ...]:
+        rows, past = (others[0], others[1:]) if self.reads_text else (None, others)
         pairs = zip(past[::2], past[1::2], strict=True)
         lengths = Lengths(seqlens_k, total_sequence_length)
-        cache = Cache(dict(zip(self.numbers, pairs, strict=True)), lengths)
-        if "attention_scores" in self.cues:
-            cache.scored_layer = self.numbers[-1]
+        watch = Watch(self.numbers[-1], rows)
+        cache = Cache(
+            dict(zip(self.numbers, pairs, strict=True)), lengths, watch=watch if self.cues else None
+        )
         rotary = self.rotary(hidden, position_ids)
         with active(cache):
             for layer in self.decoder_layers:
@@ -226,19 +287,52 @@ class DecoderPart(nn.Module):
                     use_cache=True,
                 )
         present = tuple(tensor for number in self.numbers for tensor in cache.present[number])
-        return (*self._answer(hidden, cache), *present)
+        if self.final:
+            return (self._logits(hidden, lengths), *present)
+        return (hidden, *self._cues(hidden, rotary, watch, lengths), *present)
 
-    def _answer(self, hidden: Tensor, cache: Cache) -> tuple[Tensor, ...]:
-        if self.norm is not None and self.lm_head is not None:
-            # The last position only, and two-dimensional, so that tied weights need no transposed copy.
-            last = cache.lengths.last_index(hidden.shape[1])
-            row = gather_rows(hidden, last.unsqueeze(1)).squeeze(1)
-            return (self.lm_head(self.norm(row)).float().unsqueeze(1),)
-        cues: dict[str, Any] = {"attention_scores": cache.scores, "keys": self._keys(hidden)}
-        return (hidden, *(cues[name] for name in self.cues if name in cues))
+    def _logits(self, hidden: Tensor, lengths: Lengths) -> Tensor:
+        """Of the last position only, and two-dimensional, so that tied weights need no transposed copy."""
+        assert self.norm is not None and self.lm_head is not None  # a final part has both
+        row = gather_rows(hidden, lengths.last_index(hidden.shape[1]).unsqueeze(1)).squeeze(1)
+        return self.lm_head(self.norm(row)).float().unsqueeze(1)
 
-    def _keys(self, hidden: Tensor) -> Tensor | None:
-        if self.next_layer is None:
-            return None
+    def _cues(
+        self, hidden: Tensor, rotary: tuple[Tensor, Tensor], watch: Watch, lengths: Lengths
+    ) -> list[Tensor]:
+        read: dict[str, Callable[[], Any]] = {
+            "attention_scores": lambda: watch.last,
+            "text_attention": lambda: watch.text,
+            "text_gravity": lambda: _gravity(rotary, watch),
+            "keys": lambda: self._keys(hidden),
+            "next_scores": lambda: self._next_scores(hidden, rotary, lengths),
+        }
+        return [read[name]() for name in self.cues]
+
+    def _keys(self, hidden: Tensor) -> Tensor:
         normed = self.next_layer.input_layernorm(hidden) if self.normed_keys else hidden
         return self.next_layer.self_attn.k_proj(normed)
+
+    def _next_scores(self, hidden: Tensor, rotary: tuple[Tensor, Tensor], lengths: Lengths) -> Tensor:
+        """The last token's row in the layer that comes next: its attention runs up to that row."""
+        watch = Watch(self.numbers[-1] + 1)
+        with active(Peek(watch, lengths)):
+            self.next_layer.self_attn(
+                self.next_layer.input_layernorm(hidden), position_embeddings=rotary, attention_mask=None
+            )
+        assert watch.last is not None  # the attention function read it
+        return watch.last
+
+
+def _gravity(rotary: tuple[Tensor, Tensor], watch: Watch) -> Tensor:
+    """Products float32 [B,R,S] of all-ones queries at the text's places and all-ones keys, both turned.
+
+    A pair of ones turned by an angle a is (cos a - sin a, cos a + sin a), and two such pairs have the
+    product 2 cos(a - b); cos and sin [B,S,d] hold every angle twice.
+    """
+    cos, sin = (part.float() for part in rotary)
+    assert watch.text_rows is not None  # given with every cue of TEXT_CUES
+    places = watch.text_rows.clamp(0, cos.shape[1] - 1)
+    products = torch.matmul(gather_rows(cos, places), cos.transpose(1, 2))
+    products = products + torch.matmul(gather_rows(sin, places), sin.transpose(1, 2))
+    return products * cos.shape[2] ** -0.5

@@ -28,10 +28,21 @@ _SUPPORT = {"base", "greedy", "merge", "ops"}
 
 # What a pruner may ask for, by the kind of its site.
 CUES: dict[str, tuple[str, ...]] = {
-    "vision": ("image_features", "attention_scores"),
-    "projector": ("image_embeds", "attention_scores"),
-    "decoder": ("attention_scores", "keys", "hidden_states"),
+    "vision": ("image_features", "attention_scores", "vision_keys"),
+    "projector": ("image_embeds", "attention_scores", "text_embeds", "text_mask"),
+    "decoder": (
+        "attention_scores",
+        "next_scores",
+        "keys",
+        "hidden_states",
+        "text_attention",
+        "text_gravity",
+        "image_embeds",
+        "text_embeds",
+        "text_mask",
+    ),
 }
+POSITIONS = ("compact", "original")
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 _BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
@@ -87,14 +98,18 @@ def resolve_method(text: str) -> type[Pruner] | None:
 
 
 def parse_site(site: str) -> tuple[str, int | None]:
-    """Split a site into ("vision", None), ("projector", None) or ("decoder", L); UsageError otherwise."""
-    if site in ("vision", "projector"):
+    """Split a site into ("vision", None), ("projector", None) or ("decoder", L); UsageError otherwise.
+
+    ("decoder", None) is a method that names its layers itself (`Pruner.sites`).
+    """
+    if site in ("vision", "projector", "decoder"):
         return site, None
     kind, _, layer = str(site).partition(":")
     if kind == "decoder" and layer.isascii() and layer.isdecimal() and int(layer) >= 1:
         return kind, int(layer)
     raise UsageError(
-        f"site '{site}' is not vision, projector or decoder:L with L = 1 or more (2: before layer 2)"
+        f"site '{site}' is not vision, projector, decoder:L with L = 1 or more (2: before layer 2), or "
+        "decoder with its layers in sites()"
     )
 
 
@@ -158,6 +173,12 @@ def _problem(method: type[Pruner]) -> str:
         return f"needs names a cue twice: {needs!r}"
     if method.forward is Pruner.forward:
         return "forward is missing; it takes the cues by name and returns keep_indices int64 [B,K]"
+    if site == "decoder" and inspect.getattr_static(method, "sites") is vars(Pruner)["sites"]:
+        return "site decoder needs sites(), which says at which layers; or give one site, such as decoder:2"
+    if method.merges and kind == "decoder":
+        return f"a method at site {site} cannot merge; choose site vision or projector"
+    if method.positions not in POSITIONS:
+        return f"positions is {method.positions!r}; give {' or '.join(POSITIONS)}"
     return _option_problem(method.options)
 
 

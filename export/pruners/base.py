@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -14,27 +15,50 @@ class Pruner(nn.Module):
 
     Class attributes declare the method; the exporter reads them and never looks inside:
 
-    name     the CLI name, equal to the file name.
-    site     "vision", "projector" or "decoder:L" (between decoder layers L-1 and L).
-    needs    names of the cues that `forward` takes by keyword, in order. By site:
-             vision      image_features [B,N,C] (before the projector), attention_scores float32 [B,N]
-             projector   image_embeds [B,N,D], attention_scores float32 [B,N]
-             decoder:L   attention_scores float32 [B,N] (mean over heads of the last prompt token's row of
-                         layer L-1, cut to the image), keys [B,N,kv_heads*head_dim] (layer L's k_proj),
-                         hidden_states [B,N,D]
-    options  option name -> default value; the command line's `--method-option k=v` sets them.
-    paper    "arXiv NNNN.NNNNN", or "" for a baseline.
+    name       the CLI name, equal to the file name.
+    site       "vision", "projector", "decoder:L" (between decoder layers L-1 and L), or "decoder" for a
+               method that says in `sites` at which layers it prunes.
+    needs      names of the cues that `forward` takes by keyword, in order; see below.
+    options    option name -> default value; the command line's `--method-option k=v` sets them.
+    merges     False: kept rows are what they were. True (vision and projector sites): `forward` also returns
+               the rows, into which others may have been merged.
+    positions  default of the exporter's option of that name at vision and projector sites: "compact"
+               (pruned tokens never existed) or "original" (kept tokens keep their places).
+    paper      "arXiv NNNN.NNNNN", or "" for a baseline.
+
+    Cues at site vision:
+        image_features    [B,N,C]  before the projector
+        attention_scores  float32 [B,N]  mean over heads of the CLS query's row, or of the attention received
+        vision_keys       [B,N,C]  k_proj of the layer that makes the features, heads side by side
+    at site projector (a method that takes text runs once a prompt, the others once a picture):
+        image_embeds      [B,N,D]
+        attention_scores  as above
+        text_embeds       [B,R,D]  the prompt's R text tokens, placeholders left out
+        text_mask         float32 [B,R]  1 for text that follows the picture, 0 for what precedes it
+    at a decoder site:
+        attention_scores  float32 [B,N]  mean over heads of the last prompt token's row in layer L-1
+        next_scores       float32 [B,N]  the same row of layer L, which has not run yet
+        keys              [B,N,kv_heads*head_dim]  layer L's k_proj, without the rotary embedding
+        hidden_states     [B,N,D]  what enters layer L
+        image_embeds      [B,N,D]  what entered layer 0
+        text_attention    float32 [B,H,R,N]  rows of the text tokens in layer L-1
+        text_gravity      float32 [B,R,N]  what the rotary embedding alone makes of those rows: all-ones
+                          queries and keys, turned; products / sqrt(head_dim)
+        text_embeds, text_mask  as above
     """
 
     name: ClassVar[str]
-    site: ClassVar[str]
+    site: str
     needs: ClassVar[tuple[str, ...]]
     options: ClassVar[dict[str, Any]] = {}
+    merges: ClassVar[bool] = False
+    positions: ClassVar[str] = "compact"
     paper: ClassVar[str] = ""
 
     def __init__(self, grid: tuple[int, int], keep: int, **options: Any) -> None:
         """`grid` is (rows, columns) of the visual tokens, N their product; `keep` is K, 1 to N.
 
+        At a later one of several sites the tokens that are left form no grid: `grid` is then (1, N).
         Raises UsageError for an option the method does not have or a value it cannot take.
         """
         super().__init__()
@@ -57,6 +81,22 @@ class Pruner(nn.Module):
         """The paper's keep-count for N = `count` visual tokens (64 of LLaVA's 576 unless said otherwise)."""
         return max(1, count * 64 // 576)
 
-    def forward(self, **cues: Tensor) -> Tensor:
-        """Take the cues of `needs` by name; return keep_indices int64 [B,K], ascending and unique."""
+    @classmethod
+    def sites(
+        cls, layers: int, count: int, keep: int, settings: Mapping[str, Any]
+    ) -> tuple[tuple[int, int], ...]:
+        """For site "decoder": pairs (L, tokens kept before layer L) in a decoder of `layers` layers.
+
+        L ascends within 1 to layers - 1 and does not depend on `keep`; the counts never rise, and the last
+        one is `keep`. The exporter makes one instance per pair. Raises UsageError, in one line, for a
+        decoder that is too shallow.
+        """
+        raise NotImplementedError
+
+    def forward(self, **cues: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """Take the cues of `needs` by name; return keep_indices int64 [B,K], ascending and unique.
+
+        A method that merges returns (keep_indices, rows [B,K,C]): the tokens that the rows stand for, and the
+        rows in the dtype of the features it was given.
+        """
         raise NotImplementedError

@@ -237,15 +237,16 @@ def test_vision_cues_come_from_the_layer_that_makes_the_features(vision, layer):
     model.config.vision_feature_layer = layer
     model.set_attn_implementation("eager")
     with torch.no_grad():
-        features, scores = vision_cues(model, pixels(), make("vispruner", 6))
+        cues = vision_cues(model, pixels(), make("vispruner", 6))
         tower = model.model.vision_tower
         out = tower(pixels(), output_attentions=True, output_hidden_states=True)
         weights = out.attentions[{-2: 1, -1: 2, 1: 0}[layer]][0].mean(0)
+    features, scores = cues["image_features"], cues["attention_scores"]
     assert torch.equal(
         features, out.hidden_states[layer][:, 1:] if vision == "clip" else out.hidden_states[layer]
     )
     wanted = weights[0, 1:] if vision == "clip" else weights.mean(0)
-    assert scores is not None and torch.equal(scores[0], wanted)
+    assert torch.equal(scores[0], wanted)
     kept, _ = numpy_pruners.vispruner(GRID, 6, features[0].numpy(), wanted.numpy())
     answer = reference_generate(model, make("vispruner", 6), IDS, pixels(), 1)
     assert answer.keep_indices.tolist() == kept

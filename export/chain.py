@@ -1,0 +1,168 @@
+"""A method made ready for one model: a pruner for every keep-count and, in that, for every site in turn."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vtp.engines import UsageError, VtpError
+from vtp.export.families.base import Family
+from vtp.export.pruners import find_method, method_names, parse_site
+from vtp.export.pruners.base import Pruner
+
+# The pruners of one keep-count, in the order of their sites: one, but for methods that prune repeatedly.
+Chain = tuple[Pruner, ...]
+
+
+def make_chains(
+    method: type[Pruner], family: Family, keeps: Sequence[int], settings: Mapping[str, Any]
+) -> list[Chain]:
+    """One chain per keep-count, checked against what the family serves.
+
+    Raises UsageError, in one line, for a method that this family or model cannot serve, and VtpError for one
+    whose choice is not K indices, each once, in raster order.
+    """
+    _check_served(method, family)
+    count, layers = family.grid[0] * family.grid[1], len(family.decoder.layers)
+    chains: list[Chain] = []
+    for keep in keeps:
+        sites = _sites(method, layers, count, keep, settings)
+        chains.append(_chain(method, family.grid, sites, settings))
+    if len({tuple(pruner.site for pruner in chain) for chain in chains}) > 1:
+        raise UsageError(
+            f"method {method.name} names other layers for other keep-counts; export them one by one"
+        )
+    for chain in chains:
+        for number, pruner in enumerate(chain):
+            _check_choice(pruner, family, number)
+    return chains
+
+
+def site_of(chain: Chain) -> str:
+    """The site as the manifest says it: "vision", "decoder:2", or "decoder:1,3,4" for several."""
+    first, *later = [pruner.site for pruner in chain]
+    return ",".join([first, *(site.partition(":")[2] for site in later)])
+
+
+def layers_of(chain: Chain) -> list[int]:
+    """The decoder layers before which a chain prunes; none at vision and projector sites."""
+    return [layer for _, layer in (parse_site(pruner.site) for pruner in chain) if layer is not None]
+
+
+def _check_served(method: type[Pruner], family: Family) -> None:
+    kind, layer = parse_site(method.site)
+    if kind not in family.sites:
+        raise UsageError(
+            f"method {method.name} acts at {method.site}, which family {family.name} does not serve; "
+            f"its sites: {', '.join(family.sites)}{_instead(method, family)}"
+        )
+    for cue in method.needs:
+        if cue in family.lacks:
+            raise UsageError(
+                f"method {method.name} needs {cue}, which family {family.name} does not have: "
+                f"{family.lacks[cue]}{_instead(method, family)}"
+            )
+    layers = len(family.decoder.layers)
+    if layer is not None and layer >= layers:
+        raise UsageError(
+            f"method {method.name} prunes before decoder layer {layer}, but this model has {layers} layers"
+        )
+
+
+def _instead(method: type[Pruner], family: Family) -> str:
+    """The methods that this family serves, those of the same site first."""
+    others = [find_method(name) for name in method_names()[1:]]
+    served = [
+        other
+        for other in others
+        if parse_site(other.site)[0] in family.sites and not set(other.needs) & set(family.lacks)
+    ]
+    served.sort(key=lambda other: parse_site(other.site)[0] != parse_site(method.site)[0])
+    return (
+        f"; nearest methods that it serves: {', '.join(other.name for other in served[:4])}" if served else ""
+    )
+
+
+def _sites(
+    method: type[Pruner], layers: int, count: int, keep: int, settings: Mapping[str, Any]
+) -> list[tuple[str, int]]:
+    """(site, tokens kept there) in order."""
+    if method.site != "decoder":
+        return [(method.site, keep)]
+    pairs = method.sites(layers, count, keep, {**method.options, **settings})
+    cuts, kept = [pair[0] for pair in pairs], [count, *(pair[1] for pair in pairs)]
+    rising = all(low < high for low, high in zip([0, *cuts], [*cuts, layers], strict=True))
+    falling = all(after <= before for before, after in pairwise(kept))
+    if not (cuts and rising and falling and kept[-1] == keep):
+        raise VtpError(
+            f"method {method.name} prunes at {list(pairs)} of {layers} layers: layers must ascend from 1 to "
+            f"{layers - 1}, counts may not rise, and the last is the keep-count {keep}"
+        )
+    return [(f"decoder:{layer}", number) for layer, number in pairs]
+
+
+def _chain(
+    method: type[Pruner], grid: tuple[int, int], sites: Sequence[tuple[str, int]], settings: Mapping[str, Any]
+) -> Chain:
+    chain: list[Pruner] = []
+    for site, keep in sites:
+        pruner = method(grid, keep, **settings)
+        pruner.site = site
+        chain.append(pruner)
+        grid = (1, keep)
+    return tuple(chain)
+
+
+def _check_choice(pruner: Pruner, family: Family, number: int) -> None:
+    """Run a pruner once on random cues: what it returns must be K indices, each once, in raster order."""
+    generator = torch.Generator().manual_seed(number)
+    shapes = cue_shapes(pruner, family, batch=2, text=5)
+    with torch.no_grad():
+        answer = pruner(**{name: torch.rand(shapes[name], generator=generator) for name in pruner.needs})
+    keep = _check_rows(pruner, answer, shapes) if pruner.merges else answer
+    if not isinstance(keep, Tensor) or keep.dtype != torch.int64 or keep.shape != (2, pruner.keep):
+        found = f"{keep.dtype} {list(keep.shape)}" if isinstance(keep, Tensor) else type(keep).__name__
+        raise VtpError(
+            f"method {pruner.name} returns {found}; keep_indices must be torch.int64 [batch, {pruner.keep}]"
+        )
+    inside = int(keep.min()) >= 0 and int(keep.max()) < pruner.count
+    if not inside or not bool((keep[:, 1:] > keep[:, :-1]).all()):
+        raise VtpError(
+            f"method {pruner.name} returns keep_indices that are not ascending, without repeats, within "
+            f"0 to {pruner.count - 1}; sort them"
+        )
+
+
+def _check_rows(pruner: Pruner, answer: object, shapes: Mapping[str, tuple[int, ...]]) -> object:
+    """Return the indices of a merging method's answer once its rows are found to fit."""
+    rows = "image_features" if parse_site(pruner.site)[0] == "vision" else "image_embeds"
+    wanted = (2, pruner.keep, shapes[rows][-1])
+    pair = isinstance(answer, tuple) and len(answer) == 2 and isinstance(answer[1], Tensor)
+    if not pair or tuple(answer[1].shape) != wanted or not answer[1].is_floating_point():  # type: ignore[index]
+        raise VtpError(
+            f"method {pruner.name} merges, so it must return (keep_indices, rows) with rows of {rows}' "
+            f"dtype and shape [batch, {pruner.keep}, {wanted[2]}]"
+        )
+    return answer[0]  # type: ignore[index]
+
+
+def cue_shapes(pruner: Pruner, family: Family, batch: int, text: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of every cue for a pruner that N tokens reach, beside `text` tokens of text."""
+    count, decoder = pruner.count, family.decoder
+    return {
+        "image_features": (batch, count, family.feature_width),
+        "vision_keys": (batch, count, family.feature_width),
+        "attention_scores": (batch, count),
+        "next_scores": (batch, count),
+        "image_embeds": (batch, count, decoder.width),
+        "hidden_states": (batch, count, decoder.width),
+        "keys": (batch, count, decoder.kv_heads * decoder.head_dim),
+        "text_attention": (batch, decoder.heads, text, count),
+        "text_gravity": (batch, text, count),
+        "text_embeds": (batch, text, decoder.width),
+        "text_mask": (batch, text),
+    }

@@ -11,9 +11,17 @@ from vtp.runtime.console import table
 
 
 def methods() -> list[dict[str, Any]]:
-    """One row per method: name, site, needs, default K of LLaVA's 576 tokens, options, paper."""
+    """One row per method: name, site, selects or merges, needs, default K of 576 tokens, options, paper."""
     rows: list[dict[str, Any]] = [
-        {"method": pruners.NONE, "site": "-", "needs": [], "K of 576": 576, "options": {}, "paper": ""}
+        {
+            "method": pruners.NONE,
+            "site": "-",
+            "does": "-",
+            "needs": [],
+            "K of 576": 576,
+            "options": {},
+            "paper": "",
+        }
     ]
     for name in pruners.method_names():
         if name != pruners.NONE:
@@ -22,6 +30,7 @@ def methods() -> list[dict[str, Any]]:
                 {
                     "method": name,
                     "site": method.site,
+                    "does": "merges" if method.merges else "selects",
                     "needs": list(method.needs),
                     "K of 576": method.default_keep(576),
                     "options": _options(method),
@@ -34,7 +43,7 @@ def methods() -> list[dict[str, Any]]:
 def _options(method: type[pruners.Pruner]) -> dict[str, Any]:
     """A method's own options, and the exporter's `positions` where tokens can be renumbered."""
     at_decoder = pruners.parse_site(method.site)[0] == "decoder"
-    return dict(method.options) if at_decoder else {**method.options, "positions": "compact"}
+    return dict(method.options) if at_decoder else {**method.options, "positions": method.positions}
 
 
 def families() -> list[dict[str, Any]]:

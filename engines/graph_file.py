@@ -1,0 +1,240 @@
+"""Reads an .onnx file without the onnx package: its tensors, nodes and weights, as far as memory needs them.
+
+A graph file is a protocol buffer; this walks the few fields wanted (numbers from onnx.proto) and skips the
+rest. Weights in external data are counted, not read.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from vtp.engines.errors import VtpError
+
+# TensorProto.DataType -> numpy's name (ONNX's own where numpy has none), and bits per element.
+_DTYPES = {
+    1: ("float32", 32),
+    2: ("uint8", 8),
+    3: ("int8", 8),
+    4: ("uint16", 16),
+    5: ("int16", 16),
+    6: ("int32", 32),
+    7: ("int64", 64),
+    9: ("bool", 8),
+    10: ("float16", 16),
+    11: ("float64", 64),
+    12: ("uint32", 32),
+    13: ("uint64", 64),
+    16: ("bfloat16", 16),
+    17: ("float8e4m3fn", 8),
+    21: ("uint4", 4),
+    22: ("int4", 4),
+}
+_BITS = dict(_DTYPES.values())
+
+Field = tuple[int, int | bytes]
+
+
+@dataclass(frozen=True)
+class TensorShape:
+    """dtype and shape of a tensor; a dynamic axis is a name or an expression of names."""
+
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A constant of the graph. `place` is (file, offset) in external data, None inside the graph file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    place: tuple[str, int] | None
+
+    @property
+    def bytes(self) -> int:
+        """Size as stored."""
+        return size_of(self.dtype, self.shape)
+
+
+@dataclass(frozen=True)
+class Node:
+    """One operator; `ints` holds its whole-number attributes."""
+
+    op: str
+    domain: str
+    name: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    ints: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class GraphFile:
+    """What a graph file says; `tensors` holds inputs, outputs and inner tensors with a known shape."""
+
+    opsets: dict[str, int]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    nodes: tuple[Node, ...]
+    weights: dict[str, Weight]
+    tensors: dict[str, TensorShape]
+
+
+def size_of(dtype: str, shape: tuple[int, ...]) -> int:
+    """Bytes of a tensor."""
+    count = 1
+    for axis in shape:
+        count *= axis
+    return -(-count * _BITS.get(dtype, 32) // 8)
+
+
+def read_graph(path: str | Path) -> GraphFile:
+    """Read a graph file. Raises VtpError when it is not one."""
+    path = Path(path)
+    try:
+        return _model(path.read_bytes())
+    except OSError as error:
+        raise VtpError(f"cannot read {path}: {error.strerror or error}") from error
+    except (ValueError, IndexError, KeyError, struct.error, TypeError, AttributeError) as error:
+        raise VtpError(f"{path} is no ONNX graph; export the bundle again") from error
+
+
+def _fields(data: bytes) -> Iterator[Field]:
+    """Field numbers and values of one message: an int for numbers, bytes for everything with a length."""
+    place = 0
+    while place < len(data):
+        key, place = _varint(data, place)
+        number, kind = key >> 3, key & 7
+        if kind == 0:
+            value: int | bytes
+            value, place = _varint(data, place)
+        elif kind == 2:
+            length, place = _varint(data, place)
+            if place + length > len(data):
+                raise ValueError("cut off")
+            value, place = data[place : place + length], place + length
+        elif kind in (1, 5):
+            length = 8 if kind == 1 else 4
+            value, place = data[place : place + length], place + length
+        else:
+            raise ValueError("not a protocol buffer")
+        yield number, value
+
+
+def _varint(data: bytes, place: int) -> tuple[int, int]:
+    number = shift = 0
+    while True:
+        byte = data[place]
+        number |= (byte & 127) << shift
+        place, shift = place + 1, shift + 7
+        if byte < 128:
+            return number, place
+        if shift > 63:
+            raise ValueError("not a number")
+
+
+def _signed(number: int) -> int:
+    return number - (1 << 64) if number >= 1 << 63 else number
+
+
+def _model(data: bytes) -> GraphFile:
+    opsets: dict[str, int] = {}
+    graph: bytes | None = None
+    for number, value in _fields(data):
+        if number == 7:
+            graph = bytes(value)
+        elif number == 8:
+            parts = dict(_fields(bytes(value)))
+            opsets[_text(parts.get(1, b""))] = int(parts.get(2, 0))
+    if graph is None:
+        raise ValueError("no graph")
+    return _graph(graph, opsets)
+
+
+def _graph(data: bytes, opsets: dict[str, int]) -> GraphFile:
+    nodes: list[Node] = []
+    weights: dict[str, Weight] = {}
+    named: dict[int, list[str]] = {11: [], 12: [], 13: []}  # inputs, outputs, inner tensors
+    tensors: dict[str, TensorShape] = {}
+    for number, value in _fields(data):
+        if number == 1:
+            nodes.append(_node(bytes(value)))
+        elif number == 5:
+            name, weight = _weight(bytes(value))
+            weights[name] = weight
+        elif number in named:
+            name, tensor = _value_info(bytes(value))
+            named[number].append(name)
+            if tensor is not None:
+                tensors[name] = tensor
+    return GraphFile(opsets, tuple(named[11]), tuple(named[12]), tuple(nodes), weights, tensors)
+
+
+def _node(data: bytes) -> Node:
+    texts: dict[int, list[str]] = {1: [], 2: [], 3: [], 4: [], 7: []}
+    ints: dict[str, int] = {}
+    for number, value in _fields(data):
+        if number in texts:
+            texts[number].append(_text(value))
+        elif number == 5:
+            attribute = dict(_fields(bytes(value)))
+            if attribute.get(20) == 2:  # AttributeProto.INT
+                ints[_text(attribute[1])] = _signed(int(attribute.get(3, 0)))
+    first = {number: "".join(texts[number][:1]) for number in (3, 4, 7)}
+    return Node(first[4], first[7], first[3], tuple(texts[1]), tuple(texts[2]), ints)
+
+
+def _weight(data: bytes) -> tuple[str, Weight]:
+    shape: list[int] = []
+    name, kind, outside = "", 0, dict[str, str]()
+    for number, value in _fields(data):
+        if number == 1:
+            shape += _packed(value)
+        elif number == 2:
+            kind = int(value)
+        elif number == 8:
+            name = _text(value)
+        elif number == 13:
+            pair = dict(_fields(bytes(value)))
+            outside[_text(pair[1])] = _text(pair[2])
+    place = (outside["location"], int(outside.get("offset", 0))) if outside else None
+    return name, Weight(_dtype(kind), tuple(shape), place)
+
+
+def _packed(value: int | bytes) -> list[int]:
+    """A repeated int64: one number, or several packed in bytes."""
+    if isinstance(value, int):
+        return [_signed(value)]
+    numbers, place = [], 0
+    while place < len(value):
+        number, place = _varint(value, place)
+        numbers.append(_signed(number))
+    return numbers
+
+
+def _value_info(data: bytes) -> tuple[str, TensorShape | None]:
+    parts = dict(_fields(data))
+    name = _text(parts.get(1, b""))
+    kind = dict(_fields(bytes(parts.get(2, b"")))).get(1)  # TypeProto.tensor_type
+    if kind is None:
+        return name, None
+    tensor = dict(_fields(bytes(kind)))
+    if 2 not in tensor:
+        return name, None
+    axes: list[int | str] = []
+    for number, value in _fields(bytes(tensor[2])):
+        if number == 1:
+            axis = dict(_fields(bytes(value)))
+            axes.append(_text(axis[2]) if 2 in axis else int(axis.get(1, 0)))
+    return name, TensorShape(_dtype(int(tensor.get(1, 0))), tuple(axes))
+
+
+def _dtype(kind: int) -> str:
+    return _DTYPES.get(kind, (f"onnx type {kind}", 32))[0]
+
+
+def _text(value: int | bytes) -> str:
+    return bytes(value).decode("utf-8") if isinstance(value, bytes) else ""

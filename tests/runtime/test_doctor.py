@@ -1,0 +1,207 @@
+"""vtp-doctor on boards that are not here: trees of the files that a Jetson, a PC and a container have."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vtp.engines import Decision
+from vtp.engines.cuda import CudaDevice, CudaProbe
+from vtp.engines.errors import VtpError
+from vtp.engines.graph_file import read_graph
+from vtp.engines.graph_memory import evaluate, graph_memory
+from vtp.runtime import doctor
+from vtp.runtime.bundle import open_bundle
+from vtp.runtime.machine import Machine, Memory, look
+from vtp.runtime.memory import bundle_memory
+
+ORIN = {
+    "etc/os-release": 'NAME="Ubuntu"\nPRETTY_NAME="Ubuntu 22.04.5 LTS"\n',
+    "etc/nv_tegra_release": "# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic, EABI: aarch64\n",
+    "proc/device-tree/model": "NVIDIA Jetson Orin Nano Engineering Reference Developer Kit Super\0",
+    "proc/meminfo": "MemTotal: 7802828 kB\nMemFree: 1 kB\nMemAvailable: 5500000 kB\nSwapTotal: 0 kB\n",
+    "var/lib/nvpmodel/status": "pmode:0001\n",
+    "etc/nvpmodel.conf": "< POWER_MODEL ID=0 NAME=15W >\n< POWER_MODEL ID=1 NAME=25W >\n",
+    "sys/class/devfreq/17000000.gpu/cur_freq": "306000000\n",
+    "sys/class/devfreq/17000000.gpu/max_freq": "1020000000\n",
+    "usr/local/cuda/version.json": '{"cuda": {"name": "CUDA SDK", "version": "12.6.11"}}',
+    "var/lib/dpkg/status": "\n\n".join(
+        f"Package: {name}\nStatus: install ok {state}\nVersion: {version}\nDescription: x"
+        for name, state, version in (
+            ("nvidia-jetpack", "installed", "6.2+b77"),
+            ("libnvinfer10", "installed", "10.3.0.30-1+cuda12.5"),
+            ("libnvinfer8", "config-files", "8.6.2"),
+            ("bash", "installed", "5.1"),
+        )
+    ),
+}
+GPU = CudaProbe([CudaDevice("Orin", "8.7", 7990000000)], driver="12.6")
+NONE = CudaProbe(reason="no NVIDIA driver")
+CPU_ONLY = [
+    Decision("ort-cuda", False, "this onnxruntime has no CUDA provider"),
+    Decision("ort-cpu", True, "ok"),
+]
+
+
+def machine(
+    tmp_path: Path, files: dict[str, str], cuda: CudaProbe = NONE, smi: str = "", **packages: str
+) -> Machine:
+    for name, text in files.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return look(tmp_path, lambda: cuda, lambda: packages, lambda: smi)
+
+
+def test_a_jetson_is_recognised(tmp_path: Path) -> None:
+    found = machine(tmp_path, ORIN, GPU)
+    assert found.board == "NVIDIA Jetson Orin Nano Engineering Reference Developer Kit Super"
+    assert (found.l4t, found.jetpack, found.toolkit, found.tensorrt) == (
+        "36.4.3",
+        "6.2",
+        "12.6.11",
+        "10.3.0.30",
+    )
+    assert found.power == "nvpmodel 1 (25W), GPU 306 of 1020 MHz"
+    assert found.memory == Memory(7802828 * 1024, 5500000 * 1024)
+    assert found.is_jetson and found.gpu_memory == found.memory.usable
+
+
+def test_a_jetson_without_its_metapackage_tells_the_major_version(tmp_path: Path) -> None:
+    files = {"etc/nv_tegra_release": "# R38 (release), REVISION: 2.0, GCID: 1, BOARD: generic\n"}
+    (tmp_path / "usr/lib/aarch64-linux-gnu").mkdir(parents=True)
+    (tmp_path / "usr/lib/aarch64-linux-gnu/libnvinfer.so.10.13.3").touch()
+    found = machine(tmp_path, files)
+    assert (found.l4t, found.jetpack, found.tensorrt) == ("38.2.0", "7", "10.13.3")
+
+
+def test_a_pc_with_a_card(tmp_path: Path) -> None:
+    files = {"proc/meminfo": "MemTotal: 64000000 kB\nMemAvailable: 60000000 kB\n"}
+    card = CudaProbe([CudaDevice("RTX 4090", "8.9", 25 << 30)], driver="12.4")
+    found = machine(tmp_path, files, card, "RTX 4090, 550.54, 24564, 512, 450.00, 600.00")
+    assert (found.driver, found.power) == ("550.54", "GPU limited to 450.00 of 600.00 W")
+    assert not found.is_jetson and found.gpu_memory == 25 << 30
+    advice = doctor.examine(found, engines=CPU_ONLY)["advice"]
+    assert advice == [
+        "to use the RTX 4090, update the driver, which serves CUDA 12.4, for CUDA 13.0; "
+        "then pip install 'vtp-edge[ort-gpu]' in place of onnxruntime"
+    ]
+
+
+def test_an_empty_machine_raises_nothing(tmp_path: Path) -> None:
+    found = machine(tmp_path, {}, smi="[N/A]")
+    assert (found.board, found.jetpack, found.power, found.memory) == ("", "", "", Memory())
+    assert "none: no NVIDIA driver" in doctor.render(doctor.examine(found, engines=CPU_ONLY))
+
+
+def test_a_container_s_limit_bounds_what_is_usable(tmp_path: Path) -> None:
+    files = {
+        "proc/meminfo": "MemTotal: 64000000 kB\nMemAvailable: 60000000 kB\n",
+        "sys/fs/cgroup/memory.max": "2000000000\n",
+        "sys/fs/cgroup/memory.current": "500000000\n",
+    }
+    assert machine(tmp_path, files).memory.usable == 1_500_000_000
+
+
+def test_the_report_of_a_jetson(tmp_path: Path) -> None:
+    report = doctor.examine(machine(tmp_path, ORIN, GPU, onnxruntime="1.23.0"), engines=CPU_ONLY)
+    text = doctor.render(report)
+    for part in (
+        "Jetson Orin Nano",
+        "6.2 (Jetson Linux 36.4.3)",
+        "Orin (SM 8.7",
+        "nvpmodel 1 (25W)",
+        "ort-cpu",
+    ):
+        assert part in text
+    assert "NVIDIA's package index for JetPack 6.2" in text
+    assert "sudo nvpmodel -m 0" in text and "no swap" in text
+    json.dumps(report)
+
+
+def test_both_runtimes_installed_is_said(tmp_path: Path) -> None:
+    found = machine(tmp_path, {}, **{"onnxruntime": "1.31", "onnxruntime-gpu": "1.31"})
+    assert "overwrite each other" in doctor.examine(found, engines=CPU_ONLY)["advice"][0]
+    nothing = [Decision("ort-cpu", False, "onnxruntime is not installed")]
+    assert doctor.examine(machine(tmp_path, {}), engines=nothing)["advice"] == [
+        "no engine runs here: pip install 'vtp-edge[ort]'"
+    ]
+
+
+# -- memory of a bundle --------------------------------------------------------------------------------------
+
+
+def test_weights_and_caches_are_exact(exported: Callable[[str], Any]) -> None:
+    bundle = open_bundle(exported("adaptprune").folder)
+    stages = {stage.file: stage for stage in bundle_memory(bundle, "ort-cuda").stages}
+    for file, stage in stages.items():
+        graph = bundle.manifest.graphs[file]
+        assert stage.weights == sum(one.bytes for one in read_graph(bundle.path(file)).weights.values())
+        kv = graph.kv
+        assert stage.cache == (2 * len(kv.layers) * kv.heads * kv.capacity * kv.head_dim * 4 if kv else 0)
+        assert stage.activations > 0
+    assert stages["decoder_head.onnx"].unknown == 0
+
+
+def test_activations_are_bounded_by_the_longest_prompt(exported: Callable[[str], Any]) -> None:
+    path = exported("none").folder / "decoder.onnx"
+    short, long = (graph_memory(path, {"batch": 1, "sequence": n, "capacity": 128}) for n in (1, 128))
+    assert long.weights == short.weights and 20 < long.activations / short.activations <= 128
+    assert long.scores == 4 * 128 * 128 * 4  # heads x queries x cache x float32
+
+
+def test_float16_costs_more_on_the_cpu(exported: Callable[[str], Any]) -> None:
+    bundle = open_bundle(exported("float16").folder)
+    cpu, gpu = (
+        sum(one.weights for one in bundle_memory(bundle, name).stages) for name in ("ort-cpu", "ort-cuda")
+    )
+    assert cpu == 3 * gpu
+
+
+@pytest.mark.parametrize(
+    ("free", "verdict"), [(10 << 30, "fits"), (50 << 20, "does not fit"), (0, "unknown")]
+)
+def test_what_fits_is_said(exported: Callable[[str], Any], free: int, verdict: str) -> None:
+    bundle = open_bundle(exported("none").folder)
+    report = doctor.examine(Machine(memory=Memory(free, free)), bundle, CPU_ONLY)
+    assert verdict in doctor.render(report)
+    assert bool(report["advice"]) == (verdict == "does not fit")
+    if report["advice"]:
+        assert "MB are free" in report["advice"][0]
+        assert any("--method that prunes" in line for line in report["advice"])
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("batch*(text + visual - 1)", 18), ("-text + 12", 5), ("Max(text, 9)", 9), ("text//2", 3)],
+)
+def test_axes_are_evaluated(text: str, value: int) -> None:
+    assert evaluate(text, {"batch": 2, "text": 7, "visual": 3}) == value
+
+
+@pytest.mark.parametrize("text", ["s77", "text +", "text.real", "__import__('os')", "text//0", "1.5"])
+def test_other_expressions_are_refused(text: str) -> None:
+    with pytest.raises(VtpError, match="no expression of"):
+        evaluate(text, {"text": 7})
+
+
+# -- the command ---------------------------------------------------------------------------------------------
+
+
+def test_this_machine(capsys: pytest.CaptureFixture[str], exported: Callable[[str], Any]) -> None:
+    assert doctor.main([]) == 0
+    assert "ort-cpu" in capsys.readouterr().out
+    assert doctor.main([str(exported("adaptprune").folder), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["bundle"]["total"] >= sum(stage["total"] for stage in report["bundle"]["stages"])
+    assert report["machine"]["memory"]["total"] > 0
+
+
+def test_no_bundle_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert doctor.main([str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("vtp-doctor: error:") and error.count("\n") == 1

@@ -3,8 +3,8 @@
 Site: vision; merges. Inputs: image_features [B,N,C], before the projector and without CLS; attention_scores
 [B,N], the mean over heads of the CLS query's row (or of the attention received, in towers without CLS);
 vision_keys [B,N,C], the keys of the layer that makes the features, heads side by side. Options:
-contextual (10/64), the share of tokens that summarise; heads (0: one for every 64 columns of the keys where
-that comes out even, else one), the tower's. Default K: 64 of 576, 54 dominant and 10 contextual ones.
+contextual (10/64), the share of tokens that summarise; heads, the tower's (0: what towers of that width
+have, see `usual_heads`). Default K: 64 of 576, 54 dominant and 10 contextual ones.
 
 1. The dominant tokens are those with the highest attention. They are passed on as they are.
 2. Of the tokens left, in raster order, every R // T-th is a target, T in all: the contextual tokens.
@@ -32,8 +32,6 @@ from torch import Tensor
 from vtp.engines.errors import UsageError
 from vtp.export.pruners import merge, ops
 from vtp.export.pruners.base import Pruner
-
-HEAD = 64  # columns of a head in CLIP and most towers
 
 
 class VisionZip(Pruner):
@@ -89,11 +87,20 @@ class VisionZip(Pruner):
     def mean_keys(self, vision_keys: Tensor) -> Tensor:
         """Keys [B,N,C] averaged over heads and normalised, float32 [B,N,C/heads]."""
         width = vision_keys.shape[2]
-        heads = self.settings["heads"] or (width // HEAD if width % HEAD == 0 else 1)
+        heads = self.settings["heads"] or usual_heads(width)
         if width % heads:
             raise UsageError(f"method visionzip: heads {heads} does not divide the tower's width {width}")
         split = vision_keys.float().reshape(-1, self.count, heads, width // heads)
         return ops.normalize(split.sum(dim=2))  # a sum has the direction of the mean
+
+
+def usual_heads(width: int) -> int:
+    """Heads of a tower of `width` columns: 16 from 1024 on, as in CLIP's and SigLIP's, else 64 columns each.
+
+    One head where that does not come out even. A cue of keys does not say how many heads made it.
+    """
+    heads = 16 if width >= 1024 else max(1, width // 64)
+    return heads if width % heads == 0 else 1
 
 
 def spaced(count: int, wanted: int) -> list[int]:

@@ -23,12 +23,13 @@ def visionzip(
     attention_scores: np.ndarray,
     vision_keys: np.ndarray,
     contextual: float = 0.15625,
-    heads: int = 0,
+    heads: int = 1,
 ) -> Merged:
-    """Attended tokens, and targets that take in the mean of the others likest to them."""
+    """Attended tokens, and targets that take in the mean of the others likest to them.
+
+    One head unless told, as narrow keys have it.
+    """
     features = image_features.astype(np.float64)
-    width = vision_keys.shape[1]
-    heads = heads or (1 if width % 64 else width // 64)
     keys = sum(part.astype(np.float64) for part in np.split(vision_keys, heads, axis=1)) / heads
     likeness = cosines(keys)
     targets_wanted = math.floor(keep * contextual)

@@ -121,10 +121,16 @@ def test_visionzip_averages_keys_over_heads():
     torch.testing.assert_close(module.mean_keys(keys.unsqueeze(0))[0], means)
 
 
-def test_visionzip_reads_heads_of_64_columns_unless_told():
+@pytest.mark.parametrize(
+    ("width", "head"),
+    [(384, 64), (768, 64), (1024, 64), (1152, 72), (1280, 80), (1408, 88), (1664, 104), (16, 16), (130, 65)],
+)
+def test_visionzip_reads_the_heads_of_known_towers_unless_told(width, head):
     module = pruners.find_method("visionzip")((1, 2), 1)
-    assert module.mean_keys(torch.ones(1, 2, 256)).shape == (1, 2, 64)
-    assert module.mean_keys(torch.ones(1, 2, 96)).shape == (1, 2, 96)
+    assert module.mean_keys(torch.ones(1, 2, width)).shape == (1, 2, head)
+
+
+def test_visionzip_refuses_heads_that_do_not_fit():
     with pytest.raises(UsageError, match="heads 5 does not divide the tower's width 96"):
         pruners.find_method("visionzip")((1, 2), 1, heads=5).mean_keys(torch.ones(1, 2, 96))
 

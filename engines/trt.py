@@ -32,19 +32,20 @@ Step = Callable[[str, int, int], None]  # phase of the builder, steps done, step
 class BuildOptions:
     """What changes the engine that comes out, so what its cache key is made of.
 
-    workspace   bytes the engine may use beside weights and tensors; None: the library's own limit
+    workspace   bytes that one layer may use beside weights and tensors
     level       the builder's optimization level, 0 (quick to build) to 5; None: the library's default
     """
 
-    workspace: int | None = None
+    workspace: int = 1 << 30
     level: int | None = None
 
 
 @dataclass(frozen=True)
 class Built:
-    """An engine's bytes, and the timing cache to build the next one with (empty for TensorRT-RTX)."""
+    """An engine's bytes (the library's own buffer: a copy could be gigabytes), and the timing cache to
+    build the next one with (empty for TensorRT-RTX)."""
 
-    plan: bytes
+    plan: memoryview
     timing_cache: bytes
 
 
@@ -93,7 +94,7 @@ def build_engine(
     del parser  # it owns the weights that the network reads: not before the build is done
     if plan is None:
         raise VtpError(f"{engine} {trt.__version__} cannot build {path.name}: {log.reason()}")
-    return Built(bytes(plan), bytes(cache.serialize()) if cache else b"")
+    return Built(memoryview(plan), bytes(cache.serialize()) if cache else b"")
 
 
 def refused_nodes(path: str | Path, engine: str) -> list[str]:
@@ -137,8 +138,7 @@ def _parse_errors(parser: Any) -> list[str]:
 
 
 def _configure(trt: Any, config: Any, options: BuildOptions) -> None:
-    if options.workspace is not None:
-        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace)
+    config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace)
     if options.level is not None:
         config.builder_optimization_level = options.level
 
@@ -194,11 +194,12 @@ def _set_timing_cache(engine: str, config: Any, content: bytes) -> Any:
 def _log(engine: str) -> Any:
     """The logger of a library, one for the process as TensorRT wants it; prints nothing, keeps the errors."""
     trt = load_library(engine)
+    base: Any = trt.ILogger
     severities = (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR)
 
-    class Log(trt.ILogger):
+    class Log(base):
         def __init__(self) -> None:
-            trt.ILogger.__init__(self)
+            base.__init__(self)
             self._errors: list[str] = []
 
         def log(self, severity: Any, message: str) -> None:
@@ -217,11 +218,11 @@ def _log(engine: str) -> Any:
 
 
 def _monitor(engine: str, step: Step) -> Any:
-    trt = load_library(engine)
+    base: Any = load_library(engine).IProgressMonitor
 
-    class Monitor(trt.IProgressMonitor):
+    class Monitor(base):
         def __init__(self) -> None:
-            trt.IProgressMonitor.__init__(self)
+            base.__init__(self)
             self._totals: dict[str, int] = {}
 
         def phase_start(self, phase: str, parent: str | None, steps: int) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import numpy as np
 
 from . import numpy_pruners
+from .numpy_focal import focal
 from .numpy_pruners import Chosen, cosines, descending, gap
 
 
@@ -142,6 +143,7 @@ def dart(
 REFERENCES: dict[str, Callable[..., Chosen]] = {
     **numpy_pruners.REFERENCES,
     "fastervlm": fastervlm,
+    "focal": focal,
     "divprune": divprune,
     "scope": scope,
     "holov": holov,
@@ -149,4 +151,4 @@ REFERENCES: dict[str, Callable[..., Chosen]] = {
 }
 
 # Below these margins engines' rounding may decide on arbitrary floats.
-MARGINS = {"divprune": 2e-6, "scope": 4e-6, "dart": 1e-6}
+MARGINS = {"divprune": 2e-6, "scope": 4e-6, "dart": 1e-6, "focal": 2e-6}

@@ -4,7 +4,7 @@ BIN := .venv/bin
 DEMO := build/demo
 EXTRAS := export,ort,dev
 
-.PHONY: setup demo test test-trtrtx check accuracy scenes clean
+.PHONY: setup demo test test-trtrtx check accuracy methods scenes clean
 
 setup: .venv/.installed  ## make .venv and install vtp into it
 
@@ -34,6 +34,10 @@ check: setup  ## format, lint, types
 
 accuracy: setup  ## exact match of every method on 1,000 held-out questions, as a Markdown table
 	$(BIN)/python -m vtp.bench.accuracy
+
+methods: setup  ## every method side by side: docs/measured.md, the plot and the README's table (about an hour)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS),bench]'
+	$(BIN)/python -m vtp.bench.methods --resume
 
 scenes: setup  ## train the built-in model again (about two hours on 2 CPU cores; resumes)
 	$(BIN)/python -m vtp.scenes.train --run build/scenes

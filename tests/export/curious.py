@@ -13,7 +13,7 @@ from vtp.export.pruners.base import Pruner
 
 
 def loudness(cues: Mapping[str, Tensor], rows: Tensor) -> Tensor:
-    """A score [B,n] to which every cue adds: per-token ones by their sums, text ones through a weighted mean."""
+    """A score [B,n] to which every cue adds: per-token ones by their means, text through a weighted sum."""
     total = torch.zeros(rows.shape[:2])
     for name in ("attention_scores", "next_scores"):
         total = total + 3 * cues.get(name, total * 0)

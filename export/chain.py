@@ -31,7 +31,8 @@ def make_chains(
     chains: list[Chain] = []
     for keep in keeps:
         sites = _sites(method, layers, count, keep, settings)
-        chains.append(_chain(method, family.grid, sites, settings))
+        grid = family.grid if parse_site(method.site)[0] == "decoder" else family.patch_grid
+        chains.append(_chain(method, grid, sites, settings))
     if len({tuple(pruner.site for pruner in chain) for chain in chains}) > 1:
         raise UsageError(
             f"method {method.name} names other layers for other keep-counts; export them one by one"
@@ -60,7 +61,7 @@ def _check_served(method: type[Pruner], family: Family) -> None:
             f"method {method.name} acts at {method.site}, which family {family.name} does not serve; "
             f"its sites: {', '.join(family.sites)}{_instead(method, family)}"
         )
-    for cue in method.needs:
+    for cue in _wants(method):
         if cue in family.lacks:
             raise UsageError(
                 f"method {method.name} needs {cue}, which family {family.name} does not have: "
@@ -73,13 +74,18 @@ def _check_served(method: type[Pruner], family: Family) -> None:
         )
 
 
+def _wants(method: type[Pruner]) -> tuple[str, ...]:
+    """Cues by name, and "grid" for a method that measures distances between patches."""
+    return (*method.needs, "grid") if method.reads_grid else method.needs
+
+
 def _instead(method: type[Pruner], family: Family) -> str:
     """The methods that this family serves, those of the same site first."""
     others = [find_method(name) for name in method_names()[1:]]
     served = [
         other
         for other in others
-        if parse_site(other.site)[0] in family.sites and not set(other.needs) & set(family.lacks)
+        if parse_site(other.site)[0] in family.sites and not set(_wants(other)) & set(family.lacks)
     ]
     served.sort(key=lambda other: parse_site(other.site)[0] != parse_site(method.site)[0])
     return (

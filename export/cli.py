@@ -41,6 +41,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--target", default="ort", help="what the bundle runs on: ort (default: %(default)s)")
     add("--dtype", default="float32", help="float32 (for a CPU) or float16 (default: %(default)s)")
     add("--max-length", metavar="N", help="positions of one conversation: text + visual tokens + answer")
+    add(
+        "--image-size",
+        metavar="WIDTHxHEIGHT",
+        help="picture size that the bundle is made for, where the model takes several (one number: a square)",
+    )
+    add(
+        "--image-fit",
+        default="letterbox",
+        help="pictures of another shape: letterbox, stretch or refuse (default: %(default)s)",
+    )
     add("--verify", default="full", help="full: hold the bundle against torch; none (default: %(default)s)")
     add("-o", "--output", metavar="DIR", help="bundle folder (default: bundle-METHOD)")
     add("--overwrite", action="store_true", help="replace an existing bundle")
@@ -101,6 +111,8 @@ def _export(args: argparse.Namespace) -> None:
         target=args.target,
         dtype=args.dtype,
         max_length=None if args.max_length is None else _whole(args.max_length),
+        image_size=None if args.image_size is None else _size(args.image_size),
+        image_fit=args.image_fit,
         verify=args.verify,
         overwrite=args.overwrite,
     )
@@ -132,6 +144,14 @@ def _whole(text: str) -> int:
     if not (text.isascii() and text.isdecimal()):
         raise UsageError(f"max-length '{text}' is not a whole number")
     return int(text)
+
+
+def _size(text: str) -> tuple[int, int]:
+    """(height, width) from "640x480", which is 640 wide, or "448"."""
+    edges = text.lower().split("x")
+    if not (len(edges) <= 2 and all(edge.isascii() and edge.isdecimal() and int(edge) for edge in edges)):
+        raise UsageError(f"image-size '{text}' is no size; give WIDTHxHEIGHT in pixels, or one number")
+    return int(edges[-1]), int(edges[0])
 
 
 def _summary(bundle: Bundle) -> dict[str, Any]:

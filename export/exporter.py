@@ -21,6 +21,7 @@ from vtp.export.pruners import POSITIONS, parse_options, parse_site, resolve_met
 from vtp.export.pruners.base import Pruner
 from vtp.runtime.bundle import MANIFEST, Bundle, check_output, open_bundle, whole_bundle
 from vtp.runtime.manifest import TOKENIZER
+from vtp.runtime.preprocess import FITS
 from vtp.runtime.text import Prompter
 
 TARGETS = ("ort",)
@@ -41,6 +42,8 @@ class Request:
     target: str = "ort"
     dtype: str = "float32"
     max_length: int | None = None
+    image_size: tuple[int, int] | None = None  # (height, width)
+    image_fit: str = "letterbox"
     verify: str = "full"
     overwrite: bool = False
 
@@ -57,7 +60,7 @@ def export(request: Request, progress: Callable[[str], None] = lambda _: None) -
     folder = checkpoint.resolve(request.model)
     checkpoint.check(folder)
     progress("load the model")
-    model = checkpoint.load(folder, request.dtype)
+    model = checkpoint.load(folder, request.dtype, request.image_size, request.image_fit)
     chains = _chains(request, model, method, options)
     max_length = _max_length(request, model)
     plan = make_plan(model.family, chains, positions, DTYPES[request.dtype], max_length)
@@ -90,6 +93,7 @@ def _check_request(request: Request) -> None:
     for name, value, known in (
         ("target", request.target, TARGETS),
         ("verify", request.verify, VERIFY),
+        ("image-fit", request.image_fit, FITS),
         ("dtype", request.dtype, tuple(DTYPES)),
     ):
         if value not in known:

@@ -74,7 +74,9 @@ def verify(bundle: Bundle, model: Checkpoint, plan: Plan, chains: Sequence[Chain
 def _case(bundle: Bundle, model: Checkpoint) -> _Case:
     prompter = Prompter(bundle.manifest.text, bundle.path("tokenizer.json"))
     prompt = prompter.encode(prompter.messages_for(PROMPT))
-    pixels = preprocess(sample_picture(model.family.image_size), bundle.manifest.image)
+    image = bundle.manifest.image
+    size = image.image_size if image.image_height else image.fixed_size
+    pixels = preprocess(sample_picture(size), image)
     start, width = prompt.image_start, model.family.placeholders
     visual = [model.family.image_token_id] * bundle.manifest.visual.count
     expanded = [*prompt.ids[:start], *visual, *prompt.ids[start + width :]]
@@ -192,8 +194,13 @@ class Chosen(Pruner):
         return self.answer
 
 
-def chosen(bundle: Bundle, chain: Chain, values: Mapping[str, Value]) -> list[Pruner]:
-    """The pruners of a chain with what a bundle chose for them, from the tensors that flowed through it."""
+def chosen(
+    bundle: Bundle, chain: Chain, values: Mapping[str, Value], places: Tensor | None = None
+) -> list[Pruner]:
+    """The pruners of a chain with what a bundle chose for them, from the tensors that flowed through it.
+
+    `places` are the family's: where the patches are among the visual tokens.
+    """
     stages = [
         stage
         for when in ("image", "prefill")
@@ -202,6 +209,8 @@ def chosen(bundle: Bundle, chain: Chain, values: Mapping[str, Value]) -> list[Pr
     ]
     answers: list[Pruner] = []
     arriving = torch.arange(bundle.manifest.visual.count)
+    if places is not None and chain and not chain[0].site.startswith("decoder"):
+        arriving = places
     for pruner, stage in zip(chain, stages, strict=True):
         kept = torch.from_numpy(values[stage.outputs["keep_indices"]].numpy())
         rows = next((name for name in ("kept_features", "kept_embeds") if name in stage.outputs), None)
@@ -218,12 +227,13 @@ def _reference(
     with torch.no_grad():
         return reference_generate(
             model.family.model,
-            chosen(bundle, chain, values),
+            chosen(bundle, chain, values, model.family.places()),
             case.expanded,
             torch.from_numpy(case.pixels).float(),
             max_new_tokens=STEPS,
             eos_ids=(),
             positions=bundle.manifest.method.positions,
+            image_size=bundle.manifest.image.image_size if model.family.views > 1 else None,
         )
 
 

@@ -69,6 +69,7 @@ class _Planner:
         self.dtype = dtype
         self.max_length = max_length
         self.count = family.grid[0] * family.grid[1]
+        self.patches = family.patch_grid[0] * family.patch_grid[1]
         first = chains[0][0] if chains else None
         self.site = parse_site(first.site)[0] if first else "none"
         self.needs = first.needs if first else ()
@@ -92,18 +93,17 @@ class _Planner:
     def _image_stages(self) -> None:
         vision_cues = {"vision": ("attention_scores", "vision_keys"), "projector": ("attention_scores",)}
         cues = [name for name in vision_cues.get(self.site, ()) if name in self.needs]
-        height, width = self.family.image_size
         outputs = ["image_features", *cues]
-        pixels = GraphInput("pixel_values", self._float(_B, 3, height, width), {0: BATCH})
+        pixels = self._pixels_input()
         self._add(GraphSpec("vision_encoder", self.family.vision_encoder(cues), [pixels], outputs))
         self._stage("vision_encoder", "image", ["pixel_values"], outputs)
         if self.site == "vision":
             self._feature_pruners("image", "image_features", "kept_features")
-        features = self._float(_B, self.count, self.family.feature_width)
+        features = self._float(_B, self.patches, self.family.feature_width)
         self._add(
             GraphSpec(
                 "projector",
-                self.family.projector(),
+                self.family.projector(whole=self.site not in ("vision", "projector")),
                 [GraphInput("image_features", features, {0: BATCH, 1: VISUAL})],
                 ["image_embeds"],
             )
@@ -117,16 +117,16 @@ class _Planner:
         cues = [rows, *(name for name in self.needs if name != rows)]
         width, embeds = self.family.feature_width, self.family.decoder.width
         shapes = {
-            "image_features": self._float(_B, self.count, width),
-            "vision_keys": self._float(_B, self.count, width),
-            "image_embeds": self._float(_B, self.count, embeds),
-            "attention_scores": torch.rand(_B, self.count),
+            "image_features": self._float(_B, self.patches, width),
+            "vision_keys": self._float(_B, self.patches, width),
+            "image_embeds": self._float(_B, self.patches, embeds),
+            "attention_scores": torch.rand(_B, self.patches),
             **self._text_examples(),
         }
         for chain in self.chains:
             pruner, name = chain[0], self._pruner_name(chain, 0)
             inputs = [GraphInput(cue, shapes[cue], _axes(cue)) for cue in cues]
-            module = FeaturePruner(pruner, cues)
+            module = FeaturePruner(pruner, cues, self.family.places())
             self._add(GraphSpec(name, module, inputs, ["keep_indices", kept], rewrite=False))
             self._stage("pruner", when, cues, ["keep_indices", kept], file=name, keep=pruner.keep)
 
@@ -292,7 +292,7 @@ class _Planner:
         return "decoder_head" if number == 0 else f"decoder_{number}"
 
     def _part_source(self, number: int) -> str:
-        """The input's name; a part in the middle gives hidden_states itself, and no graph has a name twice."""
+        """The input's name: a middle part gives hidden_states itself, and no graph has a name twice."""
         if number == 0:
             return "inputs_embeds"
         return "hidden_states" if number == len(self.cuts) else "kept_hidden_states"
@@ -304,6 +304,12 @@ class _Planner:
     def _pruner_name(self, chain: Chain, number: int) -> str:
         site = f"_{number + 1}" if len(chain) > 1 else ""
         return f"pruner{site}" if len(self.chains) == 1 else f"pruner{site}_{chain[-1].keep}"
+
+    def _pixels_input(self) -> GraphInput:
+        """A batch of pictures; of a picture in several views, these alone."""
+        views, size = self.family.views, self.family.image_size
+        batch: dict[int, str] = {0: BATCH} if views == 1 else {}
+        return GraphInput("pixel_values", self._float(_B if views == 1 else views, 3, *size), batch)
 
     def _embeds_input(self) -> GraphInput:
         return GraphInput(

@@ -54,6 +54,7 @@ def reference_generate(
     max_new_tokens: int = 32,
     eos_ids: Collection[int] = (),
     positions: str = "compact",
+    image_size: tuple[int, int] | None = None,
 ) -> ReferenceAnswer:
     """Answer one prompt greedily, in the model's dtype.
 
@@ -62,6 +63,8 @@ def reference_generate(
     pixel_values  float [1,3,H,W]; cast to the model's dtype.
     positions     "compact" (pruned tokens never existed) or "original" (kept tokens keep their places and new
                   ones go on from T). Decoder sites always keep the original ones.
+    image_size    (height, width) of the picture, for models that see it in several views: pixel_values are
+                  then [V,3,H,W], and what a vision or projector site chooses from are the P patches.
 
     Raises VtpError where the model cannot serve the pruner's site, UsageError for an unknown `positions`.
     """
@@ -72,18 +75,21 @@ def reference_generate(
     with torch.no_grad(), _eager(model):
         project = model.model.multi_modal_projector
         cues = vision_cues(model, pixel_values, chain[0] if site in ("vision", "projector") else None)
+        cues = {name: _packed(model, values, image_size) for name, values in cues.items()}
         cues["image_embeds"] = project(cues["image_features"])
         decoder = _Decoder(model, input_ids, site == "decoder" or positions == "original")
         cues.update(decoder.text_cues())
-        embeds = cues["image_embeds"]
+        embeds, places = _tokens(model, pixel_values, image_size, cues["image_embeds"])
         if site in ("vision", "projector"):
             keep, rows = _select(chain[0], cues)
+            keep = places[keep]
             if rows is not None:
                 rows = project(rows) if site == "vision" else rows
                 embeds = embeds.index_copy(1, keep, rows.to(embeds.dtype))
             decoder.start(embeds)
             decoder.cut(keep)
         else:
+            cues["image_embeds"] = embeds
             decoder.start(embeds)
         decoder.prefill(chain if site == "decoder" else [], cues)
         tokens, logits = decoder.answer(max_new_tokens, eos_ids)
@@ -127,6 +133,39 @@ def vision_cues(
     if "vision_keys" in wanted:
         cues["vision_keys"] = keys[0][:, 1:] if has_cls else keys[0]
     return cues
+
+
+def _packed(model: Any, values: Tensor, image_size: tuple[int, int] | None) -> Tensor:
+    """What every patch of every view has, [V,n,.] or [V,n]: in the order of the tokens, [1,P,.] or [1,P]."""
+    if image_size is None:
+        return values
+    flat = values if values.dim() == 3 else values.unsqueeze(-1)
+    packed = _pack(model, flat, image_size, None)
+    return (packed if values.dim() == 3 else packed.squeeze(-1)).unsqueeze(0)
+
+
+def _pack(model: Any, views: Tensor, image_size: tuple[int, int], line_end: Tensor | None) -> Tensor:
+    """transformers' own packing of one picture's views [V,n,C]: [P,C], or with ends of lines [N,C]."""
+    config = model.config
+    if hasattr(config, "vision_aspect_ratio"):
+        named = {"vision_aspect_ratio": config.vision_aspect_ratio}
+    else:
+        named = {"vision_feature_select_strategy": config.vision_feature_select_strategy}
+    sizes = torch.tensor([image_size])
+    return model.model.pack_image_features([views], sizes, image_newline=line_end, **named)[0][0]
+
+
+def _tokens(
+    model: Any, pixel_values: Tensor, image_size: tuple[int, int] | None, patches: Tensor
+) -> tuple[Tensor, Tensor]:
+    """All N visual tokens [1,N,D] as transformers makes them, and the places int64 [P] of the patches."""
+    if image_size is None:
+        return patches, torch.arange(patches.shape[1])
+    sizes, vision = torch.tensor([image_size]), model.config.vision_config
+    tokens = model.model.get_image_features(pixel_values.to(model.dtype), sizes, return_dict=True)
+    per_view = (vision.image_size // vision.patch_size) ** 2
+    marks = _pack(model, torch.ones(len(pixel_values), per_view, 1), image_size, torch.zeros(1))
+    return tokens.pooler_output[0].unsqueeze(0), marks.flatten().nonzero().flatten()
 
 
 class _Decoder:

@@ -6,10 +6,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from vtp.engines import VtpError
-from vtp.export.graphs.modules import Decoder, Projector, Splice, TextCues, VisionEncoder
+from vtp.export.graphs.modules import Decoder, Splice, TextCues
+from vtp.runtime.preprocess import ImageSpec
 
 # Decoders whose attention, rotary embedding and norms the emitter was held against transformers with.
 DECODERS = ("llama", "mistral", "qwen2", "qwen3")
@@ -25,7 +26,8 @@ class Family(ABC):
     architectures   class names in config.json's `architectures` that the family serves
     sites           kinds of pruning site it serves: "vision", "projector", "decoder"
     limits          what it does not serve, in words for `--list-families`
-    lacks           cues of pruners that it cannot give -> why
+    lacks           cues of pruners that it cannot give, or "grid" -> why
+    image_kinds     kinds of image preprocessing that its pictures may go through
     """
 
     name: ClassVar[str]
@@ -33,6 +35,7 @@ class Family(ABC):
     sites: ClassVar[tuple[str, ...]]
     limits: ClassVar[str] = ""
     lacks: ClassVar[Mapping[str, str]] = {}
+    image_kinds: ClassVar[tuple[str, ...]] = ("clip",)
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -62,6 +65,25 @@ class Family(ABC):
     @abstractmethod
     def grid(self) -> tuple[int, int]:
         """(rows, columns) of the visual tokens; N is their product."""
+
+    @property
+    def patch_grid(self) -> tuple[int, int]:
+        """(rows, columns) of the P patches that vision and projector sites choose from; `grid`, unless the
+        N visual tokens hold some that show nothing, such as the ends of lines."""
+        return self.grid
+
+    def places(self) -> Tensor | None:
+        """int64 [P]: the places of the patches among the N tokens; None where they are the same."""
+        return None
+
+    @property
+    def views(self) -> int:
+        """V: how many tiles of a picture go through the tower; `pixel_values` is then [V,3,H,W]."""
+        return 1
+
+    def prepare(self, image: ImageSpec) -> None:
+        """Take note of how pictures are cut; called once, before anything else is asked."""
+        del image
 
     @property
     @abstractmethod
@@ -94,12 +116,12 @@ class Family(ABC):
         return None
 
     @abstractmethod
-    def vision_encoder(self, cues: Sequence[str]) -> VisionEncoder:
-        """pixel_values -> image_features, then the cues asked for: attention_scores, vision_keys."""
+    def vision_encoder(self, cues: Sequence[str]) -> nn.Module:
+        """pixel_values -> image_features [B,P,C], then the cues asked for: attention_scores, vision_keys."""
 
     @abstractmethod
-    def projector(self) -> Projector:
-        """image_features -> image_embeds."""
+    def projector(self, whole: bool) -> nn.Module:
+        """image_features -> image_embeds: of all N tokens if `whole`, else of the features that came in."""
 
     def splice(self, positions: str) -> nn.Module:
         """The rule for places and positions; `positions` is "compact" or "original"."""

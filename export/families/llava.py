@@ -58,11 +58,12 @@ class Llava(Family):
     def tower(self) -> Any:
         return self.model.model.vision_tower
 
-    def vision_encoder(self, cues: Sequence[str]) -> VisionEncoder:
+    def vision_encoder(self, cues: Sequence[str]) -> nn.Module:
         layers = list(self.tower.encoder.layers)[: self._feature_layer()]
         return VisionEncoder(_TOWERS[self._vision.model_type](self.tower), layers, self._has_cls(), cues)
 
-    def projector(self) -> Projector:
+    def projector(self, whole: bool) -> nn.Module:
+        del whole  # it has no tokens but its patches
         return Projector(self.model.model.multi_modal_projector)
 
     @property

@@ -154,22 +154,27 @@ class TextCues(nn.Module):
 
 
 class FeaturePruner(nn.Module):
-    """A vision- or projector-site pruner over features [B,N,C]: -> keep_indices [B,K], kept rows [B,K,C].
+    """A vision- or projector-site pruner over features [B,P,C]: -> keep_indices [B,K], kept rows [B,K,C].
 
     `cues` names the inputs; the first is the one whose rows are kept (or merged, by a method that does).
+    `places` are the places of the P features among the N visual tokens, where these are more.
     """
 
-    def __init__(self, pruner: Pruner, cues: Sequence[str]) -> None:
+    places: Tensor | None
+
+    def __init__(self, pruner: Pruner, cues: Sequence[str], places: Tensor | None = None) -> None:
         super().__init__()
         self.pruner = pruner
         self.cues = tuple(cues)
+        self.register_buffer("places", places, persistent=False)
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         given = dict(zip(self.cues, inputs, strict=True))
         answer = self.pruner(**{name: given[name] for name in self.pruner.needs})
-        if self.pruner.merges:
-            return answer
-        return answer, gather_rows(inputs[0], answer)
+        keep, rows = answer if self.pruner.merges else (answer, gather_rows(inputs[0], answer))
+        if self.places is None:
+            return keep, rows
+        return torch.gather(self.places.unsqueeze(0).expand(keep.shape[0], -1), 1, keep), rows
 
 
 class DecoderPruner(nn.Module):

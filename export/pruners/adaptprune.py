@@ -46,6 +46,7 @@ class AdaptPrune(Pruner):
     name = "adaptprune"
     site = "decoder:2"
     needs = ("attention_scores", "keys")
+    reads_grid = True
     options: ClassVar[dict[str, Any]] = {
         "radius": 5.0,
         "sigma_space": 1.5,

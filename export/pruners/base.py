@@ -22,6 +22,8 @@ class Pruner(nn.Module):
     options    option name -> default value; the command line's `--method-option k=v` sets them.
     merges     False: kept rows are what they were. True (vision and projector sites): `forward` also returns
                the rows, into which others may have been merged.
+    reads_grid False: `grid` only tells how many tokens there are. True: neighbours in it are neighbours in
+               the picture, so the method is refused where the tokens form no grid.
     positions  default of the exporter's option of that name at vision and projector sites: "compact"
                (pruned tokens never existed) or "original" (kept tokens keep their places).
     paper      "arXiv NNNN.NNNNN", or "" for a baseline.
@@ -52,6 +54,7 @@ class Pruner(nn.Module):
     needs: ClassVar[tuple[str, ...]]
     options: ClassVar[dict[str, Any]] = {}
     merges: ClassVar[bool] = False
+    reads_grid: ClassVar[bool] = False
     positions: ClassVar[str] = "compact"
     paper: ClassVar[str] = ""
 

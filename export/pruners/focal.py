@@ -43,6 +43,7 @@ class Focal(Pruner):
     name = "focal"
     site = "vision"
     needs = ("image_features", "attention_scores")
+    reads_grid = True
     options: ClassVar[dict[str, Any]] = {"reach": 1.0}
     paper = ""
 

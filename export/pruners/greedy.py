@@ -56,7 +56,7 @@ def _(likeness: Any, keep: int) -> Any:
     op, count = ops.onnx_ops(), likeness.shape[1]
     own = _diagonal(op, count)
     nearest = op.ReduceMax(op.Where(own, _number(op, -np.inf), likeness), _axes(op, 2), keepdims=0)
-    lines, first = _lines(op, op.Where(own, _number(op, np.inf), likeness), count)
+    lines, first = _lines(op, op.Where(own, _number(op, np.inf), likeness), likeness)
     nearest = op.Unsqueeze(nearest, _axes(op, 1))  # [B,1,N], as lines are gathered
     picks = [op.ArgMin(nearest, axis=2, keepdims=0)]
     for step in range(1, keep):
@@ -98,11 +98,12 @@ def _(likeness: Tensor, weights: Tensor, keep: int) -> Tensor:
 @ops.translates(torch.ops.vtp.cover.default)
 def _(likeness: Any, weights: Any, keep: int) -> Any:
     """Ten nodes a pick, three of which pass over the whole matrix."""
-    op, count = ops.onnx_ops(), likeness.shape[1]
-    lines, first = _lines(op, likeness, count)
+    op = ops.onnx_ops()
+    lines, first = _lines(op, likeness, likeness)
     taken = op.Sub(weights, weights)  # [B,N] of 0, -inf for a pick
     covered = op.Unsqueeze(taken, _axes(op, 1))  # [B,1,N]
     gone = op.Expand(_number(op, -np.inf), op.Concat(_batch(op, likeness), _axes(op, 1), axis=0))
+    gone = ops.sized(gone, weights.dtype, likeness.shape[0], 1)
     picks: list[Any] = []
     for step in range(keep):
         if step:
@@ -158,12 +159,15 @@ def _(likeness: Any, weights: Any, keep: int) -> Any:
     """Some twenty nodes a pick, which pass over as many lines of N as there are picks."""
     op, count = ops.onnx_ops(), likeness.shape[1]
     exact = weights.dtype == likeness.dtype.__class__.DOUBLE
-    rows, first = _lines(op, likeness, count)
+    rows, first = _lines(op, likeness, likeness)
     number = [op.Cast(_number(op, value), to=weights.dtype) for value in (1.0, -np.inf, LEAST, GRAIN)]
     worth = op.Unsqueeze(op.Mul(weights, number[3]), _axes(op, 1))  # [B,1,N], -inf for a pick
     gone = op.Expand(number[1], op.Concat(_batch(op, likeness), _axes(op, 1, 1), axis=0))
-    left = op.Expand(number[0], op.Shape(worth))
-    older, newer, picks = None, None, []  # lines [B,.,N] of the picks, in two parts: Concat copies one
+    gone = ops.sized(gone, weights.dtype, likeness.shape[0], 1, 1)
+    left = ops.sized(op.Expand(number[0], op.Shape(worth)), weights.dtype, likeness.shape[0], 1, count)
+    older: Any = None  # lines [B,.,N] of the picks, in two parts: Concat copies only the newer one
+    newer: Any = None
+    picks: list[Any] = []
     while True:
         gain = op.Mul(worth, left)
         picks.append(op.ArgMax(op.Round(gain) if exact else gain, axis=2, keepdims=0))  # [B,1]
@@ -209,9 +213,13 @@ def _diagonal(op: Any, count: int) -> Any:
     return op.Equal(op.Unsqueeze(places, _axes(op, 1)), places)
 
 
-def _lines(op: Any, table: Any, count: int) -> tuple[Any, Any]:
-    """All lines of table [B,N,N] as [B·N,N], and the number of each picture's first line, int64 [B,1]."""
+def _lines(op: Any, table: Any, likeness: Any) -> tuple[Any, Any]:
+    """All lines of table [B,N,N] as [B·N,N], and the number of each picture's first line, int64 [B,1].
+
+    `likeness` is of the table's shape, and knows it.
+    """
+    batch, count = likeness.shape[:2]
     nought, step = op.Constant(value_int=0), op.Constant(value_int=1)
     pictures = op.Range(nought, op.Squeeze(_batch(op, table)), step)
     first = op.Mul(op.Unsqueeze(pictures, _axes(op, 1)), _axes(op, count))
-    return op.Reshape(table, _axes(op, -1, count)), first
+    return op.Reshape(table, _axes(op, -1, count)), ops.sized(first, "INT64", batch, 1)

@@ -53,6 +53,20 @@ def onnx_ops() -> Any:
     return opset23
 
 
+def sized(value: Any, dtype: Any, *sizes: Any) -> Any:
+    """Say a value's dtype ("INT64", or another value's) and shape where an engine cannot tell; returns it.
+
+    For translations that unroll. ONNX Runtime plans memory by comparing the shapes of freed buffers: if it
+    takes the batch for another one in each of thousands of nodes, no buffer is used twice, and opening the
+    graph takes a time that grows with their square (19 s for 7,800 nodes, with shapes below 1 s).
+    """
+    import onnx_ir as ir
+
+    value.dtype = ir.DataType[dtype] if isinstance(dtype, str) else dtype
+    value.shape = ir.Shape(sizes)
+    return value
+
+
 @translates(torch.ops.vtp.top_k.default)
 def _(scores: Any, k: int, largest: bool) -> Any:
     op = onnx_ops()

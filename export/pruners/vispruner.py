@@ -119,12 +119,16 @@ def _(likeness: Any, keep: int) -> Any:
     wide = op.Concat(op.Shape(likeness, start=0, end=1), size, axis=0)  # [B, R]
     lines = op.Reshape(likeness, [-1, count])
     places = op.Constant(value_ints=list(range(count)))
-    left = op.Expand(places, wide)
+    pictures = likeness.shape[0]
+    left = ops.sized(op.Expand(places, wide), "INT64", pictures, count)
     batch = op.Squeeze(op.Shape(likeness, start=0, end=1))
     nought, step = op.Constant(value_int=0), op.Constant(value_int=1)
     first = op.Unsqueeze(op.Mul(op.Range(nought, batch, step), size), one)  # of each picture's lines
-    hidden = op.Expand(op.Cast(op.Constant(value_floats=[-np.inf]), to=likeness.dtype), wide)
-    clear = op.Expand(op.Cast(op.Constant(value_floats=[0.0]), to=likeness.dtype), wide)
+    first = ops.sized(first, "INT64", pictures, 1)
+    hidden, clear = (
+        ops.sized(op.Expand(op.Cast(value, to=likeness.dtype), wide), likeness.dtype, pictures, count)
+        for value in (op.Constant(value_floats=[-np.inf]), op.Constant(value_floats=[0.0]))
+    )
     for evens, odds, drop in rounds(count, keep):
         even, odd = op.Slice(left, zero, size, one, two), op.Slice(left, one, size, one, two)
         shown = op.Slice(clear, zero, op.Constant(value_ints=[odds]), one)

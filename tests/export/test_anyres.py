@@ -15,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from transformers import LlavaNextProcessor
 from transformers.image_processing_utils import select_best_resolution
 
 from vtp.engines import UsageError, VtpError
@@ -24,13 +25,14 @@ from vtp.export.graphs.views import Views
 from vtp.export.parity import STEPS
 from vtp.runtime import Pipeline
 
-from .tiny import BOS, IMAGE
+from .tiny import BOS, CHAT_TEMPLATE, IMAGE, tiny_tokenizer
 from .tiny_families import GRIDS, image_processor, packed, save_anyres, tiny_anyres
 
 # (height, width): two by two views, with padding above and below cut off, and three views beside one another.
 SIZES = {"square": (56, 56), "wide": (40, 56), "row": (28, 84)}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "next": ("llava_next", {"layers": 4}),
+    "next": ("llava_next", {}),
+    "next_deep": ("llava_next", {"layers": 4}),
     "next_mistral": ("llava_next", {"decoder": "mistral", "seed": 1}),
     "onevision": ("llava_onevision", {"decoder": "qwen2", "vision": "siglip", "seed": 2}),
 }
@@ -46,7 +48,7 @@ BUNDLES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "next-divprune": ("next", "wide", {"method": "divprune", "keep_tokens": "12"}),
     "next-fastv": ("next", "wide", {"method": "fastv", "keep_tokens": "10"}),
     "next-visionzip": ("next", "wide", {"method": "visionzip", "keep_tokens": "12"}),
-    "next-sparsevlm": ("next", "wide", {"method": "sparsevlm", "keep_tokens": "12"}),
+    "next-sparsevlm": ("next_deep", "wide", {"method": "sparsevlm", "keep_tokens": "12"}),
     "onevision-none": ("onevision", "wide", {"method": "none"}),
     "onevision-square-none": ("onevision", "square", {"method": "none"}),
     "onevision-vispruner": ("onevision", "wide", {"method": "vispruner", "keep_tokens": "9"}),
@@ -54,7 +56,7 @@ BUNDLES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "onevision-fastv": ("onevision", "wide", {"method": "fastv", "keep_tokens": "10"}),
 }
 SLOW = {"next-row-none", "next-original", "next-visionzip", "next-sparsevlm", "onevision-square-none"}
-SLOW |= {"onevision-holov"}
+SLOW |= {"onevision-holov", "onevision-fastv", "next-divprune"}
 NAMES = [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in BUNDLES]
 UNPRUNED = [item for name, item in zip(BUNDLES, NAMES, strict=True) if name.endswith("none")]
 PRUNED = [item for name, item in zip(BUNDLES, NAMES, strict=True) if not name.endswith("none")]
@@ -198,6 +200,32 @@ def test_pruned_equals_the_torch_reference(bundle: Callable[[str], Made], name: 
                 assert (result.visual_tokens.before, result.visual_tokens.after) == (visual.count, keep)
                 assert len(result.kept) == len(set(result.kept)) == keep
                 assert result.kept == sorted(result.kept) and result.kept[-1] < visual.count
+
+
+def test_the_whole_way_equals_transformers_processor(bundle: Callable[[str], Made]) -> None:
+    """Picture and words in, tokens out: the processor's placeholders and chat template included."""
+    made = bundle("next-none")
+    processor = LlavaNextProcessor(
+        image_processor=image_processor(made.model),
+        tokenizer=tiny_tokenizer(),
+        patch_size=7,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=CHAT_TEMPLATE,
+    )
+    picture, words = noise(*made.image_size, seed=5), "what shape is the red ?"
+    content = [{"type": "image"}, {"type": "text", "text": words}]
+    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    given = processor(images=picture, text=text, add_special_tokens=False, return_tensors="pt")
+    made.model.generation_config.eos_token_id = None
+    with torch.no_grad():
+        wanted = made.model.generate(**given, max_new_tokens=16, do_sample=False)[0, -16:].tolist()
+    with Pipeline.load(made.folder) as pipe:
+        result = pipe.generate(picture, words, max_new_tokens=16)
+    assert result.token_ids == wanted[: len(result.token_ids)]
+    assert len(result.token_ids) == 16 or result.finish_reason == "eos"
+    text_tokens = given["input_ids"].shape[1] - result.visual_tokens.before
+    assert result.prompt_tokens == text_tokens
 
 
 def test_vision_sites_keep_no_ends_of_lines(bundle: Callable[[str], Made]) -> None:

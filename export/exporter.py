@@ -19,12 +19,12 @@ from vtp.export.parity import PROMPT, verify
 from vtp.export.plan import Plan, make_plan
 from vtp.export.pruners import POSITIONS, parse_options, parse_site, resolve_method
 from vtp.export.pruners.base import Pruner
+from vtp.export.target import TARGETS, Target
 from vtp.runtime.bundle import MANIFEST, Bundle, check_output, open_bundle, whole_bundle
 from vtp.runtime.manifest import TOKENIZER
 from vtp.runtime.preprocess import FITS
 from vtp.runtime.text import Prompter
 
-TARGETS = ("ort",)
 VERIFY = ("full", "none")
 ROOM_FOR_TEXT = 1472  # tokens of prompt and answer beside the picture, where the model has the positions
 
@@ -40,7 +40,7 @@ class Request:
     prune_ratio: float | None = None
     method_options: Sequence[str] = ()
     target: str = "ort"
-    dtype: str = "float32"
+    dtype: str | None = None  # the target's
     max_length: int | None = None
     image_size: tuple[int, int] | None = None  # (height, width)
     image_fit: str = "letterbox"
@@ -55,19 +55,21 @@ def export(request: Request, progress: Callable[[str], None] = lambda _: None) -
     in every such case the output folder is as it was.
     """
     _check_request(request)
+    target = TARGETS[request.target]
+    dtype = request.dtype or target.dtype
     check_output(request.output, request.overwrite)
     method, options, positions = _method(request)
     folder = checkpoint.resolve(request.model)
     checkpoint.check(folder)
     progress("load the model")
-    model = checkpoint.load(folder, request.dtype, request.image_size, request.image_fit)
+    model = checkpoint.load(folder, dtype, request.image_size, request.image_fit)
     chains = _chains(request, model, method, options)
     max_length = _max_length(request, model)
-    plan = make_plan(model.family, chains, positions, DTYPES[request.dtype], max_length)
+    plan = target.prepare(make_plan(model.family, chains, positions, DTYPES[dtype], max_length))
     with whole_bundle(request.output, request.overwrite) as folder:
         (folder / TOKENIZER).write_text(model.tokenizer_json, encoding="utf-8")
         _check_prompt(model, folder)
-        _emit_graphs(model, plan, folder, progress)
+        _emit_graphs(model, plan, target, folder, progress)
         manifest = describe(
             folder,
             model,
@@ -76,7 +78,7 @@ def export(request: Request, progress: Callable[[str], None] = lambda _: None) -
             positions=positions,
             max_length=max_length,
             target=request.target,
-            dtype=request.dtype,
+            dtype=dtype,
         )
         (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
         if request.verify == "full":
@@ -91,13 +93,13 @@ def export(request: Request, progress: Callable[[str], None] = lambda _: None) -
 def _check_request(request: Request) -> None:
     """Refuse what can be refused before a model is loaded."""
     for name, value, known in (
-        ("target", request.target, TARGETS),
+        ("target", request.target, tuple(TARGETS)),
         ("verify", request.verify, VERIFY),
         ("image-fit", request.image_fit, FITS),
-        ("dtype", request.dtype, tuple(DTYPES)),
+        ("dtype", request.dtype, (None, *DTYPES)),
     ):
         if value not in known:
-            raise UsageError(f"unknown {name} '{value}'; choose one of {', '.join(known)}")
+            raise UsageError(f"unknown {name} '{value}'; choose one of {', '.join(filter(None, known))}")
     if request.keep_tokens is not None and request.prune_ratio is not None:
         raise UsageError("give either --keep-tokens or --prune-ratio, not both")
     if request.keep_tokens is not None:
@@ -186,9 +188,11 @@ def _check_prompt(model: Checkpoint, folder: Path) -> None:
         raise VtpError(f"the model in {model.folder} cannot be prompted: {error}") from error
 
 
-def _emit_graphs(model: Checkpoint, plan: Plan, folder: Path, progress: Callable[[str], None]) -> None:
+def _emit_graphs(
+    model: Checkpoint, plan: Plan, target: Target, folder: Path, progress: Callable[[str], None]
+) -> None:
     store = WeightStore(folder)
-    with emitting(model.family.decoder.model, model.family.tower):
+    with emitting(model.family.decoder.model, model.family.tower, target.attending):
         for spec in plan.graphs:
             progress(f"export {spec.name}")
-            emit(spec, store)
+            emit(spec, store, target.opset)

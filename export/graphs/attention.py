@@ -7,7 +7,7 @@ registered here instead of eager or SDPA attention, so one emitter serves every 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from types import MethodType
@@ -96,7 +96,26 @@ class TowerProbe:
     keys: Tensor | None = None
 
 
+# How a target attends: query [B,H,S,d], key and value [B,G,S,d] (rotated), the layer's past key and value
+# [B,G,capacity,d], lengths, scale -> output [B,S,H,d], present key and value.
+Attend = Callable[
+    [Tensor, Tensor, Tensor, tuple[Tensor, Tensor], Lengths, float], tuple[Tensor, tuple[Tensor, Tensor]]
+]
+
+# The same in a tower: query, key and value [B,H,S,d], mask or None, scale -> output [B,H,S,d].
+TowerAttend = Callable[[Tensor, Tensor, Tensor, Tensor | None, float], Tensor]
+
+
+@dataclass(frozen=True)
+class Attending:
+    """What a target's attention is written as, in decoders and in towers."""
+
+    decoder: Attend
+    tower: TowerAttend
+
+
 _active: list[Any] = []
+_attending: list[Attending] = []
 
 
 @contextmanager
@@ -118,7 +137,7 @@ def _decoder_attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Emit GroupQueryAttention. query [B,H,S,d], key and value [B,G,S,d] (rotated) -> [B,S,H,d]."""
+    """Emit attention on the cache. query [B,H,S,d], key and value [B,G,S,d] (rotated) -> [B,S,H,d]."""
     refused = sorted(name for name, given in kwargs.items() if name not in _HARMLESS and given is not None)
     if refused:
         raise VtpError(f"this decoder's attention uses '{refused[0]}', which the exporter does not serve")
@@ -129,6 +148,16 @@ def _decoder_attention(
         cache.watch.read(query, key, scale, cache.lengths)
     if isinstance(cache, Peek):
         return torch.zeros_like(query).transpose(1, 2), None
+    output, cache.present[layer] = _attending[-1].decoder(
+        query, key, value, cache.past[layer], cache.lengths, scale
+    )
+    return output, None
+
+
+def grouped_query_attention(
+    query: Tensor, key: Tensor, value: Tensor, past: tuple[Tensor, Tensor], lengths: Lengths, scale: float
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Emit ONNX Runtime's GroupQueryAttention; see `Attend`."""
     batch, heads, sequence, width = query.shape
     groups = key.shape[1]
     output, *present = torch.onnx.ops.symbolic_multi_out(
@@ -137,21 +166,16 @@ def _decoder_attention(
             _merge_heads(query),
             _merge_heads(key),
             _merge_heads(value),
-            *cache.past[layer],
-            cache.lengths.seqlens_k,
-            cache.lengths.total_sequence_length,
+            *past,
+            lengths.seqlens_k,
+            lengths.total_sequence_length,
         ),
         attrs={"num_heads": heads, "kv_num_heads": groups, "scale": scale},
         dtypes=(query.dtype, key.dtype, value.dtype),
-        shapes=(
-            (batch, sequence, heads * width),
-            cache.past[layer][0].shape,
-            cache.past[layer][1].shape,
-        ),
+        shapes=((batch, sequence, heads * width), past[0].shape, past[1].shape),
         version=1,
     )
-    cache.present[layer] = (present[0], present[1])
-    return output.reshape(batch, sequence, heads, width), None
+    return output.reshape(batch, sequence, heads, width), (present[0], present[1])
 
 
 def _merge_heads(tensor: Tensor) -> Tensor:
@@ -203,8 +227,16 @@ def _tower_attention(
         )
         keys = _merge_heads(key)
         probe.keys = keys[:, 1:] if probe.has_cls else keys
-    output = functional.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scale)
-    return output.transpose(1, 2), None
+    return _attending[-1].tower(query, key, value, attention_mask, scale).transpose(1, 2), None
+
+
+def fused_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """ONNX's Attention operator; see `TowerAttend`."""
+    return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+
+
+# ONNX Runtime's.
+GROUPED_QUERY = Attending(grouped_query_attention, fused_attention)
 
 
 def _cls_row(query: Tensor, key: Tensor, scale: float) -> Tensor:
@@ -247,14 +279,19 @@ def _rms_norm(module: Any, hidden: Tensor) -> Tensor:
 
 
 @contextmanager
-def emitting(decoder: nn.Module, tower: nn.Module | None = None) -> Iterator[None]:
+def emitting(
+    decoder: nn.Module, tower: nn.Module | None = None, attending: Attending = GROUPED_QUERY
+) -> Iterator[None]:
     """Switch a transformers decoder (and tower) to the functions above while graphs are traced.
 
-    Attention goes through the registered functions; rotary embeddings and RMS norms become one operator
-    each. Everything is put back on leaving, so that the same model can serve as its own reference.
+    Attention goes through the registered functions, which write it as `attending` says; rotary embeddings and
+    RMS norms become one operator each. Everything is put back on leaving, so that the same model can serve as
+    its own reference.
     """
     register()
     with ExitStack() as stack:
+        _attending.append(attending)
+        stack.callback(_attending.pop)
         for part, name in ((decoder, DECODER_ATTENTION), (tower, TOWER_ATTENTION)):
             if part is not None:
                 stack.enter_context(_attention_implementation(part, name))

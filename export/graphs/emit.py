@@ -88,9 +88,9 @@ class WeightStore:
         return offset
 
 
-def emit(spec: GraphSpec, store: WeightStore) -> Path:
+def emit(spec: GraphSpec, store: WeightStore, opset: int = OPSET) -> Path:
     """Trace, translate and write one graph into the store's folder; returns its path."""
-    model = _trace(spec)
+    model = _trace(spec, opset)
     optimize(model, spec.rewrite)
     _strip(model)
     _name_axes(model.graph, spec)
@@ -100,7 +100,7 @@ def emit(spec: GraphSpec, store: WeightStore) -> Path:
     return path
 
 
-def _trace(spec: GraphSpec) -> ir.Model:
+def _trace(spec: GraphSpec, opset: int) -> ir.Model:
     try:
         with _quiet(), torch.no_grad():
             program = torch.onnx.export(
@@ -108,7 +108,7 @@ def _trace(spec: GraphSpec) -> ir.Model:
                 # Clones: torch.export takes two inputs that share a tensor for one.
                 tuple(item.example.clone() for item in spec.inputs),
                 dynamo=True,
-                opset_version=OPSET,
+                opset_version=opset,
                 input_names=[item.name for item in spec.inputs],
                 output_names=spec.outputs,
                 dynamic_shapes=_dynamic_shapes(spec),

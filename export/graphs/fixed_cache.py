@@ -1,0 +1,112 @@
+"""Decoder attention in standard ONNX operators on a cache of fixed size: for engines without GQA (TensorRT).
+
+New keys and values go into the cache with TensorScatter (opset 24), then Attention looks at the whole cache
+through a mask. The mask is explicit: how `is_causal` is aligned when a cache is longer than the queries is
+told differently by engines. The graph's inputs are those of GroupQueryAttention, so that a runtime feeds
+both alike, and batches are right-padded alike.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from vtp.export.graphs.attention import Attending, Lengths
+from vtp.export.graphs.emit import GraphInput, GraphSpec
+
+OPSET = 24  # of TensorScatter
+
+
+def fixed_cache_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    past: tuple[Tensor, Tensor],
+    lengths: Lengths,
+    scale: float,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Emit TensorScatter and Attention; see `Attend`."""
+    start = first_places(lengths, query.shape[2])
+    keys, values = (_scatter(cache, new, start) for cache, new in zip(past, (key, value), strict=True))
+    mask = visible(start, query.shape[2], keys.shape[2])
+    return attention(query, keys, values, mask, scale).transpose(1, 2), (keys, values)
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Attention where TensorRT has a kernel for it, else the products and the softmax that it is made of.
+
+    query [B,H,S,d], key and value [B,G,C,d], mask bool [B,1,S,C] or None -> [B,H,S,d].
+    """
+    if not has_kernel(query):
+        return decomposed(query, key, value, mask, scale)
+    return torch.onnx.ops.symbolic(
+        "Attention",
+        (query, key, value) if mask is None else (query, key, value, mask),
+        attrs={"scale": scale},
+        dtype=query.dtype,
+        shape=query.shape,
+        version=OPSET,
+    )
+
+
+def has_kernel(query: Tensor) -> bool:
+    """Half precision, heads 16 to 256 wide: what TensorRT-RTX 1.7 builds; others it refuses to decompose."""
+    return query.dtype in (torch.float16, torch.bfloat16) and query.shape[-1] in range(16, 257, 8)
+
+
+def decomposed(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """The same in MatMul and Softmax, scores in float32."""
+    batch, heads, sequence, width = query.shape
+    groups = key.shape[1]
+    grouped = query.reshape(batch, groups, heads // groups, sequence, width)
+    scores = torch.matmul(grouped, key.unsqueeze(2).transpose(3, 4)).float() * scale
+    if mask is not None:
+        scores = scores.masked_fill(~mask.unsqueeze(1), torch.finfo(torch.float32).min)
+    weights = torch.softmax(scores, dim=-1).to(value.dtype)
+    return torch.matmul(weights, value.unsqueeze(2)).reshape(batch, heads, sequence, width)
+
+
+def first_places(lengths: Lengths, sequence: int) -> Tensor:
+    """Where in the cache each row's first token of this run goes, int64 [B].
+
+    A run on an empty cache starts at 0, also in rows that are shorter than the longest; a later run
+    has the same number of tokens in every row.
+    """
+    later = lengths.seqlens_k.to(torch.int64) + 1 - sequence
+    fresh = lengths.total_sequence_length.to(torch.int64) == sequence
+    return torch.where(fresh, torch.zeros_like(later), later)
+
+
+def visible(start: Tensor, sequence: int, capacity: int) -> Tensor:
+    """Which places of the cache every query sees: bool [B,1,S,capacity], itself and those before it."""
+    place = start.view(-1, 1, 1, 1) + torch.arange(sequence).view(1, 1, -1, 1)
+    return torch.arange(capacity).view(1, 1, 1, -1) <= place
+
+
+FIXED_CACHE = Attending(fixed_cache_attention, attention)
+
+
+def _scatter(cache: Tensor, new: Tensor, start: Tensor) -> Tensor:
+    return torch.onnx.ops.symbolic(
+        "TensorScatter",
+        (cache, new, start),
+        attrs={"axis": 2},
+        dtype=cache.dtype,
+        shape=cache.shape,
+        version=OPSET,
+    )
+
+
+def fix_capacity(spec: GraphSpec, capacity: int) -> GraphSpec:
+    """The same decoder graph with the cache's length as a constant: TensorRT wants it static."""
+    return replace(spec, inputs=[_fixed(item, capacity) for item in spec.inputs])
+
+
+def _fixed(item: GraphInput, capacity: int) -> GraphInput:
+    if not item.name.startswith("past_key_values."):
+        return item
+    batch, groups, _, width = item.example.shape
+    example = torch.zeros(batch, groups, capacity, width, dtype=item.example.dtype)
+    return GraphInput(item.name, example, {axis: name for axis, name in item.dynamic.items() if axis != 2})

@@ -1,0 +1,140 @@
+"""Target tensorrt: standard operators on a fixed cache, equal to target ort, and taken by TensorRT-RTX."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import util
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from vtp.engines.graph_file import read_graph
+from vtp.engines.ort import OrtEngine
+from vtp.engines.trt import INSTALL, build_engine, refused_nodes
+from vtp.export.exporter import Request, export
+from vtp.runtime.bundle import Bundle, open_bundle
+
+from ..conftest import MAX_LENGTH
+from .tiny import save_tiny
+
+ENGINE = "tensorrt-rtx"
+MISSING = util.find_spec("tensorrt_rtx") is None
+Get = Callable[..., Bundle]
+
+
+@pytest.fixture(scope="module")
+def bundle_of(tmp_path_factory: pytest.TempPathFactory, model_folder: Callable[[str], Path]) -> Get:
+    """A bundle of the tiny model "gqa", exported and verified at the first call."""
+    root, made = tmp_path_factory.mktemp("targets"), dict[str, Bundle]()
+
+    def get(method: str, target: str = "tensorrt", dtype: str | None = None) -> Bundle:
+        name = f"{method}-{target}-{dtype}"
+        if name not in made:
+            keep = None if method == "none" else "5"
+            wish = Request(root / name, str(model_folder("gqa")), method, keep, target=target, dtype=dtype)
+            made[name] = export(Request(**{**wish.__dict__, "max_length": MAX_LENGTH}))
+        return made[name]
+
+    return get
+
+
+def test_the_bundle_says_its_target_and_is_float16_by_default(bundle_of: Get) -> None:
+    manifest = bundle_of("vispruner").manifest
+    assert (manifest.target, manifest.dtype) == ("tensorrt", "float16")
+    assert manifest.parity["mode"] == "full"  # held against transformers, on ONNX Runtime's CPU provider
+    assert "capacity" not in {axis for graph in manifest.graphs.values() for axis in graph.axes}
+
+
+@pytest.mark.parametrize("method", ["vispruner", "adaptprune"])
+def test_only_standard_operators_and_no_float64(bundle_of: Get, method: str) -> None:
+    for path in bundle_of(method).folder.glob("*.onnx"):
+        model = onnx.load(path, load_external_data=False)
+        assert {item.domain: item.version for item in model.opset_import if item.domain == ""} == {"": 24}
+        assert {node.domain for node in model.graph.node} == {""}
+        kinds = {item.type.tensor_type.elem_type for item in model.graph.value_info}
+        assert onnx.TensorProto.DOUBLE not in kinds
+
+
+def test_a_right_padded_batch_equals_target_ort(bundle_of: Get) -> None:
+    """Two rows of different length, prefill and one step: logits and cache of the two emitters."""
+    answers = []
+    for target in ("ort", "tensorrt"):
+        engine = OrtEngine(bundle_of("none", target, "float32").path("decoder.onnx"), threads=1)
+        answers.append(_prefill_and_step(engine, lengths=(7, 4)))
+    for one, two in zip(*answers, strict=True):
+        np.testing.assert_allclose(one, two, atol=1e-5)
+
+
+def _prefill_and_step(engine: OrtEngine, lengths: tuple[int, int]) -> list[np.ndarray]:
+    """Logits of both runs, then what is valid of every cache."""
+    rng, longest = np.random.default_rng(0), max(lengths)
+    names = [name for name in engine.inputs if name.startswith("past_key_values.")]
+    width = engine.inputs["inputs_embeds"].shape[2]
+    heads, _, head = engine.inputs[names[0]].shape[1:]
+    caches = {name: engine.zeros((2, heads, MAX_LENGTH, head), "float32") for name in names}
+    into = {name.replace("past_key_values", "present"): value for name, value in caches.items()}
+    logits, filled = [], np.zeros(2, int)
+    for tokens in (longest, 1):
+        new = np.array(lengths) if tokens == longest else np.ones(2, int)
+        first, filled = filled, filled + new
+        feeds = {
+            "inputs_embeds": rng.standard_normal((2, tokens, width)).astype(np.float32),
+            "position_ids": first[:, None] + np.arange(tokens),
+            "seqlens_k": (filled - 1).astype(np.int32),
+            "total_sequence_length": np.array(filled.max(), np.int32),
+        }
+        given = {name: engine.put(value) for name, value in feeds.items()}
+        logits.append(engine.run({**given, **caches}, into)["logits"].numpy())
+    valid = [value.numpy()[row, :, : filled[row]] for value in caches.values() for row in range(len(lengths))]
+    return [*logits, *valid]
+
+
+with_library = pytest.mark.skipif(MISSING, reason=f"tensorrt_rtx is not installed: {INSTALL[ENGINE]}")
+
+
+@pytest.mark.trtrtx
+@with_library
+@pytest.mark.parametrize("method", ["none", "vispruner", "adaptprune"])
+def test_every_graph_of_a_bundle_builds(bundle_of: Get, method: str) -> None:
+    """Heads 8 wide, for which TensorRT has no attention kernel: their attention is decomposed."""
+    bundle = open_bundle(bundle_of(method).folder)
+    assert "Attention" not in _operators(bundle)
+    _build(bundle)
+
+
+@pytest.mark.trtrtx
+@with_library
+def test_several_sites_and_the_attention_operator_build(tmp_path: Path) -> None:
+    save_tiny(tmp_path / "model", layers=4, head_dim=16, vision_layers=2)
+    wish = Request(
+        tmp_path / "bundle",
+        str(tmp_path / "model"),
+        "sparsevlm",
+        "5",
+        target="tensorrt",
+        max_length=MAX_LENGTH,
+        verify="none",
+    )
+    bundle = export(wish)
+    assert {"Attention", "TensorScatter"} <= _operators(bundle)
+    _build(bundle)
+
+
+def _operators(bundle: Bundle) -> set[str]:
+    return {node.op for file in bundle.manifest.graphs for node in read_graph(bundle.path(file)).nodes}
+
+
+def _build(bundle: Bundle) -> None:
+    for file, graph in bundle.manifest.graphs.items():
+        axes = {**graph.axes, "batch": [1, 1, 1]}
+        profile = {
+            name: tuple(
+                tuple(axes[axis][place] if isinstance(axis, str) else axis for axis in tensor.shape)
+                for place in range(3)
+            )
+            for name, tensor in graph.inputs.items()
+        }
+        assert refused_nodes(bundle.path(file), ENGINE) == []
+        assert build_engine(bundle.path(file), ENGINE, profile).plan.nbytes, file

@@ -72,6 +72,9 @@ def _judge_cpu(providers: list[str] | None, dtype: str | None, cuda: Callable[[]
     return Decision("ort-cpu", True, "onnxruntime is installed")
 
 
+# Which engines run the graphs of a target. TensorRT itself is built for, not yet run by, this package.
+_RUNS = {"ort": ("ort-cuda", "ort-cpu"), "tensorrt": ("ort-cpu",)}
+
 # Best first: "auto" takes the first that is accepted.
 _JUDGES: dict[str, Callable[[list[str] | None, str | None, Callable[[], CudaProbe]], Decision]] = {
     "ort-cuda": _judge_cuda,
@@ -89,8 +92,9 @@ def choose_engine(
     dtype: str | None = None,
     probe: Callable[[], list[str] | None] = installed_providers,
     cuda: Callable[[], CudaProbe] = probe_cuda,
+    target: str = "ort",
 ) -> Choice:
-    """Decide which engine to use for graphs that compute in `dtype` (None: not known).
+    """Decide which engine to use for graphs that compute in `dtype` (None: not known), made for `target`.
 
     `probe` says which providers exist, `cuda` which GPUs (passed in, so that it can be tested).
 
@@ -101,9 +105,14 @@ def choose_engine(
         raise UsageError(
             f"unknown engine '{wanted}'{nearest(wanted, known)}; choose one of {', '.join(known)}"
         )
+    if target not in _RUNS:
+        raise VtpError(
+            f"this bundle was made for target '{target}', which no engine here runs; "
+            "export it again with: vtp-export --target ort"
+        )
     providers = probe()
     names = list(_JUDGES) if wanted == AUTO else [wanted]
-    decisions = [_JUDGES[name](providers, dtype, cuda) for name in names]
+    decisions = [_judge(name, providers, dtype, cuda, target) for name in names]
     for decision in decisions:
         if decision.accepted:
             return Choice(decision.engine, decisions)
@@ -114,13 +123,28 @@ def judge_engines(
     dtype: str | None = None,
     probe: Callable[[], list[str] | None] = installed_providers,
     cuda: Callable[[], CudaProbe] = probe_cuda,
+    target: str = "ort",
 ) -> list[Decision]:
     """Every engine, best first, whether it can run here, and why (not); raises nothing that it can tell."""
     try:
         providers = probe()
     except VtpError as error:
         return [Decision(name, False, str(error)) for name in _JUDGES]
-    return [judge(providers, dtype, cuda) for judge in _JUDGES.values()]
+    return [_judge(name, providers, dtype, cuda, target) for name in _JUDGES]
+
+
+def _judge(
+    name: str,
+    providers: list[str] | None,
+    dtype: str | None,
+    cuda: Callable[[], CudaProbe],
+    target: str,
+) -> Decision:
+    if name not in _RUNS.get(target, ()):
+        return Decision(
+            name, False, f"it does not run target '{target}'; export the bundle again with --target ort"
+        )
+    return _JUDGES[name](providers, dtype, cuda)
 
 
 def open_graph(path: str | Path, engine: str, threads: int | None = None) -> Engine:

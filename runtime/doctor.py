@@ -45,7 +45,8 @@ def examine(machine: Machine, bundle: Bundle | None = None, engines: list[Decisi
     """The report as data. `engines` are the decisions for the bundle's dtype (None: asked here)."""
     dtype = bundle.manifest.dtype if bundle else None
     if engines is None:
-        engines = judge_engines(dtype, cuda=lambda: machine.cuda)
+        target = bundle.manifest.target if bundle else "ort"
+        engines = judge_engines(dtype, cuda=lambda: machine.cuda, target=target)
     report: dict[str, Any] = {
         "machine": dataclasses.asdict(machine),
         "engines": [dataclasses.asdict(decision) for decision in engines],
@@ -118,6 +119,10 @@ def _advise_gpu(machine: Machine, engines: list[Decision]) -> str:
     """There is a GPU that no engine uses."""
     device = machine.cuda.devices[0]
     reason = next((one.reason for one in engines if one.engine == "ort-cuda"), "")
+    if "does not run target" in reason:
+        return (
+            f"to use the {device.name}, export the bundle with --target ort: none here runs TensorRT engines"
+        )
     if "float32" in reason:
         return f"to use the {device.name}, export the bundle with --dtype float16"
     if machine.is_jetson:

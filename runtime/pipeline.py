@@ -24,7 +24,6 @@ from vtp.runtime.text import Detokenizer, Prompt, Prompter, StopStrings
 
 Messages = Sequence[dict[str, Any]]
 DEFAULT_NEW_TOKENS = 128
-TARGET = "ort"  # what this runtime's engines run
 
 
 @dataclass(frozen=True)
@@ -85,8 +84,9 @@ class Pipeline:
         """
         threads = None if threads is None else _whole("threads", threads)
         opened = open_bundle(bundle, check_hashes)
-        _check_target(opened.manifest.target)
-        return cls(opened, choose_engine(engine, opened.manifest.dtype), threads, reuse_image)
+        manifest = opened.manifest
+        choice = choose_engine(engine, manifest.dtype, target=manifest.target)
+        return cls(opened, choice, threads, reuse_image)
 
     def generate(
         self,
@@ -378,14 +378,6 @@ def _with_image(messages: Messages) -> Messages:
                 turn["content"] = [{"type": "image"}, *words]
             break
     return turns
-
-
-def _check_target(target: str) -> None:
-    if target != TARGET:
-        raise VtpError(
-            f"this bundle was made for target '{target}', which no engine here runs; "
-            f"export it again with: vtp-export --target {TARGET}"
-        )
 
 
 def _is_whole(value: object) -> bool:

@@ -54,6 +54,18 @@ def test_cuda_asked_for_without_a_gpu_is_one_line() -> None:
         choose_engine("ort-cuda", "float16", probe(GPU), no_gpu)
 
 
+def test_a_bundle_for_tensorrt_runs_on_the_cpu_provider_only() -> None:
+    choice = choose_engine(AUTO, "float16", probe(GPU), orin, target="tensorrt")
+    assert choice.engine == "ort-cpu"
+    assert "does not run target 'tensorrt'; export the bundle again with --target ort" in (
+        choice.decisions[0].reason
+    )
+    with pytest.raises(VtpError, match="'ort-cuda' cannot run here: it does not run target"):
+        choose_engine("ort-cuda", "float16", probe(GPU), orin, target="tensorrt")
+    with pytest.raises(VtpError, match=r"made for target 'jetpack6'.*--target ort"):
+        choose_engine(AUTO, probe=probe(CPU), target="jetpack6")
+
+
 def test_judging_all_engines_raises_nothing() -> None:
     assert [(one.engine, one.accepted) for one in judge_engines("float16", probe(GPU), orin)] == [
         ("ort-cuda", True),

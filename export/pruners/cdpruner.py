@@ -63,8 +63,7 @@ class CDPruner(Pruner):
         quality = self.relevance(rows, text_embeds, ops.question(text_mask))
         present = rows.abs().amax(dim=2) > 0
         weights = torch.where(present, quality, 0.0).to(torch.float64 if self.exact else torch.float32)
-        likeness = torch.matmul(rows, rows.transpose(1, 2))
-        return ops.raster(greedy.volume(likeness, weights * weights, self.keep))
+        return ops.raster(greedy.volume(ops.products(rows), weights * weights, self.keep))
 
     def relevance(self, rows: Tensor, text_embeds: Tensor, asked: Tensor) -> Tensor:
         """How much unit rows [B,N,D] are like the mean of text [B,R,D] where asked [B,R]: [B,N], 0 to 1."""

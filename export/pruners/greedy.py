@@ -18,8 +18,7 @@ from vtp.export.pruners import ops
 
 def cosines(rows: Tensor) -> Tensor:
     """Cosines float32 [B,N,N] of all pairs of rows [B,N,C]; 0 for a zero row."""
-    rows = ops.normalize(rows)
-    return torch.matmul(rows, rows.transpose(1, 2))
+    return ops.products(ops.normalize(rows))
 
 
 # -- farthest first ------------------------------------------------------------------------------------------
@@ -127,7 +126,8 @@ def volume(likeness: Tensor, weights: Tensor, keep: int) -> Tensor:
 
     Each time the token is picked whose weight times what is left of it (1 - its squared part in the span
     of the picks) is largest: with it the picks' determinant of sqrt(weight) likeness sqrt(weight) is.
-    What is left comes from Cholesky's steps, a line of N numbers for each pick, in the weights' dtype.
+    What is left comes from Cholesky's steps, a line of N numbers for each pick, in the weights' dtype; a pick
+    of which nothing was left adds none.
     """
     chosen = []
     for table, weight in zip(likeness, weights, strict=True):
@@ -137,7 +137,8 @@ def volume(likeness: Tensor, weights: Tensor, keep: int) -> Tensor:
         for step in range(keep):
             best = int(_grained(worth * left).argmax())
             line = table[best].to(weight.dtype) - lines[:step, best] @ lines[:step]
-            lines[step] = line / left[best].sqrt()
+            if left[best] > LEAST:  # else the pick explains nothing, and rounding would explode
+                lines[step] = line / left[best].sqrt()
             left = (left - lines[step] * lines[step]).clamp_min(LEAST)
             worth[best] = -torch.inf
             picks.append(best)
@@ -160,7 +161,7 @@ def _(likeness: Any, weights: Any, keep: int) -> Any:
     op, count = ops.onnx_ops(), likeness.shape[1]
     exact = weights.dtype == likeness.dtype.__class__.DOUBLE
     rows, first = _lines(op, likeness, likeness)
-    number = [op.Cast(_number(op, value), to=weights.dtype) for value in (1.0, -np.inf, LEAST, GRAIN)]
+    number = [op.Cast(_number(op, value), to=weights.dtype) for value in (1.0, -np.inf, LEAST, GRAIN, 0.0)]
     worth = op.Unsqueeze(op.Mul(weights, number[3]), _axes(op, 1))  # [B,1,N], -inf for a pick
     gone = op.Expand(number[1], op.Concat(_batch(op, likeness), _axes(op, 1, 1), axis=0))
     gone = ops.sized(gone, weights.dtype, likeness.shape[0], 1, 1)
@@ -179,7 +180,8 @@ def _(likeness: Any, weights: Any, keep: int) -> Any:
             if length:
                 own = op.GatherElements(lines, op.Expand(place, _axes(op, 1, length, 1)), axis=2)
                 line = op.Sub(line, op.MatMul(op.Transpose(own, perm=[0, 2, 1]), lines))
-        line = op.Div(line, op.Sqrt(op.GatherElements(left, place, axis=2)))
+        rest = op.GatherElements(left, place, axis=2)
+        line = op.Where(op.Greater(rest, number[2]), op.Div(line, op.Sqrt(rest)), number[4])
         newer = line if newer is None else op.Concat(newer, line, axis=1)
         if len(picks) % PART == 0:
             older, newer = newer if older is None else op.Concat(older, newer, axis=1), None

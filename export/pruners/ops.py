@@ -16,6 +16,8 @@ from torch.nn import functional
 
 Translation = Callable[..., Any]
 
+PART = 128  # least number of rows in a part of a matrix product: smaller ones waste a CPU's width
+
 _TRANSLATIONS: dict[Callable[..., Any], Translation] = {}
 
 
@@ -105,6 +107,23 @@ def normalize(rows: Tensor) -> Tensor:
     """L2-normalise the last axis in float32; a zero row stays zero."""
     rows = rows.float()
     return rows / rows.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+
+
+def products(rows: Tensor) -> Tensor:
+    """Dot products [B,N,N] of all pairs of rows [B,N,C].
+
+    Every pair is multiplied once: the rows are cut into parts, and the blocks below the diagonal are those
+    above it, turned. On 576 tokens that saves three eighths of the work, on 2,880 nearly half.
+    """
+    parts = rows.tensor_split(min(8, rows.shape[1] // PART), dim=1) if rows.shape[1] >= 2 * PART else [rows]
+    blocks: dict[tuple[int, int], Tensor] = {}
+    for one, upper in enumerate(parts):
+        for two, lower in enumerate(parts[one:], one):
+            blocks[one, two] = torch.matmul(upper, lower.transpose(1, 2))
+            if two > one:
+                blocks[two, one] = blocks[one, two].transpose(1, 2)
+    places = range(len(parts))
+    return torch.cat([torch.cat([blocks[one, two] for two in places], dim=2) for one in places], dim=1)
 
 
 def question(text_mask: Tensor) -> Tensor:

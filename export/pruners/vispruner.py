@@ -71,7 +71,7 @@ class VisPruner(Pruner):
         """
         rows = rows.to(torch.float64 if self.exact else torch.float32)
         rows = rows / rows.norm(dim=2, keepdim=True).clamp_min(1e-12)
-        products = torch.matmul(rows, rows.transpose(1, 2))
+        products = ops.products(rows)
         return torch.round(products * GRAIN) / GRAIN if self.exact else products
 
 

@@ -8,7 +8,7 @@ import torch
 
 from vtp.engines.errors import UsageError
 from vtp.export import pruners
-from vtp.export.pruners import greedy
+from vtp.export.pruners import greedy, ops
 
 from .test_pruners import MARGIN, Case, Graph, continuous, lattice
 
@@ -34,6 +34,12 @@ def test_full_size_agrees(tmp_path, name, keep):
     graph = Graph(name, case, tmp_path)
     assert graph.check(lattice(case, 1, seed=0, levels=200, kinds=12), margin=-1) == 1
     assert sum(graph.check(continuous(case, 1, seed), MARGIN.get(name, -1)) for seed in range(3)) >= 1
+
+
+@pytest.mark.parametrize("count", [1, 255, 256, 300, 1100])
+def test_products_of_all_pairs_are_multiplied_once(count):
+    rows = torch.randn(2, count, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    torch.testing.assert_close(ops.products(rows), torch.matmul(rows, rows.transpose(1, 2)))
 
 
 @pytest.mark.parametrize("name", SELECTING)

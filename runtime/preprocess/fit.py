@@ -36,7 +36,8 @@ def fitted_size(spec: ImageSpec, picture: Size, own: object, made_for: object) -
     if spec.fit == "refuse":
         raise VtpError(
             f"a picture of {picture[1]}x{picture[0]} does not have the layout that this bundle was made for, "
-            f"that of {width}x{height} pixels; crop or resize the picture, or export with fit letterbox"
+            f"that of {width}x{height} pixels; crop or resize the picture, or export with --image-fit "
+            "letterbox"
         )
     padded = _padded(picture, (height, width))
     check_area(picture, padded, f"padded to the shape of {width}x{height}")

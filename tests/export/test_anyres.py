@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -228,6 +229,19 @@ def test_the_whole_way_equals_transformers_processor(bundle: Callable[[str], Mad
     assert result.prompt_tokens == text_tokens
 
 
+def test_a_bundle_may_refuse_other_shapes(bundle: Callable[[str], Made], tmp_path: Path) -> None:
+    made, folder = bundle("next-none"), tmp_path / "strict"
+    shutil.copytree(made.folder, folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["image"]["fit"] = "refuse"
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with Pipeline.load(folder) as pipe:
+        pipe.warmup()
+        assert pipe.generate(noise(80, 112), "what ?", max_new_tokens=1).token_ids
+        with pytest.raises(VtpError, match=r"90x31 does not have the layout .* of 56x40 pixels"):
+            pipe.generate(noise(31, 90), "what ?")
+
+
 def test_vision_sites_keep_no_ends_of_lines(bundle: Callable[[str], Made]) -> None:
     """And their indices count within the N tokens, as those of decoder sites do."""
     made = bundle("next-vispruner")
@@ -261,8 +275,6 @@ def test_refused_in_one_line(
 
 
 def test_a_processor_of_other_resolutions_is_refused(folders: Callable[[str], Any], tmp_path: Path) -> None:
-    import shutil
-
     folder, _ = folders("next")
     other = tmp_path / "other"
     shutil.copytree(folder, other)
@@ -279,8 +291,6 @@ def test_a_processor_of_other_resolutions_is_refused(folders: Callable[[str], An
 def test_an_image_size_that_onevision_would_resample_is_refused(
     folders: Callable[[str], Any], tmp_path: Path
 ) -> None:
-    import shutil
-
     folder, _ = folders("onevision")
     other = tmp_path / "other"
     shutil.copytree(folder, other)

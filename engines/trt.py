@@ -1,4 +1,4 @@
-"""Full TensorRT 10.3 to 11 and TensorRT-RTX 1, which share one Python API: graph file in, engine bytes out.
+"""Full TensorRT 10 and 11 and TensorRT-RTX 1, which share one Python API: graph file in, engine bytes out.
 
 Knows no cache, no process and no device: `trt_build` adds those. The library is imported where it is used.
 """
@@ -18,7 +18,7 @@ from vtp.engines.errors import UsageError, VtpError
 # Engine name -> Python module.
 LIBRARIES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 INSTALL = {
-    "tensorrt": "install TensorRT 10.3 or newer (JetPack brings it; elsewhere: pip install tensorrt)",
+    "tensorrt": "install TensorRT 10.15 or newer (JetPack brings it; elsewhere: pip install tensorrt)",
     "tensorrt-rtx": "pip install 'vtp-edge[trtrtx]'",
 }
 

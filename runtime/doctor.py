@@ -120,9 +120,7 @@ def _advise_gpu(machine: Machine, engines: list[Decision]) -> str:
     device = machine.cuda.devices[0]
     reason = next((one.reason for one in engines if one.engine == "ort-cuda"), "")
     if "does not run target" in reason:
-        return (
-            f"to use the {device.name}, export the bundle with --target ort: none here runs TensorRT engines"
-        )
+        return f"to use the {device.name}, export the bundle with --target ort"
     if "float32" in reason:
         return f"to use the {device.name}, export the bundle with --dtype float16"
     if machine.is_jetson:

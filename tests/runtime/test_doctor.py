@@ -92,6 +92,13 @@ def test_a_pc_with_a_card(tmp_path: Path) -> None:
     ]
 
 
+def test_a_tensorrt_bundle_on_a_card_names_the_other_target(tmp_path: Path) -> None:
+    card = CudaProbe([CudaDevice("RTX 4090", "8.9", 25 << 30)], driver="13.0")
+    rejected = [Decision("ort-cuda", False, "it does not run target 'tensorrt'"), CPU_ONLY[1]]
+    advice = doctor.examine(machine(tmp_path, {}, card), engines=rejected)["advice"]
+    assert advice == ["to use the RTX 4090, export the bundle with --target ort"]
+
+
 def test_an_empty_machine_raises_nothing(tmp_path: Path) -> None:
     found = machine(tmp_path, {}, smi="[N/A]")
     assert (found.board, found.jetpack, found.power, found.memory) == ("", "", "", Memory())

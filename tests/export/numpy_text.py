@@ -47,9 +47,10 @@ def cdpruner(
         if gains[best] > 0:
             margin = min(margin, by / gains[best])
         kept.append(best)
-        column = kernel[:, best] / math.sqrt(max(kernel[best, best], 2.0**-20))
-        for place in everything:
-            kernel[place] -= column[place] * column
+        if kernel[best, best] > 2.0**-20:  # else it lies in the span of those before
+            column = kernel[:, best] / math.sqrt(kernel[best, best])
+            for place in everything:
+                kernel[place] -= column[place] * column
     return sorted(kept), margin
 
 

@@ -114,6 +114,16 @@ def test_volume_equals_the_determinant_of_every_choice():
         assert picks[count] == max(grown, key=lambda place: grown[place])
 
 
+@pytest.mark.parametrize("exact", [True, False])
+def test_cdpruner_keeps_each_token_once_past_the_width_of_the_embeddings(exact):
+    """What the picks span explains the rest: there, rounding must not be taken for something new."""
+    module = pruners.find_method("cdpruner")((1, 120), 100)
+    module.exact = exact
+    rows = torch.rand(2, 120, 16, generator=torch.Generator().manual_seed(0))
+    kept = module(rows, torch.rand(2, 3, 16), torch.ones(2, 3))
+    assert all(len(set(row)) == 100 for row in kept.tolist())
+
+
 def test_cdpruner_in_float32_chooses_as_in_float64():
     """For engines without float64."""
     cues = {key: torch.from_numpy(value) for key, value in continuous(Case((8, 8), 12), 2, seed=1).items()}

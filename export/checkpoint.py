@@ -107,14 +107,14 @@ def load(
     image size that the processor does not give.
     """
     family_class = check(folder)
+    image = spec_from_processor(_processor_config(folder), image_size, fit)
+    if image.kind not in family_class.image_kinds:
+        raise VtpError(
+            f"the image processor cuts pictures as kind '{image.kind}', family {family_class.name} takes "
+            f"{', '.join(family_class.image_kinds)}; mend preprocessor_config.json"
+        )
     family = family_class(_load_model(folder, family_class.architectures[0], DTYPES[dtype]))
     tokenizer = _load_tokenizer(folder)
-    image = spec_from_processor(_processor_config(folder), image_size, fit)
-    if image.kind not in family.image_kinds:
-        raise VtpError(
-            f"the image processor cuts pictures as kind '{image.kind}', family {family.name} takes "
-            f"{', '.join(family.image_kinds)}; mend preprocessor_config.json"
-        )
     if image.fixed_size != family.image_size:
         raise VtpError(
             f"the image processor makes {image.fixed_size} pixels, the vision tower takes "

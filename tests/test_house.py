@@ -85,8 +85,8 @@ def test_every_package_has_its_init_and_vtp_has_none() -> None:
 
 
 def test_no_folder_of_sources_is_left_out() -> None:
-    """A new top-level folder with modules must be declared (or be tests)."""
-    known = {*ROOMS, "tests", "build", ".venv", ".git", ".ci"}
+    """A new top-level folder with modules must be declared (or be tests, or examples in docs)."""
+    known = {*ROOMS, "tests", "docs", "build", ".venv", ".git", ".ci"}
     for path in ROOT.iterdir():
         if path.is_dir() and path.name not in known and not path.name.startswith("."):
             assert not list(path.rglob("*.py")), f"{path.name}/ is in no package list"

@@ -12,16 +12,16 @@ from typing import Any
 
 import onnx
 import pytest
-import torch
 
 from vtp.engines.trt import INSTALL, build_engine, refused_nodes
 from vtp.export import exporter, pruners
 from vtp.export.graphs.emit import GraphSpec, WeightStore, emit
+from vtp.export.target import TARGETS
 
 from .test_pruners import Case, export
 from .tiny import save_tiny
 
-ENGINE = "tensorrt-rtx"
+ENGINE, TARGET = "tensorrt-rtx", TARGETS["tensorrt"]
 MISSING = util.find_spec("tensorrt_rtx") is None
 pytestmark = [
     pytest.mark.trtrtx,
@@ -54,32 +54,31 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def graphs_of(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[GraphSpec]]:
-    """The graphs that vtp-export lays out for a method, none of them traced yet."""
+    """The graphs that vtp-export --target tensorrt lays out for a method, none of them traced yet."""
     plans: list[Any] = []
-    make_plan = exporter.make_plan
 
-    def spy(*args: Any, **kwargs: Any) -> Any:
-        plans.append(make_plan(*args, **kwargs))
+    def spy(model: Any, plan: Any, *_: Any) -> None:
+        plans.append(plan)
         raise Planned
 
     def get(method: str, dtype: str) -> list[GraphSpec]:
         keep = None if method == "none" else str(KEEP)
         wish = exporter.Request(
-            tmp_path / "bundle", str(tiny), method, keep, dtype=dtype, max_length=LONGEST, verify="none"
+            tmp_path / "bundle",
+            str(tiny),
+            method,
+            keep,
+            target=TARGET.name,
+            dtype=dtype,
+            max_length=LONGEST,
+            verify="none",
         )
-        monkeypatch.setattr(exporter, "make_plan", spy)
+        monkeypatch.setattr(exporter, "_emit_graphs", spy)
         with pytest.raises(Planned):
             exporter.export(wish)
         return plans.pop().graphs
 
     return get
-
-
-def without_float64(module: torch.nn.Module) -> None:
-    """TensorRT makes float32 of float64 without a word: methods that compute in it have a switch."""
-    for part in module.modules():
-        if hasattr(part, "exact"):
-            part.exact = False
 
 
 def ranges_of(path: Path) -> dict[str, tuple[tuple[int, ...], ...]]:
@@ -116,8 +115,7 @@ def test_pruner_and_splice_graphs_build(
     names = {spec.name.partition("_")[0] for spec in specs}
     assert names == ({"splice"} if method == "none" else {"splice", "pruner"})
     for spec in specs:
-        without_float64(spec.module)
-        path = emit(spec, WeightStore(tmp_path))
+        path = emit(spec, WeightStore(tmp_path), TARGET.opset)
         assert not doubles(path), "TensorRT would compute these in float32, in silence"
         assert refused_nodes(path, ENGINE) == []
         assert build(path), spec.name
@@ -129,6 +127,8 @@ def test_selection_builds_at_full_size(tmp_path: Path, method: str) -> None:
     """64 of 576 tokens: the unrolled methods have some hundred nodes."""
     case = Case((24, 24), 64, dtype="float16")
     module = pruners.find_method(method)(case.grid, case.keep).eval()
-    without_float64(module)
+    for part in module.modules():  # TensorRT makes float32 of float64 without a word
+        if hasattr(part, "exact"):
+            part.exact = False
     export(module, case, tmp_path / "pruner.onnx")
     assert build(tmp_path / "pruner.onnx")

@@ -223,11 +223,11 @@ class _Decoder:
         if layers and not 0 < layers[-1] < len(self.text.layers):
             raise VtpError(f"site decoder:{layers[-1]} needs a decoder of more than {layers[-1]} layers")
         for pruner, (first, end) in zip(chain, pairwise([0, *layers]), strict=True):
-            keep, _ = _select(pruner, {**cues, **self._run_to(first, end, pruner, cues["image_embeds"])})
+            keep, _ = _select(pruner, {**cues, **self._run_to(first, end, pruner)})
             self.cut(keep)
         self.run(layers[-1] if layers else 0, len(self.text.layers))
 
-    def _run_to(self, first: int, end: int, pruner: Pruner, image_embeds: Tensor) -> dict[str, Tensor]:
+    def _run_to(self, first: int, end: int, pruner: Pruner) -> dict[str, Tensor]:
         """Run layers `first` to `end` - 1; the cues of that cut, per token cut to the image."""
         weights: list[Tensor] = []
         attention = self.text.layers[end - 1].self_attn
@@ -249,7 +249,6 @@ class _Decoder:
             "keys": keys[:, self.image],
             "text_attention": rows[:, :, self.other][..., self.image],
             "text_gravity": self._gravity()[:, self.other][..., self.image],
-            "image_embeds": image_embeds[:, self.kept],
         }
 
     def _gravity(self) -> Tensor:

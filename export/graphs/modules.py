@@ -200,7 +200,7 @@ class DecoderPruner(nn.Module):
         start = image_start.unsqueeze(1)
         given = {**dict(zip(self.others, others, strict=True)), "hidden_states": hidden_states}
         previous = given.get("previous_indices")
-        keep = self.pruner(**self._cues(given, start + torch.arange(count).unsqueeze(0), previous))
+        keep = self.pruner(**self._cues(given, start + torch.arange(count).unsqueeze(0)))
         place = torch.arange(hidden_states.shape[1] - count + kept).unsqueeze(0)
         slot = (place - start).clamp(0, kept - 1)
         inside = start + torch.gather(keep, 1, slot)
@@ -214,7 +214,7 @@ class DecoderPruner(nn.Module):
         rows = given["text_rows"]
         return (*answer, torch.where(rows < start, rows, rows - count + kept))
 
-    def _cues(self, given: dict[str, Tensor], visual: Tensor, previous: Tensor | None) -> dict[str, Tensor]:
+    def _cues(self, given: dict[str, Tensor], visual: Tensor) -> dict[str, Tensor]:
         """The method's cues, cut to the visual tokens that arrive: their places int64 [B,n] among the S."""
         cut: dict[str, Tensor] = {}
         for name in self.pruner.needs:
@@ -223,9 +223,7 @@ class DecoderPruner(nn.Module):
                 shape = (*tensor.shape[:-1], visual.shape[1])
                 columns = visual.reshape(visual.shape[0], *[1] * (tensor.dim() - 2), -1)
                 tensor = torch.gather(tensor, -1, columns.expand(shape))
-            elif name == "image_embeds":
-                tensor = tensor if previous is None else gather_rows(tensor, previous)
-            elif name not in ("text_embeds", "text_mask"):
+            elif name not in ("image_embeds", "text_embeds", "text_mask"):
                 tensor = _rows(tensor, visual)
             cut[name] = tensor
         return cut

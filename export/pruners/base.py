@@ -42,7 +42,7 @@ class Pruner(nn.Module):
         next_scores       float32 [B,N]  the same row of layer L, which has not run yet
         keys              [B,N,kv_heads*head_dim]  layer L's k_proj, without the rotary embedding
         hidden_states     [B,N,D]  what enters layer L
-        image_embeds      [B,N,D]  what entered layer 0
+        image_embeds      [B,N,D]  what entered layer 0, of all the picture's tokens at every site
         text_attention    float32 [B,H,R,N]  rows of the text tokens in layer L-1
         text_gravity      float32 [B,R,N]  what the rotary embedding alone makes of those rows: all-ones
                           queries and keys, turned; products / sqrt(head_dim)

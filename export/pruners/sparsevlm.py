@@ -3,11 +3,11 @@
 Sites: after decoder layers 2, 6 and 15 of 32 (sites decoder:3, 7 and 16), scaled to the model's depth. Inputs
 at a site L, for the N visual tokens that arrive there: text_attention [B,H,R,N], the rows of the R text
 tokens in layer L-1; text_gravity [B,R,N], what the rotary embedding alone would make of those rows;
-image_embeds [B,N,D] and text_embeds [B,R,D], as they entered the decoder; text_mask [B,R], which text follows
+image_embeds [B,M,D] (all M of the picture) and text_embeds [B,R,D], as they entered the decoder; text_mask [B,R], which text follows
 the picture. Option: heads, the number of priority heads (0: 7/16 of them, 14 of 32 as published). Default
 K: 118 of 576, the last count of the published list for 192.
 
-1. Raters: a visual token deals 1 out to the text after the picture by the softmax of their dot products; the
+1. Raters, the same at every site: a visual token deals 1 out to the text after the picture by the softmax of their dot products; the
    text tokens that get more than the mean are raters.
 2. Attention is divided by the gravity of its positions; of every head the sum over raters and visual tokens
    is taken, and the `heads` largest are the priority heads.
@@ -19,7 +19,6 @@ interpolated between those lists by K, and between them and (0, 0) below or (576
 at least K.
 
 Departures from the published code:
-- Raters are chosen at each site by the visual tokens that arrive, where it chooses them once, by all.
 - A text token rates if it gets 2^-16 more than the mean, so that rounding chooses no raters among equals; if
   none does, all text after the picture rates (all text, if none follows), where the code's scores are NaN.
 - The code has 14 heads whatever the model's number; a site always drops a token, where K = N keeps them all.
@@ -84,7 +83,7 @@ class SparseVLM(Pruner):
         text_embeds: Tensor,
         text_mask: Tensor,
     ) -> Tensor:
-        """[B,H,R,N], [B,R,N], [B,N,D], [B,R,D], [B,R] -> keep_indices [B,K]."""
+        """[B,H,R,N], [B,R,N], [B,M,D], [B,R,D], [B,R] -> keep_indices [B,K]."""
         rating = raters(image_embeds, text_embeds, ops.question(text_mask))
         gravity = torch.where(text_gravity == 0, 1.0, text_gravity.float())
         weights = (rating.unsqueeze(2) / gravity).unsqueeze(1)
@@ -98,7 +97,7 @@ class SparseVLM(Pruner):
 
 
 def raters(image_embeds: Tensor, text_embeds: Tensor, asked: Tensor) -> Tensor:
-    """Which text [B,R,D] rates the picture [B,N,D]: float32 [B,R], 1 or 0; only where asked [B,R] is 1."""
+    """Which text [B,R,D] rates the picture [B,M,D]: float32 [B,R], 1 or 0; only where asked [B,R] is 1."""
     products = torch.matmul(image_embeds.float(), text_embeds.float().transpose(1, 2))
     dealt = torch.softmax(torch.where(asked.unsqueeze(1) > 0, products, -torch.inf), dim=2)
     share = dealt.mean(dim=1) * asked.sum(dim=1, keepdim=True)  # 1 in the mean

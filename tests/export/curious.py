@@ -17,9 +17,12 @@ def loudness(cues: Mapping[str, Tensor], rows: Tensor) -> Tensor:
     total = torch.zeros(rows.shape[:2])
     for name in ("attention_scores", "next_scores"):
         total = total + 3 * cues.get(name, total * 0)
-    for name in ("keys", "vision_keys", "image_embeds", "hidden_states", "image_features"):
+    for name in ("keys", "vision_keys", "hidden_states", "image_features"):
         if name in cues:
             total = total + cues[name].float().sin().mean(dim=2)
+    if "image_embeds" in cues:  # of the whole picture, also where fewer tokens arrive
+        whole = cues["image_embeds"].float().mean(dim=1, keepdim=True)
+        total = total + torch.matmul(rows.float().sin(), whole.sin().transpose(1, 2)).squeeze(2)
     if "text_mask" in cues:
         weights = (0.25 + cues["text_mask"]).unsqueeze(1)
         asked = torch.matmul(weights, cues["text_embeds"].float())

@@ -92,7 +92,7 @@ def sparsevlm(
     rating, margin = raters(image_embeds, text_embeds, asked(text_mask))
     looks = []
     for head in text_attention.astype(np.float64):
-        look = np.zeros(len(image_embeds))
+        look = np.zeros(head.shape[1])
         for text in rating:
             for place, gravity in enumerate(text_gravity[text]):
                 look[place] += head[text, place] / (float(gravity) or 1.0)
@@ -101,7 +101,7 @@ def sparsevlm(
     loud = [math.fsum(look) for look in looks]
     chosen = descending(loud)[:wanted]
     margin = min(margin, step([loud[head] for head in descending(loud)], wanted))
-    scores = [math.fsum(looks[head][place] for head in chosen) for place in range(len(image_embeds))]
+    scores = [math.fsum(looks[head][place] for head in chosen) for place in range(text_attention.shape[2])]
     order = descending(scores)
     return sorted(order[:keep]), min(margin, step([scores[place] for place in order], keep))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -9,6 +10,7 @@ from vtp.engines.errors import UsageError
 from vtp.export import pruners
 from vtp.export.pruners import greedy
 
+from . import numpy_text
 from .test_pruners import MARGIN, Case, Graph, continuous, lattice
 
 STAGED = ["pyramiddrop", "sparsevlm"]
@@ -220,3 +222,22 @@ def test_a_bundle_of_each_holds_against_torch(tmp_path, model_folder, name):
     source = str(model_folder("gqa"))
     done = export(Request(tmp_path / "bundle", model=source, method=name, keep_tokens="3,6", verify="full"))
     assert (done.folder / "manifest.json").is_file()
+
+
+def test_sparsevlm_chooses_raters_by_the_whole_picture_at_every_site():
+    """Fewer tokens arrive at a later site, but all of the picture's choose the raters."""
+    rng = np.random.default_rng(5)
+    image, text = rng.standard_normal((2, 30, 8)), rng.standard_normal((2, 5, 8))
+    cues = {
+        "text_attention": rng.random((2, 6, 5, 12)) ** 3,
+        "text_gravity": rng.uniform(0.5, 1.5, (2, 5, 12)),
+        "image_embeds": image,
+        "text_embeds": text,
+        "text_mask": np.ones((2, 5)),
+    }
+    cues = {name: cue.astype(np.float32) for name, cue in cues.items()}
+    module = pruners.find_method("sparsevlm")((1, 12), 4)
+    kept = module(**{name: torch.from_numpy(cue) for name, cue in cues.items()}).tolist()
+    for row in range(2):
+        wanted, _ = numpy_text.sparsevlm((1, 12), 4, **{name: cue[row] for name, cue in cues.items()})
+        assert kept[row] == wanted

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import glob
 import hashlib
 import os
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
 
 from vtp.engines import UsageError, VtpError
 from vtp.runtime.manifest import FileInfo, Manifest, parse_manifest
@@ -86,6 +88,25 @@ def sha256(path: Path) -> str:
         while piece := file.read(1 << 22):
             digest.update(piece)
     return digest.hexdigest()
+
+
+def set_calibration(folder: Path, keep: int, calibration: dict[str, Any]) -> Manifest:
+    """Make `keep` the default keep-count of a bundle and note how it was found; returns the new manifest.
+
+    The manifest is replaced whole; no graph changes. Raises VtpError where the folder cannot be written.
+    """
+    manifest = open_bundle(folder).manifest
+    visual = dataclasses.replace(manifest.visual, default_keep=keep)
+    changed = dataclasses.replace(manifest, visual=visual, calibration=calibration)
+    parse_manifest(changed.to_json())  # what the next reader would refuse is never written
+    aside = folder / f".{MANIFEST}.partial"
+    try:
+        aside.write_text(changed.to_json(), encoding="utf-8")
+        aside.replace(folder / MANIFEST)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise VtpError(f"cannot write to {folder}: {error.strerror or error}") from error
+    return changed
 
 
 def describe_files(folder: Path) -> dict[str, FileInfo]:

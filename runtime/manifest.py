@@ -132,6 +132,9 @@ class Manifest:
     files: dict[str, FileInfo]
     versions: dict[str, str]
     parity: dict[str, Any] = field(default_factory=dict)
+    # What vtp-calib measured on its user's data and machine: keep-count -> {"score", "share", "ttft_ms"}
+    # under "tried", beside the goal, the metric and the engine.
+    calibration: dict[str, Any] = field(default_factory=dict)
     schema: int = SCHEMA
 
     def stages_for(self, when: str, keep: int) -> list[StageInfo]:

@@ -96,6 +96,7 @@ class Pipeline:
         messages: Messages | None = None,
         max_new_tokens: int = DEFAULT_NEW_TOKENS,
         keep_tokens: int | None = None,
+        budget_ms: float | None = None,
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int | None = None,
@@ -110,6 +111,8 @@ class Pipeline:
                         the picture joins the first user turn
         max_new_tokens  at most so many tokens are generated
         keep_tokens     one of the bundle's keep-counts; None: its default
+        budget_ms       instead: the largest keep-count whose time to first token, as vtp-calib measured it
+                        here, is within so many milliseconds
         temperature     0 is greedy; otherwise sample, from the `top_p` nucleus, repeatable with `seed`
         stop            strings that end the answer and are not part of it
 
@@ -121,6 +124,7 @@ class Pipeline:
             messages=messages,
             max_new_tokens=max_new_tokens,
             keep_tokens=keep_tokens,
+            budget_ms=budget_ms,
             temperature=temperature,
             top_p=top_p,
             seed=seed,
@@ -138,6 +142,7 @@ class Pipeline:
         messages: Messages | None = None,
         max_new_tokens: int = DEFAULT_NEW_TOKENS,
         keep_tokens: int | None = None,
+        budget_ms: float | None = None,
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int | None = None,
@@ -148,7 +153,7 @@ class Pipeline:
         request = _Request(
             pixels=self._pixels(image, timings),
             prompt=self._encode(prompt, messages, timings),
-            keep=self._keep(keep_tokens),
+            keep=self._keep(keep_tokens) if budget_ms is None else self._keep_within(budget_ms, keep_tokens),
             max_new_tokens=_whole("max_new_tokens", max_new_tokens),
             sampler=Sampler(temperature=temperature, top_p=top_p, seed=seed),
             stops=StopStrings(() if stop is None else stop),
@@ -202,6 +207,25 @@ class Pipeline:
                 "choose one of them, or export with --keep-tokens"
             )
         return int(keep)
+
+    def _keep_within(self, budget_ms: float, keep_tokens: int | None) -> int:
+        """The largest keep-count within a time, from what vtp-calib wrote into the manifest."""
+        if keep_tokens is not None:
+            raise UsageError("give either keep_tokens or budget_ms, not both")
+        known = self.manifest.calibration
+        if known.get("engine") != self.engine:
+            made = f"measured on {known['engine']}" if "engine" in known else "not calibrated"
+            raise UsageError(
+                f"budget_ms needs times measured on {self.engine}; this bundle is {made}; run: vtp-calib keep"
+            )
+        times = {int(keep): tried["ttft_ms"] for keep, tried in known["tried"].items()}
+        within = [keep for keep, time_ms in times.items() if time_ms <= budget_ms]
+        if not within:
+            raise UsageError(
+                f"budget_ms {budget_ms:g} is too little for every keep-count; the fastest takes "
+                f"{min(times.values()):.1f} ms"
+            )
+        return self._keep(max(within))
 
     def _check_room(self, request: _Request) -> None:
         """Refuse a prompt that leaves no room for an answer, before anything runs."""

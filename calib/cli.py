@@ -1,0 +1,243 @@
+"""vtp-calib: how many visual tokens a task needs, found on the user's own data."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from vtp.calib import keep as search
+from vtp.calib import report, stats
+from vtp.calib.data import FORMATS, Sample, load_samples
+from vtp.calib.examiner import NEW_TOKENS, Examiner, Marks, median_ttft, score
+from vtp.calib.journal import Answer, Journal
+from vtp.calib.metrics import METRICS, choose_metric
+from vtp.engines import UsageError
+from vtp.runtime import Pipeline
+from vtp.runtime.bundle import set_calibration
+from vtp.runtime.console import Parser, Progress, run_command, table
+
+PROG = "vtp-calib"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of vtp-calib; returns the exit code."""
+    parser = Parser(prog=PROG, description="Choose how many visual tokens to keep, on your own data.")
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
+    _keep_arguments(commands.add_parser("keep", help="choose a bundle's keep-count and make it the default"))
+    _score_arguments(commands.add_parser("score", help="compare bundles on the same questions"))
+    args = parser.parse_args(argv)
+    work = {"keep": _keep, "score": _score}[args.command]
+    return run_command(f"{PROG} {args.command}", lambda: work(args), args.debug)
+
+
+def _shared_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--data", required=True, metavar="FILE", help="questions: JSONL, or a VQA set's file")
+    add("--format", default="auto", help=f"{', '.join(FORMATS)} (default: %(default)s)")
+    add("--images", metavar="DIR", help="folder of the pictures (default: beside the data)")
+    add("--annotations", metavar="FILE", help="VQAv2's second file")
+    add("--limit", type=int, metavar="N", help="use the first N questions")
+    add("--metric", default="auto", help=f"{', '.join(METRICS)} (default: %(default)s)")
+    add("--max-new-tokens", type=int, default=NEW_TOKENS, metavar="N", help="default: %(default)s")
+    add("--engine", default="auto", help="engine (default: %(default)s)")
+    add("--threads", type=int, metavar="N", help="CPU threads of one operator (default: all cores)")
+    add("--out", metavar="DIR", help="folder of the journal and the report (default: beside the bundle)")
+    add("--json", action="store_true", help="print the result as JSON")
+    add("--debug", action="store_true", help="show tracebacks")
+
+
+def _keep_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("bundle", metavar="BUNDLE")
+    goal = parser.add_mutually_exclusive_group()
+    goal.add_argument("--floor", type=float, metavar="R", help="share of the unpruned score to hold (0.97)")
+    goal.add_argument("--budget-ms", type=float, metavar="MS", help="time to the first token, in the median")
+    parser.add_argument("--reference", metavar="BUNDLE", help="a bundle that keeps every token")
+    parser.add_argument("--dry-run", action="store_true", help="leave the bundle as it is")
+    _shared_arguments(parser)
+
+
+def _score_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("bundles", nargs="+", metavar="BUNDLE[:K]", help="a bundle, or one at a keep-count")
+    _shared_arguments(parser)
+
+
+def _samples(args: argparse.Namespace) -> tuple[list[Sample], str]:
+    """The questions and the metric they allow."""
+    paths = [None if path is None else Path(path) for path in (args.images, args.annotations)]
+    samples = load_samples(Path(args.data), args.format, *paths)
+    for name in ("limit", "max_new_tokens"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UsageError(f"--{name.replace('_', '-')} {value} is not a whole number of at least 1")
+    samples = samples[: args.limit]
+    return samples, choose_metric(args.metric, samples[0].answers)
+
+
+# -- keep ----------------------------------------------------------------------------------------------------
+
+
+def _keep(args: argparse.Namespace) -> None:
+    floor = 0.97 if args.floor is None and args.budget_ms is None else args.floor
+    samples, metric = _samples(args)
+    folder, progress = Path(args.bundle), Progress()
+    out = Path(args.out) if args.out else folder.parent / f"{folder.name}-calib"
+    with ExitStack() as stack:
+        journal = Journal(out / "answers.jsonl")
+        stack.callback(journal.close)
+        examiner = _examiner(stack, args, args.bundle, samples, journal, progress.step)
+        unpruned = _unpruned(stack, args, examiner, journal, progress.step)
+        reference = Marks(0, score(unpruned, samples, metric, unpruned), median_ttft(unpruned))
+        manifest = examiner.pipe.manifest
+        trials = search.Trials(lambda keep: examiner.marks(keep, metric, unpruned), reference)
+        if floor is not None:
+            found = search.smallest_holding(manifest.visual.keep, floor, trials)
+        else:
+            found = search.best_within(manifest.visual.keep, args.budget_ms, trials)
+        progress.end()
+    goal = {"floor": floor} if floor is not None else {"budget_ms": args.budget_ms}
+    record = _record(found, goal, metric, len(samples), examiner.pipe.engine, stats.mean(reference.scores))
+    report.write_csv(out / "keep.csv", found, floor)
+    drawn = report.draw(out / "keep.png", found, f"{manifest.method.name} on {Path(args.data).name}")
+    if not args.dry_run:
+        set_calibration(folder, found.chosen.keep, record)
+    if args.json:
+        print(json.dumps({**record, "keep": found.chosen.keep}, indent=1))
+        return
+    print(report.text(found, floor))
+    chosen, done = found.chosen, "left as it is" if args.dry_run else "now the bundle's default"
+    print(f"\nkeep {chosen.keep} of {manifest.visual.count} visual tokens: {done}")
+    print(f"{len(samples)} questions, metric {metric}; unpruned {stats.mean(reference.scores)}")
+    print(f"report: {out / 'keep.csv'}" + (f", {out / 'keep.png'}" if drawn else " (for a picture: [calib])"))
+    line = report.finer(manifest, manifest.visual.keep, chosen.keep)
+    if line:
+        print(f"a finer grid: {line}")
+
+
+def _examiner(
+    stack: ExitStack,
+    args: argparse.Namespace,
+    bundle: str,
+    samples: Sequence[Sample],
+    journal: Journal,
+    progress: Callable[[str], None],
+) -> Examiner:
+    pipe = stack.enter_context(Pipeline.load(bundle, args.engine, args.threads))
+    return Examiner(pipe, samples, journal, max_new_tokens=args.max_new_tokens, progress=progress)
+
+
+def _unpruned(
+    stack: ExitStack,
+    args: argparse.Namespace,
+    examiner: Examiner,
+    journal: Journal,
+    progress: Callable[[str], None],
+) -> list[Answer]:
+    """Answers with every visual token: of the bundle itself if it holds that keep-count, or of another."""
+    visual = examiner.pipe.manifest.visual
+    if args.reference is not None:
+        other = _examiner(stack, args, args.reference, examiner.samples, journal, progress)
+        held = other.pipe.manifest
+        if held.visual.count not in held.visual.keep:
+            raise UsageError(
+                f"--reference {args.reference} prunes; give a bundle of vtp-export --method none"
+            )
+        return other.answers(held.visual.count)
+    if visual.count not in visual.keep:
+        raise UsageError(
+            f"this bundle does not hold all {visual.count} tokens to compare with; give --reference, a "
+            "bundle of vtp-export --method none"
+        )
+    return examiner.answers(visual.count)
+
+
+def _record(
+    found: search.Search, goal: dict[str, Any], metric: str, count: int, engine: str, unpruned: stats.Estimate
+) -> dict[str, Any]:
+    """What the manifest remembers: the goal, and what was measured at every keep-count tried."""
+    return {
+        **goal,
+        "metric": metric,
+        "questions": count,
+        "engine": engine,
+        "unpruned": [unpruned.value, unpruned.low, unpruned.high],
+        "tried": {
+            str(tried.keep): {
+                "score": [tried.score.value, tried.score.low, tried.score.high],
+                "share": [tried.share.value, tried.share.low, tried.share.high],
+                "ttft_ms": round(tried.marks.ttft, 3),
+            }
+            for tried in found.tried
+        },
+    }
+
+
+# -- score ---------------------------------------------------------------------------------------------------
+
+
+def _score(args: argparse.Namespace) -> None:
+    samples, metric = _samples(args)
+    if metric == "agreement":
+        raise UsageError("vtp-calib score needs answers in the data; vtp-calib keep does without")
+    out, progress = Path(args.out or "vtp-calib-score"), Progress()
+    rows: list[tuple[str, Marks]] = []
+    with ExitStack() as stack:
+        journal = Journal(out / "answers.jsonl")
+        stack.callback(journal.close)
+        for text in args.bundles:
+            bundle, keep = _at(text)
+            with ExitStack() as one:
+                examiner = _examiner(one, args, bundle, samples, journal, progress.step)
+                count = _keep_of(examiner, text, keep)
+                rows.append((f"{Path(bundle).name}:{count}", examiner.marks(count, metric)))
+    progress.end()
+    found = [_compared(name, marks, rows[0][1]) for name, marks in rows]
+    if args.json:
+        print(json.dumps({"metric": metric, "questions": len(samples), "bundles": found}, indent=1))
+        return
+    header = ["bundle", "score (95 %)", f"against {rows[0][0]} (95 %)", "TTFT ms"]
+    print(table(header, [_line(row, number) for number, row in enumerate(found)]))
+    print(f"\n{len(samples)} questions, metric {metric}, paired bootstrap")
+
+
+def _at(text: str) -> tuple[str, int | None]:
+    """Split BUNDLE:K; a bundle without K keeps its default."""
+    bundle, colon, keep = text.rpartition(":")
+    if colon and keep.isascii() and keep.isdecimal():
+        return bundle, int(keep)
+    return text, None
+
+
+def _keep_of(examiner: Examiner, text: str, keep: int | None) -> int:
+    visual = examiner.pipe.manifest.visual
+    if keep is not None and keep not in visual.keep:
+        raise UsageError(f"{text}: this bundle holds {', '.join(map(str, visual.keep))}; choose one of them")
+    return visual.default_keep if keep is None else keep
+
+
+def _compared(name: str, marks: Marks, first: Marks) -> dict[str, Any]:
+    one, gap = stats.mean(marks.scores), stats.difference(marks.scores, first.scores)
+    return {
+        "bundle": name,
+        "score": [one.value, one.low, one.high],
+        "difference": [gap.value, gap.low, gap.high],
+        "within_noise": gap.low <= 0 <= gap.high,
+        "ttft_ms": round(marks.ttft, 3),
+    }
+
+
+def _line(row: dict[str, Any], number: int) -> list[str]:
+    gap = "-"
+    if number:
+        noise = ", noise" if row["within_noise"] else ""
+        value, low, high = row["difference"]
+        gap = f"{value:+.3f} ({low:+.3f} to {high:+.3f}{noise})"
+    return [row["bundle"], str(stats.Estimate(*row["score"])), gap, f"{row['ttft_ms']:.1f}"]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

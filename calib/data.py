@@ -1,0 +1,167 @@
+"""Questions to calibrate on: a JSONL file beside its pictures, or the files of a public VQA set.
+
+JSONL: one object a line, {"image": "path", "prompt": "...", "answer": "..." or ["...", ...]}; paths are
+relative to the file. VQA sets come as one or two JSON files: VQAv2 (questions, annotations), GQA (questions
+with their answers) and TextVQA (data).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vtp.engines import UsageError
+
+FORMATS = ("auto", "jsonl", "vqav2", "gqa", "textvqa")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One question. `answers` are the accepted ones (annotators' answers in VQA sets); empty: not known."""
+
+    image: Path
+    prompt: str
+    answers: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """What tells this question from others, for the journal: a hash of its path, prompt and answers."""
+        text = json.dumps([str(self.image), self.prompt, self.answers])
+        return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+def load_samples(
+    data: Path, form: str = "auto", images: Path | None = None, annotations: Path | None = None
+) -> list[Sample]:
+    """Read the questions of a file.
+
+    data         the JSONL file, or a VQA set's questions
+    form         one of FORMATS; auto: by the ending and the keys
+    images       folder of the pictures (default: the file's own)
+    annotations  VQAv2's second file
+
+    Raises UsageError, in one line that names the file and the place in it, for what cannot be read.
+    """
+    if form not in FORMATS:
+        raise UsageError(f"unknown data format '{form}'; choose one of {', '.join(FORMATS)}")
+    if not data.is_file():
+        raise UsageError(f"data {data} does not exist; give a JSONL file, one question a line")
+    folder = images or data.parent
+    if form == "jsonl" or (form == "auto" and data.suffix == ".jsonl"):
+        samples = _jsonl(data, folder)
+    else:
+        content = _json(data)
+        kind = form if form != "auto" else _guess(data, content)
+        samples = _READERS[kind](content, folder, annotations)
+    if not samples:
+        raise UsageError(f"data {data} holds no question")
+    if len({bool(sample.answers) for sample in samples}) > 1:
+        raise UsageError(f"data {data}: some questions have answers and some have none; give all or none")
+    missing = next((sample.image for sample in samples if not sample.image.is_file()), None)
+    if missing is not None:
+        raise UsageError(f"data {data} names the picture {missing}, which does not exist; see --images")
+    return samples
+
+
+def _jsonl(file: Path, folder: Path) -> list[Sample]:
+    samples = []
+    for number, line in enumerate(_read(file).splitlines(), start=1):
+        if line.strip():
+            samples.append(_line(line, f"{file} line {number}", folder))
+    return samples
+
+
+def _line(line: str, where: str, folder: Path) -> Sample:
+    try:
+        item = json.loads(line)
+    except ValueError as error:
+        raise UsageError(f"{where} is not JSON: {error}") from error
+    if not isinstance(item, dict) or not isinstance(item.get("image"), str):
+        raise UsageError(f'{where} has no "image"; a line is {{"image": ..., "prompt": ..., "answer": ...}}')
+    if not isinstance(item.get("prompt"), str):
+        raise UsageError(f'{where} has no "prompt", a string')
+    answer = item.get("answer", [])
+    answers = [answer] if isinstance(answer, str) else answer
+    if not isinstance(answers, list) or not all(isinstance(one, str) for one in answers):
+        raise UsageError(f'{where}: "answer" is neither a string nor a list of strings')
+    return Sample(folder / item["image"], item["prompt"], tuple(answers))
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"data {file} cannot be read: {error}") from error
+
+
+def _json(file: Path) -> Any:
+    try:
+        return json.loads(_read(file))
+    except ValueError as error:
+        raise UsageError(f"data {file} is not JSON: {error}; a JSONL file ends in .jsonl") from error
+
+
+def _guess(file: Path, content: Any) -> str:
+    if isinstance(content, dict):
+        if isinstance(content.get("questions"), list):
+            return "vqav2"
+        if isinstance(content.get("data"), list):
+            return "textvqa"
+        if content and all(isinstance(item, dict) and "imageId" in item for item in content.values()):
+            return "gqa"
+    raise UsageError(f"data {file} is no format known here; give --format, one of {', '.join(FORMATS[1:])}")
+
+
+def _vqav2(content: Any, folder: Path, annotations: Path | None) -> list[Sample]:
+    """Questions beside annotations; pictures are named COCO_<split>_<12 digits>.jpg."""
+    if annotations is None:
+        raise UsageError("VQAv2 keeps its answers in a second file; give it with --annotations")
+    found = _fields(_json(annotations), "annotations")
+    answers = {item["question_id"]: [one["answer"] for one in item["answers"]] for item in found}
+    split = content.get("data_subtype", "val2014")
+    samples = []
+    for item in _fields(content, "questions"):
+        name = f"COCO_{split}_{item['image_id']:012d}.jpg"
+        if item["question_id"] not in answers:
+            raise UsageError(f"{annotations} has no answers to question {item['question_id']}")
+        samples.append(Sample(folder / name, item["question"], tuple(answers[item["question_id"]])))
+    return samples
+
+
+def _gqa(content: Any, folder: Path, _: Path | None) -> list[Sample]:
+    return [
+        Sample(folder / f"{item['imageId']}.jpg", item["question"], (item["answer"],))
+        for item in content.values()
+    ]
+
+
+def _textvqa(content: Any, folder: Path, _: Path | None) -> list[Sample]:
+    return [
+        Sample(folder / f"{item['image_id']}.jpg", item["question"], tuple(item.get("answers", ())))
+        for item in _fields(content, "data")
+    ]
+
+
+def _fields(content: Any, key: str) -> list[Mapping[str, Any]]:
+    items = content.get(key) if isinstance(content, dict) else None
+    if not isinstance(items, list):
+        raise UsageError(f"this is no file of that set: it has no list '{key}'")
+    return items
+
+
+def _checked(reader: Callable[..., list[Sample]]) -> Callable[..., list[Sample]]:
+    def read(content: Any, folder: Path, annotations: Path | None) -> list[Sample]:
+        try:
+            return reader(content, folder, annotations)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            name = reader.__name__.strip("_")
+            raise UsageError(f"this is no {name} file: an entry lacks or mistakes {error}") from error
+
+    return read
+
+
+_READERS = {"vqav2": _checked(_vqav2), "gqa": _checked(_gqa), "textvqa": _checked(_textvqa)}

@@ -1,0 +1,177 @@
+"""vtp-calib on real bundles: the choice, the report, resuming after a kill, budgets, refusals."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vtp.calib import cli, examiner
+from vtp.engines import UsageError, VtpError
+from vtp.runtime import Pipeline
+from vtp.runtime.bundle import open_bundle, set_calibration
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory, exported: Any) -> Path:
+    """Six questions whose accepted answers are what the unpruned model says."""
+    folder = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(3)
+    with Pipeline.load(exported("none").folder, threads=1) as pipe, (folder / "d.jsonl").open("w") as out:
+        for number in range(6):
+            picture = folder / f"{number}.png"
+            Image.fromarray(rng.integers(0, 256, (60, 80, 3), dtype=np.uint8)).save(picture)
+            text = pipe.generate(picture, f"what is {number} ?", max_new_tokens=4).text
+            line = {"image": picture.name, "prompt": f"what is {number} ?", "answer": text}
+            out.write(json.dumps(line) + "\n")
+    return folder / "d.jsonl"
+
+
+@pytest.fixture
+def bundle(tmp_path: Path, exported: Any) -> Path:
+    """A copy of a bundle that holds 3 and 6 of 16 tokens."""
+    return Path(shutil.copytree(exported("vispruner").folder, tmp_path / "bundle"))
+
+
+def calib(*arguments: object) -> int:
+    return cli.main([*map(str, arguments), "--threads", "1", "--max-new-tokens", "4"])
+
+
+def test_keep_chooses_writes_and_reports(bundle, data, exported, capsys) -> None:
+    goal = ["--reference", exported("none").folder, "--budget-ms", 1e6]
+    assert calib("keep", bundle, "--data", data, *goal) == 0
+    said = capsys.readouterr().out
+    manifest = open_bundle(bundle, check_hashes=True).manifest
+    rows = list(csv.DictReader((bundle.parent / "bundle-calib/keep.csv").open()))
+    assert [row["keep"] for row in rows] == ["3", "6"]
+    (chosen,) = [row for row in rows if row["chosen"] == "1"]
+    best = max(float(row["score"]) for row in rows)
+    assert float(chosen["score"]) == best and manifest.visual.default_keep == int(chosen["keep"])
+    assert manifest.calibration["questions"] == 6 and manifest.calibration["budget_ms"] == 1e6
+    assert set(manifest.calibration["tried"]) == {"3", "6"}
+    assert f"keep {chosen['keep']} of 16 visual tokens: now the bundle's default" in said
+    assert "a finer grid: vtp-export --model DIR --method vispruner" in said
+    assert all(float(row["share_low"]) <= float(row["share"]) <= float(row["share_high"]) for row in rows)
+
+
+def test_a_floor_that_nothing_holds_leaves_the_bundle_alone(bundle, data, exported, capsys) -> None:
+    before = (bundle / "manifest.json").read_bytes()
+    assert calib("keep", bundle, "--data", data, "--reference", exported("none").folder, "--floor", "1") == 1
+    assert "no keep-count of this bundle holds 1: the largest, 6, keeps" in capsys.readouterr().err
+    assert (bundle / "manifest.json").read_bytes() == before
+
+
+def test_a_bundle_with_all_tokens_is_its_own_reference(exported, data, tmp_path, capsys) -> None:
+    whole = Path(shutil.copytree(exported("none").folder, tmp_path / "whole"))
+    assert calib("keep", whole, "--data", data, "--floor", "1", "--json") == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["keep"] == 16 and record["tried"]["16"]["share"] == [1, 1, 1]
+    assert record["unpruned"][0] == 1 and record["metric"] == "exact"
+
+
+def test_a_killed_run_goes_on_and_chooses_alike(exported, data, tmp_path, monkeypatch, capsys) -> None:
+    none, out = exported("none").folder, tmp_path / "out"
+    bundles = [shutil.copytree(exported("vispruner").folder, tmp_path / name) for name in ("one", "two")]
+    goal = ["--data", data, "--reference", none, "--budget-ms", 1e6, "--json"]
+    assert calib("keep", bundles[0], *goal) == 0
+    whole = json.loads(capsys.readouterr().out)
+    asked: list[int] = []
+    ask = examiner.Examiner._ask
+
+    def dying(self: Any, sample: Any, keep: int) -> Any:
+        if len(asked) == 8:
+            raise KeyboardInterrupt
+        asked.append(keep)
+        return ask(self, sample, keep)
+
+    monkeypatch.setattr(examiner.Examiner, "_ask", dying)
+    assert calib("keep", bundles[1], *goal, "--out", out) == 130
+    assert not open_bundle(bundles[1]).manifest.calibration
+    monkeypatch.setattr(examiner.Examiner, "_ask", ask)
+    capsys.readouterr()
+    assert calib("keep", bundles[1], *goal, "--out", out) == 0
+    resumed = json.loads(capsys.readouterr().out)
+    assert resumed["keep"] == whole["keep"]
+    scores = [{keep: tried["score"] for keep, tried in run["tried"].items()} for run in (whole, resumed)]
+    assert scores[0] == scores[1]
+    lines = (out / "answers.jsonl").read_text().splitlines()
+    assert len(lines) == 6 * 3 and len(set(lines)) == len(lines)
+
+
+def test_dry_run_changes_nothing(bundle, data, exported, capsys) -> None:
+    before = (bundle / "manifest.json").read_bytes()
+    goal = ["--reference", exported("none").folder, "--budget-ms", 1e6, "--dry-run"]
+    assert calib("keep", bundle, "--data", data, *goal) == 0
+    assert (bundle / "manifest.json").read_bytes() == before
+    assert "left as it is" in capsys.readouterr().out
+
+
+def test_budget_ms_takes_the_largest_keep_count_that_was_fast_enough(bundle, picture) -> None:
+    with Pipeline.load(bundle, threads=1) as pipe, pytest.raises(UsageError, match="not calibrated"):
+        pipe.generate(picture, "what ?", budget_ms=50)
+    tried = {"3": {"ttft_ms": 20.0}, "6": {"ttft_ms": 40.0}}
+    set_calibration(bundle, 3, {"engine": "ort-cpu", "tried": tried})
+    with Pipeline.load(bundle, "ort-cpu", threads=1) as pipe:
+        kept = [len(pipe.generate(picture, "w", max_new_tokens=1, budget_ms=ms).kept) for ms in (20, 39, 40)]
+        assert kept == [3, 3, 6]
+        assert len(pipe.generate(picture, "w", max_new_tokens=1).kept) == 3
+        with pytest.raises(UsageError, match=r"the fastest takes 20\.0 ms"):
+            pipe.generate(picture, "w", budget_ms=5)
+        with pytest.raises(UsageError, match="not both"):
+            pipe.generate(picture, "w", budget_ms=50, keep_tokens=3)
+    set_calibration(bundle, 3, {"engine": "ort-cuda", "tried": tried})
+    with Pipeline.load(bundle, "ort-cpu", threads=1) as pipe, pytest.raises(UsageError, match="ort-cuda"):
+        pipe.generate(picture, "w", budget_ms=50)
+
+
+def test_a_keep_count_that_the_bundle_lacks_is_never_written(bundle) -> None:
+    before = (bundle / "manifest.json").read_bytes()
+    with pytest.raises(VtpError, match="default_keep"):
+        set_calibration(bundle, 5, {})
+    assert (bundle / "manifest.json").read_bytes() == before
+    assert not list(bundle.glob(".*"))
+
+
+def test_score_compares_bundles_on_the_same_questions(exported, data, tmp_path, capsys) -> None:
+    none, pruned = exported("none").folder, exported("vispruner").folder
+    arguments = [none, f"{pruned}:3", f"{pruned}:6", "--data", data, "--out", tmp_path / "s"]
+    assert calib("score", *arguments, "--json") == 0
+    rows = json.loads(capsys.readouterr().out)["bundles"]
+    assert [row["bundle"] for row in rows] == ["none:16", "vispruner:3", "vispruner:6"]
+    assert rows[0]["score"][0] == 1 and rows[0]["difference"] == [0, 0, 0]
+    assert all(row["difference"][0] == pytest.approx(row["score"][0] - 1) for row in rows)
+    assert calib("score", *arguments) == 0
+    table = capsys.readouterr().out
+    assert "vispruner:6" in table and "6 questions, metric exact, paired bootstrap" in table
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["--floor", "0.9"], "give --reference"),
+        (["--floor", "0.9", "--limit", "0"], "--limit 0"),
+        (["--floor", "0.9", "--metric", "bleu"], "unknown metric 'bleu'"),
+        (["--reference", "PRUNED"], "prunes; give a bundle"),
+    ],
+)
+def test_bad_input_is_one_line(bundle, data, exported, capsys, arguments, problem) -> None:
+    wishes = [str(exported("fastv").folder) if word == "PRUNED" else word for word in arguments]
+    assert calib("keep", bundle, "--data", data, *wishes) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert problem in said and said.startswith("vtp-calib keep: error: ")
+
+
+def test_score_refuses_what_it_cannot_compare(exported, data, tmp_path, capsys) -> None:
+    bundle, out = exported("vispruner").folder, ["--out", tmp_path / "s"]
+    assert calib("score", f"{bundle}:5", "--data", data, *out) == 2
+    assert "this bundle holds 3, 6" in capsys.readouterr().err
+    bare = data.parent / "bare.jsonl"
+    bare.write_text(json.dumps({"image": "0.png", "prompt": "x"}) + "\n")
+    assert calib("score", bundle, "--data", bare, *out) == 2
+    assert "needs answers" in capsys.readouterr().err

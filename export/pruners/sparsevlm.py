@@ -3,12 +3,12 @@
 Sites: after decoder layers 2, 6 and 15 of 32 (sites decoder:3, 7 and 16), scaled to the model's depth. Inputs
 at a site L, for the N visual tokens that arrive there: text_attention [B,H,R,N], the rows of the R text
 tokens in layer L-1; text_gravity [B,R,N], what the rotary embedding alone would make of those rows;
-image_embeds [B,M,D] (all M of the picture) and text_embeds [B,R,D], as they entered the decoder; text_mask [B,R], which text follows
-the picture. Option: heads, the number of priority heads (0: 7/16 of them, 14 of 32 as published). Default
-K: 118 of 576, the last count of the published list for 192.
+image_embeds [B,M,D] (all M of the picture) and text_embeds [B,R,D], as they entered the decoder; text_mask
+[B,R], which text follows the picture. Option: heads, the number of priority heads (0: 7/16 of them, 14 of 32
+as published). Default K: 118 of 576, the last count of the published list for 192.
 
-1. Raters, the same at every site: a visual token deals 1 out to the text after the picture by the softmax of their dot products; the
-   text tokens that get more than the mean are raters.
+1. Raters, the same at every site: a visual token deals 1 out to the text after the picture by the softmax of
+   their dot products; the text tokens that get more than the mean are raters.
 2. Attention is divided by the gravity of its positions; of every head the sum over raters and visual tokens
    is taken, and the `heads` largest are the priority heads.
 3. The tokens with the largest attention of the raters in those heads are kept.

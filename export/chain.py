@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -99,13 +100,16 @@ def _sites(
     """(site, tokens kept there) in order."""
     if method.site != "decoder":
         return [(method.site, keep)]
-    pairs = method.sites(layers, count, keep, {**method.options, **settings})
+    with _blaming(method, "sites()"):
+        pairs = [
+            (layer, left) for layer, left in method.sites(layers, count, keep, {**method.options, **settings})
+        ]
     cuts, kept = [pair[0] for pair in pairs], [count, *(pair[1] for pair in pairs)]
     rising = all(low < high for low, high in zip([0, *cuts], [*cuts, layers], strict=True))
     falling = all(after <= before for before, after in pairwise(kept))
     if not (cuts and rising and falling and kept[-1] == keep):
         raise VtpError(
-            f"method {method.name} prunes at {list(pairs)} of {layers} layers: layers must ascend from 1 to "
+            f"method {method.name} prunes at {pairs} of {layers} layers: layers must ascend from 1 to "
             f"{layers - 1}, counts may not rise, and the last is the keep-count {keep}"
         )
     return [(f"decoder:{layer}", number) for layer, number in pairs]
@@ -116,18 +120,33 @@ def _chain(
 ) -> Chain:
     chain: list[Pruner] = []
     for site, keep in sites:
-        pruner = method(grid, keep, **settings)
+        with _blaming(method, "the constructor"):
+            pruner = method(grid, keep, **settings)
         pruner.site = site
         chain.append(pruner)
         grid = (1, keep)
     return tuple(chain)
 
 
+@contextmanager
+def _blaming(method: Pruner | type[Pruner], part: str) -> Iterator[None]:
+    """Say in one line which part of a method raised: it may be a user's own."""
+    try:
+        yield
+    except VtpError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise VtpError(
+            f"method {method.name}: {part} fails: {type(error).__name__}: {reason} (--debug shows where)"
+        ) from error
+
+
 def _check_choice(pruner: Pruner, family: Family, number: int) -> None:
     """Run a pruner once on random cues: what it returns must be K indices, each once, in raster order."""
     generator = torch.Generator().manual_seed(number)
     shapes = cue_shapes(pruner, family, batch=2, text=5)
-    with torch.no_grad():
+    with torch.no_grad(), _blaming(pruner, "forward()"):
         answer = pruner(**{name: torch.rand(shapes[name], generator=generator) for name in pruner.needs})
     keep = _check_rows(pruner, answer, shapes) if pruner.merges else answer
     if not isinstance(keep, Tensor) or keep.dtype != torch.int64 or keep.shape != (2, pruner.keep):

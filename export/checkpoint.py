@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from vtp.engines import UsageError, VtpError
+from vtp.engines import VtpError
 from vtp.export.families import find_family
 from vtp.export.families.base import Family
 from vtp.runtime.preprocess import ImageSpec, spec_from_processor
@@ -249,9 +249,3 @@ def _read_json(path: Path, missing: str) -> dict[str, Any]:
 
 def _one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:240]}"
-
-
-def check_dtype(name: str) -> None:
-    """Raise UsageError for a dtype that cannot be exported."""
-    if name not in DTYPES:
-        raise UsageError(f"unknown dtype '{name}'; choose one of {', '.join(DTYPES)}")

@@ -122,17 +122,28 @@ def _method(request: Request) -> tuple[type[Pruner] | None, dict[str, Any], str]
         if texts:
             raise UsageError(f"method none has no options; leave out --method-option {texts[0]}")
         return None, {}, "compact"
+    own: list[str] = []
+    places: list[str] = []
+    for text in texts:
+        (places if text.partition("=")[0].strip() == "positions" else own).append(text)
+    return method, parse_options(method, own), _positions(method, places)
+
+
+def _positions(method: type[Pruner], texts: Sequence[str]) -> str:
+    """What `--method-option positions=...` says, else the method's own default."""
     at_decoder = parse_site(method.site)[0] == "decoder"
-    chosen = [
-        text.partition("=")[2].strip() for text in texts if text.partition("=")[0].strip() == "positions"
-    ]
-    if not chosen:
-        return method, parse_options(method, texts), "original" if at_decoder else method.positions
-    if at_decoder or chosen[-1] not in POSITIONS:
-        allowed = "original only (a decoder-site method)" if at_decoder else " or ".join(POSITIONS)
-        raise UsageError(f"method-option positions={chosen[-1]}: {method.name} takes {allowed}")
-    rest = [text for text in texts if text.partition("=")[0].strip() != "positions"]
-    return method, parse_options(method, rest), chosen[-1]
+    if not texts:
+        return "original" if at_decoder else method.positions
+    if len(texts) > 1:
+        raise UsageError("method-option 'positions' is given twice; give it once")
+    _, equals, chosen = (part.strip() for part in texts[0].partition("="))
+    if not equals:
+        raise UsageError(f"method-option '{texts[0]}' is not of the form name=value")
+    allowed = ("original",) if at_decoder else POSITIONS
+    if chosen not in allowed:
+        known = "original only (a decoder-site method)" if at_decoder else " or ".join(allowed)
+        raise UsageError(f"method-option positions={chosen}: {method.name} takes {known}")
+    return chosen
 
 
 def _chains(

@@ -186,6 +186,8 @@ def _option_problem(options: Any) -> str:
     if not isinstance(options, dict):
         return f"options is {options!r}; give a dict of name -> default"
     for key, default in options.items():
+        if key == "positions":
+            return "option positions is every method's already; choose another name"
         if type(default) not in (bool, int, float, str):
             return f"option {key} has the default {default!r}; give an int, a float, a bool or a str"
     return ""

@@ -80,11 +80,6 @@ def top_k(scores: Tensor, k: int) -> Tensor:
     return torch.ops.vtp.top_k(scores, k, True)[1]
 
 
-def top_k_values(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Like `top_k`, with the values [B,k] before the indices [B,k]."""
-    return torch.ops.vtp.top_k(scores, k, True)
-
-
 def raster(indices: Tensor) -> Tensor:
     """Sort indices [B,K] ascending: the order in which the tokens lie in the picture.
 

@@ -307,6 +307,8 @@ def test_a_hub_id_without_a_hub(
         (["--method", "vispruner", "--method-option", "r=2"], "r 2.0 is outside 0 to 1"),
         (["--method", "vispruner", "--method-option", "rr=1"], "no option 'rr'; did you mean 'r'"),
         (["--method", "vispruner", "--method-option", "positions=odd"], "takes compact or original"),
+        (["--method", "vispruner", "--method-option", "positions"], "'positions' is not of the form"),
+        (["--method-option", "positions=original", "--method-option", "positions=compact"], "given twice"),
         (["--method", "fastv", "--method-option", "positions=compact"], "takes original only"),
         (["--method", "fastv"], "prunes before decoder layer 2, but this model has 2 layers"),
         (["--target", "tensort"], "unknown target 'tensort'; choose one of ort"),
@@ -459,6 +461,19 @@ class Nothing(Mine):
     name = "nothing"
     def forward(self, image_embeds):
         return None
+
+class Raises(Mine):
+    name = "raises"
+    def forward(self, image_embeds):
+        raise ValueError("no such\\nchannel")
+
+class Layers(Mine):
+    name = "layers"
+    site = "decoder"
+    needs = ("hidden_states",)
+    @classmethod
+    def sites(cls, layers, count, keep, settings):
+        return [1]
 """
 
 
@@ -477,6 +492,8 @@ def mine(tmp_path: Path) -> Path:
         ("Fewer", r"returns torch.int64 \[2, 3\]; keep_indices must be torch.int64 \[batch, 4\]"),
         ("Floats", "returns torch.float32"),
         ("Nothing", "returns NoneType"),
+        ("Raises", r"method raises: forward\(\) fails: ValueError: no such channel \(--debug"),
+        ("Layers", r"method layers: sites\(\) fails: TypeError"),
     ],
 )
 def test_an_outside_method_that_chooses_wrongly(

@@ -12,6 +12,7 @@ import onnx
 from vtp.export.chain import Chain, site_of
 from vtp.export.checkpoint import Checkpoint
 from vtp.export.graphs.emit import GraphSpec
+from vtp.export.graphs.modules import DecoderPart, DecoderPruner
 from vtp.export.plan import Plan
 from vtp.export.pruners import NONE
 from vtp.runtime.bundle import describe_files
@@ -52,7 +53,8 @@ def describe(
         image=model.image,
         text=model.text,
         graphs={
-            f"{spec.name}.onnx": _graph_info(spec, plan, folder, max_length, keep) for spec in plan.graphs
+            f"{spec.name}.onnx": _graph_info(spec, plan, folder, max_length, keep[-1], count)
+            for spec in plan.graphs
         },
         stages=plan.stages,
         files=describe_files(folder),
@@ -73,7 +75,10 @@ def _method_info(chains: Sequence[Chain], positions: str) -> MethodInfo:
     return MethodInfo(first.name, site_of(chains[0]), dict(first.settings), positions, first.paper)
 
 
-def _graph_info(spec: GraphSpec, plan: Plan, folder: Path, max_length: int, keep: list[int]) -> GraphInfo:
+def _graph_info(
+    spec: GraphSpec, plan: Plan, folder: Path, max_length: int, keep: int, count: int
+) -> GraphInfo:
+    """A graph's inputs, outputs and [least, usual, most] of every dynamic axis; `keep` is the largest."""
     graph = onnx.load(folder / f"{spec.name}.onnx", load_external_data=False).graph
     inputs = {value.name: _tensor_info(value) for value in graph.input}
     outputs = {value.name: _tensor_info(value) for value in graph.output}
@@ -81,16 +86,27 @@ def _graph_info(spec: GraphSpec, plan: Plan, folder: Path, max_length: int, keep
         axis for info in [*inputs.values(), *outputs.values()] for axis in info.shape if isinstance(axis, str)
     }
     cache = plan.caches.get(spec.name)
+    least, arriving = _visual_tokens(spec, keep, count)
+    text, kept, prompt = (min(size, max_length) for size in (TYPICAL_TEXT, keep, arriving + TYPICAL_TEXT))
     ranges = {
         "batch": [1, 1, 8],
-        "text": [1, TYPICAL_TEXT, max_length],
-        "text_rows": [1, TYPICAL_TEXT, max_length],
-        "visual": [1, keep[-1], max_length],
-        "sequence": [1, keep[-1] + TYPICAL_TEXT, max_length],
-        "kept_sequence": [1, keep[-1] + TYPICAL_TEXT, max_length],
+        "text": [1, text, max_length],
+        "text_rows": [1, text, max_length],
+        "visual": [1, kept, max_length],
+        "sequence": [least, prompt, max_length],
+        "kept_sequence": [1, min(keep + TYPICAL_TEXT, max_length), max_length],
         "capacity": [1, max_length, max_length] if cache is None else [1, cache.capacity, cache.capacity],
     }
     return GraphInfo(inputs, outputs, {name: ranges[name] for name in sorted(named)}, cache)
+
+
+def _visual_tokens(spec: GraphSpec, keep: int, count: int) -> tuple[int, int]:
+    """How many visual tokens a graph's prompts hold: at least, and usually, before the text is added."""
+    if isinstance(spec.module, DecoderPruner):
+        return spec.module.pruner.count, spec.module.pruner.count
+    if isinstance(spec.module, DecoderPart) and not spec.module.final:
+        return 1, count  # a single step has one token; later parts see fewer
+    return 1, keep
 
 
 def _tensor_info(value: onnx.ValueInfoProto) -> TensorInfo:

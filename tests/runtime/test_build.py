@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from importlib import util
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -49,6 +50,34 @@ def test_profiles_come_from_the_manifest(exported: Callable[[str], Any]) -> None
     assert graph.kv is not None
     least, usual, most = build.profile_of(graph)["hidden_states"]
     assert (least[:2], most[:2]) == ([1, 1], [1, graph.kv.capacity]) and least[1] < usual[1] < most[1]
+
+
+@pytest.mark.parametrize("name", ["adaptprune", "none", "vispruner"])
+def test_every_profile_is_ordered_and_fits_prompts(exported: Callable[[str], Any], name: str) -> None:
+    manifest = open_bundle(exported(name).folder).manifest
+    for file, graph in manifest.graphs.items():
+        for shapes in build.profile_of(graph).values():
+            assert all(low <= usual <= high for low, usual, high in zip(*shapes, strict=True)), file
+        assert all(least <= usual <= most for least, usual, most in graph.axes.values()), file
+
+
+def test_before_a_cut_all_visual_tokens_are_expected(exported: Callable[[str], Any]) -> None:
+    graphs = open_bundle(exported("adaptprune").folder).manifest.graphs
+    sequences = {file: graph.axes.get("sequence") for file, graph in graphs.items()}
+    assert sequences["decoder_head.onnx"] == [1, 16 + 64, 128]
+    assert sequences["pruner_4.onnx"] == [16, 16 + 64, 128]
+    assert sequences["decoder.onnx"] == [1, 7 + 64, 128]
+
+
+def test_a_short_max_length_bounds_what_is_usual(exported: Callable[[str], Any]) -> None:
+    from vtp.export.describe import _graph_info
+
+    folder = exported("adaptprune").folder
+    plan = SimpleNamespace(caches={})
+    for path in folder.glob("*.onnx"):
+        spec = SimpleNamespace(name=path.stem, module=None)
+        axes = _graph_info(spec, plan, folder, max_length=40, keep=7, count=16).axes  # type: ignore[arg-type]
+        assert all(least <= usual <= most for least, usual, most in axes.values()), path
 
 
 @pytest.mark.trtrtx

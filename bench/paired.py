@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from vtp.engines import UsageError
 from vtp.export.cli import quiet_libraries
 from vtp.export.exporter import Request, export
 from vtp.export.keep import parse_keep
@@ -50,10 +51,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> None:
     quiet_libraries()
+    specs = [args.first, *args.others]
+    twice = next((spec for spec in specs if specs.count(spec) > 1), None)
+    if twice is not None:
+        raise UsageError(f"{twice} is named twice; a method is compared with others")
     progress, keeps = Progress(), parse_keep(args.keep)[::-1]
     items = list(held_out(args.count, args.seed))
     right: dict[str, np.ndarray] = {}
-    for spec in (args.first, *args.others):
+    for spec in specs:
         progress.step(f"export {spec}")
         folder = bundle(spec, args)
         progress.step(f"{spec}: {len(items)} questions at {args.keep}")

@@ -3,7 +3,7 @@
     python -m vtp.bench.pruner_cost focal vispruner [--grid 24x24] [--keep 64] [--width 1024]
 
 Batch 1, one thread, the least of several runs taken in turn, so that a slow moment of the machine meets
-every method. For methods that act on features or embeddings and attention.
+every method. Text is 60 tokens and attention has 16 heads, where a method reads them.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ from vtp.export.pruners import find_method, ops
 from vtp.export.pruners.base import Pruner
 from vtp.runtime.console import Parser, run_command
 
+TEXT, HEADS = 60, 16
+
 
 class _Positional(nn.Module):
     """A pruner whose cues come in the order of its `needs`."""
@@ -36,7 +38,7 @@ class _Positional(nn.Module):
         super().__init__()
         self.pruner = pruner
 
-    def forward(self, *cues: Tensor) -> Tensor:
+    def forward(self, *cues: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         return self.pruner(**dict(zip(self.pruner.needs, cues, strict=True)))
 
 
@@ -55,13 +57,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> None:
     quiet_libraries()
-    rows, columns = (int(side) for side in args.grid.split("x"))
-    cues = random_cues(rows * columns, args.width)
+    grid = parse_grid(args.grid)
+    count = grid[0] * grid[1]
+    cues = random_cues(count, args.width)
     lines: dict[str, str] = {}
     sessions: dict[str, onnxruntime.InferenceSession] = {}
     with tempfile.TemporaryDirectory() as folder:
         for name in args.methods:
-            pruner = find_method(name)((rows, columns), args.keep).eval()
+            pruner = find_method(name)(grid, args.keep).eval()
             path = Path(folder) / f"{name}.onnx"
             emit_pruner(pruner, cues, path)
             size = sum(file.stat().st_size for file in Path(folder).glob(f"{name}.onnx*"))
@@ -77,17 +80,37 @@ def _run(args: argparse.Namespace) -> None:
     print("| method | ms | nodes | KiB |\n|---|---:|---:|---:|")
     for name in sessions:
         print(f"| {name} | {least[name]:.1f} | {lines[name]} |")
-    print(
-        f"\nN = {rows * columns}, K = {args.keep}, width {args.width}; least of {args.runs} runs, one thread"
-    )
+    print(f"\nN = {count}, K = {args.keep}, width {args.width}; least of {args.runs} runs, one thread")
+
+
+def parse_grid(text: str) -> tuple[int, int]:
+    """(rows, columns) from "24x24". Raises UsageError."""
+    sides = text.split("x")
+    if len(sides) != 2 or not all(side.isascii() and side.isdecimal() and int(side) for side in sides):
+        raise UsageError(f"grid '{text}' is not of the form ROWSxCOLUMNS, for example 24x24")
+    return int(sides[0]), int(sides[1])
 
 
 def random_cues(count: int, width: int) -> dict[str, Tensor]:
-    """Features with a common direction, as real ones have, and attention that sums to 1."""
+    """Every cue of a pruner that `count` tokens reach, batch 1.
+
+    Rows have a common direction, as real ones do, and attention sums to 1.
+    """
     generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(1, count, width, generator=generator) + torch.randn(1, 1, width, generator=generator)
-    scores = torch.randn(1, count, generator=generator).softmax(dim=1)
-    return {"image_features": rows, "image_embeds": rows, "attention_scores": scores}
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(1, *shape, generator=generator)
+
+    rows = ("image_features", "vision_keys", "image_embeds", "hidden_states", "keys")
+    return {
+        **{name: normal(count, width) + normal(1, width) for name in rows},
+        "attention_scores": normal(count).softmax(dim=1),
+        "next_scores": normal(count).softmax(dim=1),
+        "text_embeds": normal(TEXT, width),
+        "text_mask": torch.ones(1, TEXT),
+        "text_attention": normal(HEADS, TEXT, count).softmax(dim=3),
+        "text_gravity": 1 + normal(TEXT, count).abs(),
+    }
 
 
 def emit_pruner(pruner: Pruner, cues: Mapping[str, Tensor], path: Path) -> None:
@@ -103,7 +126,7 @@ def emit_pruner(pruner: Pruner, cues: Mapping[str, Tensor], path: Path) -> None:
             dynamo=True,
             opset_version=23,
             input_names=list(pruner.needs),
-            output_names=["keep_indices"],
+            output_names=["keep_indices", "rows"][: 1 + pruner.merges],
             custom_translation_table=ops.onnx_translations(),
             verbose=False,
         )

@@ -100,10 +100,11 @@ def build_engine(
 def refused_nodes(path: str | Path, engine: str) -> list[str]:
     """What `engine` does not take of a graph: one line for each node, empty where the whole graph parses."""
     trt, log = load_library(engine), _log(engine)
+    log.clear()
     builder = trt.Builder(log)
     network = _network(trt, builder)  # held until the end, as the builder: the parser keeps neither alive
     parser = trt.OnnxParser(network, log)
-    return [] if parser.parse_from_file(str(path)) else _parse_errors(parser)
+    return [] if parser.parse_from_file(str(path)) else _parse_errors(parser) or [log.reason()]
 
 
 def _parse(trt: Any, builder: Any, log: Any, path: Path) -> tuple[Any, Any]:

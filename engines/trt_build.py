@@ -301,14 +301,21 @@ def _follow(child: Any, job: Mapping[str, Any], step: Step) -> dict[str, Any]:
         json.dump(job, child.stdin)
     answer: dict[str, Any] = {}
     for line in child.stdout:
-        if not line.startswith("{"):
-            continue  # a library that prints
-        answer = json.loads(line)
-        if "phase" in answer:
-            step(answer["phase"], answer["done"], answer["total"])
-            answer = {}
+        word = _word(line)
+        if "phase" in word:
+            step(word["phase"], word["done"], word["total"])
+        elif word:
+            answer = word
     child.wait()
     return answer
+
+
+def _word(line: str) -> dict[str, Any]:
+    """What a line of the child says; {} for what a library prints."""
+    try:
+        return json.loads(line) if line.startswith("{") else {}
+    except ValueError:
+        return {}
 
 
 def _obituary(name: str, code: int, said: str) -> str:

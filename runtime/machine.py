@@ -61,6 +61,7 @@ class Machine:
     cuda: CudaProbe = field(default_factory=CudaProbe)
     toolkit: str = ""
     driver: str = ""
+    gpu_used: int = 0  # bytes of the first GPU that other processes hold
     tensorrt: str = ""  # the system's libnvinfer; Python packages are in `packages`
     packages: dict[str, str] = field(default_factory=dict)
 
@@ -71,10 +72,10 @@ class Machine:
 
     @property
     def gpu_memory(self) -> int:
-        """Bytes that the first GPU has, or what is usable where memory is shared; 0 without a GPU."""
+        """Free bytes of the first GPU, or what is usable where memory is shared; 0 without a GPU."""
         if not self.cuda.devices:
             return 0
-        return self.memory.usable if self.is_jetson else self.cuda.devices[0].memory
+        return self.memory.usable if self.is_jetson else max(1, self.cuda.devices[0].memory - self.gpu_used)
 
 
 def installed() -> dict[str, str]:
@@ -108,7 +109,7 @@ def look(
     dpkg = _dpkg(root)
     release = _read(root / "etc/nv_tegra_release")
     l4t = _l4t(release)
-    gpu = _gpu(smi())
+    gpu, found = _gpu(smi()), cuda()
     return Machine(
         system=_system(root),
         board=_read(root / "proc/device-tree/model").strip("\0 \n"),
@@ -118,9 +119,10 @@ def look(
         cores=os.cpu_count() or 0,
         memory=_memory(root),
         power=_power(root, gpu),
-        cuda=cuda(),
+        cuda=found,
         toolkit=_toolkit(root, dpkg),
         driver=gpu.get("driver_version", "") or _driver(root),
+        gpu_used=_gpu_used(gpu, found),
         tensorrt=_tensorrt(root, dpkg),
         packages=packages(),
     )
@@ -210,6 +212,13 @@ def _gpu(line: str) -> dict[str, str]:
     cells = [cell.strip() for cell in line.split(",")]
     pairs = zip(_SMI, cells, strict=True) if len(cells) == len(_SMI) else ()
     return {name: cell for name, cell in pairs if not cell.startswith("[")}
+
+
+def _gpu_used(gpu: Mapping[str, str], cuda: CudaProbe) -> int:
+    """Bytes in use, where nvidia-smi (in MiB) speaks of the same GPU as the driver; else 0."""
+    used = gpu.get("memory.used", "")
+    same = cuda.devices and cuda.devices[0].name == gpu.get("name")
+    return int(used) << 20 if same and used.isdecimal() else 0
 
 
 def _toolkit(root: Path, dpkg: Mapping[str, str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import subprocess
 import sys
 from importlib import util
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -261,6 +263,14 @@ def test_full_tensorrt_is_tied_to_its_gpu() -> None:
     assert trt_build.device_sm("tensorrt", lambda: card) == "8.7"
     with pytest.raises(VtpError, match="there is none: no NVIDIA driver"):
         trt_build.device_sm("tensorrt", lambda: CudaProbe(reason="no NVIDIA driver"))
+
+
+def test_what_a_library_prints_between_a_build_s_words_is_passed_over() -> None:
+    said, steps = ["[TRT] hello\n", '{"phase": "p", "done": 1, "total": 2}\n', "{not json}\n"], []
+    said += ['{"bytes": 3, "sha256": "x"}\n', "bye\n", "{also not}\n"]
+    child = SimpleNamespace(stdin=io.StringIO(), stdout=said, wait=lambda: 0)
+    assert trt_build._follow(child, {}, lambda *step: steps.append(step)) == {"bytes": 3, "sha256": "x"}
+    assert steps == [("p", 1, 2)]
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,7 @@ def test_a_pc_with_a_card(tmp_path: Path) -> None:
     card = CudaProbe([CudaDevice("RTX 4090", "8.9", 25 << 30)], driver="12.4")
     found = machine(tmp_path, files, card, "RTX 4090, 550.54, 24564, 512, 450.00, 600.00")
     assert (found.driver, found.power) == ("550.54", "GPU limited to 450.00 of 600.00 W")
-    assert not found.is_jetson and found.gpu_memory == 25 << 30
+    assert not found.is_jetson and found.gpu_memory == (25 << 30) - (512 << 20)
     advice = doctor.examine(found, engines=CPU_ONLY)["advice"]
     assert advice == [
         "to use the RTX 4090, update the driver, which serves CUDA 12.4, for CUDA 13.0; "

@@ -17,6 +17,7 @@ class Contrast(Pruner):
     name = "contrast"
     site = "vision"
     needs = ("image_features", "attention_scores")
+    reads_grid = True  # it looks at neighbours
     options: ClassVar = {"power": 1.0}  # of the contrast; 0 leaves attention alone
 
     def forward(self, image_features, attention_scores):

@@ -104,6 +104,7 @@ def test_every_graph_of_a_bundle_builds(bundle_of: Get, method: str) -> None:
     _build(bundle)
 
 
+@pytest.mark.slow
 @pytest.mark.trtrtx
 @with_library
 def test_several_sites_and_the_attention_operator_build(tmp_path: Path) -> None:

@@ -28,8 +28,8 @@ class Pruner(nn.Module):
                (pruned tokens never existed) or "original" (kept tokens keep their places).
     paper      "arXiv NNNN.NNNNN", or "" for a baseline.
 
-    A method that computes in float64 sets `self.exact = True` and reads it in `forward`: the exporter makes it
-    False for an engine without float64.
+    A method that computes in float64 sets `self.exact = True` and reads it in `forward`; for an engine
+    without float64 the exporter makes it False.
 
     Cues at site vision:
         image_features    [B,N,C]  before the projector

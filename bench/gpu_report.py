@@ -1,0 +1,103 @@
+"""The figures of `vtp.bench.gpu` as a Markdown page."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+
+def markdown(results: Mapping[str, Any]) -> str:
+    """One page: the hardware, every check's outcome, then the figures of those that ran."""
+    machine, bundles = results["machine"], results["bundles"]
+    parts = [
+        f"# {results['name']}, {results['engine']}",
+        f"Made by `python -m vtp.bench.gpu` at {results['time']}.",
+        "\n".join(f"- {key}: {value}" for key, value in machine.items() if value),
+        "## Checks",
+        _table(
+            ["bundle", "check", "outcome"],
+            [
+                [name, check, _outcome(found)]
+                for name, bundle in bundles.items()
+                for check, found in bundle["checks"].items()
+            ],
+        ),
+        *_times(bundles),
+        *_agreement(bundles),
+        *_accuracy(bundles),
+        *_nodes(bundles),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _outcome(found: Mapping[str, Any]) -> str:
+    reason = str(found.get("note") or "").replace("|", "/")
+    return f"{found['status']}: {reason}" if reason else found["status"]
+
+
+def _ran(bundles: Mapping[str, Any], check: str) -> Iterable[tuple[str, Any]]:
+    for name, bundle in bundles.items():
+        found = bundle["checks"].get(check)
+        if found and found["status"] != "failed":
+            yield name, found
+
+
+def _times(bundles: Mapping[str, Any]) -> list[str]:
+    rows = []
+    for name, found in _ran(bundles, "times"):
+        for stage, ms in found["ms"].items():
+            rows.append([name, stage, f"{ms['median']:.3f}", f"{ms['low']:.3f} to {ms['high']:.3f}"])
+        rows.append([name, "memory added", f"{found['memory'] / 2**20:.0f} MiB", ""])
+    if not rows:
+        return []
+    said = "Milliseconds, batch 1; stages and decode steps each timed on an idle device."
+    return ["## Times", said, _table(["bundle", "stage", "median", "quartiles"], rows)]
+
+
+def _agreement(bundles: Mapping[str, Any]) -> list[str]:
+    rows = [
+        [
+            name,
+            f"ort-cpu, {against}",
+            f"{one['answers_equal']} of {one['questions']}",
+            f"{one['cosine_min']:.6f}",
+            f"{one['difference_max']:.4f}",
+            f"{one['kept_equal']} of {one['questions']}",
+            f"{one['kept_overlap']:.3f}",
+        ]
+        for name, found in _ran(bundles, "agreement")
+        for against, one in found["against"].items()
+    ]
+    header = ["bundle", "against", "equal answers", "least cosine", "largest difference"]
+    return ["## Agreement", _table([*header, "equal selections", "least overlap"], rows)] if rows else []
+
+
+def _accuracy(bundles: Mapping[str, Any]) -> list[str]:
+    rows = [
+        [
+            name,
+            f"{found['right']} of {found['questions']}",
+            " to ".join(f"{100 * bound:.1f}" for bound in found["interval"]),
+        ]
+        for name, found in _ran(bundles, "accuracy")
+    ]
+    return ["## Accuracy", _table(["bundle", "right", "95 % interval, %"], rows)] if rows else []
+
+
+def _nodes(bundles: Mapping[str, Any]) -> list[str]:
+    rows = [
+        [name, file, *(_counts(graph[key]) for key in ("providers", "strays", "copies"))]
+        for name, found in _ran(bundles, "nodes")
+        for file, graph in found["graphs"].items()
+    ]
+    header = ["bundle", "graph", "nodes by provider", "left to the CPU", "copies"]
+    return ["## Where nodes run", _table(header, rows)] if rows else []
+
+
+def _counts(found: Mapping[str, int]) -> str:
+    return ", ".join(f"{key} {count}" for key, count in found.items()) or "none"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# vtp.bench.gpu from a bare checkout: links the folders as vtp/<name> (nothing is installed) and runs it.
+# An unpacked onnxruntime-gpu goes in front: PYTHONPATH=DIR bench/gpu_run.sh [options]. PYTHON names a Python.
+set -euo pipefail
+root="$(cd "$(dirname "$0")/.." && pwd)"
+links="${VTP_LINKS:-$root/build/links}"
+mkdir -p "$links/vtp"
+for name in engines runtime export calib scenes bench; do
+  if [ -d "$root/$name" ]; then ln -sfn "$root/$name" "$links/vtp/$name"; fi
+done
+export PYTHONPATH="${PYTHONPATH:+$PYTHONPATH:}$links"
+exec "${PYTHON:-python3}" -m vtp.bench.gpu "$@"

@@ -30,6 +30,7 @@ from vtp.engines import UsageError, VtpError, engine_names
 from vtp.runtime.bundle import open_bundle
 from vtp.runtime.console import DONE, FAILED, Parser, Progress, run_command
 from vtp.runtime.machine import Machine, look
+from vtp.runtime.manifest import Manifest
 
 ROOT = Path(__file__).resolve().parents[1]
 BUNDLES = "build/gpu-bundles"
@@ -90,25 +91,24 @@ def _jobs(args: argparse.Namespace) -> dict[str, Job]:
         raise UsageError(f"no bundle in {BUNDLES}; make some with: vtp-export --dtype float16 -o DIR")
     if len({folder.name for folder in folders}) < len(folders):
         raise UsageError("two bundles have the same folder name; results go by that name")
-    wide = {
-        (manifest.method.name, manifest.visual.default_keep): str(folder)
-        for folder, manifest in manifests.items()
-        if manifest.dtype == "float32"
-    }
     jobs = {}
     for folder, manifest in manifests.items():
-        reference = wide.get((manifest.method.name, manifest.visual.default_keep))
         if manifest.dtype == "float32" and args.engine == CUDA:
             continue  # the engine takes none: it is here as a reference
-        jobs[folder.name] = Job(
-            str(folder),
-            args.engine,
-            reference if reference != str(folder) else None,
-            **(_QUICK if args.quick else {}),
-        )
+        sizes = _QUICK if args.quick else {}
+        jobs[folder.name] = Job(str(folder), args.engine, _reference(manifest, manifests), **sizes)
     if not jobs:
         raise UsageError("every bundle given is float32, which ort-cuda does not take; add float16 ones")
     return jobs
+
+
+def _reference(manifest: Manifest, manifests: Mapping[Path, Manifest]) -> str | None:
+    """The float32 bundle of the same method that holds the default keep-count of a float16 one."""
+    for folder, other in manifests.items():
+        same = other.method.name == manifest.method.name and manifest.visual.default_keep in other.visual.keep
+        if same and other.dtype == "float32" and manifest.dtype != "float32":
+            return str(folder)
+    return None
 
 
 def _examined(jobs: Mapping[str, Job]) -> set[str]:
@@ -138,9 +138,9 @@ def _children(job: Job, checks: Sequence[str], limit: float) -> tuple[dict[str, 
         log = Path(folder) / "log"
         log.touch()
         command = [sys.executable, "-m", "vtp.bench.gpu", "--child"]
-        child = subprocess.Popen(
-            [*command, json.dumps(dataclasses.asdict(job)), ",".join(checks), str(log)], stdout=sys.stderr
-        )
+        arguments = [json.dumps(dataclasses.asdict(job)), ",".join(checks), str(log)]
+        # What a library prints would land in the page on standard output; errors are shown as they come.
+        child = subprocess.Popen([*command, *arguments], stdout=subprocess.DEVNULL)
         how = _watch(child, log, limit)
         lines = [json.loads(line) for line in log.read_text().splitlines()]
     return {line.pop("check"): line for line in lines}, how

@@ -63,12 +63,12 @@ class Answer:
 class Opened:
     """A bundle's stages on an engine, below the pipeline: every tensor can be looked at."""
 
-    def __init__(self, folder: str | Path, engine: str) -> None:
-        """Open every graph. Raises VtpError for what cannot run here."""
+    def __init__(self, folder: str | Path, engine: str, keep: int | None = None) -> None:
+        """Open every graph, to be run at `keep` (None: its default). VtpError for what cannot run here."""
         self.bundle = open_bundle(folder)
         self.manifest = self.bundle.manifest
         choose_engine(engine, self.manifest.dtype, target=self.manifest.target)
-        self.keep = self.manifest.visual.default_keep
+        self.keep = keep or self.manifest.visual.default_keep
         self.stages = StageRunner(self.bundle, engine, None)
         self._prompter = Prompter(self.manifest.text, self.bundle.path("tokenizer.json"))
 
@@ -252,13 +252,14 @@ def agreement(job: Job, device: Device) -> dict[str, Any]:
     found = _answers(job.bundle, job.engine, items)
     compared = {"same bundle": compare(found, _answers(job.bundle, CPU, items))}
     if job.reference:
-        compared["float32"] = compare(found, _answers(job.reference, CPU, items))
+        keep = open_bundle(job.bundle).manifest.visual.default_keep
+        compared["float32"] = compare(found, _answers(job.reference, CPU, items, keep))
     notes = [f"{name}: {figures['note']}" for name, figures in compared.items() if figures["note"]]
     return {"note": "; ".join(notes), "against": compared}
 
 
-def _answers(folder: str, engine: str, items: Sequence[Item]) -> list[Answer]:
-    with closing(Opened(folder, engine)) as opened:
+def _answers(folder: str, engine: str, items: Sequence[Item], keep: int | None = None) -> list[Answer]:
+    with closing(Opened(folder, engine, keep)) as opened:
         return [opened.answer(item) for item in items]
 
 

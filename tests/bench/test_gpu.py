@@ -70,6 +70,9 @@ def test_float32_bundles_are_references_only_on_cuda(exported: Any) -> None:
     parsed = type("Args", (), {"bundle": [half, wide], "engine": "ort-cuda", "quick": False})()
     jobs = gpu._jobs(parsed)
     assert list(jobs) == ["float16"] and jobs["float16"].reference == wide
+    parsed.bundle = [half, half + "/../float16"]
+    with pytest.raises(VtpError, match="two bundles are called 'float16'"):
+        gpu._jobs(parsed)
     parsed.bundle = [wide]
     with pytest.raises(VtpError, match="every bundle given is float32"):
         gpu._jobs(parsed)

@@ -84,7 +84,7 @@ def reference_generate(
             keep, rows = _select(chain[0], cues)
             keep = places[keep]
             if rows is not None:
-                rows = project(rows) if site == "vision" else rows
+                rows = project(rows.to(cues["image_features"].dtype)) if site == "vision" else rows
                 embeds = embeds.index_copy(1, keep, rows.to(embeds.dtype))
             decoder.start(embeds)
             decoder.cut(keep)

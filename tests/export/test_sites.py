@@ -71,6 +71,16 @@ def test_generation_is_verified_at_every_keep_count(bundles, name):
     }
 
 
+@pytest.mark.parametrize("name", ["Blurring", "BlurringLate"])
+def test_merged_rows_of_float16_bundles_are_verified(tmp_path, model_path, name):
+    """The reference computes in float32 with rows that the bundle gives in float16."""
+    request = Request(
+        tmp_path / name, str(model_path), f"{FILE}:{name}", "5", dtype="float16", max_length=128
+    )
+    manifest = export(request).manifest
+    assert manifest.parity["generation"]["5"]["tokens"] == 16
+
+
 @pytest.mark.parametrize("keep", KEEP)
 @pytest.mark.parametrize("name", CLASSES)
 def test_cues_equal_the_reference(bundles, model_path, name, keep):

@@ -24,6 +24,7 @@ from typing import Any
 
 from vtp.engines.cuda import CudaProbe, probe_cuda
 from vtp.engines.errors import VtpError
+from vtp.engines.files import sha256
 from vtp.engines.graph_file import read_graph
 from vtp.engines.graph_memory import graph_memory
 from vtp.engines.trt import BuildOptions, Profile, Step, build_engine, load_library
@@ -143,7 +144,7 @@ def check_engine(
     path = Path(path)
     try:
         stamp = read_stamp(path)
-        if check_hash and _sha256(path) != stamp.sha256:
+        if check_hash and sha256(path) != stamp.sha256:
             raise VtpError(f"engine {path.name} is not what was built: it was changed")
     except VtpError as error:
         raise VtpError(f"{error}; rebuild it with: {rebuild}") from error
@@ -194,17 +195,9 @@ def graph_hash(path: str | Path) -> str:
     places = {weight.place[0] for weight in read_graph(path).weights.values() if weight.place}
     for file in (path, *(path.parent / name for name in sorted(places))):
         try:
-            digest.update(_sha256(file).encode())
+            digest.update(sha256(file).encode())
         except OSError as error:
             raise VtpError(f"cannot read {file}: {error.strerror or error}") from error
-    return digest.hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as content:
-        while piece := content.read(1 << 22):
-            digest.update(piece)
     return digest.hexdigest()
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import glob
-import hashlib
 import os
 import shutil
 import tempfile
@@ -15,6 +14,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from vtp.engines import UsageError, VtpError
+from vtp.engines.files import sha256
 from vtp.runtime.manifest import FileInfo, Manifest, parse_manifest
 
 MANIFEST = "manifest.json"
@@ -79,15 +79,6 @@ def is_inside(name: str) -> bool:
     absolute = PurePosixPath(name).is_absolute() or PureWindowsPath(name).is_absolute()
     windows = PureWindowsPath(name)
     return bool(parts) and not absolute and not windows.anchor and ".." not in (*parts, *windows.parts)
-
-
-def sha256(path: Path) -> str:
-    """Hex sha256 of a file, read in pieces."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 22):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def set_calibration(folder: Path, keep: int, calibration: dict[str, Any]) -> Manifest:

@@ -105,12 +105,8 @@ class AdaptPrune(Pruner):
         return torch.cat(lines, dim=1)
 
     def nearness(self) -> Tensor:
-        """The spatial factors [N,N]: read from a table by distance, to keep N values on disk, not N²."""
-        height, width = self.grid
-        y = torch.arange(height).reshape(height, 1, 1, 1) - torch.arange(height).reshape(1, 1, height, 1)
-        x = torch.arange(width).reshape(1, width, 1, 1) - torch.arange(width).reshape(1, 1, 1, width)
-        place = (y.abs() * width + x.abs()).reshape(self.count, self.count)
-        return functional.embedding(place, self.table).squeeze(-1)
+        """The spatial factors [N,N]."""
+        return ops.by_distance(self.table, self.grid)
 
     def pick(self, scores: Tensor, decay: Tensor) -> Tensor:
         """Greedy picks [B,K] in order of picking, from scores [B,N] and factors [B,N,N].

@@ -30,7 +30,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from vtp.engines.errors import UsageError
 from vtp.export.pruners import ops
@@ -76,12 +75,8 @@ class Focal(Pruner):
         return (products / (length * length.transpose(1, 2))).clamp(-1, 1)
 
     def nearness(self) -> Tensor:
-        """Half the spatial factors [N,N]: read from a table by distance, to keep N values on disk, not N²."""
-        height, width = self.grid
-        y = torch.arange(height).reshape(height, 1, 1, 1) - torch.arange(height).reshape(1, 1, height, 1)
-        x = torch.arange(width).reshape(1, width, 1, 1) - torch.arange(width).reshape(1, 1, 1, width)
-        place = (y.abs() * width + x.abs()).reshape(self.count, self.count)
-        return functional.embedding(place, self.table).squeeze(-1)
+        """Half the spatial factors [N,N]."""
+        return ops.by_distance(self.table, self.grid)
 
 
 def half_nearness(grid: tuple[int, int], sigma: float) -> Tensor:

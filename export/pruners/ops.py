@@ -104,6 +104,18 @@ def normalize(rows: Tensor) -> Tensor:
     return rows / rows.norm(dim=-1, keepdim=True).clamp_min(1e-12)
 
 
+def by_distance(table: Tensor, grid: tuple[int, int]) -> Tensor:
+    """[N,N] of all pairs of a grid's tokens from table [N,1], indexed by |dy|·W + |dx|.
+
+    Made when run: N values lie on disk, not N².
+    """
+    height, width = grid
+    y = torch.arange(height).reshape(height, 1, 1, 1) - torch.arange(height).reshape(1, 1, height, 1)
+    x = torch.arange(width).reshape(1, width, 1, 1) - torch.arange(width).reshape(1, 1, 1, width)
+    place = (y.abs() * width + x.abs()).reshape(height * width, height * width)
+    return functional.embedding(place, table).squeeze(-1)
+
+
 def products(rows: Tensor) -> Tensor:
     """Dot products [B,N,N] of all pairs of rows [B,N,C].
 

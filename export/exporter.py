@@ -63,6 +63,7 @@ def export(request: Request, progress: Callable[[str], None] = lambda _: None) -
     checkpoint.check(folder)
     progress("load the model")
     model = checkpoint.load(folder, dtype, request.image_size, request.image_fit)
+    positions = _served_positions(request, model, positions)
     chains = _chains(request, model, method, options)
     max_length = _max_length(request, model)
     plan = target.prepare(make_plan(model.family, chains, positions, DTYPES[dtype], max_length))
@@ -144,6 +145,18 @@ def _positions(method: type[Pruner], texts: Sequence[str]) -> str:
         known = "original only (a decoder-site method)" if at_decoder else " or ".join(allowed)
         raise UsageError(f"method-option positions={chosen}: {method.name} takes {known}")
     return chosen
+
+
+def _served_positions(request: Request, model: Checkpoint, positions: str) -> str:
+    """The positions that the family has, where it has not both kinds; refused if they were asked for."""
+    served, asked = model.family.positions, [text.partition("=")[0] for text in request.method_options]
+    if positions in served:
+        return positions
+    if "positions" in (name.strip() for name in asked):
+        raise UsageError(
+            f"method-option positions={positions}: family {model.family.name} serves {' and '.join(served)}"
+        )
+    return served[0]
 
 
 def _chains(

@@ -78,8 +78,7 @@ def _case(bundle: Bundle, model: Checkpoint) -> _Case:
     size = image.image_size if image.image_height else image.fixed_size
     pixels = preprocess(sample_picture(size), image)
     start, width = prompt.image_start, model.family.placeholders
-    visual = [model.family.image_token_id] * bundle.manifest.visual.count
-    expanded = [*prompt.ids[:start], *visual, *prompt.ids[start + width :]]
+    expanded = [*prompt.ids[:start], *model.family.picture_ids, *prompt.ids[start + width :]]
     dtype = bundle.manifest.graphs["vision_encoder.onnx"].inputs["pixel_values"].dtype
     return _Case(pixels.astype(dtype), prompt.ids, start, torch.tensor([expanded]))
 
@@ -233,7 +232,8 @@ def _reference(
             max_new_tokens=STEPS,
             eos_ids=(),
             positions=bundle.manifest.method.positions,
-            image_size=bundle.manifest.image.image_size if model.family.views > 1 else None,
+            image_size=bundle.manifest.image.image_size if bundle.manifest.image.image_height else None,
+            seams=model.family.seams,
         )
 
 

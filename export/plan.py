@@ -76,8 +76,8 @@ class _Planner:
         self.normed_keys = first is not None and first.settings.get("keys") == "normed"
         self.cuts = layers_of(chains[0]) if chains else []
         self.reads_text = any(name.startswith("text_") for name in self.needs)
-        # Before a decoder-site pruner nothing is missing yet: places and positions agree.
-        self.positions = "compact" if self.cuts else positions
+        # Before a decoder-site pruner, or without any, nothing is missing yet: places and positions agree.
+        self.positions = positions if chains and not self.cuts else "compact"
         self.graphs: list[GraphSpec] = []
         self.stages: list[StageInfo] = []
         self.caches: dict[str, KvInfo] = {}

@@ -1,28 +1,28 @@
-"""The reference that a bundle's answers are held against: pruning inside an unmodified transformers LLaVA.
+"""The reference that a bundle's answers are held against: pruning inside an unmodified transformers model.
 
-Written without the exporter's graphs: plain PyTorch around the model's own modules, eager attention, one
-growing cache, greedy choice. All N visual tokens are projected and placed in the prompt as transformers does
-it; then the prompt is cut down to the kept places, in front of the first decoder layer (vision and projector
-sites) or in front of layer L (decoder:L, or several L in turn). Rows that a method merged take the places
-of the tokens they stand for. Slow, simple, batch 1.
+Written without the exporter's graphs: plain PyTorch around the model's own modules (a family's `Seams` say
+where they are), eager attention, one growing cache, greedy choice. All N visual tokens are projected and
+placed in the prompt as transformers does it; then the prompt is cut down to the kept places, in front of the
+first decoder layer (vision and projector sites) or in front of layer L (decoder:L, or several L in turn).
+Rows that a method merged take the places of the tokens they stand for. Slow, simple, batch 1.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, LlavaForConditionalGeneration
+from transformers import DynamicCache
 
 from vtp.engines.errors import UsageError, VtpError
 from vtp.export.pruners import parse_site
 from vtp.export.pruners.base import Pruner
+from vtp.export.seams import Seams
 
 
 @dataclass
@@ -47,7 +47,7 @@ class ReferenceAnswer:
 
 
 def reference_generate(
-    model: LlavaForConditionalGeneration,
+    model: Any,
     pruner: Pruner | Sequence[Pruner] | None,
     input_ids: Tensor,
     pixel_values: Tensor,
@@ -55,16 +55,18 @@ def reference_generate(
     eos_ids: Collection[int] = (),
     positions: str = "compact",
     image_size: tuple[int, int] | None = None,
+    seams: type[Seams] = Seams,
 ) -> ReferenceAnswer:
     """Answer one prompt greedily, in the model's dtype.
 
     pruner        a method's pruner, or one for every site in turn, or None
     input_ids     int64 [1,T] with N image placeholders.
-    pixel_values  float [1,3,H,W]; cast to the model's dtype.
+    pixel_values  float [1,3,H,W], or what the family's tower takes; cast to the model's dtype.
     positions     "compact" (pruned tokens never existed) or "original" (kept tokens keep their places and new
                   ones go on from T). Decoder sites always keep the original ones.
     image_size    (height, width) of the picture, for models that see it in several views: pixel_values are
                   then [V,3,H,W], and what a vision or projector site chooses from are the P patches.
+    seams         the family's
 
     Raises VtpError where the model cannot serve the pruner's site, UsageError for an unknown `positions`.
     """
@@ -72,19 +74,18 @@ def reference_generate(
         raise UsageError(f"positions is '{positions}'; choose compact or original")
     chain = [pruner] if isinstance(pruner, Pruner) else list(pruner or [])
     site = parse_site(chain[0].site)[0] if chain else "none"
-    with torch.no_grad(), _eager(model):
-        project = model.model.multi_modal_projector
-        cues = vision_cues(model, pixel_values, chain[0] if site in ("vision", "projector") else None)
-        cues = {name: _packed(model, values, image_size) for name, values in cues.items()}
-        cues["image_embeds"] = project(cues["image_features"])
-        decoder = _Decoder(model, input_ids, site == "decoder" or positions == "original")
+    parts = seams(model, image_size)
+    with torch.no_grad(), parts.eager():
+        cues = parts.vision(pixel_values, _tower_cues(chain) if site in ("vision", "projector") else ())
+        cues["image_embeds"] = parts.project(cues["image_features"])
+        decoder = _Decoder(parts, input_ids, site == "decoder" or positions == "original")
         cues.update(decoder.text_cues())
-        embeds, places = _tokens(model, pixel_values, image_size, cues["image_embeds"])
+        embeds, places = parts.tokens(pixel_values, cues["image_embeds"])
         if site in ("vision", "projector"):
             keep, rows = _select(chain[0], cues)
             keep = places[keep]
             if rows is not None:
-                rows = project(rows.to(cues["image_features"].dtype)) if site == "vision" else rows
+                rows = parts.project(rows.to(cues["image_features"].dtype)) if site == "vision" else rows
                 embeds = embeds.index_copy(1, keep, rows.to(embeds.dtype))
             decoder.start(embeds)
             decoder.cut(keep)
@@ -96,76 +97,8 @@ def reference_generate(
     return ReferenceAnswer(tokens, decoder.kept, logits, decoder.cache_lengths())
 
 
-def vision_cues(
-    model: LlavaForConditionalGeneration, pixel_values: Tensor, pruner: Pruner | None = None
-) -> dict[str, Tensor]:
-    """image_features [1,N,C] before the projector, and the cues of the tower that `pruner` needs.
-
-    attention_scores  float32 [1,N]: mean over heads of the CLS query's row, in the encoder layer that makes
-                      the features; the attention received (mean over heads and queries) without CLS.
-    vision_keys       [1,N,C]: k_proj of that layer.
-    Needs eager attention.
-    """
-    tower, layer = model.model.vision_tower, model.config.vision_feature_layer
-    if not isinstance(layer, int):
-        raise VtpError(f"vision_feature_layer is {layer}; only a single layer is supported")
-    number = range(len(tower.encoder.layers) + 1)[layer] - 1
-    keys: list[Tensor] = []
-    hook = tower.encoder.layers[max(number, 0)].self_attn.k_proj.register_forward_hook(
-        lambda _module, _inputs, output: keys.append(output)
-    )
-    try:
-        out = tower(
-            pixel_values.to(model.dtype), output_hidden_states=True, output_attentions=True, return_dict=True
-        )
-    finally:
-        hook.remove()
-    states = out.hidden_states[layer]
-    has_cls = hasattr(tower.embeddings, "class_embedding")
-    cropped = model.config.vision_feature_select_strategy == "default"
-    cues = {"image_features": states[:, 1:] if cropped else states}
-    wanted = {"attention_scores", "vision_keys"} & set(pruner.needs if pruner is not None else ())
-    if wanted and (number < 0 or cropped != has_cls):
-        raise VtpError("the tower's cues need patch features that an encoder layer made, without CLS")
-    if "attention_scores" in wanted:
-        weights = out.attentions[number].float().mean(dim=1)
-        cues["attention_scores"] = weights[:, 0, 1:] if has_cls else weights.mean(dim=1)
-    if "vision_keys" in wanted:
-        cues["vision_keys"] = keys[0][:, 1:] if has_cls else keys[0]
-    return cues
-
-
-def _packed(model: Any, values: Tensor, image_size: tuple[int, int] | None) -> Tensor:
-    """What every patch of every view has, [V,n,.] or [V,n]: in the order of the tokens, [1,P,.] or [1,P]."""
-    if image_size is None:
-        return values
-    flat = values if values.dim() == 3 else values.unsqueeze(-1)
-    packed = _pack(model, flat, image_size, None)
-    return (packed if values.dim() == 3 else packed.squeeze(-1)).unsqueeze(0)
-
-
-def _pack(model: Any, views: Tensor, image_size: tuple[int, int], line_end: Tensor | None) -> Tensor:
-    """transformers' own packing of one picture's views [V,n,C]: [P,C], or with ends of lines [N,C]."""
-    config = model.config
-    if hasattr(config, "vision_aspect_ratio"):
-        named = {"vision_aspect_ratio": config.vision_aspect_ratio}
-    else:
-        named = {"vision_feature_select_strategy": config.vision_feature_select_strategy}
-    sizes = torch.tensor([image_size])
-    return model.model.pack_image_features([views], sizes, image_newline=line_end, **named)[0][0]
-
-
-def _tokens(
-    model: Any, pixel_values: Tensor, image_size: tuple[int, int] | None, patches: Tensor
-) -> tuple[Tensor, Tensor]:
-    """All N visual tokens [1,N,D] as transformers makes them, and the places int64 [P] of the patches."""
-    if image_size is None:
-        return patches, torch.arange(patches.shape[1])
-    sizes, vision = torch.tensor([image_size]), model.config.vision_config
-    tokens = model.model.get_image_features(pixel_values.to(model.dtype), sizes, return_dict=True)
-    per_view = (vision.image_size // vision.patch_size) ** 2
-    marks = _pack(model, torch.ones(len(pixel_values), per_view, 1), image_size, torch.zeros(1))
-    return tokens.pooler_output[0].unsqueeze(0), marks.flatten().nonzero().flatten()
+def _tower_cues(chain: Sequence[Pruner]) -> set[str]:
+    return {"attention_scores", "vision_keys"} & set(chain[0].needs)
 
 
 class _Decoder:
@@ -173,26 +106,26 @@ class _Decoder:
 
     hidden [1,S,D] holds the tokens that are left; `numbers` [S] are their positions, `image` and `other` the
     places among them of visual and of text tokens, `kept` the visual tokens' numbers within the picture.
+    Positions with A axes are [A,S].
     """
 
     hidden: Tensor
 
-    def __init__(self, model: LlavaForConditionalGeneration, input_ids: Tensor, original: bool) -> None:
-        self.model = model
-        self.text: Any = model.model.language_model
+    def __init__(self, parts: Seams, input_ids: Tensor, original: bool) -> None:
+        self.parts = parts
+        self.text: Any = parts.text
         self.ids = input_ids
         self.original = original
-        image = input_ids[0] == model.config.image_token_id
+        image = input_ids[0] == parts.model.config.image_token_id
         self.image = image.nonzero().flatten()
         self.other = (~image).nonzero().flatten()
         self.kept = torch.arange(len(self.image))
-        self.numbers = torch.arange(input_ids.shape[1])
-        self.next_number = input_ids.shape[1]
+        self.numbers, self.next_number = parts.numbers(input_ids)
         self.cache = DynamicCache()
 
     def text_cues(self) -> dict[str, Tensor]:
         """text_embeds [1,R,D], and text_mask float32 [1,R]: 1 after the picture."""
-        embeds = self.text.embed_tokens(self.ids[:, self.other])
+        embeds = self.parts.embed(self.ids[:, self.other])
         return {"text_embeds": embeds, "text_mask": (self.other > self.image[0]).float().unsqueeze(0)}
 
     def start(self, image_embeds: Tensor) -> None:
@@ -201,13 +134,13 @@ class _Decoder:
             raise VtpError(
                 f"the prompt has {len(self.image)} placeholders for {image_embeds.shape[1]} tokens"
             )
-        prompt = self.text.embed_tokens(self.ids)
+        prompt = self.parts.embed(self.ids)
         self.hidden = prompt.index_copy(1, self.image, image_embeds.to(prompt.dtype))
 
     def cut(self, keep: Tensor) -> None:
         """Leave only the visual tokens `keep` [K], numbered among those that are left."""
         stay = torch.cat([self.other, self.image[keep]]).sort().values
-        self.hidden, self.numbers = self.hidden[:, stay], self.numbers[stay]
+        self.hidden, self.numbers = self.hidden[:, stay], self.numbers[..., stay]
         self.image, self.other = (
             torch.searchsorted(stay, self.image[keep]),
             torch.searchsorted(stay, self.other),
@@ -240,7 +173,9 @@ class _Decoder:
         normed = layer.input_layernorm(hidden)
         keys = layer.self_attn.k_proj(normed if pruner.settings.get("keys") == "normed" else hidden)
         _, coming = layer.self_attn(
-            normed, position_embeddings=self._turns(hidden), attention_mask=_causal(hidden)
+            normed,
+            position_embeddings=self.parts.turns(end, hidden, self.numbers),
+            attention_mask=self.parts.mask(end, hidden, self.image, 0),
         )
         return {
             "hidden_states": hidden[:, self.image],
@@ -253,52 +188,42 @@ class _Decoder:
 
     def _gravity(self) -> Tensor:
         """[1,S,S]: all-ones queries and keys, turned as the model turns them; products / sqrt(head_dim)."""
-        cos, sin = (part.float() for part in self._turns(self.hidden))
+        cos, sin = (part.float() for part in self.parts.turns(0, self.hidden, self.numbers))
         ones = torch.ones_like(cos).unsqueeze(1)
         query, key = sys.modules[type(self.text).__module__].apply_rotary_pos_emb(ones, ones, cos, sin)
         return (query @ key.transpose(2, 3))[:, 0] / cos.shape[-1] ** 0.5
 
-    def _turns(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        return self.text.rotary_emb(hidden, position_ids=self.numbers.unsqueeze(0))
-
     def run(self, first: int, end: int) -> None:
         """Run layers `first` to `end` - 1 on `hidden`, after what the cache holds."""
-        mask = _causal(self.hidden) if self.hidden.shape[1] > 1 else None
-        turns = self._turns(self.hidden)
-        for layer in self.text.layers[first:end]:
-            self.hidden = layer(
+        prompt = self.hidden.shape[1] > 1
+        for number in range(first, end):
+            past = self.cache.get_seq_length(number)
+            hidden = self.text.layers[number](
                 self.hidden,
-                attention_mask=mask,
-                position_ids=self.numbers.unsqueeze(0),
+                attention_mask=self.parts.mask(number, self.hidden, self.image, past),
                 past_key_values=self.cache,
                 use_cache=True,
-                position_embeddings=turns,
+                position_embeddings=self.parts.turns(number, self.hidden, self.numbers),
             )
+            self.hidden = self.parts.after(number, hidden, self.image, self.kept) if prompt else hidden
 
     def answer(self, steps: int, eos_ids: Collection[int]) -> tuple[list[int], list[Tensor]]:
         """Go on greedily after the prompt."""
         tokens: list[int] = []
         logits: list[Tensor] = []
         while True:
-            logits.append(self.model.lm_head(self.text.norm(self.hidden[:, -1]))[0].float())
+            logits.append(self.parts.lm_head(self.text.norm(self.hidden[:, -1]))[0].float())
             tokens.append(int(logits[-1].argmax()))
             if tokens[-1] in eos_ids or len(tokens) >= steps:
                 return tokens, logits
-            self.hidden = self.text.embed_tokens(self.ids.new_tensor([tokens[-1:]]))
-            self.numbers = torch.tensor([self.next_number])
+            self.hidden = self.parts.embed(self.ids.new_tensor([tokens[-1:]]))
+            self.numbers = torch.full_like(self.numbers[..., :1], self.next_number)
             self.next_number += 1
             self.run(0, len(self.text.layers))
 
     def cache_lengths(self) -> list[int]:
         """How many tokens every layer's cache holds."""
         return [self.cache.get_seq_length(layer) for layer in range(len(self.text.layers))]
-
-
-def _causal(hidden: Tensor) -> Tensor:
-    """Additive mask [1,1,S,S] of a prompt [1,S,D] on an empty cache: a token sees itself and those before."""
-    size = hidden.shape[1]
-    lowest = torch.full((size, size), torch.finfo(hidden.dtype).min, dtype=hidden.dtype, device=hidden.device)
-    return lowest.triu(1)[None, None]
 
 
 def _select(pruner: Pruner, cues: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
@@ -308,20 +233,3 @@ def _select(pruner: Pruner, cues: dict[str, Tensor]) -> tuple[Tensor, Tensor | N
         raise VtpError(f"the pruner was made for {pruner.count} visual tokens; this model has {count}")
     answer = pruner(**{name: cues[name] for name in pruner.needs})
     return (answer[0][0], answer[1]) if pruner.merges else (answer[0], None)
-
-
-@contextmanager
-def _eager(model: LlavaForConditionalGeneration) -> Iterator[None]:
-    """Eager attention, which alone returns its weights, for the time of a reference run."""
-    parts: list[Any] = [model.model.vision_tower, model.model.language_model]
-    before = [part.config._attn_implementation for part in parts]
-    training = model.training
-    try:
-        for part in parts:
-            part.set_attn_implementation("eager")
-        model.eval()
-        yield
-    finally:
-        model.train(training)
-        for part, name in zip(parts, before, strict=True):
-            part.set_attn_implementation(name)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from vtp.engines import VtpError
 from vtp.export.graphs.modules import Decoder, Splice, TextCues
+from vtp.export.seams import Seams
 from vtp.runtime.preprocess import ImageSpec
 
 # Decoders whose attention, rotary embedding and norms the emitter was held against transformers with.
@@ -28,6 +29,8 @@ class Family(ABC):
     limits          what it does not serve, in words for `--list-families`
     lacks           cues of pruners that it cannot give, or "grid" -> why
     image_kinds     kinds of image preprocessing that its pictures may go through
+    positions       how its kept tokens may be numbered: "compact", "original" or either
+    seams           where the reference cuts its transformers model
     """
 
     name: ClassVar[str]
@@ -36,6 +39,8 @@ class Family(ABC):
     limits: ClassVar[str] = ""
     lacks: ClassVar[Mapping[str, str]] = {}
     image_kinds: ClassVar[tuple[str, ...]] = ("clip",)
+    positions: ClassVar[tuple[str, ...]] = ("compact", "original")
+    seams: ClassVar[type[Seams]] = Seams
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -109,6 +114,11 @@ class Family(ABC):
     def placeholders(self) -> int:
         """Ids that one picture takes in the input_ids given to the graphs (not N: the splice widens them)."""
         return 1
+
+    @property
+    def picture_ids(self) -> list[int]:
+        """Ids of one picture in the prompt that transformers sees: N image tokens, and what lies between."""
+        return [self.image_token_id] * (self.grid[0] * self.grid[1])
 
     @property
     def tower(self) -> Any:

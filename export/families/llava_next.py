@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from vtp.engines import VtpError
 from vtp.export.families.llava import Llava
 from vtp.export.graphs.views import LinesProjector, Views, ViewsEncoder
+from vtp.export.seams import TiledSeams
 from vtp.runtime.preprocess import ImageSpec
 from vtp.runtime.preprocess.anyres import best_resolution, resolution, tiles
 
@@ -30,6 +31,7 @@ class LlavaNext(Llava):
     )
     lacks = MappingProxyType({"grid": "its tokens lie in several tiles"})
     image_kinds = ("anyres",)
+    seams = TiledSeams
 
     def prepare(self, image: ImageSpec) -> None:
         points = [(point[0], point[1]) for point in self.model.config.image_grid_pinpoints]

@@ -1,0 +1,172 @@
+"""Where the reference cuts an unmodified transformers model: tower, projector, decoder, places and positions.
+
+A family's `seams` is a class of this kind. It is written with the model's own modules and knows none of the
+exporter's graphs, so that a mistake in a graph cannot hide in what the graph is held against. Batch 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vtp.engines.errors import VtpError
+
+
+class Seams:
+    """LLaVA-1.5's, and what other families override. `image_size` (height, width) is the picture's."""
+
+    def __init__(self, model: Any, image_size: tuple[int, int] | None = None) -> None:
+        self.model = model
+        self.image_size = image_size
+
+    @property
+    def tower(self) -> Any:
+        """The vision model."""
+        return self.model.model.vision_tower
+
+    @property
+    def text(self) -> Any:
+        """The decoder's base model: .layers, .norm, .rotary_emb, .embed_tokens."""
+        return self.model.model.language_model
+
+    @property
+    def lm_head(self) -> Any:
+        """hidden [.,D] -> logits [.,V]."""
+        return self.model.lm_head
+
+    def vision(self, pixel_values: Tensor, wanted: Collection[str]) -> dict[str, Tensor]:
+        """image_features [1,P,C] in the order of the tokens, before the projector, and the cues `wanted`.
+
+        attention_scores  float32 [1,P]: mean over heads of the CLS query's row, in the encoder layer that
+                          makes the features; without CLS the attention received, mean over heads and rows.
+        vision_keys       [1,P,C]: k_proj of that layer.
+        Needs eager attention. Raises VtpError for cues that the tower cannot give.
+        """
+        tower, layer = self.tower, self.model.config.vision_feature_layer
+        if not isinstance(layer, int):
+            raise VtpError(f"vision_feature_layer is {layer}; only a single layer is supported")
+        number = range(len(tower.encoder.layers) + 1)[layer] - 1
+        keys: list[Tensor] = []
+        hook = tower.encoder.layers[max(number, 0)].self_attn.k_proj.register_forward_hook(
+            lambda _module, _inputs, output: keys.append(output)
+        )
+        try:
+            out = tower(
+                pixel_values.to(self.model.dtype),
+                output_hidden_states=True,
+                output_attentions=True,
+                return_dict=True,
+            )
+        finally:
+            hook.remove()
+        states = out.hidden_states[layer]
+        has_cls = hasattr(tower.embeddings, "class_embedding")
+        cropped = self.model.config.vision_feature_select_strategy == "default"
+        cues = {"image_features": states[:, 1:] if cropped else states}
+        if wanted and (number < 0 or cropped != has_cls):
+            raise VtpError("the tower's cues need patch features that an encoder layer made, without CLS")
+        if "attention_scores" in wanted:
+            weights = out.attentions[number].float().mean(dim=1)
+            cues["attention_scores"] = weights[:, 0, 1:] if has_cls else weights.mean(dim=1)
+        if "vision_keys" in wanted:
+            cues["vision_keys"] = keys[0][:, 1:] if has_cls else keys[0]
+        return cues
+
+    def project(self, image_features: Tensor) -> Tensor:
+        """Features [1,M,C] of any M patches -> embeddings [1,M,D]."""
+        return self.model.model.multi_modal_projector(image_features)
+
+    def tokens(self, pixel_values: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
+        """All N visual tokens [1,N,D] as transformers makes them, and the places int64 [P] of the patches.
+
+        `patches` [1,P,D] are the projected features; the same thing where every token is a patch.
+        """
+        del pixel_values
+        return patches, torch.arange(patches.shape[1])
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """input_ids [1,T] -> [1,T,D], as the first layer takes them."""
+        return self.text.embed_tokens(input_ids)
+
+    def numbers(self, input_ids: Tensor) -> tuple[Tensor, int]:
+        """Positions int64 [T] (or [A,T] of rotary embeddings with A axes) of a prompt, and the next one."""
+        length = input_ids.shape[1]
+        return torch.arange(length), length
+
+    def turns(self, layer: int, hidden: Tensor, numbers: Tensor) -> Any:
+        """A decoder layer's position_embeddings for tokens at `numbers` [S] or [A,S]."""
+        del layer  # in most decoders all turn alike
+        return self.text.rotary_emb(hidden, position_ids=numbers.unsqueeze(-2))
+
+    def mask(self, layer: int, hidden: Tensor, image: Tensor, past: int) -> Tensor | None:
+        """A layer's additive mask [1,1,S,past + S]; None where everything is seen.
+
+        hidden [1,S,D] is a prompt on an empty cache, or a single token after `past` others; `image` int64 [n]
+        are the places of visual tokens. In most decoders a token sees itself and those before it.
+        """
+        del layer, image
+        size = hidden.shape[1]
+        if size == 1:
+            return None
+        assert past == 0, "a prompt starts on an empty cache"
+        lowest = torch.full((size, size), torch.finfo(hidden.dtype).min, dtype=hidden.dtype)
+        return lowest.triu(1)[None, None].to(hidden.device)
+
+    def after(self, layer: int, hidden: Tensor, image: Tensor, kept: Tensor) -> Tensor:
+        """What goes on from a layer's output [1,S,D] over a prompt whose visual tokens `kept` [n] stand at
+        `image` [n]: for models that add to it there."""
+        del layer, image, kept
+        return hidden
+
+    @contextmanager
+    def eager(self) -> Iterator[None]:
+        """Eager attention, which alone returns its weights, for the time of a reference run."""
+        parts: list[Any] = [self.tower, self.text]
+        before = [part.config._attn_implementation for part in parts]
+        training = self.model.training
+        try:
+            for part in parts:
+                part.set_attn_implementation("eager")
+            self.model.eval()
+            yield
+        finally:
+            self.model.train(training)
+            for part, name in zip(parts, before, strict=True):
+                part.set_attn_implementation(name)
+
+
+class TiledSeams(Seams):
+    """LLaVA-NeXT's and LLaVA-OneVision's: pixel_values are views [V,3,H,W] of one picture."""
+
+    def vision(self, pixel_values: Tensor, wanted: Collection[str]) -> dict[str, Tensor]:
+        cues = super().vision(pixel_values, wanted)
+        return {name: self._packed(values) for name, values in cues.items()}
+
+    def tokens(self, pixel_values: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
+        sizes, vision = torch.tensor([self.image_size]), self.model.config.vision_config
+        tokens = self.model.model.get_image_features(
+            pixel_values.to(self.model.dtype), sizes, return_dict=True
+        )
+        per_view = (vision.image_size // vision.patch_size) ** 2
+        marks = self._pack(torch.ones(len(pixel_values), per_view, 1), torch.zeros(1))
+        return tokens.pooler_output[0].unsqueeze(0), marks.flatten().nonzero().flatten()
+
+    def _packed(self, values: Tensor) -> Tensor:
+        """What every patch of every view has, [V,n,.] or [V,n]: in the tokens' order, [1,P,.] or [1,P]."""
+        flat = values if values.dim() == 3 else values.unsqueeze(-1)
+        packed = self._pack(flat, None)
+        return (packed if values.dim() == 3 else packed.squeeze(-1)).unsqueeze(0)
+
+    def _pack(self, views: Tensor, line_end: Tensor | None) -> Tensor:
+        """transformers' own packing of one picture's views [V,n,C]: [P,C], or with ends of lines [N,C]."""
+        config = self.model.config
+        if hasattr(config, "vision_aspect_ratio"):
+            named = {"vision_aspect_ratio": config.vision_aspect_ratio}
+        else:
+            named = {"vision_feature_select_strategy": config.vision_feature_select_strategy}
+        sizes = torch.tensor([self.image_size])
+        return self.model.model.pack_image_features([views], sizes, image_newline=line_end, **named)[0][0]

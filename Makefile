@@ -20,8 +20,8 @@ demo: setup  ## the main job on the built-in model: export with AdaptPrune, ask,
 	$(BIN)/vtp-run $(DEMO)/bundle --image scenes/examples/scene.png --prompt "what color is the star ?" \
 	  --show-kept $(DEMO)/kept.png
 
-test: setup  ## the tests (CPU, no network)
-	$(BIN)/python -m pytest
+test: setup  ## the tests (CPU, no network), a file per process and core
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 test-trtrtx: setup  ## every pruner graph built with TensorRT-RTX (installs it: 250 MB; needs no GPU)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[trtrtx]'

@@ -158,7 +158,7 @@ BAD_MESSAGES: list[Any] = [
 ]
 
 
-@pytest.mark.parametrize("messages", BAD_MESSAGES, ids=lambda value: repr(value)[:60])
+@pytest.mark.parametrize("messages", BAD_MESSAGES, ids=[str(place) for place in range(len(BAD_MESSAGES))])
 def test_malformed_messages(pipe: Pipeline, picture: Image.Image, messages: Any) -> None:
     refuse(None, lambda: pipe.generate(picture, messages=messages))
 

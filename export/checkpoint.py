@@ -121,6 +121,7 @@ def load(
             f"{family.image_size}; mend preprocessor_config.json"
         )
     family.prepare(image)
+    family.read_marks(tokenizer)
     return Checkpoint(
         folder=folder,
         name=folder.resolve().name,
@@ -214,7 +215,7 @@ def _text_spec(folder: Path, tokenizer: Any, family: Family) -> TextSpec:
         chat_template=_chat_template(folder, tokenizer),
         image_token=_image_token(folder, tokenizer, family.image_token_id),
         image_token_id=family.image_token_id,
-        placeholder_ids=(family.image_token_id,) * family.placeholders,
+        placeholder_ids=tuple(family.placeholder_ids),
         bos_token_id=tokenizer.bos_token_id,
         eos_token_ids=tuple(_end_ids(folder, tokenizer)),
         special_tokens=special,

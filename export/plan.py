@@ -16,7 +16,6 @@ from vtp.export.graphs.modules import (
     PART_CUES,
     TEXT_CUES,
     DecoderPart,
-    DecoderPruner,
     EmbedTokens,
     FeaturePruner,
 )
@@ -161,12 +160,13 @@ class _Planner:
             GraphInput("image_embeds", self._float(_B, visual, width), {0: BATCH, 1: VISUAL}),
             self._start_input(),
         ]
-        if self.positions == "original":
+        splice = self.family.splice(self.positions)
+        if splice.reads_keep and self.site in ("vision", "projector"):
             keep = torch.zeros(_B, visual, dtype=torch.int64)
             inputs.append(GraphInput("keep_indices", keep, {0: BATCH, 1: VISUAL}))
         outputs = ["prompt_embeds", "position_ids", "next_position"]
         sequence = {"prompt_embeds": {1: SEQUENCE}, "position_ids": {1: SEQUENCE}}
-        self._add(GraphSpec("splice", self.family.splice(self.positions), inputs, outputs, sequence))
+        self._add(GraphSpec("splice", splice, inputs, outputs, sequence))
         reads = {item.name: item.name for item in inputs}
         if self.site == "projector":
             reads["image_embeds"] = "kept_embeds"
@@ -254,7 +254,7 @@ class _Planner:
                 GraphInput(item, examples[item], {**_axes(item), **scores.get(item, {})})
                 for item in ["hidden_states", "position_ids", "image_start", *names]
             ]
-            module = DecoderPruner(pruner, names)
+            module = self.family.decoder_pruner(pruner, names)
             self._add(GraphSpec(name, module, inputs, outputs, axes, rewrite=False))
             self._stage(
                 f"pruner_{number + 1}" if len(self.cuts) > 1 else "pruner",

@@ -229,7 +229,7 @@ class Pipeline:
 
     def _check_room(self, request: _Request) -> None:
         """Refuse a prompt that leaves no room for an answer, before anything runs."""
-        text = len(request.prompt.ids) - len(self.manifest.text.placeholder_ids)
+        text = request.prompt.text_tokens
         needed = text + self.manifest.visual.count + 1
         if needed > self.manifest.model.max_length:
             raise VtpError(
@@ -381,7 +381,7 @@ class _Answer:
             visual_tokens=VisualTokens(visual.count, request.keep),
             kept=list(range(visual.count)) if request.keep == visual.count else [],
             timings=request.timings,
-            prompt_tokens=len(request.prompt.ids) - len(self._pipeline.manifest.text.placeholder_ids),
+            prompt_tokens=request.prompt.text_tokens,
             finish_reason="cancelled",
         )
 

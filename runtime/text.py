@@ -40,7 +40,8 @@ class TextSpec:
 
     chat_template: Jinja source, or None for LLaVA's plain form (see `Prompter`). image_token: the text by
     which the template marks the image, one token of the tokenizer, with id image_token_id. placeholder_ids:
-    the ids that replace that token in `input_ids`. special_tokens: the template's variables, such as
+    the ids that replace that token in `input_ids`: image_token_id once for every run of visual tokens, and
+    the marks around and between the runs, which are text. special_tokens: the template's variables, such as
     {"bos_token": "<s>"}.
     """
 
@@ -57,6 +58,8 @@ class TextSpec:
         object.__setattr__(self, "eos_token_ids", tuple(self.eos_token_ids))
         if not self.placeholder_ids:
             raise VtpError("the text section's placeholder_ids is empty; an image needs at least one id")
+        if self.image_token_id not in self.placeholder_ids:
+            raise VtpError("the text section's placeholder_ids lacks image_token_id; export the bundle again")
         if not self.image_token:
             raise VtpError("the text section's image_token is empty; name the token that marks an image")
 
@@ -78,11 +81,13 @@ class TextSpec:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A rendered prompt: its text, its ids [S], and the index in them of the image's first placeholder."""
+    """A rendered prompt: its text, its ids [S], the index in them of the first id that stands for visual
+    tokens, and how many of the ids are text."""
 
     text: str
     ids: list[int]
     image_start: int
+    text_tokens: int
 
 
 class Prompter:
@@ -168,8 +173,10 @@ class Prompter:
                 f"the chat template put {count} image tokens '{self.spec.image_token}' into the prompt, "
                 "not 1; check the template of the model"
             )
-        place = ids.index(self.spec.image_token_id)
-        return Prompt(text, [*ids[:place], *self.spec.placeholder_ids, *ids[place + 1 :]], place)
+        place, block = ids.index(self.spec.image_token_id), self.spec.placeholder_ids
+        whole = [*ids[:place], *block, *ids[place + 1 :]]
+        first, runs = block.index(self.spec.image_token_id), block.count(self.spec.image_token_id)
+        return Prompt(text, whole, place + first, len(whole) - runs)
 
 
 def _load_tokenizer(path: Path) -> Tokenizer:

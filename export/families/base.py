@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from vtp.engines import VtpError
-from vtp.export.graphs.modules import Decoder, Splice, TextCues
+from vtp.export.graphs.modules import Decoder, DecoderPruner, Splice, TextCues
+from vtp.export.pruners.base import Pruner
 from vtp.export.seams import Seams
 from vtp.runtime.preprocess import ImageSpec
 
@@ -27,7 +29,7 @@ class Family(ABC):
     architectures   class names in config.json's `architectures` that the family serves
     sites           kinds of pruning site it serves: "vision", "projector", "decoder"
     limits          what it does not serve, in words for `--list-families`
-    lacks           cues of pruners that it cannot give, or "grid" -> why
+    lacks           cues of pruners that it cannot give, or "grid" -> why; `prepare` may say it for one model
     image_kinds     kinds of image preprocessing that its pictures may go through
     positions       how its kept tokens may be numbered: "compact", "original" or either
     seams           where the reference cuts its transformers model
@@ -37,7 +39,7 @@ class Family(ABC):
     architectures: ClassVar[tuple[str, ...]]
     sites: ClassVar[tuple[str, ...]]
     limits: ClassVar[str] = ""
-    lacks: ClassVar[Mapping[str, str]] = {}
+    lacks: Mapping[str, str] = MappingProxyType({})
     image_kinds: ClassVar[tuple[str, ...]] = ("clip",)
     positions: ClassVar[tuple[str, ...]] = ("compact", "original")
     seams: ClassVar[type[Seams]] = Seams
@@ -90,6 +92,10 @@ class Family(ABC):
         """Take note of how pictures are cut; called once, before anything else is asked."""
         del image
 
+    def read_marks(self, tokenizer: Any) -> None:
+        """Take note of the ids of the marks around and between a picture's tokens; called after `prepare`."""
+        del tokenizer
+
     @property
     @abstractmethod
     def image_size(self) -> tuple[int, int]:
@@ -112,12 +118,20 @@ class Family(ABC):
 
     @property
     def placeholders(self) -> int:
-        """Ids that one picture takes in the input_ids given to the graphs (not N: the splice widens them)."""
+        """Ids from a picture's first to its last in the input_ids given to the graphs (not N: the splice
+        widens them)."""
         return 1
 
     @property
+    def placeholder_ids(self) -> list[int]:
+        """What replaces the image token in the input_ids given to the graphs: the `placeholders` ids, and the
+        marks that transformers' processor puts in front of them and behind."""
+        return [self.image_token_id] * self.placeholders
+
+    @property
     def picture_ids(self) -> list[int]:
-        """Ids of one picture in the prompt that transformers sees: N image tokens, and what lies between."""
+        """Ids of one picture in the prompt that transformers sees: N image tokens, and what lies between the
+        first and the last."""
         return [self.image_token_id] * (self.grid[0] * self.grid[1])
 
     @property
@@ -133,10 +147,14 @@ class Family(ABC):
     def projector(self, whole: bool) -> nn.Module:
         """image_features -> image_embeds: of all N tokens if `whole`, else of the features that came in."""
 
-    def splice(self, positions: str) -> nn.Module:
+    def splice(self, positions: str) -> Splice:
         """The rule for places and positions; `positions` is "compact" or "original"."""
         return Splice(self.placeholders, self.grid[0] * self.grid[1], positions)
 
-    def text_cues(self) -> nn.Module:
+    def text_cues(self) -> TextCues:
         """inputs_embeds, image_start -> text_embeds, text_mask, text_rows."""
         return TextCues(self.placeholders, self.grid[0] * self.grid[1])
+
+    def decoder_pruner(self, pruner: Pruner, others: Sequence[str]) -> DecoderPruner:
+        """A decoder-site pruner, which finds the visual tokens in the prompt; `others` names its inputs."""
+        return DecoderPruner(pruner, others)

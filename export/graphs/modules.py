@@ -108,6 +108,7 @@ class Splice(nn.Module):
         self.placeholders = placeholders
         self.count = count
         self.original = positions == "original"
+        self.reads_keep = self.original
 
     def forward(
         self,
@@ -196,23 +197,36 @@ class DecoderPruner(nn.Module):
     def forward(
         self, hidden_states: Tensor, position_ids: Tensor, image_start: Tensor, *others: Tensor
     ) -> tuple[Tensor, ...]:
-        count, kept = self.pruner.count, self.pruner.keep
         start = image_start.unsqueeze(1)
         given = {**dict(zip(self.others, others, strict=True)), "hidden_states": hidden_states}
         previous = given.get("previous_indices")
-        keep = self.pruner(**self._cues(given, start + torch.arange(count).unsqueeze(0)))
-        place = torch.arange(hidden_states.shape[1] - count + kept).unsqueeze(0)
-        slot = (place - start).clamp(0, kept - 1)
-        inside = start + torch.gather(keep, 1, slot)
-        source = torch.where(
-            place < start, place, torch.where(place < start + kept, inside, place + count - kept)
-        )
+        keep = self.pruner(**self._cues(given, self._visual(start, previous)))
+        source = self._source(keep, start, previous, hidden_states.shape[1])
         within = keep if previous is None else torch.gather(previous, 1, keep)
         answer = (within, gather_rows(hidden_states, source), torch.gather(position_ids, 1, source))
         if "text_rows" not in given:
             return answer
-        rows = given["text_rows"]
-        return (*answer, torch.where(rows < start, rows, rows - count + kept))
+        return (*answer, self._text_rows(given["text_rows"], start, within))
+
+    def _visual(self, start: Tensor, previous: Tensor | None) -> Tensor:
+        """Places int64 [B,n] of the visual tokens that arrive: `previous` [B,n] of the N, or all."""
+        del previous  # they follow one another, whichever they are
+        return start + torch.arange(self.pruner.count).unsqueeze(0)
+
+    def _source(self, keep: Tensor, start: Tensor, previous: Tensor | None, arriving: int) -> Tensor:
+        """Which of the `arriving` S tokens go on, int64 [B,S-n+K], where `keep` of the n visual ones do."""
+        del previous
+        count, kept = self.pruner.count, self.pruner.keep
+        place = torch.arange(arriving - count + kept).unsqueeze(0)
+        inside = start + torch.gather(keep, 1, (place - start).clamp(0, kept - 1))
+        return torch.where(
+            place < start, place, torch.where(place < start + kept, inside, place + count - kept)
+        )
+
+    def _text_rows(self, rows: Tensor, start: Tensor, within: Tensor) -> Tensor:
+        """Where the text tokens at `rows` [B,R] are once only the tokens `within` [B,K] of the N are left."""
+        del within
+        return torch.where(rows < start, rows, rows - self.pruner.count + self.pruner.keep)
 
     def _cues(self, given: dict[str, Tensor], visual: Tensor) -> dict[str, Tensor]:
         """The method's cues, cut to the visual tokens that arrive: their places int64 [B,n] among the S."""

@@ -23,6 +23,7 @@ from transformers import (
     MistralConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen3Config,
     SiglipVisionConfig,
 )
 
@@ -52,6 +53,7 @@ DECODERS: dict[str, Any] = {
     "llama": (LlamaConfig, {}),
     "mistral": (MistralConfig, {"sliding_window": None}),
     "qwen2": (Qwen2Config, {"use_sliding_window": False}),
+    "qwen3": (Qwen3Config, {"use_sliding_window": False}),
 }
 
 

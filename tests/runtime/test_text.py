@@ -293,8 +293,17 @@ def test_several_placeholders_take_the_images_place(folder: Path) -> None:
     three = Prompter(spec_for(LLAVA_TEMPLATE, (7, IMAGE, 8)), folder / "byte_level.json")
     short, long = (prompter.encode(CONVERSATIONS["one_turn"]) for prompter in (one, three))
     at = short.image_start
-    assert long.image_start == at > 0
+    assert long.image_start == at + 1 > 1
     assert long.ids == [*short.ids[:at], 7, IMAGE, 8, *short.ids[at + 1 :]]
+    assert long.text_tokens == short.text_tokens + 2 == len(short.ids) + 1
+
+
+def test_marks_between_runs_of_visual_tokens_are_text(folder: Path) -> None:
+    one = Prompter(spec_for(LLAVA_TEMPLATE), folder / "byte_level.json")
+    runs = Prompter(spec_for(LLAVA_TEMPLATE, (7, IMAGE, 8, 9, IMAGE)), folder / "byte_level.json")
+    short, long = (prompter.encode(CONVERSATIONS["one_turn"]) for prompter in (one, runs))
+    assert long.image_start == short.image_start + 1
+    assert long.text_tokens == short.text_tokens + 3
 
 
 def test_without_a_template_a_single_question_takes_llavas_form(folder: Path) -> None:
@@ -368,6 +377,8 @@ def test_broken_parts_of_a_bundle_are_refused(folder: Path, tmp_path: Path) -> N
         Prompter(TextSpec(None, "<image>", 4, (4,)), folder / "byte_level.json")
     with pytest.raises(VtpError, match="placeholder_ids"):
         TextSpec(None, "<image>", 4, ())
+    with pytest.raises(VtpError, match="lacks image_token_id"):
+        TextSpec(None, "<image>", 4, (7, 8))
     with pytest.raises(VtpError, match="image_token"):
         TextSpec(None, "", 4, (4,))
 

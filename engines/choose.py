@@ -73,7 +73,7 @@ def _judge_cpu(providers: list[str] | None, dtype: str | None, cuda: Callable[[]
 
 
 # Which engines run the graphs of a target. TensorRT itself is built for, not yet run by, this package.
-_RUNS = {"ort": ("ort-cuda", "ort-cpu"), "tensorrt": ("ort-cpu",)}
+_RUNS = {"ort": ("ort-cuda", "ort-cpu"), "tensorrt": ("ort-cpu",), "jetpack6": ("ort-cuda", "ort-cpu")}
 
 # Best first: "auto" takes the first that is accepted.
 _JUDGES: dict[str, Callable[[list[str] | None, str | None, Callable[[], CudaProbe]], Decision]] = {

@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--prune-ratio", metavar="R", help="fraction of visual tokens to drop, instead of --keep-tokens")
     add("--method-option", action="append", default=[], metavar="NAME=VALUE", help="an option of the method")
-    add("--target", default="ort", help="what the bundle runs on: ort or tensorrt (default: %(default)s)")
+    add("--target", default="ort", help="what it is for: ort, tensorrt, jetpack6 (default: %(default)s)")
     add("--dtype", help="float32 (default for target ort) or float16 (default for target tensorrt)")
     add("--max-length", metavar="N", help="positions of one conversation: text + visual tokens + answer")
     add(

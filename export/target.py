@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from vtp.export.graphs.attention import GROUPED_QUERY, Attending
+from vtp.export.graphs.decomposed import DECOMPOSED
 from vtp.export.graphs.emit import OPSET
 from vtp.export.graphs.fixed_cache import FIXED_CACHE, fix_capacity
 from vtp.export.graphs.fixed_cache import OPSET as FIXED_CACHE_OPSET
+from vtp.export.graphs.lower import OPSET as DECOMPOSED_OPSET
 from vtp.export.plan import Plan
 
 
@@ -16,7 +18,7 @@ class Target:
     """How graphs are written for one kind of engine.
 
     dtype         the default; what most of its devices are fastest in
-    attending     what attention is written as, on a cache and in towers
+    attending     what attention (on a cache and in towers), rotary embeddings and RMS norms are written as
     static_cache  whether the cache's length is a constant of the graph
     float64       whether the engine computes in float64; methods that would like to are told if not
     """
@@ -49,5 +51,7 @@ TARGETS = {
         Target("ort", OPSET, "float32", GROUPED_QUERY, static_cache=False, float64=True),
         # TensorRT 10.15 and TensorRT-RTX 1 or newer: standard operators only.
         Target("tensorrt", FIXED_CACHE_OPSET, "float16", FIXED_CACHE, static_cache=True, float64=False),
+        # TensorRT 10.3: no operator for attention, rotary embeddings, RMS norms or the cache.
+        Target("jetpack6", DECOMPOSED_OPSET, "float16", DECOMPOSED, static_cache=True, float64=False),
     )
 }

@@ -19,7 +19,7 @@ from vtp.runtime.machine import Machine, look
 from vtp.runtime.manifest import GraphInfo
 
 PROG = "vtp-build"
-TARGET = "tensorrt"
+TARGETS = ("tensorrt", "jetpack6")  # those whose graphs TensorRT takes
 FOLDER = "engines"  # within the bundle, unless said otherwise
 _QUIET = 2.0  # seconds between two lines about one build
 
@@ -89,10 +89,11 @@ def build_bundle(
 
     Raises VtpError for a bundle of another target, and for whatever `store_engine` refuses.
     """
-    if bundle.manifest.target != TARGET:
+    if bundle.manifest.target not in TARGETS:
         raise VtpError(
             f"{bundle.folder} was made for target '{bundle.manifest.target}', whose decoder TensorRT "
-            f"does not take; export it again with: vtp-export --target {TARGET}"
+            "does not take; export it again with: vtp-export --target tensorrt (TensorRT 10.15 or newer, "
+            "TensorRT-RTX) or --target jetpack6 (TensorRT 10.3 or newer)"
         )
     made = []
     for file, graph in bundle.manifest.graphs.items():

@@ -106,12 +106,31 @@ Attend = Callable[
 TowerAttend = Callable[[Tensor, Tensor, Tensor, Tensor | None, float], Tensor]
 
 
+# Rotary embedding: x [B,H,S,d], cos and sin [B,S,r/2] -> x with its first r features turned.
+Rotate = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+# RMS norm over the last axis: hidden [...,D], weight [D], epsilon -> hidden.
+Norm = Callable[[Tensor, Tensor, float], Tensor]
+
+
+def rotary_operator(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """ONNX's RotaryEmbedding; see `Rotate`."""
+    return torch.onnx.ops.rotary_embedding(x, cos, sin)
+
+
+def norm_operator(hidden: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """ONNX's RMSNormalization; see `Norm`."""
+    return functional.rms_norm(hidden, weight.shape, weight, epsilon)
+
+
 @dataclass(frozen=True)
 class Attending:
-    """What a target's attention is written as, in decoders and in towers."""
+    """What a target writes for attention in decoders and in towers, rotary embeddings and RMS norms."""
 
     decoder: Attend
     tower: TowerAttend
+    rotary: Rotate = rotary_operator
+    norm: Norm = norm_operator
 
 
 _active: list[Any] = []
@@ -265,17 +284,14 @@ def register() -> None:
 def _rotate(
     query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *_: Any, **__: Any
 ) -> tuple[Tensor, Tensor]:
-    """`apply_rotary_pos_emb` as the ONNX operator; cos and sin [B,S,d] hold two equal halves."""
+    """`apply_rotary_pos_emb` as the target writes it; cos and sin [B,S,d] hold two equal halves."""
     half = cos.shape[-1] // 2
-    cos, sin = cos[..., :half], sin[..., :half]
-    return (
-        torch.onnx.ops.rotary_embedding(query, cos, sin),
-        torch.onnx.ops.rotary_embedding(key, cos, sin),
-    )
+    cos, sin, turn = cos[..., :half], sin[..., :half], _attending[-1].rotary
+    return turn(query, cos, sin), turn(key, cos, sin)
 
 
 def _rms_norm(module: Any, hidden: Tensor) -> Tensor:
-    return functional.rms_norm(hidden, module.weight.shape, module.weight, module.variance_epsilon)
+    return _attending[-1].norm(hidden, module.weight, module.variance_epsilon)
 
 
 @contextmanager
@@ -284,9 +300,9 @@ def emitting(
 ) -> Iterator[None]:
     """Switch a transformers decoder (and tower) to the functions above while graphs are traced.
 
-    Attention goes through the registered functions, which write it as `attending` says; rotary embeddings and
-    RMS norms become one operator each. Everything is put back on leaving, so that the same model can serve as
-    its own reference.
+    Attention goes through the registered functions; it, rotary embeddings and RMS norms are written as
+    `attending` says. Everything is put back on leaving, so that the same model can serve as its own
+    reference.
     """
     register()
     with ExitStack() as stack:

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from vtp.engines import VtpError
+from vtp.export.graphs.lower import lower
 from vtp.export.graphs.optimize import optimize
-from vtp.export.pruners.ops import onnx_translations
+from vtp.export.pruners.ops import onnx_translations, translating
 
 OPSET = 23
 _INLINE_BYTES = 1024  # smaller tensors stay in the graph file
@@ -92,6 +93,7 @@ def emit(spec: GraphSpec, store: WeightStore, opset: int = OPSET) -> Path:
     """Trace, translate and write one graph into the store's folder; returns its path."""
     model = _trace(spec, opset)
     optimize(model, spec.rewrite)
+    lower(model, opset)
     _strip(model)
     _name_axes(model.graph, spec)
     store.externalize(model, spec.name)
@@ -102,7 +104,7 @@ def emit(spec: GraphSpec, store: WeightStore, opset: int = OPSET) -> Path:
 
 def _trace(spec: GraphSpec, opset: int) -> ir.Model:
     try:
-        with _quiet(), torch.no_grad():
+        with _quiet(), translating(opset), torch.no_grad():
             program = torch.onnx.export(
                 spec.module.eval(),
                 # Clones: torch.export takes two inputs that share a tensor for one.

@@ -1,37 +1,46 @@
 """Decoder attention in standard ONNX operators on a cache of fixed size: for engines without GQA (TensorRT).
 
-New keys and values go into the cache with TensorScatter (opset 24), then Attention looks at the whole cache
-through a mask. The mask is explicit: how `is_causal` is aligned when a cache is longer than the queries is
-told differently by engines. The graph's inputs are those of GroupQueryAttention, so that a runtime feeds
-both alike, and batches are right-padded alike.
+New keys and values are written into the cache, then attention looks at the whole cache through a mask. The
+mask is explicit: how `is_causal` is aligned when a cache is longer than the queries is told differently by
+engines. The graph's inputs are those of GroupQueryAttention, so that a runtime feeds both alike, and batches
+are right-padded alike. FIXED_CACHE does it with the operators of opset 24, `decomposed.py` with older ones.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from vtp.export.graphs.attention import Attending, Lengths
+from vtp.export.graphs.attention import Attend, Attending, Lengths, TowerAttend
 from vtp.export.graphs.emit import GraphInput, GraphSpec
 
 OPSET = 24  # of TensorScatter
 
 
-def fixed_cache_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    past: tuple[Tensor, Tensor],
-    lengths: Lengths,
-    scale: float,
-) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Emit TensorScatter and Attention; see `Attend`."""
-    start = first_places(lengths, query.shape[2])
-    keys, values = (_scatter(cache, new, start) for cache, new in zip(past, (key, value), strict=True))
-    mask = visible(start, query.shape[2], keys.shape[2])
-    return attention(query, keys, values, mask, scale).transpose(1, 2), (keys, values)
+# How new keys or values [B,G,S,d] come into a cache [B,G,C,d] from the places int64 [B] on.
+Write = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def on_fixed_cache(write: Write, attend: TowerAttend) -> Attend:
+    """Attention on a cache that `write` fills and `attend` looks at."""
+
+    def attention_on_cache(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        past: tuple[Tensor, Tensor],
+        lengths: Lengths,
+        scale: float,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        start = first_places(lengths, query.shape[2])
+        keys, values = (write(cache, new, start) for cache, new in zip(past, (key, value), strict=True))
+        mask = visible(start, query.shape[2], keys.shape[2])
+        return attend(query, keys, values, mask, scale).transpose(1, 2), (keys, values)
+
+    return attention_on_cache
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -57,15 +66,20 @@ def has_kernel(query: Tensor) -> bool:
 
 
 def decomposed(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """The same in MatMul and Softmax, scores in float32."""
+    """The same in MatMul and Softmax, scores in float32.
+
+    The queries of a group follow each other along one axis, so that keys are never repeated.
+    """
     batch, heads, sequence, width = query.shape
     groups = key.shape[1]
-    grouped = query.reshape(batch, groups, heads // groups, sequence, width)
-    scores = torch.matmul(grouped, key.unsqueeze(2).transpose(3, 4)).float() * scale
+    grouped = query.reshape(batch, groups, heads // groups * sequence, width)
+    scores = torch.matmul(grouped, key.transpose(2, 3)).float() * scale
     if mask is not None:
-        scores = scores.masked_fill(~mask.unsqueeze(1), torch.finfo(torch.float32).min)
+        apart = scores.reshape(batch, groups, heads // groups, sequence, key.shape[2])
+        hidden = apart.masked_fill(~mask.unsqueeze(1), torch.finfo(torch.float32).min)
+        scores = hidden.reshape(scores.shape)
     weights = torch.softmax(scores, dim=-1).to(value.dtype)
-    return torch.matmul(weights, value.unsqueeze(2)).reshape(batch, heads, sequence, width)
+    return torch.matmul(weights, value).reshape(batch, heads, sequence, width)
 
 
 def first_places(lengths: Lengths, sequence: int) -> Tensor:
@@ -85,9 +99,6 @@ def visible(start: Tensor, sequence: int, capacity: int) -> Tensor:
     return torch.arange(capacity).view(1, 1, 1, -1) <= place
 
 
-FIXED_CACHE = Attending(fixed_cache_attention, attention)
-
-
 def _scatter(cache: Tensor, new: Tensor, start: Tensor) -> Tensor:
     return torch.onnx.ops.symbolic(
         "TensorScatter",
@@ -97,6 +108,9 @@ def _scatter(cache: Tensor, new: Tensor, start: Tensor) -> Tensor:
         shape=cache.shape,
         version=OPSET,
     )
+
+
+FIXED_CACHE = Attending(on_fixed_cache(_scatter, attention), attention)
 
 
 def fix_capacity(spec: GraphSpec, capacity: int) -> GraphSpec:

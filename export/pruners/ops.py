@@ -7,7 +7,9 @@ operator of its own: `translates` says how it is written in ONNX.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -18,6 +20,8 @@ Translation = Callable[..., Any]
 
 PART = 128  # least number of rows in a part of a matrix product: smaller ones waste a CPU's width
 
+_NEWEST = 23  # of the opsets that translations are written for
+_OPSET: ContextVar[int] = ContextVar("opset", default=_NEWEST)
 _TRANSLATIONS: dict[Callable[..., Any], Translation] = {}
 
 
@@ -49,10 +53,20 @@ def _(scores: Tensor, k: int, largest: bool) -> tuple[Tensor, Tensor]:
 
 
 def onnx_ops() -> Any:
-    """The ONNX operators a translation is written with (onnxscript's opset 23; loaded when exporting)."""
-    from onnxscript import opset23
+    """The ONNX operators a translation is written with (onnxscript's; loaded when exporting)."""
+    import onnxscript
 
-    return opset23
+    return getattr(onnxscript, f"opset{_OPSET.get()}")
+
+
+@contextmanager
+def translating(opset: int) -> Iterator[None]:
+    """Let translations use the operators of `opset`, or of 23 where that is newer."""
+    token = _OPSET.set(min(opset, _NEWEST))
+    try:
+        yield
+    finally:
+        _OPSET.reset(token)
 
 
 def sized(value: Any, dtype: Any, *sizes: Any) -> Any:

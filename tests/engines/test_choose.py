@@ -62,8 +62,8 @@ def test_a_bundle_for_tensorrt_runs_on_the_cpu_provider_only() -> None:
     )
     with pytest.raises(VtpError, match="'ort-cuda' cannot run here: it does not run target"):
         choose_engine("ort-cuda", "float16", probe(GPU), orin, target="tensorrt")
-    with pytest.raises(VtpError, match=r"made for target 'jetpack6'.*--target ort"):
-        choose_engine(AUTO, probe=probe(CPU), target="jetpack6")
+    with pytest.raises(VtpError, match=r"made for target 'gpu9'.*--target ort"):
+        choose_engine(AUTO, probe=probe(CPU), target="gpu9")
 
 
 def test_judging_all_engines_raises_nothing() -> None:

@@ -311,7 +311,7 @@ def test_a_hub_id_without_a_hub(
         (["--method-option", "positions=original", "--method-option", "positions=compact"], "given twice"),
         (["--method", "fastv", "--method-option", "positions=compact"], "takes original only"),
         (["--method", "fastv"], "prunes before decoder layer 2, but this model has 2 layers"),
-        (["--target", "tensort"], "unknown target 'tensort'; choose one of ort"),
+        (["--target", "tensort"], "unknown target 'tensort'; choose one of ort, tensorrt, jetpack6"),
         (["--dtype", "bfloat16"], "unknown dtype 'bfloat16'; choose one of float32, float16"),
         (["--verify", "maybe"], "unknown verify 'maybe'"),
         (["--max-length", "17"], "max-length 17 is outside 18 to 1024"),

@@ -1,4 +1,5 @@
-"""Target tensorrt: standard operators on a fixed cache, equal to target ort, and taken by TensorRT-RTX."""
+"""Targets tensorrt and jetpack6: standard operators on a fixed cache, equal to target ort, and taken by
+TensorRT-RTX; what jetpack6 writes is in TensorRT 10.3's published list."""
 
 from __future__ import annotations
 
@@ -9,15 +10,20 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
 
 from vtp.engines.graph_file import read_graph
 from vtp.engines.ort import OrtEngine
 from vtp.engines.trt import INSTALL, build_engine, refused_nodes
 from vtp.export.exporter import Request, export
+from vtp.export.graphs.emit import GraphInput, GraphSpec, WeightStore, emit
+from vtp.export.pruners import method_names
 from vtp.runtime.bundle import Bundle, open_bundle
 
 from ..conftest import MAX_LENGTH
+from .tensorrt_10_3 import refused
 from .tiny import save_tiny
+from .tiny_families import save_anyres
 
 ENGINE = "tensorrt-rtx"
 MISSING = util.find_spec("tensorrt_rtx") is None
@@ -40,9 +46,10 @@ def bundle_of(tmp_path_factory: pytest.TempPathFactory, model_folder: Callable[[
     return get
 
 
-def test_the_bundle_says_its_target_and_is_float16_by_default(bundle_of: Get) -> None:
-    manifest = bundle_of("vispruner").manifest
-    assert (manifest.target, manifest.dtype) == ("tensorrt", "float16")
+@pytest.mark.parametrize("target", ["tensorrt", "jetpack6"])
+def test_the_bundle_says_its_target_and_is_float16_by_default(bundle_of: Get, target: str) -> None:
+    manifest = bundle_of("vispruner", target).manifest
+    assert (manifest.target, manifest.dtype) == (target, "float16")
     assert manifest.parity["mode"] == "full"  # held against transformers, on ONNX Runtime's CPU provider
     assert "capacity" not in {axis for graph in manifest.graphs.values() for axis in graph.axes}
 
@@ -57,10 +64,11 @@ def test_only_standard_operators_and_no_float64(bundle_of: Get, method: str) -> 
         assert onnx.TensorProto.DOUBLE not in kinds
 
 
-def test_a_right_padded_batch_equals_target_ort(bundle_of: Get) -> None:
+@pytest.mark.parametrize("other", ["tensorrt", "jetpack6"])
+def test_a_right_padded_batch_equals_target_ort(bundle_of: Get, other: str) -> None:
     """Two rows of different length, prefill and one step: logits and cache of the two emitters."""
     answers = []
-    for target in ("ort", "tensorrt"):
+    for target in ("ort", other):
         engine = OrtEngine(bundle_of("none", target, "float32").path("decoder.onnx"), threads=1)
         answers.append(_prefill_and_step(engine, lengths=(7, 4)))
     for one, two in zip(*answers, strict=True):
@@ -91,15 +99,92 @@ def _prefill_and_step(engine: OrtEngine, lengths: tuple[int, int]) -> list[np.nd
     return [*logits, *valid]
 
 
+# -- what TensorRT 10.3 publishes ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["none", "vispruner", "adaptprune"])
+def test_jetpack6_writes_what_tensorrt_10_3_takes(bundle_of: Get, method: str) -> None:
+    folder = bundle_of(method, "jetpack6").folder
+    assert [line for path in folder.glob("*.onnx") for line in refused(path)] == []
+
+
+def test_the_list_refuses_what_the_newer_target_writes(bundle_of: Get) -> None:
+    lines = refused(bundle_of("adaptprune").path("decoder.onnx"))
+    said = "\n".join(lines)
+    assert lines[0] == "opset 24 of domain ''"
+    for what in ("RMSNormalization", "RotaryEmbedding", "TensorScatter", "Clip node_clamp: dtype INT64"):
+        assert what in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", method_names()[1:])
+def test_every_method_is_in_the_list(tmp_path: Path, method: str) -> None:
+    """Whole bundles of eight layers: methods that act at several depths, with all their cues."""
+    save_tiny(tmp_path / "model", layers=8, vision_layers=2)
+    wish = Request(tmp_path / "bundle", str(tmp_path / "model"), method, "5", target="jetpack6", max_length=64)
+    assert [line for path in export(wish).folder.glob("*.onnx") for line in refused(path)] == []
+
+
+@pytest.mark.slow
+def test_the_built_in_model_is_in_the_list(tmp_path: Path) -> None:
+    bundle = export(Request(tmp_path / "bundle", target="jetpack6"))
+    assert [line for path in bundle.folder.glob("*.onnx") for line in refused(path)] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["llava_next", "llava_onevision"])
+def test_other_families_are_in_the_list(tmp_path: Path, kind: str) -> None:
+    save_anyres(tmp_path / "model", kind=kind)
+    wish = Request(
+        tmp_path / "bundle",
+        str(tmp_path / "model"),
+        "vispruner",
+        "9",
+        target="jetpack6",
+        max_length=192,
+        image_size=(56, 28),
+    )
+    assert [line for path in export(wish).folder.glob("*.onnx") for line in refused(path)] == []
+
+
+def test_integers_are_clipped_by_elements(tmp_path: Path) -> None:
+    class Clipped(torch.nn.Module):
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return x.clamp(0, 3), x.clamp(min=1), x.clamp(max=2), y.clamp(0, 1)
+
+    inputs = [GraphInput("x", torch.arange(6)), GraphInput("y", torch.ones(2))]
+    spec = GraphSpec("clipped", Clipped(), inputs, ["a", "b", "c", "d"])
+    path = emit(spec, WeightStore(tmp_path), 20)
+    assert [node.op for node in read_graph(path).nodes if node.op in ("Clip", "Max", "Min")].count("Clip") == 1
+    engine = OrtEngine(path)
+    given = {"x": engine.put(np.arange(-2, 4)), "y": engine.put(np.array([-1, 2], np.float32))}
+    found = {name: value.numpy().tolist() for name, value in engine.run(given).items()}
+    assert found == {
+        "a": [0, 0, 0, 1, 2, 3],
+        "b": [1, 1, 1, 1, 2, 3],
+        "c": [-2, -1, 0, 1, 2, 2],
+        "d": [0.0, 1.0],
+    }
+
+
 with_library = pytest.mark.skipif(MISSING, reason=f"tensorrt_rtx is not installed: {INSTALL[ENGINE]}")
 
 
 @pytest.mark.trtrtx
 @with_library
-@pytest.mark.parametrize("method", ["none", "vispruner", "adaptprune"])
-def test_every_graph_of_a_bundle_builds(bundle_of: Get, method: str) -> None:
+@pytest.mark.parametrize(
+    ("method", "target"),
+    [
+        ("none", "tensorrt"),
+        ("vispruner", "tensorrt"),
+        ("adaptprune", "tensorrt"),
+        ("vispruner", "jetpack6"),
+        ("adaptprune", "jetpack6"),
+    ],
+)
+def test_every_graph_of_a_bundle_builds(bundle_of: Get, method: str, target: str) -> None:
     """Heads 8 wide, for which TensorRT has no attention kernel: their attention is decomposed."""
-    bundle = open_bundle(bundle_of(method).folder)
+    bundle = open_bundle(bundle_of(method, target).folder)
     assert "Attention" not in _operators(bundle)
     _build(bundle)
 

@@ -1,0 +1,31 @@
+"""What older engines want of a traced graph, beside its opset."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+OPSET = 20  # the newest that TensorRT 10.3 reads
+
+
+def lower(model: ir.Model, opset: int) -> None:
+    """Write Clip of integers as Max and Min in a graph for OPSET or older; in place.
+
+    TensorRT 10.3's parser takes them, its published list of operators does not name them.
+    """
+    if opset > OPSET:
+        return
+    for node in list(model.graph):
+        value = node.inputs[0] if node.op_type == "Clip" else None
+        if value is not None and value.dtype is not None and value.dtype.is_integer():
+            _clip_by_elements(model.graph, node)
+
+
+def _clip_by_elements(graph: ir.Graph, clip: ir.Node) -> None:
+    bounds = zip(("Max", "Min"), clip.inputs[1:], strict=False)
+    nodes: list[ir.Node] = []
+    value = clip.inputs[0]
+    for operator, bound in bounds:
+        if bound is not None:
+            nodes.append(ir.node(operator, [value, bound], name=f"{clip.name}/{operator}"))
+            value = nodes[-1].outputs[0]
+    ir.convenience.replace_nodes_and_values(graph, clip, [clip], nodes, clip.outputs, [value])

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import util
 from pathlib import Path
 
 from vtp.engines.base import Engine
 from vtp.engines.cuda import CudaProbe, probe_cuda
 from vtp.engines.errors import UsageError, VtpError, nearest
+from vtp.engines.trt import LIBRARIES, load_library
 
 AUTO = "auto"
 _INSTALL = "pip install 'vtp-edge[ort]' (or 'vtp-edge[ort-gpu]' with an NVIDIA GPU)"
@@ -72,14 +74,38 @@ def _judge_cpu(providers: list[str] | None, dtype: str | None, cuda: Callable[[]
     return Decision("ort-cpu", True, "onnxruntime is installed")
 
 
-# Which engines run the graphs of a target. TensorRT itself is built for, not yet run by, this package.
-_RUNS = {"ort": ("ort-cuda", "ort-cpu"), "tensorrt": ("ort-cpu",), "jetpack6": ("ort-cuda", "ort-cpu")}
+def _judge_tensorrt(
+    engine: str, providers: list[str] | None, dtype: str | None, cuda: Callable[[], CudaProbe]
+) -> Decision:
+    try:
+        library = load_library(engine)
+    except VtpError as error:
+        return Decision(engine, False, str(error))
+    found = cuda()
+    if not found.devices:
+        return Decision(engine, False, f"{found.reason}; check nvidia-smi, or use --engine ort-cpu")
+    device = found.devices[0]
+    return Decision(
+        engine, True, f"{library.__name__} {library.__version__}, and a {device.name} (SM {device.sm})"
+    )
 
-# Best first: "auto" takes the first that is accepted.
-_JUDGES: dict[str, Callable[[list[str] | None, str | None, Callable[[], CudaProbe]], Decision]] = {
+
+# Which engines run the graphs of a target.
+_RUNS = {
+    "ort": ("ort-cuda", "ort-cpu"),
+    "tensorrt": ("ort-cpu", *LIBRARIES),
+    "jetpack6": ("ort-cuda", "ort-cpu", *LIBRARIES),
+}
+
+Judge = Callable[[list[str] | None, str | None, Callable[[], CudaProbe]], Decision]
+
+# Best first: "auto" takes the first that is accepted, of those that were ever run on their hardware.
+_JUDGES: dict[str, Judge] = {
     "ort-cuda": _judge_cuda,
     "ort-cpu": _judge_cpu,
+    **{name: partial(_judge_tensorrt, name) for name in LIBRARIES},
 }
+_BY_NAME = tuple(LIBRARIES)
 
 
 def engine_names() -> list[str]:
@@ -111,10 +137,12 @@ def choose_engine(
             "export it again with: vtp-export --target ort"
         )
     providers = probe()
-    names = list(_JUDGES) if wanted == AUTO else [wanted]
+    names = [name for name in _JUDGES if name not in _BY_NAME] if wanted == AUTO else [wanted]
     decisions = [_judge(name, providers, dtype, cuda, target) for name in names]
-    for decision in decisions:
+    for decision in list(decisions):
         if decision.accepted:
+            if wanted == AUTO:
+                decisions += [_not_by_itself(name) for name in _BY_NAME if name in _RUNS[target]]
             return Choice(decision.engine, decisions)
     raise VtpError(f"engine '{wanted}' cannot run here: {decisions[-1].reason}")
 
@@ -123,9 +151,12 @@ def judge_engines(
     dtype: str | None = None,
     probe: Callable[[], list[str] | None] = installed_providers,
     cuda: Callable[[], CudaProbe] = probe_cuda,
-    target: str = "ort",
+    target: str | None = "ort",
 ) -> list[Decision]:
-    """Every engine, best first, whether it can run here, and why (not); raises nothing that it can tell."""
+    """Every engine, best first, whether it can run here, and why (not); raises nothing that it can tell.
+
+    `target` None: whatever it is made for.
+    """
     try:
         providers = probe()
     except VtpError as error:
@@ -133,22 +164,43 @@ def judge_engines(
     return [_judge(name, providers, dtype, cuda, target) for name in _JUDGES]
 
 
+def _not_by_itself(name: str) -> Decision:
+    return Decision(name, False, f"its code never ran on a GPU yet: only by name, --engine {name}")
+
+
 def _judge(
     name: str,
     providers: list[str] | None,
     dtype: str | None,
     cuda: Callable[[], CudaProbe],
-    target: str,
+    target: str | None,
 ) -> Decision:
-    if name not in _RUNS.get(target, ()):
+    if target is not None and name not in _RUNS.get(target, ()):
+        fitting = "tensorrt" if name in LIBRARIES else "ort"
         return Decision(
-            name, False, f"it does not run target '{target}'; export the bundle again with --target ort"
+            name, False, f"it does not run target '{target}'; export the bundle again with --target {fitting}"
         )
     return _JUDGES[name](providers, dtype, cuda)
 
 
-def open_graph(path: str | Path, engine: str, threads: int | None = None) -> Engine:
-    """Open one graph file with the engine that `choose_engine` decided on."""
+def open_graph(
+    path: str | Path,
+    engine: str,
+    threads: int | None = None,
+    plan: str | Path | None = None,
+    **cuda: bool,
+) -> Engine:
+    """Open one graph file with the engine that `choose_engine` decided on.
+
+    `plan` is the file that TensorRT's engine was built into; `cuda` are OrtEngine's allow_cpu_nodes and
+    cuda_graph.
+    """
+    if engine in LIBRARIES:
+        from vtp.engines.trt_run import TrtEngine
+
+        if plan is None:
+            raise VtpError(f"{Path(path).name} needs an engine that was built for {engine}: run vtp-build")
+        return TrtEngine(path, plan, engine)
     from vtp.engines.ort import OrtEngine
 
-    return OrtEngine(path, engine, threads)
+    return OrtEngine(path, engine, threads, **cuda)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 
 from vtp.engines.base import Binding, Engine, TensorSpec, Value
 from vtp.engines.errors import VtpError
+from vtp.engines.placement import record_assignment, refuse_cpu_nodes
 
 _DTYPES = {
     "tensor(float)": "float32",
@@ -21,7 +23,10 @@ _DTYPES = {
     "tensor(uint8)": "uint8",
     "tensor(bool)": "bool",
 }
-_DEVICES = {"ort-cpu": "cpu", "ort-cuda": "cuda"}
+CUDA = "ort-cuda"
+_DEVICES = {"ort-cpu": "cpu", CUDA: "cuda"}
+_PROVIDERS = {"ort-cpu": "CPUExecutionProvider", CUDA: "CUDAExecutionProvider"}
+_NO_GRAPH = -1
 
 
 class OrtValue:
@@ -56,26 +61,46 @@ class OrtValue:
 class OrtBinding(Binding):
     """A session with all inputs and outputs bound; `run` does nothing but run."""
 
-    def __init__(self, session: Any, io: Any, outputs: dict[str, Value]) -> None:
+    def __init__(
+        self, session: Any, io: Any, outputs: dict[str, Value], hosted: Mapping[str, Any], options: Any
+    ) -> None:
         self._session = session
         self._io = io
+        self._hosted = hosted
+        self._options = options
         self.outputs = outputs
 
     def run(self) -> None:
         """Run the graph on the bound places."""
-        _run(self._session, self._io)
+        # What lies on the GPU and is read on the host was copied when it was bound: bind what it holds now.
+        for name, raw in self._hosted.items():
+            self._io.bind_ortvalue_input(name, raw)
+        _run(self._session, self._io, self._options)
 
 
 class OrtEngine(Engine):
     """One graph in an ONNX Runtime session. `name` is "ort-cpu" or "ort-cuda"."""
 
-    def __init__(self, path: str | Path, name: str = "ort-cpu", threads: int | None = None) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        name: str = "ort-cpu",
+        threads: int | None = None,
+        allow_cpu_nodes: bool = False,
+        cuda_graph: bool = False,
+    ) -> None:
         """Open `path`; `threads` limits the CPU threads of one operator (None: all cores).
+
+        On "ort-cuda" nodes that are left to the CPU are refused unless `allow_cpu_nodes`, and with
+        `cuda_graph` a binding's first run is recorded and its later ones replayed.
 
         Raises VtpError when the file cannot be loaded by this ONNX Runtime.
         """
         self._device = _DEVICES[name]
-        self._session = _open_session(Path(path), name, threads)
+        self._graphs = count() if cuda_graph and name == CUDA else None
+        self._session = _open_session(Path(path), name, threads, self._graphs is not None)
+        if name == CUDA and not allow_cpu_nodes:
+            refuse_cpu_nodes(Path(path), self._session, _PROVIDERS[CUDA])
         self.inputs = {arg.name: _spec(arg) for arg in self._session.get_inputs()}
         self.outputs = {arg.name: _spec(arg) for arg in self._session.get_outputs()}
 
@@ -100,7 +125,10 @@ class OrtEngine(Engine):
             raise VtpError(f"no place is bound for output '{missing[0]}'; bind every output of the graph")
         io = self._bind_inputs(feeds)
         self._bind_outputs(io, into)
-        return OrtBinding(self._session, io, {name: into[name] for name in self.outputs})
+        hosted = {name: feeds[name].raw for name in self._read_on_host()}  # type: ignore[attr-defined]
+        options = None if self._graphs is None else _run_options(next(self._graphs))
+        outputs = {name: into[name] for name in self.outputs}
+        return OrtBinding(self._session, io, outputs, hosted, options)
 
     def run(self, feeds: Mapping[str, Value], into: Mapping[str, Value] | None = None) -> dict[str, Value]:
         """Run once; outputs that are not in `into` are allocated by ONNX Runtime on the device."""
@@ -110,7 +138,7 @@ class OrtEngine(Engine):
         allocated = [name for name in self.outputs if name not in into]
         for name in allocated:
             io.bind_output(name, self._device)
-        _run(self._session, io)
+        _run(self._session, io, None if self._graphs is None else _run_options(_NO_GRAPH))
         # In the order of binding: first those in `into`.
         raws = io.get_outputs()[len(into) :]
         return {**into, **{name: OrtValue(raw) for name, raw in zip(allocated, raws, strict=True)}}
@@ -118,6 +146,15 @@ class OrtEngine(Engine):
     def close(self) -> None:
         """Drop the session and its weights."""
         self._session = None
+
+    def _read_on_host(self) -> list[str]:
+        """Inputs that a GPU session reads on the host, such as GroupQueryAttention's total length."""
+        if self._device == "cpu":
+            return []
+        if not hasattr(self._session, "get_input_memory_infos"):  # older than 1.23
+            return [name for name, spec in self.inputs.items() if not spec.shape]
+        places = self._session.get_input_memory_infos()
+        return [name for name, place in zip(self.inputs, places, strict=True) if "cpu" in place.name.lower()]
 
     def _bind_inputs(self, feeds: Mapping[str, Value]) -> Any:
         if self._session is None:
@@ -156,30 +193,40 @@ def _check(kind: str, spec: TensorSpec, value: Value) -> None:
         )
 
 
-def _run(session: Any, io: Any) -> None:
+def _run(session: Any, io: Any, options: Any = None) -> None:
     try:
-        session.run_with_iobinding(io)
+        session.run_with_iobinding(io, options)
     except Exception as error:  # onnxruntime's exceptions share no base class of their own
         raise VtpError(f"ONNX Runtime failed while running the graph: {_one_line(error)}") from error
 
 
-def _open_session(path: Path, name: str, threads: int | None) -> Any:
+def _run_options(graph: int) -> Any:
+    """Which recorded CUDA graph a run belongs to; _NO_GRAPH for one that is neither recorded nor replayed."""
+    import onnxruntime as ort
+
+    options = ort.RunOptions()
+    options.add_run_config_entry("gpu_graph_id", str(graph))
+    return options
+
+
+def _open_session(path: Path, name: str, threads: int | None, cuda_graph: bool = False) -> Any:
     import onnxruntime as ort
 
     options = ort.SessionOptions()
     options.log_severity_level = 4  # what goes wrong is raised; a log line as well would be said twice
     if threads:
         options.intra_op_num_threads = threads
-    providers = ["CPUExecutionProvider"]
-    if name == "ort-cuda":
-        providers = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    providers: list[Any] = [_PROVIDERS["ort-cpu"]]
+    if name == CUDA:
+        record_assignment(options)
+        providers.insert(0, (_PROVIDERS[CUDA], {"enable_cuda_graph": "1"} if cuda_graph else {}))
     try:
         session = ort.InferenceSession(str(path), options, providers=providers)
     except Exception as error:  # as above
         raise VtpError(
             f"ONNX Runtime {ort.__version__} cannot load {path.name}: {_one_line(error)}"
         ) from error
-    if session.get_providers()[0] != providers[0]:
+    if session.get_providers()[0] != _PROVIDERS[name]:
         raise VtpError("ONNX Runtime could not start CUDA on this machine; check the driver, or use ort-cpu")
     return session
 

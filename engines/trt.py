@@ -1,6 +1,7 @@
 """Full TensorRT 10 and 11 and TensorRT-RTX 1, which share one Python API: graph file in, engine bytes out.
 
-Knows no cache, no process and no device: `trt_build` adds those. The library is imported where it is used.
+Knows no cache, no process and no device: `trt_build` adds those, `trt_run` runs what was built. The library
+is imported where it is used.
 """
 
 from __future__ import annotations
@@ -18,13 +19,15 @@ from vtp.engines.errors import UsageError, VtpError
 # Engine name -> Python module.
 LIBRARIES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 INSTALL = {
-    "tensorrt": "install TensorRT 10.15 or newer (JetPack brings it; elsewhere: pip install tensorrt)",
+    "tensorrt": "install TensorRT 10.3 or newer (JetPack brings it; elsewhere: pip install tensorrt)",
     "tensorrt-rtx": "pip install 'vtp-edge[trtrtx]'",
 }
 
 Shape = Sequence[int]
 # Input name -> its smallest, most usual and largest shape. Inputs without dynamic axes may be left out.
 Profile = Mapping[str, tuple[Shape, Shape, Shape]]
+# One profile, or several: the widest first, then narrower ones that the engine is tuned for as well.
+Profiles = Profile | Sequence[Profile]
 Step = Callable[[str, int, int], None]  # phase of the builder, steps done, steps in all
 
 
@@ -70,7 +73,7 @@ def load_library(engine: str) -> Any:
 def build_engine(
     path: str | Path,
     engine: str,
-    profile: Profile | None = None,
+    profile: Profiles | None = None,
     options: BuildOptions | None = None,
     timing_cache: bytes = b"",
     step: Step = lambda phase, done, total: None,
@@ -81,13 +84,14 @@ def build_engine(
     that does not fit the graph, a build that fails.
     """
     trt, path, options = load_library(engine), Path(path), options or BuildOptions()
-    log = _log(engine)
+    log = library_log(engine)
     log.clear()
     builder = trt.Builder(log)
     network, parser = _parse(trt, builder, log, path)
     config = builder.create_builder_config()
     _configure(trt, config, options)
-    _add_profile(builder, config, network, profile or {}, path.name)
+    for one in profile_list(profile):
+        _add_profile(builder, config, network, one, path.name)
     cache = _set_timing_cache(engine, config, timing_cache)
     config.progress_monitor = _monitor(engine, step)
     plan = builder.build_serialized_network(network, config)
@@ -99,12 +103,19 @@ def build_engine(
 
 def refused_nodes(path: str | Path, engine: str) -> list[str]:
     """What `engine` does not take of a graph: one line for each node, empty where the whole graph parses."""
-    trt, log = load_library(engine), _log(engine)
+    trt, log = load_library(engine), library_log(engine)
     log.clear()
     builder = trt.Builder(log)
     network = _network(trt, builder)  # held until the end, as the builder: the parser keeps neither alive
     parser = trt.OnnxParser(network, log)
     return [] if parser.parse_from_file(str(path)) else _parse_errors(parser) or [log.reason()]
+
+
+def profile_list(given: Profiles | None) -> list[Profile]:
+    """The profiles that were given, at least one."""
+    if given is None or isinstance(given, Mapping):
+        return [given or {}]
+    return list(given)
 
 
 def _parse(trt: Any, builder: Any, log: Any, path: Path) -> tuple[Any, Any]:
@@ -119,7 +130,7 @@ def _parse(trt: Any, builder: Any, log: Any, path: Path) -> tuple[Any, Any]:
     raise VtpError(
         f"{trt.__name__} {trt.__version__} does not take {path.name}: "
         f"{errors[0] if errors else log.reason()}{more}; "
-        "export the bundle for it with: vtp-export --target tensorrt"
+        "export the bundle for it with: vtp-export --target tensorrt, or jetpack6 for TensorRT before 10.15"
     )
 
 
@@ -192,7 +203,7 @@ def _set_timing_cache(engine: str, config: Any, content: bytes) -> Any:
 
 
 @lru_cache(maxsize=len(LIBRARIES))
-def _log(engine: str) -> Any:
+def library_log(engine: str) -> Any:
     """The logger of a library, one for the process as TensorRT wants it; prints nothing, keeps the errors."""
     trt = load_library(engine)
     base: Any = trt.ILogger

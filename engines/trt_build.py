@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from vtp.engines.errors import VtpError
 from vtp.engines.files import sha256
 from vtp.engines.graph_file import read_graph
 from vtp.engines.graph_memory import graph_memory
-from vtp.engines.trt import BuildOptions, Profile, Step, build_engine, load_library
+from vtp.engines.trt import BuildOptions, Profiles, Step, build_engine, load_library, profile_list
 
 PLAN, STAMP = ".plan", ".json"
 ANY_SM = "any"  # a TensorRT-RTX engine is finished on the device that runs it
@@ -41,6 +41,7 @@ class Stamp:
 
     graph      sha256 over the graph file and the weights it refers to
     settings   what else changes the engine: profile and options
+    gate       how it compared with ONNX Runtime, and on which device; empty: never compared
     """
 
     engine: str
@@ -50,6 +51,7 @@ class Stamp:
     settings: str
     bytes: int
     sha256: str
+    gate: dict[str, Any] = field(default_factory=dict)
 
     @property
     def key(self) -> str:
@@ -85,14 +87,14 @@ class BuildMemory:
 
 
 def estimate_build(
-    path: str | Path, engine: str, profile: Profile | None = None, options: BuildOptions | None = None
+    path: str | Path, engine: str, profile: Profiles | None = None, options: BuildOptions | None = None
 ) -> BuildMemory:
     """What building a graph takes.
 
     On the host three times its weights; on the GPU, where full TensorRT times every kernel, the weights,
     the largest tensors and the workspace.
     """
-    found = graph_memory(path, _largest_axes(path, profile or {}))
+    found = graph_memory(path, _largest_axes(path, profile))
     device = found.weights + found.activations + (options or BuildOptions()).workspace
     host = _COPIES * found.weights + _BESIDE
     return BuildMemory(host, 0 if engine == "tensorrt-rtx" else device, found.weights)
@@ -102,7 +104,7 @@ def store_engine(
     path: str | Path,
     engine: str,
     folder: str | Path,
-    profile: Profile | None = None,
+    profile: Profiles | None = None,
     options: BuildOptions | None = None,
     room: Room | None = None,
     step: Step = lambda phase, done, total: None,
@@ -115,7 +117,7 @@ def store_engine(
     """
     path, folder, options = Path(path), Path(folder), options or BuildOptions()
     version = load_library(engine).__version__
-    settings = _digest([_plain(profile or {}), dataclasses.asdict(options)])
+    settings = _digest([_plain(profile), dataclasses.asdict(options)])
     wanted = Stamp(engine, version, device_sm(engine, cuda), graph_hash(path), settings, 0, "")
     target = folder / f"{path.stem}-{wanted.key}{PLAN}"
     with contextlib.suppress(VtpError):  # not there, or not whole: a build that was interrupted
@@ -124,7 +126,7 @@ def store_engine(
         _check_room(path.name, estimate_build(path, engine, profile, options), room)
     folder.mkdir(parents=True, exist_ok=True)
     _remove_partial(folder, target.name)
-    stamp = _build_aside(path, target, profile or {}, options, wanted, step)
+    stamp = _build_aside(path, target, profile, options, wanted, step)
     return StoredEngine(target, stamp, True)
 
 
@@ -162,6 +164,61 @@ def check_engine(
     return stamp
 
 
+def find_engine(
+    graph: str | Path,
+    engine: str,
+    folder: str | Path,
+    rebuild: str,
+    known: Mapping[str, str] | None = None,
+    cuda: Callable[[], CudaProbe] = probe_cuda,
+) -> tuple[Path, Stamp]:
+    """The engine of a graph in `folder` that can run here, now, the newest of several; compared or not.
+
+    `known` are sha256 of the graph's files, where somebody has them; `rebuild` the command that builds.
+    Raises VtpError: none was built, or why those that were cannot run.
+    """
+    graph = Path(graph)
+    wanted, problem = graph_hash(graph, known), ""
+    plans = sorted(Path(folder).glob(f"{graph.stem}-*{PLAN}"), key=lambda path: -path.stat().st_mtime)
+    for plan in plans:
+        try:
+            return plan, check_engine(plan, engine, rebuild, wanted, cuda=cuda)
+        except VtpError as error:
+            problem = problem or str(error)
+    raise VtpError(problem or f"no {engine} engine of {graph.name} in {folder}; build it with: {rebuild}")
+
+
+def set_gate(path: str | Path, gate: Mapping[str, Any]) -> Stamp:
+    """Note beside an engine how it compared with ONNX Runtime; returns the new stamp."""
+    path = Path(path)
+    stamp = dataclasses.replace(read_stamp(path), gate=dict(gate))
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_text(json.dumps(dataclasses.asdict(stamp), indent=1), encoding="utf-8")
+        part.replace(path.with_suffix(STAMP))
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise VtpError(f"cannot write beside {path}: {error.strerror or error}") from error
+    return stamp
+
+
+def check_gate(
+    path: str | Path, stamp: Stamp, rebuild: str, cuda: Callable[[], CudaProbe] = probe_cuda
+) -> None:
+    """Refuse an engine that was not found equal to ONNX Runtime on this device."""
+    name, gate, found = Path(path).name, stamp.gate, cuda()
+    here = found.devices[0].name if found.devices else "no GPU"
+    if not gate:
+        raise VtpError(f"engine {name} was never compared with ONNX Runtime; compare it with: {rebuild}")
+    if gate.get("device") != here:
+        raise VtpError(
+            f"engine {name} was compared with ONNX Runtime on {gate.get('device')}, this is {here}; "
+            f"compare it here with: {rebuild}"
+        )
+    if not gate.get("passed"):
+        raise VtpError(f"engine {name} does not answer as ONNX Runtime does: {gate.get('note')}")
+
+
 def read_stamp(path: str | Path) -> Stamp:
     """The stamp beside an engine file, held against the file's size. VtpError where either is not whole."""
     path = Path(path)
@@ -188,23 +245,23 @@ def device_sm(engine: str, cuda: Callable[[], CudaProbe] = probe_cuda) -> str:
     return found.devices[0].sm
 
 
-def graph_hash(path: str | Path) -> str:
-    """sha256 over a graph file and every file of weights it refers to."""
-    path = Path(path)
+def graph_hash(path: str | Path, known: Mapping[str, str] | None = None) -> str:
+    """sha256 over a graph file and every file of weights it refers to; `known` saves reading them."""
+    path, known = Path(path), known or {}
     digest = hashlib.sha256()
     places = {weight.place[0] for weight in read_graph(path).weights.values() if weight.place}
     for file in (path, *(path.parent / name for name in sorted(places))):
         try:
-            digest.update(sha256(file).encode())
+            digest.update((known.get(file.name) or sha256(file)).encode())
         except OSError as error:
             raise VtpError(f"cannot read {file}: {error.strerror or error}") from error
     return digest.hexdigest()
 
 
-def _largest_axes(path: str | Path, profile: Profile) -> dict[str, int]:
-    """Names of dynamic axes with their largest size in the profile."""
+def _largest_axes(path: str | Path, profiles: Profiles | None) -> dict[str, int]:
+    """Names of dynamic axes with their largest size in any profile."""
     graph, axes = read_graph(path), dict[str, int]()
-    for name, shapes in profile.items():
+    for name, shapes in (item for profile in profile_list(profiles) for item in profile.items()):
         tensor = graph.tensors.get(name)
         for axis, size in zip(tensor.shape if tensor else (), shapes[2], strict=False):
             if isinstance(axis, str):
@@ -228,7 +285,7 @@ def _check_room(name: str, needs: BuildMemory, room: Room) -> None:
 
 
 def _build_aside(
-    path: Path, target: Path, profile: Profile, options: BuildOptions, wanted: Stamp, step: Step
+    path: Path, target: Path, profile: Profiles | None, options: BuildOptions, wanted: Stamp, step: Step
 ) -> Stamp:
     """Build into a hidden file, then swap in: first the engine, then the stamp that makes it count."""
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
@@ -321,8 +378,11 @@ def _obituary(name: str, code: int, said: str) -> str:
     return f"building {name} ended without an engine ({how}){': ' + said if said else ''}"
 
 
-def _plain(profile: Profile) -> dict[str, list[list[int]]]:
-    return {name: [list(shape) for shape in shapes] for name, shapes in sorted(profile.items())}
+def _plain(profiles: Profiles | None) -> list[dict[str, list[list[int]]]]:
+    return [
+        {name: [list(shape) for shape in shapes] for name, shapes in sorted(profile.items())}
+        for profile in profile_list(profiles)
+    ]
 
 
 def _digest(data: Any) -> str:

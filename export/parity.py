@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from vtp.engines import Value, VtpError
@@ -27,11 +26,11 @@ from vtp.export.reference import ReferenceAnswer, reference_generate
 from vtp.runtime.bundle import Bundle
 from vtp.runtime.preprocess import preprocess
 from vtp.runtime.result import Timings
+from vtp.runtime.sample import PROMPT, sample_picture
 from vtp.runtime.stages import StageRunner
 from vtp.runtime.text import Prompter
 
 STEPS = 16
-PROMPT = "What is in the picture?"
 # Largest difference allowed: absolute for float32; relative to the largest value for float16.
 TOLERANCE = {"float32": 1e-3, "float16": 2e-2}
 
@@ -81,19 +80,6 @@ def _case(bundle: Bundle, model: Checkpoint) -> _Case:
     expanded = [*prompt.ids[:start], *model.family.picture_ids, *prompt.ids[start + width :]]
     dtype = bundle.manifest.graphs["vision_encoder.onnx"].inputs["pixel_values"].dtype
     return _Case(pixels.astype(dtype), prompt.ids, start, torch.tensor([expanded]))
-
-
-def sample_picture(size: tuple[int, int]) -> Image.Image:
-    """A picture that no two patches of are alike: smooth colour, noise and some edges; always the same."""
-    height, width = size
-    rng = np.random.default_rng(20260501)
-    y, x = np.mgrid[0:height, 0:width] / max(size)
-    waves = np.stack([np.sin(7 * x + 3 * y), np.cos(5 * y - 2 * x), np.sin(9 * x * y + 1)], axis=-1)
-    picture = 128 + 80 * waves + rng.normal(0, 18, (height, width, 3))
-    for _ in range(8):
-        top, left = rng.integers(0, height - height // 6), rng.integers(0, width - width // 6)
-        picture[top : top + height // 6, left : left + width // 6] = rng.integers(0, 256, 3)
-    return Image.fromarray(picture.clip(0, 255).astype(np.uint8))
 
 
 # -- graph by graph ------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""vtp-build: TensorRT engines of every graph of a bundle, built on the device that will run them."""
+"""vtp-build: TensorRT engines of every graph of a bundle, built and compared on the device that runs them."""
 
 from __future__ import annotations
 
@@ -7,20 +7,25 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+from vtp.engines import open_graph
 from vtp.engines.errors import UsageError, VtpError
 from vtp.engines.trt import LIBRARIES, BuildOptions, Profile
-from vtp.engines.trt_build import Room, StoredEngine, store_engine
+from vtp.engines.trt_build import Room, StoredEngine, set_gate, store_engine
 from vtp.runtime.bundle import Bundle, open_bundle
 from vtp.runtime.console import Parser, Progress, run_command, table
+from vtp.runtime.gate import run_gate
+from vtp.runtime.images import load_image
 from vtp.runtime.machine import Machine, look
 from vtp.runtime.manifest import GraphInfo
+from vtp.runtime.opening import ENGINES
+from vtp.runtime.sample import PROMPT
 
 PROG = "vtp-build"
 TARGETS = ("tensorrt", "jetpack6")  # those whose graphs TensorRT takes
-FOLDER = "engines"  # within the bundle, unless said otherwise
 _QUIET = 2.0  # seconds between two lines about one build
 
 
@@ -37,10 +42,13 @@ def build_parser() -> argparse.ArgumentParser:
     """The flags of vtp-build."""
     parser = Parser(prog=PROG, description="Build a bundle's graphs with TensorRT, on the device itself.")
     add = parser.add_argument
-    add("bundle", metavar="BUNDLE", help="a folder that vtp-export --target tensorrt made")
+    add("bundle", metavar="BUNDLE", help=f"a folder that vtp-export --target {' or '.join(TARGETS)} made")
     add("--engine", required=True, metavar="NAME", help=f"one of {', '.join(LIBRARIES)}")
-    add("-o", "--output", metavar="DIR", help=f"where engines are kept (default: BUNDLE/{FOLDER})")
+    add("-o", "--output", metavar="DIR", help=f"where engines are kept (default: BUNDLE/{ENGINES})")
     add("--workspace-mb", metavar="N", default="1024", help="memory for one layer (default: %(default)s)")
+    add("--image", metavar="FILE", help="picture to compare engines on (default: one that is drawn)")
+    add("--prompt", metavar="TEXT", default=PROMPT, help="prompt to compare engines on")
+    add("--again", action="store_true", help="compare engines again that were compared on this GPU")
     add("--json", action="store_true", help="print one JSON object")
     add("--debug", action="store_true", help="show tracebacks")
     return parser
@@ -57,24 +65,35 @@ def _run(args: argparse.Namespace) -> None:
         raise UsageError(f"unknown engine '{args.engine}'; choose one of {', '.join(LIBRARIES)}")
     if not (args.workspace_mb.isascii() and args.workspace_mb.isdecimal()):
         raise UsageError(f"workspace-mb '{args.workspace_mb}' is not a whole number")
-    bundle = open_bundle(args.bundle)
-    folder = Path(args.output) if args.output else bundle.folder / FOLDER
+    bundle, machine = open_bundle(args.bundle), look()
+    picture = load_image(args.image) if args.image else None
+    folder = Path(args.output) if args.output else bundle.folder / ENGINES
     options, progress = BuildOptions(workspace=int(args.workspace_mb) << 20), Progress()
     try:
-        made = build_bundle(bundle, args.engine, folder, options, _room(look()), progress.step)
+        made = build_bundle(bundle, args.engine, folder, options, _room(machine), progress.step)
+        made = compare_bundle(
+            bundle, args.engine, made, machine, progress.step, picture, args.prompt, args.again
+        )
     finally:
         progress.end()
-    rows = [
-        {
-            "graph": one.file,
-            "engine": str(one.engine.path),
-            "bytes": one.engine.stamp.bytes,
-            "built": one.engine.built,
-            "seconds": round(one.seconds, 1),
-        }
-        for one in made
-    ]
-    print(json.dumps({"engines": rows, "checked": False}, indent=1) if args.json else _report(rows, folder))
+    rows = [_row(one) for one in made]
+    checked = all(row["gate"] for row in rows)
+    print(json.dumps({"engines": rows, "checked": checked}, indent=1) if args.json else _report(rows, folder))
+    failed = [row for row in rows if row["gate"] and not row["gate"]["passed"]]
+    if failed:
+        reason = failed[0]["gate"]["note"]
+        raise VtpError(f"the engine of {failed[0]['graph']} does not answer as ONNX Runtime does: {reason}")
+
+
+def _row(one: BuiltGraph) -> dict[str, Any]:
+    return {
+        "graph": one.file,
+        "engine": str(one.engine.path),
+        "bytes": one.engine.stamp.bytes,
+        "built": one.engine.built,
+        "seconds": round(one.seconds, 1),
+        "gate": one.engine.stamp.gate,
+    }
 
 
 def build_bundle(
@@ -100,10 +119,54 @@ def build_bundle(
         say(f"build {file}")
         started = time.monotonic()
         stored = store_engine(
-            bundle.path(file), engine, folder, profile_of(graph), options, room, _Teller(file, say)
+            bundle.path(file), engine, folder, profiles_of(graph), options, room, _Teller(file, say)
         )
         made.append(BuiltGraph(file, stored, time.monotonic() - started if stored.built else 0.0))
     return made
+
+
+def compare_bundle(
+    bundle: Bundle,
+    engine: str,
+    made: list[BuiltGraph],
+    machine: Machine,
+    say: Callable[[str], None] = lambda line: None,
+    picture: Any = None,
+    prompt: str = PROMPT,
+    again: bool = False,
+) -> list[BuiltGraph]:
+    """Hold engines against ONNX Runtime and stamp them; as they were where there is no GPU to run them.
+
+    Nothing is run where all were compared on this GPU before, unless `again`.
+    """
+    if not machine.cuda.devices:
+        return made
+    device = machine.cuda.devices[0].name
+    if not again and all(one.engine.stamp.gate.get("device") == device for one in made):
+        return made
+    plans = {one.file: one.engine.path for one in made}
+    verdicts = run_gate(
+        bundle,
+        lambda file: open_graph(bundle.path(file), engine, plan=plans[file]),
+        picture,
+        prompt,
+        say,
+    )
+    return [
+        replace(one, engine=replace(one.engine, stamp=set_gate(one.engine.path, gate)))
+        for one in made
+        if (gate := verdicts[one.file].to_gate(device))
+    ]
+
+
+def profiles_of(graph: GraphInfo) -> list[Profile]:
+    """The profiles of a graph: its whole range, and for a graph with a cache single steps as well."""
+    whole = profile_of(graph)
+    if graph.kv is None:
+        return [whole]
+    axes = {name: [1, 1, 1] for name in graph.axes}
+    step = {name: (_shape(tensor.shape, axes, 0),) * 3 for name, tensor in graph.inputs.items()}
+    return [whole, step]
 
 
 def profile_of(graph: GraphInfo) -> Profile:
@@ -144,13 +207,28 @@ class _Teller:
 
 def _report(rows: list[dict], folder: Path) -> str:
     lines = [
-        [row["graph"], f"{row['bytes'] / 1e6:.1f}", f"{row['seconds']:.1f}" if row["built"] else "kept"]
+        [
+            row["graph"],
+            f"{row['bytes'] / 1e6:.1f}",
+            f"{row['seconds']:.1f}" if row["built"] else "kept",
+            *_compared(row["gate"]),
+        ]
         for row in rows
     ]
-    return (
-        f"{table(['graph', 'MB', 'seconds'], lines)}\n\nengines are in {folder}\n"
-        "not run: this vtp builds TensorRT engines and does not run them yet"
-    )
+    header = ["graph", "MB", "seconds", "cosine", "difference", "usable"]
+    text = f"{table(header, lines)}\n\nengines are in {folder}"
+    if not all(row["gate"] for row in rows):
+        text += (
+            "\nnot compared: no GPU here to run them; an engine runs only after this command has held it "
+            "against ONNX Runtime on the device"
+        )
+    return text
+
+
+def _compared(gate: dict[str, Any]) -> list[str]:
+    if not gate:
+        return ["not compared", "", "no"]
+    return [f"{gate['cosine']:.6f}", f"{gate['max_difference']:.4f}", "yes" if gate["passed"] else "no"]
 
 
 if __name__ == "__main__":

@@ -9,9 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vtp.engines import UsageError, engine_names
+from vtp.engines.trt import LIBRARIES
 from vtp.runtime.console import Parser, run_command, table
 from vtp.runtime.images import load_image
 from vtp.runtime.kept import check_one_view, check_picture_path, save_picture, show_kept
+from vtp.runtime.opening import NEVER_RUN, Opening
 from vtp.runtime.pipeline import DEFAULT_NEW_TOKENS, Pipeline, Stream
 from vtp.runtime.result import Result
 
@@ -38,6 +40,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--seed", metavar="N", help="makes sampling repeatable")
     add("--stop", action="append", default=[], metavar="TEXT", help="end the answer before this text")
     add("--threads", metavar="N", help="CPU threads (default: all cores)")
+    add("--engines", metavar="DIR", help="where vtp-build -o put TensorRT engines (default: in the bundle)")
+    add("--allow-cpu-nodes", action="store_true", help="on CUDA, go on where nodes are left to the CPU")
+    add("--cuda-graph", action="store_true", help="on CUDA, replay single steps as a CUDA graph")
     add("--show-kept", metavar="OUT.png", help="write the picture with the dropped patches dimmed")
     add("--check-hashes", action="store_true", help="compare every file's sha256 with the manifest first")
     add("--json", action="store_true", help="print one JSON object")
@@ -55,7 +60,10 @@ def _run(args: argparse.Namespace) -> None:
     if args.show_kept:
         check_picture_path(args.show_kept)
     threads = None if args.threads is None else _whole("threads", args.threads)
-    with Pipeline.load(args.bundle, args.engine, threads, args.check_hashes) as pipe:
+    opening = Opening(Path(args.engines) if args.engines else None, args.allow_cpu_nodes, args.cuda_graph)
+    with Pipeline.load(args.bundle, args.engine, threads, args.check_hashes, opening=opening) as pipe:
+        if pipe.engine in LIBRARIES:
+            print(f"{PROG}: note: {NEVER_RUN}", file=sys.stderr)
         if args.show_kept:
             check_one_view(pipe.manifest.image)
         image = load_image(args.image)

@@ -45,7 +45,7 @@ def examine(machine: Machine, bundle: Bundle | None = None, engines: list[Decisi
     """The report as data. `engines` are the decisions for the bundle's dtype (None: asked here)."""
     dtype = bundle.manifest.dtype if bundle else None
     if engines is None:
-        target = bundle.manifest.target if bundle else "ort"
+        target = bundle.manifest.target if bundle else None
         engines = judge_engines(dtype, cuda=lambda: machine.cuda, target=target)
     report: dict[str, Any] = {
         "machine": dataclasses.asdict(machine),

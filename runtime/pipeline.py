@@ -16,6 +16,7 @@ from PIL import Image
 from vtp.engines import AUTO, Choice, UsageError, VtpError, choose_engine
 from vtp.runtime.bundle import Bundle, open_bundle
 from vtp.runtime.images import ImageSource, load_image
+from vtp.runtime.opening import Opening
 from vtp.runtime.preprocess import preprocess
 from vtp.runtime.result import Result, Timings, VisualTokens
 from vtp.runtime.sampling import Sampler
@@ -49,7 +50,12 @@ class Pipeline:
     """
 
     def __init__(
-        self, bundle: Bundle, choice: Choice, threads: int | None = None, reuse_image: bool = False
+        self,
+        bundle: Bundle,
+        choice: Choice,
+        threads: int | None = None,
+        reuse_image: bool = False,
+        opening: Opening | None = None,
     ) -> None:
         """Open every graph of a verified bundle; most users call `Pipeline.load`."""
         self.bundle = bundle
@@ -57,7 +63,7 @@ class Pipeline:
         self.engine = choice.engine
         self.decisions = choice.decisions
         self._prompter = Prompter(self.manifest.text, bundle.path("tokenizer.json"))
-        self._runner: StageRunner | None = StageRunner(bundle, choice.engine, threads)
+        self._runner: StageRunner | None = StageRunner(bundle, choice.engine, threads, opening)
         self._busy = threading.Lock()
         self._reuse_image = reuse_image
         self._last_pixels: np.ndarray | None = None
@@ -71,6 +77,7 @@ class Pipeline:
         threads: int | None = None,
         check_hashes: bool = False,
         reuse_image: bool = False,
+        opening: Opening | None = None,
     ) -> Pipeline:
         """Open a bundle folder.
 
@@ -79,6 +86,7 @@ class Pipeline:
         check_hashes  also compare every file's sha256 with the manifest (reads all weights)
         reuse_image   keep what the image stages gave, for a next prompt about the very same picture (their
                       timings are then near 0; off by default, so that timings mean what they say)
+        opening       where TensorRT's engines lie, and what CUDA may do (see `Opening`)
 
         Raises VtpError for a bundle that is damaged or cannot run here, UsageError for a bad argument.
         """
@@ -86,7 +94,7 @@ class Pipeline:
         opened = open_bundle(bundle, check_hashes)
         manifest = opened.manifest
         choice = choose_engine(engine, manifest.dtype, target=manifest.target)
-        return cls(opened, choice, threads, reuse_image)
+        return cls(opened, choice, threads, reuse_image, opening)
 
     def generate(
         self,

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vtp.engines import Binding, Engine, Value, VtpError, open_graph
+from vtp.engines import Binding, Engine, Value, VtpError
 from vtp.runtime.bundle import Bundle
 from vtp.runtime.manifest import GraphInfo, KvInfo, StageInfo, TensorInfo
+from vtp.runtime.opening import Opening, open_stage
 from vtp.runtime.result import Timings
 
 # What image stages gave for one picture: (file, keep-count or None) -> pipeline name -> value.
@@ -105,10 +106,13 @@ def _single(tensor: TensorInfo) -> list[int]:
 class StageRunner:
     """All stages of an opened bundle: graphs opened once, one cache per decoder graph, bindings per keep."""
 
-    def __init__(self, bundle: Bundle, engine: str, threads: int | None) -> None:
+    def __init__(
+        self, bundle: Bundle, engine: str, threads: int | None, opening: Opening | None = None
+    ) -> None:
         self._bundle = bundle
         self._engine = engine
         self._threads = threads
+        self._opening = opening
         self._engines: dict[str, Engine] = {}
         self._caches: dict[str, KvCache] = {}
         self._steps: dict[int, tuple[dict[str, Value], list[tuple[Stage, Binding]]]] = {}
@@ -221,7 +225,7 @@ class StageRunner:
     def _open(self, file: str) -> None:
         if file in self._engines:
             return
-        engine = open_graph(self._bundle.path(file), self._engine, self._threads)
+        engine = open_stage(self._bundle, file, self._engine, self._threads, self._opening)
         graph = self._bundle.manifest.graphs[file]
         _compare(file, "input", graph.inputs, engine.inputs)
         _compare(file, "output", graph.outputs, engine.outputs)

@@ -34,6 +34,7 @@ BUNDLES: dict[str, tuple[str, dict[str, Any]]] = {
     "adaptprune": ("gqa", {"method": "adaptprune", "keep_tokens": "4,7"}),
     "fastv": ("gqa", {"method": "fastv", "keep_tokens": "5"}),
     "float16": ("gqa", {"method": "vispruner", "keep_tokens": "6", "dtype": "float16"}),
+    "jetpack6": ("gqa", {"method": "adaptprune", "keep_tokens": "5", "target": "jetpack6"}),
     "mha": ("mha", {"method": "none"}),
     "qwen2": ("qwen2", {"method": "none"}),
     "mistral": ("mistral", {"method": "none"}),

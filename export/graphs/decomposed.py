@@ -16,7 +16,6 @@ from vtp.export.graphs.attention import Attending
 from vtp.export.graphs.fixed_cache import decomposed, on_fixed_cache
 
 
-
 def write_rows(cache: Tensor, new: Tensor, start: Tensor) -> Tensor:
     """ScatterElements along the places of the cache; see `fixed_cache.Write`."""
     places = start.view(-1, 1, 1, 1) + torch.arange(new.shape[2]).view(1, 1, -1, 1)

@@ -21,11 +21,11 @@ def lower(model: ir.Model, opset: int) -> None:
 
 
 def _clip_by_elements(graph: ir.Graph, clip: ir.Node) -> None:
-    bounds = zip(("Max", "Min"), clip.inputs[1:], strict=False)
     nodes: list[ir.Node] = []
-    value = clip.inputs[0]
-    for operator, bound in bounds:
+    value, *bounds = clip.inputs
+    for operator, bound in zip(("Max", "Min"), bounds, strict=False):
         if bound is not None:
             nodes.append(ir.node(operator, [value, bound], name=f"{clip.name}/{operator}"))
             value = nodes[-1].outputs[0]
+    assert value is not None  # Clip's first input is no optional one
     ir.convenience.replace_nodes_and_values(graph, clip, [clip], nodes, clip.outputs, [value])

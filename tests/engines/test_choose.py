@@ -11,6 +11,8 @@ from vtp.engines import AUTO, UsageError, VtpError, choose_engine, engine_names,
 from vtp.engines.choose import installed_providers
 from vtp.engines.cuda import CudaDevice, CudaProbe
 
+from .fake_trt import install
+
 CPU = ["CPUExecutionProvider"]
 GPU = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
 
@@ -70,12 +72,35 @@ def test_judging_all_engines_raises_nothing() -> None:
     assert [(one.engine, one.accepted) for one in judge_engines("float16", probe(GPU), orin)] == [
         ("ort-cuda", True),
         ("ort-cpu", True),
+        ("tensorrt", False),
+        ("tensorrt-rtx", False),
     ]
 
     def broken() -> list[str]:
         raise VtpError("does not import")
 
     assert {one.reason for one in judge_engines(probe=broken)} == {"does not import"}
+
+
+def test_tensorrt_runs_bundles_made_for_it_where_library_and_gpu_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(VtpError, match="'tensorrt' cannot run here: tensorrt is not installed: install Ten"):
+        choose_engine("tensorrt", "float16", probe(CPU), orin, "jetpack6")
+    install(monkeypatch)
+    for target in ("tensorrt", "jetpack6"):
+        choice = choose_engine("tensorrt", "float16", probe(None), orin, target)
+        assert choice.decisions[0].reason == "tensorrt 10.3.0, and a Orin (SM 8.7)"
+    with pytest.raises(VtpError, match=r"does not run target 'ort'; export .* with --target tensorrt"):
+        choose_engine("tensorrt", "float16", probe(CPU), orin, "ort")
+    with pytest.raises(VtpError, match=r"'tensorrt' cannot run here: the driver finds no GPU; .*ort-cpu"):
+        choose_engine("tensorrt", "float16", probe(CPU), no_gpu, "tensorrt")
+
+
+def test_auto_leaves_tensorrt_alone_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch)
+    choice = choose_engine(AUTO, "float16", probe(CPU), orin, "tensorrt")
+    assert choice.engine == "ort-cpu"
+    said = {one.engine: one.reason for one in choice.decisions}
+    assert said["tensorrt"] == "its code never ran on a GPU yet: only by name, --engine tensorrt"
 
 
 def test_auto_leaves_float32_to_the_cpu() -> None:

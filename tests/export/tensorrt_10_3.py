@@ -18,27 +18,33 @@ TOP_K = 3840  # most that TopK gives
 
 _FLOATS = {"FLOAT", "FLOAT16", "BFLOAT16"}
 _NUMBERS = _FLOATS | {"INT32", "INT64"}
-_ALL = _NUMBERS | {"BOOL"}
+_TRUTHS = {"BOOL"}
+_ALL = _NUMBERS | _TRUTHS
+
+
+def _each(names: str, kinds: set[str]) -> dict[str, set[str]]:
+    return dict.fromkeys(names.split(), kinds)
+
 
 OPERATORS: dict[str, set[str]] = {
-    **dict.fromkeys(
+    **_each(
         "Abs Add ArgMax ArgMin Div Equal Greater GreaterOrEqual IsNaN Less LessOrEqual Max Min Mod Mul Neg "
         "Range ReduceL1 ReduceL2 ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum ReduceSumSquare Relu "
-        "ScatterElements ScatterND Sign Sub Sum TopK Pad".split(),
+        "ScatterElements ScatterND Sign Sub Sum TopK Pad",
         _NUMBERS,
     ),
-    **dict.fromkeys(
+    **_each(
         "AveragePool BatchNormalization Ceil Clip Conv ConvTranspose Cos CumSum Einsum Elu Erf Exp Floor "
-        "Gemm HardSigmoid HardSwish IsInf LayerNormalization Log LogSoftmax MatMul Pow Reciprocal Resize Round "
-        "Sigmoid Sin Softmax Softplus Sqrt Tan Tanh".split(),
+        "Gemm HardSigmoid HardSwish IsInf LayerNormalization Log LogSoftmax MatMul Pow Reciprocal Resize "
+        "Round Sigmoid Sin Softmax Softplus Sqrt Tan Tanh",
         _FLOATS,
     ),
-    **dict.fromkeys(
+    **_each(
         "Concat Constant Expand Flatten Gather GatherElements GatherND Identity OneHot Reshape Shape Slice "
-        "Split Squeeze Tile Transpose Trilu Unsqueeze Where".split(),
+        "Split Squeeze Tile Transpose Trilu Unsqueeze Where",
         _ALL,
     ),
-    **dict.fromkeys(["And", "Not", "Or", "Xor"], {"BOOL"}),
+    **_each("And Not Or Xor", _TRUTHS),
     "Cast": _ALL | {"UINT8"},
     "ConstantOfShape": {"FLOAT"},
     "DequantizeLinear": {"INT8", "FLOAT8E4M3FN", "INT4"},
@@ -47,7 +53,7 @@ OPERATORS: dict[str, set[str]] = {
 }
 # Operators with an input (its place) that must be a constant of the graph.
 _CONSTANT = {"Squeeze": 1, "Unsqueeze": 1, "CumSum": 1, "Pad": 3, "OneHot": 1}
-_CONSTANT |= {name: 1 for name in OPERATORS if name.startswith("Reduce")}
+_CONSTANT |= dict.fromkeys((name for name in OPERATORS if name.startswith("Reduce")), 1)
 # The input whose dtype is the node's, where it is not the first.
 _DATA = {"Where": 1, "OneHot": 2}
 
@@ -92,7 +98,9 @@ def _problems(node: NodeProto, known: _Known) -> list[str]:
     kinds, found = OPERATORS[node.op_type], []
     if node.op_type in ("Constant", "ConstantOfShape"):
         named = {item.name: item for item in node.attribute}
-        seen = {TensorProto.DataType.Name(item.t.data_type) for name, item in named.items() if name == "value"}
+        seen = {
+            TensorProto.DataType.Name(item.t.data_type) for name, item in named.items() if name == "value"
+        }
     else:
         seen = {known.kinds.get(node.input[_DATA.get(node.op_type, 0)], "unknown")}
     if node.op_type == "Cast":

@@ -121,7 +121,9 @@ def test_the_list_refuses_what_the_newer_target_writes(bundle_of: Get) -> None:
 def test_every_method_is_in_the_list(tmp_path: Path, method: str) -> None:
     """Whole bundles of eight layers: methods that act at several depths, with all their cues."""
     save_tiny(tmp_path / "model", layers=8, vision_layers=2)
-    wish = Request(tmp_path / "bundle", str(tmp_path / "model"), method, "5", target="jetpack6", max_length=64)
+    wish = Request(
+        tmp_path / "bundle", str(tmp_path / "model"), method, "5", target="jetpack6", max_length=64
+    )
     assert [line for path in export(wish).folder.glob("*.onnx") for line in refused(path)] == []
 
 
@@ -155,7 +157,9 @@ def test_integers_are_clipped_by_elements(tmp_path: Path) -> None:
     inputs = [GraphInput("x", torch.arange(6)), GraphInput("y", torch.ones(2))]
     spec = GraphSpec("clipped", Clipped(), inputs, ["a", "b", "c", "d"])
     path = emit(spec, WeightStore(tmp_path), 20)
-    assert [node.op for node in read_graph(path).nodes if node.op in ("Clip", "Max", "Min")].count("Clip") == 1
+    assert [node.op for node in read_graph(path).nodes if node.op in ("Clip", "Max", "Min")].count(
+        "Clip"
+    ) == 1
     engine = OrtEngine(path)
     given = {"x": engine.put(np.arange(-2, 4)), "y": engine.put(np.array([-1, 2], np.float32))}
     found = {name: value.numpy().tolist() for name, value in engine.run(given).items()}

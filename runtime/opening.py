@@ -1,0 +1,61 @@
+"""Opens a bundle's graphs: the file itself with ONNX Runtime, what vtp-build made of it with TensorRT."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from vtp.engines import Engine, open_graph
+from vtp.engines.trt import LIBRARIES
+from vtp.runtime.bundle import Bundle
+
+NEVER_RUN = (
+    "the code that runs TensorRT engines was never run on a GPU by those who wrote it; "
+    "every engine was compared with ONNX Runtime on this machine"
+)
+ENGINES = "engines"  # folder within the bundle where vtp-build keeps engines, unless told otherwise
+
+
+@dataclass(frozen=True)
+class Opening:
+    """How graphs are opened.
+
+    engines           folder of built TensorRT engines; None: within the bundle
+    allow_cpu_nodes   on CUDA, go on where nodes are left to the CPU
+    cuda_graph        on CUDA, record single steps as a CUDA graph and replay it
+    """
+
+    engines: Path | None = None
+    allow_cpu_nodes: bool = False
+    cuda_graph: bool = False
+
+
+def open_stage(
+    bundle: Bundle, file: str, engine: str, threads: int | None = None, how: Opening | None = None
+) -> Engine:
+    """Open one graph of a bundle.
+
+    Raises VtpError for what cannot be opened; for TensorRT: nothing built, built for something else, cut off,
+    never compared with ONNX Runtime here, or found to differ.
+    """
+    how = how or Opening()
+    if engine not in LIBRARIES:
+        return open_graph(
+            bundle.path(file),
+            engine,
+            threads,
+            allow_cpu_nodes=how.allow_cpu_nodes,
+            cuda_graph=how.cuda_graph,
+        )
+    from vtp.engines.trt_build import check_gate, find_engine
+
+    folder, rebuild = how.engines or bundle.folder / ENGINES, build_command(bundle, engine, how.engines)
+    known = {name: info.sha256 for name, info in bundle.manifest.files.items()}
+    plan, stamp = find_engine(bundle.path(file), engine, folder, rebuild, known)
+    check_gate(plan, stamp, rebuild)
+    return open_graph(bundle.path(file), engine, plan=plan)
+
+
+def build_command(bundle: Bundle, engine: str, folder: Path | None = None) -> str:
+    """What a user types to build and compare a bundle's engines."""
+    return f"vtp-build {bundle.folder} --engine {engine}" + (f" -o {folder}" if folder else "")

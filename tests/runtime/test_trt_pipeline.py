@@ -1,0 +1,226 @@
+"""A bundle on TensorRT engines, refused, compared, answering; the library and the GPU are stand-ins."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from vtp.engines import VtpError
+from vtp.engines.trt_build import read_stamp, set_gate
+from vtp.runtime import Pipeline, build, cli
+from vtp.runtime.bundle import Bundle, open_bundle
+from vtp.runtime.gate import Case, Verdict, cases, compare
+from vtp.runtime.opening import Opening
+
+from ..engines.fake_trt import FakeMemory, install, install_gpu, store
+
+ENGINE = "tensorrt"
+PROMPT = "what color is the star ?"
+
+
+@pytest.fixture(scope="module")
+def bundle(exported: Callable[[str], Any], tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """Its own copy: engines are built into it."""
+    folder = tmp_path_factory.mktemp("trt") / "bundle"
+    shutil.copytree(exported("jetpack6").folder, folder)
+    return open_bundle(folder)
+
+
+@pytest.fixture
+def memory(monkeypatch: pytest.MonkeyPatch) -> FakeMemory:
+    """A machine with TensorRT and a GPU."""
+    install_gpu(monkeypatch)
+    return install(monkeypatch)
+
+
+def build_all(bundle: Bundle, folder: Path, **said: Any) -> dict[str, Path]:
+    """Stand-in engines of every graph, as if vtp-build had built them."""
+    return {
+        file: store(folder, bundle.path(file), build.profiles_of(graph), **said)
+        for file, graph in bundle.manifest.graphs.items()
+    }
+
+
+def run(*argv: object) -> int:
+    return build.main([str(one) for one in argv])
+
+
+def load(bundle: Bundle, folder: Path) -> Pipeline:
+    return Pipeline.load(bundle.folder, ENGINE, opening=Opening(engines=folder))
+
+
+def test_engines_run_after_they_were_compared_and_answer_as_onnx_runtime(
+    bundle: Bundle,
+    memory: FakeMemory,
+    picture_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = tmp_path / "engines"
+    plans = build_all(bundle, folder)
+    with pytest.raises(
+        VtpError, match=r"was never compared with ONNX Runtime; compare it with: vtp-build .* -o"
+    ):
+        load(bundle, folder)
+    assert run(bundle.folder, "--engine", ENGINE, "-o", folder, "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["checked"] and {row["graph"] for row in report["engines"]} == set(plans)
+    for row in report["engines"]:
+        gate = row["gate"]
+        assert not row["built"] and gate["passed"] and gate["device"] == "Orin"
+        assert gate["cosine"] > 0.9999 and gate["cases"] >= 1
+        assert read_stamp(row["engine"]).gate == gate
+    argv = ["--image", str(picture_file), "--prompt", PROMPT, "--max-new-tokens", "6", "--json"]
+    answers = []
+    for engine in ([ENGINE, "--engines", str(folder)], ["ort-cpu"]):
+        assert cli.main([str(bundle.folder), *argv, "--engine", *engine]) == 0
+        said = capsys.readouterr()
+        answers.append(json.loads(said.out))
+        assert ("never run on a GPU" in said.err) == (engine[0] == ENGINE)
+    assert answers[0]["engine"] == ENGINE and answers[0]["token_ids"] == answers[1]["token_ids"]
+    assert len(answers[0]["token_ids"]) == 6
+    assert not memory.blocks  # nothing of the GPU is held by a closed pipeline
+
+
+def test_a_second_comparison_is_asked_for(
+    bundle: Bundle, memory: FakeMemory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "engines"
+    plans = build_all(bundle, folder)
+    for plan in plans.values():
+        set_gate(plan, {"passed": True, "device": "Orin", "cosine": 0.5, "max_difference": 0.0})
+    assert run(bundle.folder, "--engine", ENGINE, "-o", folder) == 0
+    assert "0.500000" in capsys.readouterr().out
+    assert run(bundle.folder, "--engine", ENGINE, "-o", folder, "--again") == 0
+    assert "0.500000" not in capsys.readouterr().out
+
+
+def test_an_engine_that_answers_something_else_is_refused(
+    bundle: Bundle, memory: FakeMemory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "engines"
+    build_all(bundle, folder)
+    store(
+        folder,
+        bundle.path("projector.onnx"),
+        build.profiles_of(bundle.manifest.graphs["projector.onnx"]),
+        scale=1.2,
+    )
+    assert run(bundle.folder, "--engine", ENGINE, "-o", folder) == 1
+    said = capsys.readouterr()
+    assert "projector.onnx does not answer as ONNX Runtime does: image_embeds: differs by" in said.err
+    assert said.err.splitlines()[-1].startswith("vtp-build: error:")
+    with pytest.raises(VtpError, match=r"engine projector-.* does not answer as ONNX Runtime does"):
+        load(bundle, folder)
+
+
+def test_engines_of_another_gpu_version_or_graph_are_refused(
+    bundle: Bundle, memory: FakeMemory, tmp_path: Path
+) -> None:
+    folder = tmp_path / "engines"
+    with pytest.raises(VtpError, match=r"no tensorrt engine of .*\.onnx in .*; build it with: vtp-build"):
+        load(bundle, folder)
+    plans = build_all(bundle, folder)
+    for plan in plans.values():
+        set_gate(plan, {"passed": True, "device": "another"})
+    with pytest.raises(
+        VtpError, match="compared with ONNX Runtime on another, this is Orin; compare it here"
+    ):
+        load(bundle, folder)
+    shutil.rmtree(folder)
+    build_all(bundle, folder, version="9.9")
+    with pytest.raises(
+        VtpError, match=r"built for version 9\.9, this is 10\.3\.0; rebuild it with: vtp-build"
+    ):
+        load(bundle, folder)
+    for plan in folder.glob("*.plan"):
+        plan.write_bytes(plan.read_bytes()[:20])
+    with pytest.raises(VtpError, match=r"has 20 bytes of .*: it was cut off; rebuild it with"):
+        load(bundle, folder)
+
+
+def test_without_a_gpu_nothing_is_compared_and_the_report_says_so(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    install(monkeypatch)
+    build_all(bundle, tmp_path)
+    for file, graph in bundle.manifest.graphs.items():
+        store(tmp_path, bundle.path(file), build.profiles_of(graph), engine="tensorrt-rtx")
+    rows = [
+        build._row(build.BuiltGraph("a.onnx", build.StoredEngine(plan, read_stamp(plan), False), 0.0))
+        for plan in sorted(tmp_path.glob("*.plan"))
+    ]
+    assert "not compared: no GPU here to run them" in build._report(rows, tmp_path)
+    with pytest.raises(VtpError, match="'tensorrt' cannot run here: no NVIDIA driver"):
+        load(bundle, tmp_path)
+
+
+def test_a_bundle_for_onnx_runtime_is_refused_by_name(
+    exported: Callable[[str], Any], memory: FakeMemory
+) -> None:
+    with pytest.raises(
+        VtpError, match=r"does not run target 'ort'; export the bundle again with --target tens"
+    ):
+        Pipeline.load(exported("none").folder, ENGINE)
+
+
+# -- the comparison ------------------------------------------------------------------------------------------
+
+
+def test_cases_are_what_the_pipeline_runs(bundle: Bundle) -> None:
+    made = list(cases(bundle))
+    files = [case.file for case in made]
+    assert set(files) == set(bundle.manifest.graphs)
+    assert files.count("decoder.onnx") == files.count("decoder_head.onnx") == 2  # the prompt, and a step
+    prompt, step = (case for case in made if case.file == "decoder.onnx")
+    assert step.length == prompt.length + 1 and step.feeds["hidden_states"].shape[1] == 1
+    assert step.feeds["seqlens_k"].tolist() == [step.length - 1]
+    past = "past_key_values.2.key"
+    np.testing.assert_array_equal(step.feeds[past], prompt.outputs["present.2.key"])
+    assert not prompt.feeds[past].any() and step.feeds[past].any()
+
+
+def case_of(**outputs: Any) -> Case:
+    return Case("g.onnx", {}, {name: np.asarray(value) for name, value in outputs.items()}, length=1)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "found", "problem"),
+    [
+        ({"a": [1.0, 2.0]}, {"a": [1.0, 2.001]}, ""),
+        ({"a": [1.0, 2.0]}, {"a": [2.0, 4.0]}, "a: differs by 2 where values reach 2"),
+        ({"a": [1.0, 2.0]}, {"a": [2.0, 1.0]}, "a: cosine 0.8000, least allowed 0.999"),
+        ({"a": [1.0, 2.0]}, {"a": [np.nan, 2.0]}, "a: cosine nan"),
+        ({"a": [0.0]}, {"a": [0.0]}, ""),
+        ({"a": [[1.0]]}, {"a": [1.0]}, r"a has shape \[1\], not \[1, 1\]"),
+        ({"position_ids": [1, 2]}, {"position_ids": [1, 3]}, "position_ids differs"),
+        (
+            {"keep_indices": [[0, 1]], "b": [1.0]},
+            {"keep_indices": [[0, 2]], "b": [9.0]},
+            "keeps 50% of the same",
+        ),
+        ({"present.0.key": [[[[1.0], [5.0]]]]}, {"present.0.key": [[[[1.0], [7.0]]]]}, ""),
+        (
+            {"present.0.key": [[[[1.0], [5.0]]]]},
+            {"present.0.key": [[[[3.0], [5.0]]]]},
+            "present.0.key: differs",
+        ),
+    ],
+)
+def test_answers_are_compared(wanted: dict, found: dict, problem: str) -> None:
+    verdict = Verdict()
+    compare(case_of(**wanted), {name: np.asarray(value) for name, value in found.items()}, verdict)
+    gate = verdict.to_gate("Orin")
+    assert gate["passed"] == (not problem)
+    assert re.search(problem or "^$", gate["note"])
+
+
+def test_an_engine_that_was_never_tried_has_not_passed() -> None:
+    assert not Verdict().to_gate("Orin")["passed"]

@@ -467,8 +467,8 @@ def change(bundle: Path, act: Callable[[dict[str, Any]], object]) -> None:
 
 
 def test_another_target_names_the_export_line(spoilt: Path) -> None:
-    change(spoilt, lambda data: data.update(target="jetpack6"))
-    refuse("made for target 'jetpack6'.*vtp-export --target ort", lambda: Pipeline.load(spoilt), VtpError)
+    change(spoilt, lambda data: data.update(target="gpu9"))
+    refuse("made for target 'gpu9'.*vtp-export --target ort", lambda: Pipeline.load(spoilt), VtpError)
 
 
 def test_unknown_engine(spoilt: Path) -> None:

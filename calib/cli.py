@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from vtp.calib import keep as search
+from vtp.calib import quantize as quantizing
 from vtp.calib import report, stats
-from vtp.calib.data import FORMATS, Sample, load_samples
-from vtp.calib.examiner import NEW_TOKENS, Examiner, Marks, median_ttft, score
+from vtp.calib.arguments import open_examiner, read_samples, shared_arguments
+from vtp.calib.examiner import Examiner, Marks, median_ttft, score
 from vtp.calib.journal import Answer, Journal
-from vtp.calib.metrics import METRICS, choose_metric
 from vtp.engines import UsageError
-from vtp.runtime import Pipeline
 from vtp.runtime.bundle import set_calibration
 from vtp.runtime.console import Parser, Progress, run_command, table
 
@@ -26,29 +25,19 @@ PROG = "vtp-calib"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of vtp-calib; returns the exit code."""
-    parser = Parser(prog=PROG, description="Choose how many visual tokens to keep, on your own data.")
+    parser = Parser(
+        prog=PROG,
+        description="Choose how many visual tokens to keep and how few bits to use, on your own data.",
+    )
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     _keep_arguments(commands.add_parser("keep", help="choose a bundle's keep-count and make it the default"))
     _score_arguments(commands.add_parser("score", help="compare bundles on the same questions"))
+    quantizing.add_arguments(
+        commands.add_parser("quantize", help="a bundle in fewer bits, and what it costs")
+    )
     args = parser.parse_args(argv)
-    work = {"keep": _keep, "score": _score}[args.command]
+    work = {"keep": _keep, "score": _score, "quantize": quantizing.run}[args.command]
     return run_command(f"{PROG} {args.command}", lambda: work(args), args.debug)
-
-
-def _shared_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--data", required=True, metavar="FILE", help="questions: JSONL, or a VQA set's file")
-    add("--format", default="auto", help=f"{', '.join(FORMATS)} (default: %(default)s)")
-    add("--images", metavar="DIR", help="folder of the pictures (default: beside the data)")
-    add("--annotations", metavar="FILE", help="VQAv2's second file")
-    add("--limit", type=int, metavar="N", help="use the first N questions")
-    add("--metric", default="auto", help=f"{', '.join(METRICS)} (default: %(default)s)")
-    add("--max-new-tokens", type=int, default=NEW_TOKENS, metavar="N", help="default: %(default)s")
-    add("--engine", default="auto", help="engine (default: %(default)s)")
-    add("--threads", type=int, metavar="N", help="CPU threads of one operator (default: all cores)")
-    add("--out", metavar="DIR", help="folder of the journal and the report (default: beside the bundle)")
-    add("--json", action="store_true", help="print the result as JSON")
-    add("--debug", action="store_true", help="show tracebacks")
 
 
 def _keep_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,24 +47,12 @@ def _keep_arguments(parser: argparse.ArgumentParser) -> None:
     goal.add_argument("--budget-ms", type=float, metavar="MS", help="time to the first token, in the median")
     parser.add_argument("--reference", metavar="BUNDLE", help="a bundle that keeps every token")
     parser.add_argument("--dry-run", action="store_true", help="leave the bundle as it is")
-    _shared_arguments(parser)
+    shared_arguments(parser)
 
 
 def _score_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundles", nargs="+", metavar="BUNDLE[:K]", help="a bundle, or one at a keep-count")
-    _shared_arguments(parser)
-
-
-def _samples(args: argparse.Namespace) -> tuple[list[Sample], str]:
-    """The questions and the metric they allow."""
-    paths = [None if path is None else Path(path) for path in (args.images, args.annotations)]
-    samples = load_samples(Path(args.data), args.format, *paths)
-    for name in ("limit", "max_new_tokens"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise UsageError(f"--{name.replace('_', '-')} {value} is not a whole number of at least 1")
-    samples = samples[: args.limit]
-    return samples, choose_metric(args.metric, samples[0].answers)
+    shared_arguments(parser)
 
 
 # -- keep ----------------------------------------------------------------------------------------------------
@@ -83,13 +60,13 @@ def _samples(args: argparse.Namespace) -> tuple[list[Sample], str]:
 
 def _keep(args: argparse.Namespace) -> None:
     floor = 0.97 if args.floor is None and args.budget_ms is None else args.floor
-    samples, metric = _samples(args)
+    samples, metric = read_samples(args)
     folder, progress = Path(args.bundle), Progress()
     out = Path(args.out) if args.out else folder.parent / f"{folder.name}-calib"
     with ExitStack() as stack:
         journal = Journal(out / "answers.jsonl")
         stack.callback(journal.close)
-        examiner = _examiner(stack, args, args.bundle, samples, journal, progress.step)
+        examiner = open_examiner(stack, args, args.bundle, samples, journal, progress.step)
         unpruned = _unpruned(stack, args, examiner, journal, progress.step)
         reference = Marks(0, score(unpruned, samples, metric, unpruned), median_ttft(unpruned))
         manifest = examiner.pipe.manifest
@@ -118,18 +95,6 @@ def _keep(args: argparse.Namespace) -> None:
         print(f"a finer grid: {line}")
 
 
-def _examiner(
-    stack: ExitStack,
-    args: argparse.Namespace,
-    bundle: str,
-    samples: Sequence[Sample],
-    journal: Journal,
-    progress: Callable[[str], None],
-) -> Examiner:
-    pipe = stack.enter_context(Pipeline.load(bundle, args.engine, args.threads))
-    return Examiner(pipe, samples, journal, max_new_tokens=args.max_new_tokens, progress=progress)
-
-
 def _unpruned(
     stack: ExitStack,
     args: argparse.Namespace,
@@ -140,7 +105,7 @@ def _unpruned(
     """Answers with every visual token: of the bundle itself if it holds that keep-count, or of another."""
     visual = examiner.pipe.manifest.visual
     if args.reference is not None:
-        other = _examiner(stack, args, args.reference, examiner.samples, journal, progress)
+        other = open_examiner(stack, args, args.reference, examiner.samples, journal, progress)
         held = other.pipe.manifest
         if held.visual.count not in held.visual.keep:
             raise UsageError(
@@ -180,7 +145,7 @@ def _record(
 
 
 def _score(args: argparse.Namespace) -> None:
-    samples, metric = _samples(args)
+    samples, metric = read_samples(args)
     if metric == "agreement":
         raise UsageError("vtp-calib score needs answers in the data; vtp-calib keep does without")
     out, progress = Path(args.out or "vtp-calib-score"), Progress()
@@ -191,7 +156,7 @@ def _score(args: argparse.Namespace) -> None:
         for text in args.bundles:
             bundle, keep = _at(text)
             with ExitStack() as one:
-                examiner = _examiner(one, args, bundle, samples, journal, progress.step)
+                examiner = open_examiner(one, args, bundle, samples, journal, progress.step)
                 count = _keep_of(examiner, text, keep)
                 rows.append((f"{Path(bundle).name}:{count}", examiner.marks(count, metric)))
     progress.end()

@@ -135,6 +135,8 @@ class Manifest:
     # What vtp-calib measured on its user's data and machine: keep-count -> {"score", "share", "ttft_ms"}
     # under "tried", beside the goal, the metric and the engine.
     calibration: dict[str, Any] = field(default_factory=dict)
+    # What vtp-calib quantize made of the bundle's graphs, layer by layer, and what it cost; {}: nothing.
+    quantization: dict[str, Any] = field(default_factory=dict)
     schema: int = SCHEMA
 
     def stages_for(self, when: str, keep: int) -> list[StageInfo]:

@@ -62,7 +62,13 @@ def objects(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]
     if isinstance(value, dict):
         yield path
         for name, item in list(value.items()):
-            if path[-1:] not in (("parity",), ("calibration",), ("options",), ("versions",)):
+            if path[-1:] not in (
+                ("parity",),
+                ("calibration",),
+                ("quantization",),
+                ("options",),
+                ("versions",),
+            ):
                 yield from objects(item, (*path, name))
     elif isinstance(value, list) and value and isinstance(value[0], dict):
         yield from objects(value[0], (*path, 0))
@@ -76,7 +82,7 @@ def at(data: Data, path: tuple[Any, ...]) -> Any:
 
 # Tables whose keys are names, not fields: an entry more or less is judged by what it says.
 TABLES = {"graphs", "files", "inputs", "outputs", "axes", "versions", "options", "special_tokens"}
-TABLES |= {"parity", "calibration"}  # what was measured, free in form
+TABLES |= {"parity", "calibration", "quantization"}  # what was measured, free in form
 
 
 def sections(data: Data) -> list[tuple[Any, ...]]:
@@ -93,12 +99,18 @@ def test_unknown_keys_are_refused_at_every_level(data: Data) -> None:
 
 
 def test_missing_keys_are_refused_at_every_level(data: Data) -> None:
-    optional = {"image", "text", "parity", "calibration"}  # sections with defaults of their own
+    optional = {
+        "image",
+        "text",
+        "parity",
+        "calibration",
+        "quantization",
+    }  # sections with defaults of their own
     for path in sections(data):
         if path and path[0] in optional:
             continue
         for key in at(data, path):
-            if key in ("schema", "parity", "calibration"):
+            if key in ("schema", "parity", "calibration", "quantization"):
                 continue
             changed = copy.deepcopy(data)
             del at(changed, path)[key]

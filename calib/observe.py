@@ -1,0 +1,183 @@
+"""What flows through a bundle's layers on a user's own questions, kept in constant memory.
+
+The bundle is copied beside itself with more outputs: what goes into every layer, or sums of its squares. The
+pipeline's own stages then run the prompts, so that every layer sees what it will see in use.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from vtp.calib.data import Sample
+from vtp.calib.layers import Layer, load_graph
+from vtp.calib.rounding import Range
+from vtp.engines import Value
+from vtp.runtime.bundle import Bundle
+from vtp.runtime.images import load_image
+from vtp.runtime.manifest import TOKENIZER, GraphInfo, StageInfo, TensorInfo
+from vtp.runtime.preprocess import preprocess
+from vtp.runtime.result import Timings
+from vtp.runtime.stages import StageRunner
+from vtp.runtime.text import Prompter
+
+_ROWS = 256  # rows of a layer's input that are kept to judge it by
+_SIGN = "observed:"
+
+
+@dataclass
+class Seen:
+    """What went into a layer.
+
+    range   of its magnitudes; rows float32 [R,K], R at most 256, evenly from all pictures (int8 layers)
+    energy  sums of squares [K] of what went in; signal: of what came out (int4 layers)
+    """
+
+    range: Range = field(default_factory=Range)
+    rows: list[np.ndarray] = field(default_factory=list)
+    energy: np.ndarray | None = None
+    signal: float = 0.0
+
+
+@dataclass(frozen=True)
+class Tap:
+    """An output added to a graph: a tensor as rows [R,K], or its squares summed over rows."""
+
+    tensor: str
+    columns: int
+    summed: bool
+
+    @property
+    def name(self) -> str:
+        """Of the output."""
+        return f"{_SIGN}{'sum' if self.summed else 'rows'}:{self.tensor}"
+
+    @property
+    def info(self) -> TensorInfo:
+        """What the manifest says of the output."""
+        return TensorInfo("float32", [self.columns] if self.summed else [f"{self.name} rows", self.columns])
+
+
+def taps_of(layer: Layer, summed: bool) -> list[Tap]:
+    """What to look at for a layer: its input's rows, or the energy of input and output."""
+    if not summed:
+        return [Tap(layer.source, layer.shape[0], False)]
+    return [Tap(layer.source, layer.shape[0], True), Tap(layer.output, layer.shape[1], True)]
+
+
+def observe(
+    bundle: Bundle,
+    folder: Path,
+    full: Sequence[Layer],
+    summed: Sequence[Layer],
+    samples: Sequence[Sample],
+    keep: int,
+    engine: str,
+    threads: int | None,
+    progress: Callable[[str], None],
+) -> dict[tuple[str, str], Seen]:
+    """Run the samples' prompts; returns what was seen by (graph file, tensor).
+
+    full    layers whose inputs are looked at value by value; summed: those of which sums of squares do
+    folder  an empty one on the bundle's disk, for the copy with more outputs
+    """
+    taps: dict[str, dict[str, Tap]] = {}
+    for layers, is_summed in ((full, False), (summed, True)):
+        for layer in layers:
+            taps.setdefault(layer.file, {}).update({tap.name: tap for tap in taps_of(layer, is_summed)})
+    probe = _probe(bundle, folder, {file: list(found.values()) for file, found in taps.items()})
+    found: dict[tuple[str, str], Seen] = {}
+    each = max(1, _ROWS // len(samples))
+    runner = StageRunner(probe, engine, threads)
+    progress(f"calibrate on {len(samples)} pictures")
+    try:
+        for values in _values(probe, runner, samples, keep):
+            for file, wanted in taps.items():
+                for tap in wanted.values():
+                    value = values.get(f"{file}:{tap.name}")
+                    if value is not None:
+                        _note(found.setdefault((file, tap.tensor), Seen()), tap, value.numpy(), each)
+    finally:
+        runner.close()
+    return found
+
+
+def _note(seen: Seen, tap: Tap, values: np.ndarray, rows: int) -> None:
+    if tap.summed:
+        seen.energy = values if seen.energy is None else seen.energy + values
+        seen.signal = float(seen.energy.sum())
+        return
+    seen.range.add(values)
+    seen.rows.append(values[np.linspace(0, len(values) - 1, min(rows, len(values))).astype(int)])
+
+
+def _values(
+    probe: Bundle, runner: StageRunner, samples: Sequence[Sample], keep: int
+) -> Iterable[dict[str, Value]]:
+    """What flows, prompt by prompt; one prompt's tensors at a time."""
+    prompter = Prompter(probe.manifest.text, probe.path(TOKENIZER))
+    for sample in samples:
+        prompt = prompter.encode(prompter.messages_for(sample.prompt))
+        pixels = preprocess(load_image(sample.image), probe.manifest.image)
+        yield runner.prefill(keep, pixels, prompt.ids, prompt.image_start, Timings())
+
+
+def _probe(bundle: Bundle, folder: Path, taps: dict[str, list[Tap]]) -> Bundle:
+    """A copy of the bundle, sharing its weights, whose graphs have these outputs as well."""
+    folder.mkdir()
+    manifest = bundle.manifest
+    for name in manifest.files:
+        if name not in taps:
+            _link(bundle.path(name), folder / name)
+    for file, wanted in taps.items():
+        model = load_graph(bundle.path(file))
+        for tap in wanted:
+            _add(model, tap)
+        onnx.save(model, folder / file)
+    graphs = {file: _told(graph, taps.get(file, [])) for file, graph in manifest.graphs.items()}
+    stages = [_named(stage, taps.get(stage.file, [])) for stage in manifest.stages]
+    return Bundle(folder, dataclasses.replace(manifest, graphs=graphs, stages=stages))
+
+
+def _link(source: Path, target: Path) -> None:
+    """The same file at another place; a copy where the disk or its rules allow no second name."""
+    try:
+        os.link(source.resolve(), target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _told(graph: GraphInfo, taps: Sequence[Tap]) -> GraphInfo:
+    return dataclasses.replace(graph, outputs={**graph.outputs, **{tap.name: tap.info for tap in taps}})
+
+
+def _named(stage: StageInfo, taps: Sequence[Tap]) -> StageInfo:
+    """A stage that also gives its taps; not at single steps, which calibration does not run."""
+    if stage.when == "step":
+        return stage
+    more = {tap.name: f"{stage.file}:{tap.name}" for tap in taps}
+    return dataclasses.replace(stage, outputs={**stage.outputs, **more})
+
+
+def _add(model: onnx.ModelProto, tap: Tap) -> None:
+    """Nodes from a tensor to the tap's output, in float32: squares of float16 would overflow."""
+    graph, name = model.graph, tap.name
+    shape = numpy_helper.from_array(np.array([-1, tap.columns], np.int64), f"{name}:shape")
+    graph.initializer.append(shape)
+    wide, rows = f"{name}:float32", f"{name}:rows" if tap.summed else name
+    graph.node.append(helper.make_node("Cast", [tap.tensor], [wide], wide, to=TensorProto.FLOAT))
+    graph.node.append(helper.make_node("Reshape", [wide, shape.name], [rows], rows))
+    if tap.summed:
+        graph.initializer.append(numpy_helper.from_array(np.zeros(1, np.int64), f"{name}:axes"))
+        graph.node.append(
+            helper.make_node("ReduceSumSquare", [rows, f"{name}:axes"], [name], name, keepdims=0)
+        )
+    graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, tap.info.shape))

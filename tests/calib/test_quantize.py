@@ -1,0 +1,309 @@
+"""vtp-calib quantize on real bundles: what it writes, what it leaves in float, what it refuses."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
+
+from vtp.calib import cli, observe, quantize
+from vtp.calib.data import Sample
+from vtp.calib.layers import Int4, Int8, find_layers, load_graph, rewrite
+from vtp.calib.quantizer import Quantizer, Wish
+from vtp.calib.rounding import Range
+from vtp.calib.weights import Store, place_of
+from vtp.engines import open_graph
+from vtp.runtime import Pipeline
+from vtp.runtime.bundle import open_bundle
+
+BITS = ["--max-new-tokens", "4", "--threads", "1", "--samples", "4"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory, exported: Any) -> Path:
+    """Ten questions about ten pictures; the accepted answers are what the pruned bundle says in float."""
+    folder = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(3)
+    with (
+        Pipeline.load(exported("vispruner").folder, threads=1) as pipe,
+        (folder / "d.jsonl").open("w") as out,
+    ):
+        for number in range(10):
+            picture = folder / f"{number}.png"
+            Image.fromarray(rng.integers(0, 256, (60, 80, 3), dtype=np.uint8)).save(picture)
+            text = pipe.generate(picture, f"what is {number} ?", max_new_tokens=4).text
+            line = {"image": picture.name, "prompt": f"what is {number} ?", "answer": text}
+            out.write(json.dumps(line) + "\n")
+    return folder / "d.jsonl"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, exported: Any, data: Path) -> Path:
+    """A bundle quantised whole, whatever it costs: random models lose more than trained ones."""
+    folder = tmp_path_factory.mktemp("made") / "small"
+    source = exported("vispruner").folder
+    arguments = [source, "--data", data, "--output", folder, "--force", "--out", folder.parent / "report"]
+    assert calib(*arguments) == 0
+    return folder
+
+
+def calib(*arguments: object) -> int:
+    return cli.main(["quantize", *map(str, arguments), *BITS])
+
+
+def operators(folder: Path, file: str) -> list[str]:
+    return [node.op_type for node in load_graph(folder / file).graph.node]
+
+
+def size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*.data"))
+
+
+def test_every_layer_is_quantised_and_the_bundle_runs(made: Path, exported: Any, picture: Any) -> None:
+    source = exported("vispruner").folder
+    manifest = open_bundle(made, check_hashes=True).manifest
+    assert "MatMul" in operators(source, "decoder.onnx") and "MatMul" not in operators(made, "decoder.onnx")
+    assert operators(made, "decoder.onnx").count("MatMulNBits") == 3 * 7 + 1
+    codes = [node for node in operators(made, "vision_encoder.onnx") if node == "DequantizeLinear"]
+    assert len(codes) == 2 * 6 + 2 * 4  # two layers of six weights; q, k and v read one rounded tensor
+    assert operators(made, "pruner_3.onnx") == operators(source, "pruner_3.onnx")
+    assert size(made) < 0.55 * size(source)
+    assert manifest.quantization["bytes"]["after"] < manifest.quantization["bytes"]["before"]
+    assert manifest.parity["mode"] == "accuracy" and manifest.parity["questions"] == 6
+    assert manifest.parity["other_pictures_than_calibrated_on"] is True
+    with Pipeline.load(made, threads=1) as pipe:
+        assert len(pipe.generate(picture, "what ?", max_new_tokens=3, keep_tokens=3).kept) == 3
+    assert sorted(path.name for path in made.parent.iterdir()) == ["report", "small"]
+    assert not [path for path in made.iterdir() if path.name not in (*manifest.files, "manifest.json")]
+
+
+def test_the_report_names_every_layer(made: Path) -> None:
+    rows = list(csv.DictReader((made.parent / "report/quantize.csv").open()))
+    record = open_bundle(made).manifest.quantization
+    assert {row["layer"] for row in rows} == set(record["layers"]) | set(record["left_in_float"])
+    assert {row["bits"] for row in rows} == {"int8", "int4"}
+    assert all(float(row["signal_to_noise_db"]) > 10 for row in rows)
+
+
+def test_int8_features_are_near_the_float_ones(made: Path, exported: Any) -> None:
+    pixels = np.random.default_rng(2).standard_normal((1, 3, 56, 56)).astype(np.float32)
+    found = []
+    for folder in (exported("vispruner").folder, made):
+        engine = open_graph(folder / "vision_encoder.onnx", "ort-cpu", 1)
+        found.append(engine.run({"pixel_values": engine.put(pixels)})["image_features"].numpy())
+    assert 0 < np.abs(found[0] - found[1]).max() < 0.1 * np.abs(found[0]).max()
+
+
+def test_one_part_alone(exported: Any, data: Path, tmp_path: Path, capsys: Any) -> None:
+    source, out = exported("vispruner").folder, tmp_path / "v"
+    capsys.readouterr()
+    assert calib(source, "--data", data, "--decoder", "none", "--output", out, "--force", "--json") == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["quantization"]["decoder"] == "none" and said["accuracy"]["metric"] == "exact"
+    assert operators(out, "decoder.onnx") == operators(source, "decoder.onnx")
+    assert "DequantizeLinear" in operators(out, "projector.onnx")
+    old, new = (open_graph(one / "decoder.onnx", "ort-cpu", 1) for one in (source, out))
+    assert old.inputs == new.inputs
+
+
+def test_weights_that_are_shared_stay_shared(exported: Any, data: Path, tmp_path: Path) -> None:
+    """AdaptPrune's head reads a projection of the layer after it; a tied head reads the embedding."""
+    source, out = exported("tied").folder, tmp_path / "tied"
+    assert calib(source, "--data", data, "--vision", "none", "--output", out, "--force") == 0
+    left = open_bundle(out).manifest.quantization["left_in_float"]
+    assert len(left) == 1 and "not stored twice" in next(iter(left.values()))
+    graphs = {file: load_graph(out / file).graph for file in ("decoder.onnx", "embed_tokens.onnx")}
+    places = [{place_of(item) for item in graph.initializer} - {None} for graph in graphs.values()]
+    assert places[0] & places[1]
+    assert codes_of_shared(source, out)
+    assert size(out) < size(source)
+
+
+def codes_of_shared(source: Path, out: Path) -> bool:
+    """Whether the projection that two graphs read has the same codes in both."""
+    found = []
+    for file in ("decoder_head.onnx", "decoder.onnx"):
+        layers = {layer.place: layer.weight for layer in find_layers(load_graph(source / file), file)}
+        weights = {item.name: item for item in load_graph(out / file).graph.initializer}
+        found.append(
+            {place: weights[f"{name}__int4"] for place, name in layers.items() if f"{name}__int4" in weights}
+        )
+    (place,) = set(found[0]) & set(found[1])
+    return found[0][place].raw_data == found[1][place].raw_data != b""
+
+
+def test_a_sensitive_layer_is_found_and_left_in_float(exported: Any, data: Path, tmp_path: Path) -> None:
+    """One channel a thousand times as large as the others, undone by the weights: int8 cannot hold both."""
+    folder = Path(shutil.copytree(exported("none").folder, tmp_path / "loud"))
+    layer = spoil(folder)
+    quantizer = Quantizer(open_bundle(folder), Wish("int8", "none"))
+    samples = [Sample(data.parent / f"{number}.png", "what ?") for number in range(4)]
+    quantizer.observe(tmp_path / "probe", samples, "ort-cpu", 1, lambda _: None)
+    left = {one.layer.label for one in quantizer.judged if one.left}
+    assert left == {layer}
+    assert not (tmp_path / "probe").exists()
+
+
+def spoil(folder: Path) -> str:
+    """Scale one input of the projector's first layer up, and its weights down; returns the layer's label."""
+    model = load_graph(folder / "projector.onnx")
+    (layer, _) = find_layers(model, "projector.onnx")
+    weights = {item.name: item for item in model.graph.initializer}
+    matrix = np.array(np.memmap(folder / layer.place[0], np.float32, "r", int(layer.place[1]), layer.shape))
+    factors = np.ones(layer.shape[0], np.float32)
+    factors[0] = 3000
+    weights[layer.weight].CopyFrom(numpy_helper.from_array(matrix / factors[:, None], layer.weight))
+    model.graph.initializer.append(numpy_helper.from_array(factors, "factors"))
+    model.graph.node.insert(0, helper.make_node("Mul", [layer.source, "factors"], ["scaled"], "scale"))
+    next(node for node in model.graph.node if node.name == layer.node).input[0] = "scaled"
+    onnx.save(model, folder / "projector.onnx")
+    manifest = open_bundle_anyhow(folder)
+    (folder / "manifest.json").write_text(manifest.to_json())
+    return layer.label
+
+
+def open_bundle_anyhow(folder: Path) -> Any:
+    from vtp.runtime.bundle import describe_files
+    from vtp.runtime.manifest import parse_manifest
+
+    manifest = parse_manifest((folder / "manifest.json").read_text())
+    return dataclasses.replace(manifest, files=describe_files(folder))
+
+
+def test_layers_go_back_to_float_until_the_drop_is_allowed(
+    exported: Any, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Accuracy that stays low until a quarter of the layers is float; then one that never recovers."""
+    tried: list[set[str]] = []
+    write = Quantizer.write
+
+    def spy(self: Quantizer, folder: Path, left: set[str]) -> Any:
+        tried.append(left)
+        return write(self, folder, left)
+
+    def compare(_: Any) -> quantize.Compared:
+        return quantize.Compared([1.0] * 4, [1.0 if len(tried) == enough else 0.5] * 4)
+
+    monkeypatch.setattr(Quantizer, "write", spy)
+    monkeypatch.setattr(quantize._Trial, "compare", compare)
+    enough, source, out = 3, exported("vispruner").folder, tmp_path / "out"
+    assert calib(source, "--data", data, "--vision", "none", "--output", out) == 0
+    assert [len(left) for left in tried] == [0, 2, 6]  # of 22 layers
+    record = open_bundle(out, check_hashes=True).manifest.quantization
+    assert set(record["left_in_float"]) == tried[-1]
+    assert operators(out, "decoder.onnx").count("MatMulNBits") == 16
+    enough, out = 99, tmp_path / "never"
+    assert calib(source, "--data", data, "--vision", "none", "--output", out) == 1
+    assert "loses 50.0 points" in capsys.readouterr().err
+    assert not out.exists() and not list(tmp_path.glob(".*"))
+
+
+def test_one_picture_at_a_time_is_held(exported: Any, data: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """Twenty questions leave no more behind than ten: rows are bounded, and pictures go as they come."""
+    import weakref
+
+    alive: list[weakref.ref[Any]] = []
+    prepare = observe.preprocess
+
+    def watched(*arguments: Any) -> Any:
+        assert sum(one() is not None for one in alive) <= 1
+        pixels = prepare(*arguments)
+        alive.append(weakref.ref(pixels))
+        return pixels
+
+    monkeypatch.setattr(observe, "preprocess", watched)
+    bundle = open_bundle(exported("vispruner").folder)
+    layers = find_layers(load_graph(bundle.path("projector.onnx")), "projector.onnx")
+    samples = [Sample(data.parent / f"{number % 10}.png", "what ?") for number in range(20)]
+    seen = observe.observe(bundle, tmp_path / "p", layers, [], samples, 6, "ort-cpu", 1, lambda _: None)
+    assert len(alive) == 20 and len(seen) == 2
+    assert all(sum(map(len, one.rows)) <= 256 for one in seen.values())
+
+
+@pytest.mark.parametrize("bits", ["int8", "int4"])
+@pytest.mark.parametrize("target", ["ort", "tensorrt"])
+def test_a_gemm_keeps_its_bias(tmp_path: Path, bits: str, target: str) -> None:
+    rng = np.random.default_rng(0)
+    weight, bias = rng.standard_normal((16, 32)).astype(np.float32), np.arange(16, dtype=np.float32)
+    values = rng.standard_normal((5, 32)).astype(np.float32)
+    node = helper.make_node("Gemm", ["x", "w", "b"], ["y"], "gemm", transB=1)
+    infos = [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 32])]
+    out = [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 16])]
+    parts = [numpy_helper.from_array(weight, "w"), numpy_helper.from_array(bias, "b")]
+    graph = helper.make_graph([node], "g", infos, out, parts)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
+    (layer,) = find_layers(model, "g.onnx")
+    assert layer.shape == (32, 16) and layer.transposed
+    seen = Range()
+    seen.add(values)
+    energy = np.square(values).sum(0)
+    change = Int8(layer, seen, "int8") if bits == "int8" else Int4(layer, energy, 32, target)
+    rewrite(model, [change], Store(tmp_path, tmp_path), "g.onnx")
+    onnx.save(model, tmp_path / "g.onnx")
+    engine = open_graph(tmp_path / "g.onnx", "ort-cpu", 1)
+    found = engine.run({"x": engine.put(values)})["y"].numpy()
+    want = values @ weight.T + bias
+    assert np.sqrt(np.square(found - want).mean()) < (0.1 if bits == "int8" else 0.6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "problem"),
+    [
+        (["--vision", "fp8"], 2, "NVIDIA ModelOpt, which needs an environment of its own"),
+        (["--decoder", "int4-awq"], 2, "NVIDIA ModelOpt"),
+        (["--vision", "int4"], 2, "--vision int4 is not known; choose one of int8, none"),
+        (["--vision", "none", "--decoder", "none"], 2, "leaves nothing to quantise"),
+        (["--block", "16"], 2, "--block 16 is not one of 32, 64, 128"),
+        (["--samples", "0"], 2, "--samples 0"),
+        (["--max-drop", "-1"], 2, "outside 0 to 100"),
+        (["--activations", "int16"], 2, "--activations int16"),
+        (["--output", "BUNDLE"], 2, "is the bundle itself"),
+        (["--data", "EMPTY"], 2, "holds no question"),
+        (["--data", "LOST"], 2, "which does not exist"),
+        (["--data", "WRONG"], 2, "neither a string nor a list of strings"),
+    ],
+)
+def test_bad_input_is_one_line(exported, data, tmp_path, capsys, arguments, code, problem) -> None:
+    for name, text in (("EMPTY", ""), ("LOST", '"x.png"'), ("WRONG", f'"{data.parent}/0.png", "answer": 3')):
+        line = f'{{"image": {text}, "prompt": "x"}}' if text else ""
+        (tmp_path / f"{name}.jsonl").write_text(line)
+    bundle = exported("vispruner").folder
+    places = {name: str(tmp_path / f"{name}.jsonl") for name in ("EMPTY", "LOST", "WRONG")}
+    places["BUNDLE"] = str(bundle)
+    out = [] if "--output" in arguments else ["--output", str(tmp_path / "o")]
+    given = ["--data", str(data), *out, *(places.get(word, word) for word in arguments)]
+    assert cli.main(["quantize", str(bundle), *given]) == code
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert problem in said and said.startswith("vtp-calib quantize: error: ")
+    assert not (tmp_path / "o").exists()
+
+
+def test_quantised_and_foreign_bundles_are_refused(
+    made: Path, exported: Callable[[str], Any], data: Path, tmp_path: Path, capsys: Any
+) -> None:
+    assert calib(made, "--data", data, "--output", tmp_path / "o") == 2
+    assert "is quantised already (vision int8, decoder int4)" in capsys.readouterr().err
+    other = Path(shutil.copytree(exported("vispruner").folder, tmp_path / "other"))
+    manifest = dataclasses.replace(open_bundle(other).manifest, target="jetpack6")
+    (other / "manifest.json").write_text(manifest.to_json())
+    assert calib(other, "--data", data, "--output", tmp_path / "o") == 2
+    assert "made for target 'jetpack6'; vtp-calib quantize serves ort and tensorrt" in capsys.readouterr().err
+
+
+def test_questions_are_split_by_picture() -> None:
+    samples = [Sample(Path(f"{number // 4}.png"), f"q{number}") for number in range(40)]
+    chosen, rest = quantize.split(samples, 3)
+    assert [one.image.stem for one in chosen] == ["0", "3", "6"] and len(rest) == 28
+    assert not {one.image for one in chosen} & {one.image for one in rest}
+    few, all_of_them = quantize.split(samples, 8)
+    assert len(few) == 8 and all_of_them == samples

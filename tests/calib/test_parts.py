@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -213,6 +213,7 @@ def trials(rates: dict[int, float], count: int = 400) -> search.Trials:
 
 
 @given(st.integers(0, len(ALL) - 1), st.integers(1, len(ALL)))
+@settings(deadline=None)
 def test_the_smallest_that_holds_is_found_without_trying_all(first: int, extra: int) -> None:
     rates = {keep: 0.99 if place >= first else 0.5 for place, keep in enumerate(ALL)}
     found = search.smallest_holding(ALL, 0.97, trials(rates))

@@ -211,14 +211,17 @@ def _text_spec(folder: Path, tokenizer: Any, family: Family) -> TextSpec:
     special = {
         name: str(text) for name, text in tokenizer.special_tokens_map.items() if isinstance(text, str)
     }
+    mark, text = family.image_text(tokenizer.convert_ids_to_tokens)
     return TextSpec(
-        chat_template=_chat_template(folder, tokenizer),
+        chat_template=family.template or _chat_template(folder, tokenizer),
         image_token=_image_token(folder, tokenizer, family.image_token_id),
         image_token_id=family.image_token_id,
         placeholder_ids=tuple(family.placeholder_ids),
         bos_token_id=tokenizer.bos_token_id,
         eos_token_ids=tuple(_end_ids(folder, tokenizer)),
         special_tokens=special,
+        image_mark=mark,
+        image_text=text,
     )
 
 

@@ -66,6 +66,7 @@ def export(request: Request, progress: Callable[[str], None] = lambda _: None) -
     positions = _served_positions(request, model, positions)
     chains = _chains(request, model, method, options)
     max_length = _max_length(request, model)
+    target = target.serving(model.family.decoder)
     plan = target.prepare(make_plan(model.family, chains, positions, DTYPES[dtype], max_length))
     with whole_bundle(request.output, request.overwrite) as folder:
         (folder / TOKENIZER).write_text(model.tokenizer_json, encoding="utf-8")
@@ -187,7 +188,8 @@ def _keep_counts(request: Request, method: type[Pruner], count: int) -> list[int
 def _max_length(request: Request, model: Checkpoint) -> int:
     """Positions of one conversation: text, all N visual tokens and the answer."""
     count = model.family.grid[0] * model.family.grid[1]
-    window = getattr(model.family.decoder.model.config, "sliding_window", None)
+    decoder = model.family.decoder
+    window = None if decoder.windows else getattr(decoder.model.config, "sliding_window", None)
     most = min(model.max_positions, window or model.max_positions)
     if most < count + 2:
         raise VtpError(

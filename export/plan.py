@@ -56,6 +56,7 @@ class _Flow:
     hidden: str = "prompt_embeds"
     positions: str = "position_ids"
     rows: str = "text_rows"
+    ahead: str = "ahead"
     kept: str = ""  # which of the image's tokens arrive; all of them before the first cut
 
 
@@ -75,6 +76,7 @@ class _Planner:
         self.normed_keys = first is not None and first.settings.get("keys") == "normed"
         self.cuts = layers_of(chains[0]) if chains else []
         self.reads_text = any(name.startswith("text_") for name in self.needs)
+        self.looks_ahead = family.decoder.sight == "image"
         # Before a decoder-site pruner, or without any, nothing is missing yet: places and positions agree.
         self.positions = positions if chains and not self.cuts else "compact"
         self.graphs: list[GraphSpec] = []
@@ -165,7 +167,8 @@ class _Planner:
             keep = torch.zeros(_B, visual, dtype=torch.int64)
             inputs.append(GraphInput("keep_indices", keep, {0: BATCH, 1: VISUAL}))
         outputs = ["prompt_embeds", "position_ids", "next_position"]
-        sequence = {"prompt_embeds": {1: SEQUENCE}, "position_ids": {1: SEQUENCE}}
+        outputs += ["ahead"] if self.looks_ahead else []
+        sequence = {name: {1: SEQUENCE} for name in ("prompt_embeds", "position_ids", "ahead")}
         self._add(GraphSpec("splice", splice, inputs, outputs, sequence))
         reads = {item.name: item.name for item in inputs}
         if self.site == "projector":
@@ -182,13 +185,15 @@ class _Planner:
             reads = {self._part_source(number): flow.hidden, "position_ids": flow.positions}
             if _reads_rows(given):
                 reads["text_rows"] = flow.rows
+            if self.looks_ahead:
+                reads["ahead"] = flow.ahead
             if last:
                 self._stage(name, "prefill", reads, ["logits"])
                 return
             tail = self._tail(number)
             self._stage(name, "prefill", reads, {item: item + tail for item in ["hidden_states", *given]})
             self._decoder_pruners(number, given, flow)
-            kept = "kept_hidden_states", "kept_position_ids", "kept_text_rows", "keep_indices"
+            kept = "kept_hidden_states", "kept_position_ids", "kept_text_rows", "kept_ahead", "keep_indices"
             flow = _Flow(*(item + tail for item in kept))
 
     def _decoder_graph(self, number: int, first: int, end: int, cues: list[str]) -> None:
@@ -196,11 +201,13 @@ class _Planner:
         module = DecoderPart(decoder, first, end, cues, self.normed_keys)
         rows = {0: BATCH, 1: SEQUENCE}
         text = [GraphInput("text_rows", self._text_examples()["text_rows"], {0: BATCH, 1: ROWS})]
+        ahead = GraphInput("ahead", torch.zeros(_B, _T, dtype=torch.int64), rows)
         inputs = [
             GraphInput(self._part_source(number), self._float(_B, _T, decoder.width), rows),
             GraphInput("position_ids", torch.arange(_T).repeat(_B, 1), rows),
             GraphInput("seqlens_k", torch.full((_B,), _T - 1, dtype=torch.int32), {0: BATCH}),
             GraphInput("total_sequence_length", torch.tensor(_T, dtype=torch.int32)),
+            *([ahead] if self.looks_ahead else []),
             *(text if module.reads_text else []),
             *self._past(first, end),
         ]
@@ -245,7 +252,9 @@ class _Planner:
             names, reads = [*names, "text_rows"], {**reads, "text_rows": flow.rows}
         outputs = ["keep_indices", "kept_hidden_states", "kept_position_ids"]
         outputs += ["kept_text_rows"] if "text_rows" in names else []
-        axes = {name: {1: "kept_sequence"} for name in outputs[1:3]}
+        outputs += ["kept_ahead"] if self.looks_ahead else []
+        per_token = ("kept_hidden_states", "kept_position_ids", "kept_ahead")
+        axes = {name: {1: "kept_sequence"} for name in per_token if name in outputs}
         for chain in self.chains:
             pruner, name = chain[number], self._pruner_name(chain, number)
             examples = self._prompt_examples(pruner.count)
@@ -275,7 +284,9 @@ class _Planner:
             reads = {self._part_source(number): hidden, "position_ids": "position_ids"}
             if not last and _reads_rows(self.needs):
                 # Nobody reads the cues of a step: any indices will do, and these are at hand.
-                reads["text_rows"] = "position_ids"
+                reads["text_rows"] = "input_ids"
+            if self.looks_ahead:
+                reads["ahead"] = "input_ids"  # a single token is the row's end, and sees no further
             gives = {"logits": "logits"} if last else {"hidden_states": "hidden_states" + tail}
             self._stage(self._part_name(number), "step", reads, gives)
             hidden = "hidden_states" + tail

@@ -139,7 +139,7 @@ class _Decoder:
 
     def cut(self, keep: Tensor) -> None:
         """Leave only the visual tokens `keep` [K], numbered among those that are left."""
-        stay = torch.cat([self.other, self.image[keep]]).sort().values
+        stay, first = torch.cat([self.other, self.image[keep]]).sort().values, int(self.numbers.flatten()[0])
         self.hidden, self.numbers = self.hidden[:, stay], self.numbers[..., stay]
         self.image, self.other = (
             torch.searchsorted(stay, self.image[keep]),
@@ -147,8 +147,8 @@ class _Decoder:
         )
         self.kept = self.kept[keep]
         if not self.original:
-            self.numbers = torch.arange(len(stay))
-            self.next_number = len(stay)
+            self.numbers = first + torch.arange(len(stay))
+            self.next_number = first + len(stay)
 
     def prefill(self, chain: Sequence[Pruner], cues: dict[str, Tensor]) -> None:
         """Run all layers, cutting the prompt in front of the layer that each pruner names."""
@@ -183,12 +183,12 @@ class _Decoder:
             "next_scores": coming[:, :, -1].float().mean(dim=1)[:, self.image],
             "keys": keys[:, self.image],
             "text_attention": rows[:, :, self.other][..., self.image],
-            "text_gravity": self._gravity()[:, self.other][..., self.image],
+            "text_gravity": self._gravity(end - 1)[:, self.other][..., self.image],
         }
 
-    def _gravity(self) -> Tensor:
-        """[1,S,S]: all-ones queries and keys, turned as the model turns them; products / sqrt(head_dim)."""
-        cos, sin = (part.float() for part in self.parts.turns(0, self.hidden, self.numbers))
+    def _gravity(self, layer: int) -> Tensor:
+        """[1,S,S]: all-ones queries and keys, turned as a layer turns them; products / sqrt(head_dim)."""
+        cos, sin = (part.float() for part in self.parts.turns(layer, self.hidden, self.numbers))
         ones = torch.ones_like(cos).unsqueeze(1)
         query, key = sys.modules[type(self.text).__module__].apply_rotary_pos_emb(ones, ones, cos, sin)
         return (query @ key.transpose(2, 3))[:, 0] / cos.shape[-1] ** 0.5

@@ -10,6 +10,7 @@ from vtp.export.graphs.emit import OPSET
 from vtp.export.graphs.fixed_cache import FIXED_CACHE, fix_capacity
 from vtp.export.graphs.fixed_cache import OPSET as FIXED_CACHE_OPSET
 from vtp.export.graphs.lower import OPSET as DECOMPOSED_OPSET
+from vtp.export.graphs.modules import Decoder
 from vtp.export.plan import Plan
 
 
@@ -29,6 +30,12 @@ class Target:
     attending: Attending
     static_cache: bool
     float64: bool
+
+    def serving(self, decoder: Decoder) -> Target:
+        """This target for a decoder whose prompts are not read from left to right alone: masked attention."""
+        if decoder.sight == "causal" or self.attending is not GROUPED_QUERY:
+            return self
+        return replace(self, attending=FIXED_CACHE, opset=FIXED_CACHE_OPSET)
 
     def prepare(self, plan: Plan) -> Plan:
         """The plan as this target wants it."""

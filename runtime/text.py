@@ -42,7 +42,8 @@ class TextSpec:
     which the template marks the image, one token of the tokenizer, with id image_token_id. placeholder_ids:
     the ids that replace that token in `input_ids`: image_token_id once for every run of visual tokens, and
     the marks around and between the runs, which are text. special_tokens: the template's variables, such as
-    {"bos_token": "<s>"}.
+    {"bos_token": "<s>"}. image_mark: what the template writes for an image where that is another text;
+    image_text, which holds image_token once, takes its place before the text is tokenized.
     """
 
     chat_template: str | None
@@ -52,6 +53,8 @@ class TextSpec:
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     special_tokens: dict[str, str] = field(default_factory=dict)
+    image_mark: str = ""
+    image_text: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "placeholder_ids", tuple(self.placeholder_ids))
@@ -129,10 +132,15 @@ class Prompter:
             self._refuse_reserved(message)
         text = self._render(checked)
         _check_rendered(text, checked[-1])
-        bos = self.spec.special_tokens.get("bos_token")
-        starts_with_bos = bos is not None and text.startswith(bos)
-        ids = self.tokenizer.encode(text, add_special_tokens=not starts_with_bos).ids
+        if self.spec.image_mark:
+            text = text.replace(self.spec.image_mark, self.spec.image_text)
+        ids = self.tokenizer.encode(text, add_special_tokens=not self._has_bos(text)).ids
         return self._place_image(text, ids)
+
+    def _has_bos(self, text: str) -> bool:
+        """Whether BOS is there already: at the start, or right after an image at the start."""
+        bos = self.spec.special_tokens.get("bos_token")
+        return bos is not None and text.removeprefix(self.spec.image_token).startswith(bos)
 
     def _render(self, messages: list[dict[str, Any]]) -> str:
         if self._template is None:
@@ -195,7 +203,7 @@ def _load_tokenizer(path: Path) -> Tokenizer:
 def _reserved_texts(spec: TextSpec, tokenizer: Tokenizer) -> list[str]:
     """Texts that would turn into control tokens inside a prompt, longest first."""
     special = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
-    texts = special | {spec.image_token} | set(spec.special_tokens.values())
+    texts = special | {spec.image_token, spec.image_mark} | set(spec.special_tokens.values())
     return sorted((text for text in texts if text), key=lambda text: (-len(text), text))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -32,6 +32,8 @@ class Family(ABC):
     lacks           cues of pruners that it cannot give, or "grid" -> why; `prepare` may say it for one model
     image_kinds     kinds of image preprocessing that its pictures may go through
     positions       how its kept tokens may be numbered: "compact", "original" or either
+    decoders        kinds of decoder (model_type) that it may have
+    template        chat template that stands for what its processor does to a prompt; None: the model's own
     seams           where the reference cuts its transformers model
     """
 
@@ -42,15 +44,16 @@ class Family(ABC):
     lacks: Mapping[str, str] = MappingProxyType({})
     image_kinds: ClassVar[tuple[str, ...]] = ("clip",)
     positions: ClassVar[tuple[str, ...]] = ("compact", "original")
+    decoders: ClassVar[tuple[str, ...]] = DECODERS
+    template: ClassVar[str | None] = None
     seams: ClassVar[type[Seams]] = Seams
 
     def __init__(self, model: Any) -> None:
         self.model = model
         self.check_decoder(self.decoder.model.config.model_type)
-        rope = getattr(self.decoder.model.config, "rope_parameters", None) or {}
-        rotary = rope.get("rope_type", "default")
-        if rotary not in ROTARY:
-            raise VtpError(f"this model's rotary embedding is '{rotary}'; supported: {', '.join(ROTARY)}")
+        for rotary in _rotary_kinds(getattr(self.decoder.model.config, "rope_parameters", None) or {}):
+            if rotary not in ROTARY:
+                raise VtpError(f"this model's rotary embedding is '{rotary}'; supported: {', '.join(ROTARY)}")
         if self.decoder.head_dim % 8:
             raise VtpError(
                 f"head size {self.decoder.head_dim} is not a multiple of 8, which GroupQueryAttention needs; "
@@ -62,11 +65,11 @@ class Family(ABC):
     def check(cls, config: dict[str, Any]) -> None:
         """Raise VtpError for a config.json that the family cannot serve, before its weights are loaded."""
 
-    @staticmethod
-    def check_decoder(kind: str) -> None:
-        """Raise VtpError for a decoder's model_type that is not in DECODERS."""
-        if kind not in DECODERS:
-            raise VtpError(f"this model's decoder is '{kind}'; supported decoders: {', '.join(DECODERS)}")
+    @classmethod
+    def check_decoder(cls, kind: str) -> None:
+        """Raise VtpError for a decoder's model_type that is not in `decoders`."""
+        if kind not in cls.decoders:
+            raise VtpError(f"this model's decoder is '{kind}'; supported decoders: {', '.join(cls.decoders)}")
 
     @property
     @abstractmethod
@@ -134,6 +137,12 @@ class Family(ABC):
         first and the last."""
         return [self.image_token_id] * (self.grid[0] * self.grid[1])
 
+    def image_text(self, token: Callable[[int], str]) -> tuple[str, str]:
+        """(what the chat template writes for a picture, what its processor makes of that before the text is
+        tokenized, with the image token once), where these differ. `token` gives the text of an id."""
+        del token
+        return "", ""
+
     @property
     def tower(self) -> Any:
         """The vision model whose attention is replaced while its graph is traced."""
@@ -158,3 +167,9 @@ class Family(ABC):
     def decoder_pruner(self, pruner: Pruner, others: Sequence[str]) -> DecoderPruner:
         """A decoder-site pruner, which finds the visual tokens in the prompt; `others` names its inputs."""
         return DecoderPruner(pruner, others)
+
+
+def _rotary_kinds(rope: Mapping[str, Any]) -> list[str]:
+    """The kinds of rotary embedding that `rope_parameters` names: one, or one for each kind of layer."""
+    kinds = [part for part in rope.values() if isinstance(part, Mapping)] or [rope]
+    return [part.get("rope_type", "default") for part in kinds]

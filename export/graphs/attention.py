@@ -23,24 +23,68 @@ from vtp.engines.errors import VtpError
 DECODER_ATTENTION = "vtp_decoder"
 TOWER_ATTENTION = "vtp_tower"
 # Keyword arguments of attention functions that change nothing in a causal decoder graph.
-_HARMLESS = {"dropout", "position_ids", "use_cache", "is_causal", "sliding_window", "cache_position"}
+_HARMLESS = {"dropout", "position_ids", "use_cache", "is_causal", "cache_position"}
+_MOST_SCORES = 1 << 25  # scores of a tower's heads that are laid out at once, where all of them are read
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a decoder layer makes of the products of its queries and keys.
+
+    scale     the products are multiplied by it
+    softcap   and then bent to stay within -softcap to softcap; None: not bent
+    window    a token sees the last `window` tokens, itself among them; None: all of them
+    """
+
+    scale: float
+    softcap: float | None = None
+    window: int | None = None
+
+    def bend(self, products: Tensor) -> Tensor:
+        """Products -> attention logits, float32."""
+        return softcapped(products.float() * self.scale, self.softcap)
+
+
+def softcapped(logits: Tensor, softcap: float | None) -> Tensor:
+    """Logits within -softcap to softcap; as they are for None."""
+    return logits if softcap is None else torch.tanh(logits / softcap) * softcap
 
 
 @dataclass
 class Lengths:
-    """Where the rows of a batch end, in GroupQueryAttention's terms.
+    """Where the rows of a batch end, in GroupQueryAttention's terms, and how far its tokens see.
 
     seqlens_k int32 [B]: valid tokens in the cache after this run, minus one.
     total_sequence_length int32 []: the longest row after this run.
+    ahead int64 [B,S]: how many tokens after itself each token of this run sees, up to the row's end. None: a
+    token sees itself and those before it.
+    windows: whether sliding windows are kept to; they need not be where no cache is longer than a window.
     """
 
     seqlens_k: Tensor
     total_sequence_length: Tensor
+    ahead: Tensor | None = None
+    windows: bool = False
 
     def last_index(self, sequence: int) -> Tensor:
         """Index int64 [B] of every row's last real token among the `sequence` tokens of this run."""
         past = self.total_sequence_length.to(torch.int64) - sequence
         return (self.seqlens_k.to(torch.int64) - past).clamp(0, sequence - 1)
+
+    def seen(self, place: Tensor, columns: int, rule: Rule, ahead: Tensor | None) -> Tensor:
+        """Which of the cache's first `columns` places tokens at `place` int64 [B,R] see: bool [B,R,columns].
+
+        `ahead` int64 [B,R] is those tokens' own. Padding after a row's end sees what the row's last token
+        sees, so that no row of the answer is empty.
+        """
+        column = torch.arange(columns)
+        if ahead is None and rule.window is None:
+            return column <= place.unsqueeze(2)
+        end = self.seqlens_k.to(torch.int64).unsqueeze(1)
+        place = torch.minimum(place, end)
+        reach = place if ahead is None else torch.minimum(place + ahead, end)
+        near = column <= reach.unsqueeze(2)
+        return near if rule.window is None else near & (column > place.unsqueeze(2) - rule.window)
 
 
 @dataclass
@@ -58,11 +102,11 @@ class Watch:
     last: Tensor | None = None
     text: Tensor | None = None
 
-    def read(self, query: Tensor, key: Tensor, scale: float, lengths: Lengths) -> None:
+    def read(self, query: Tensor, key: Tensor, rule: Rule, lengths: Lengths) -> None:
         """Take the rows from query [B,H,S,d] and key [B,G,S,d], both rotated."""
-        self.last = last_row(query, key, scale, lengths).mean(dim=1)
+        self.last = last_row(query, key, rule, lengths).mean(dim=1)
         if self.text_rows is not None:
-            self.text = attention_rows(query, key, scale, self.text_rows)
+            self.text = attention_rows(query, key, rule, lengths, self.text_rows)
 
 
 @dataclass
@@ -97,9 +141,9 @@ class TowerProbe:
 
 
 # How a target attends: query [B,H,S,d], key and value [B,G,S,d] (rotated), the layer's past key and value
-# [B,G,capacity,d], lengths, scale -> output [B,S,H,d], present key and value.
+# [B,G,capacity,d], lengths, rule -> output [B,S,H,d], present key and value.
 Attend = Callable[
-    [Tensor, Tensor, Tensor, tuple[Tensor, Tensor], Lengths, float], tuple[Tensor, tuple[Tensor, Tensor]]
+    [Tensor, Tensor, Tensor, tuple[Tensor, Tensor], Lengths, Rule], tuple[Tensor, tuple[Tensor, Tensor]]
 ]
 
 # The same in a tower: query, key and value [B,H,S,d], mask or None, scale -> output [B,H,S,d].
@@ -154,6 +198,8 @@ def _decoder_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Emit attention on the cache. query [B,H,S,d], key and value [B,G,S,d] (rotated) -> [B,S,H,d]."""
@@ -163,20 +209,23 @@ def _decoder_attention(
     cache: Cache | Peek = _active[-1]
     layer = module.layer_idx
     scale = float(scaling if scaling is not None else query.shape[-1] ** -0.5)
+    rule = Rule(scale, softcap, sliding_window if cache.lengths.windows else None)
     if cache.watch is not None and layer == cache.watch.layer:
-        cache.watch.read(query, key, scale, cache.lengths)
+        cache.watch.read(query, key, rule, cache.lengths)
     if isinstance(cache, Peek):
         return torch.zeros_like(query).transpose(1, 2), None
     output, cache.present[layer] = _attending[-1].decoder(
-        query, key, value, cache.past[layer], cache.lengths, scale
+        query, key, value, cache.past[layer], cache.lengths, rule
     )
     return output, None
 
 
 def grouped_query_attention(
-    query: Tensor, key: Tensor, value: Tensor, past: tuple[Tensor, Tensor], lengths: Lengths, scale: float
+    query: Tensor, key: Tensor, value: Tensor, past: tuple[Tensor, Tensor], lengths: Lengths, rule: Rule
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Emit ONNX Runtime's GroupQueryAttention; see `Attend`."""
+    """Emit ONNX Runtime's GroupQueryAttention; see `Attend`. It is causal and sees the whole cache."""
+    if lengths.ahead is not None or rule != Rule(rule.scale):
+        raise VtpError("GroupQueryAttention is written for plain causal attention; this decoder's is not")
     batch, heads, sequence, width = query.shape
     groups = key.shape[1]
     output, *present = torch.onnx.ops.symbolic_multi_out(
@@ -189,7 +238,7 @@ def grouped_query_attention(
             lengths.seqlens_k,
             lengths.total_sequence_length,
         ),
-        attrs={"num_heads": heads, "kv_num_heads": groups, "scale": scale},
+        attrs={"num_heads": heads, "kv_num_heads": groups, "scale": rule.scale},
         dtypes=(query.dtype, key.dtype, value.dtype),
         shapes=((batch, sequence, heads * width), past[0].shape, past[1].shape),
         version=1,
@@ -201,30 +250,31 @@ def _merge_heads(tensor: Tensor) -> Tensor:
     return tensor.transpose(1, 2).flatten(2)
 
 
-def last_row(query: Tensor, key: Tensor, scale: float, lengths: Lengths) -> Tensor:
+def last_row(query: Tensor, key: Tensor, rule: Rule, lengths: Lengths) -> Tensor:
     """The last real token's attention row over this run's tokens, float32 [B,H,S].
 
     Only this one row is computed; the fused attention beside it never materialises S x S. It is the whole
     row when the cache was empty (prefill), which is when pruners read it.
     """
     last = lengths.last_index(query.shape[2]).unsqueeze(1)
-    return attention_rows(query, key, scale, last)[:, :, 0]
+    return attention_rows(query, key, rule, lengths, last)[:, :, 0]
 
 
-def attention_rows(query: Tensor, key: Tensor, scale: float, rows: Tensor) -> Tensor:
+def attention_rows(query: Tensor, key: Tensor, rule: Rule, lengths: Lengths, rows: Tensor) -> Tensor:
     """The attention rows float32 [B,H,R,S] of the tokens at `rows` int64 [B,R] among this run's S.
 
-    query [B,H,S,d] and key [B,G,S,d], rotated. A token sees itself and those before it.
+    query [B,H,S,d] and key [B,G,S,d], rotated. As `last_row`, of a run on an empty cache.
     """
     batch, heads, sequence, width = query.shape
     groups, count = key.shape[1], rows.shape[1]
     places = rows.clamp(0, sequence - 1)
     asked = torch.gather(query, 2, places.view(batch, 1, count, 1).expand(batch, heads, count, width))
     asked = asked.reshape(batch, groups, heads // groups * count, width)
-    logits = torch.matmul(asked, key.transpose(2, 3)).float() * scale
+    logits = rule.bend(torch.matmul(asked, key.transpose(2, 3)))
     logits = logits.reshape(batch, heads, count, sequence)
-    later = torch.arange(sequence) > places.unsqueeze(2)
-    logits = logits.masked_fill(later.unsqueeze(1), torch.finfo(torch.float32).min)
+    ahead = None if lengths.ahead is None else torch.gather(lengths.ahead, 1, places)
+    hidden = ~lengths.seen(places, sequence, rule, ahead)
+    logits = logits.masked_fill(hidden.unsqueeze(1), torch.finfo(torch.float32).min)
     return torch.softmax(logits, dim=-1)
 
 
@@ -266,6 +316,14 @@ def _cls_row(query: Tensor, key: Tensor, scale: float) -> Tensor:
 
 def _attention_received(query: Tensor, key: Tensor, scale: float) -> Tensor:
     """Attention that every patch receives, mean over heads and rows, float32 [B,N] (towers without CLS)."""
+    heads = query.shape[1]
+    if heads * query.shape[2] * key.shape[2] > _MOST_SCORES:  # a large tower's: head by head
+        rows = [_received(query[:, head : head + 1], key[:, head : head + 1], scale) for head in range(heads)]
+        return torch.stack(rows).mean(dim=0)
+    return _received(query, key, scale)
+
+
+def _received(query: Tensor, key: Tensor, scale: float) -> Tensor:
     logits = torch.matmul(query, key.transpose(2, 3)).float() * scale
     return torch.softmax(logits, dim=-1).mean(dim=(1, 2))
 
@@ -294,6 +352,22 @@ def _rms_norm(module: Any, hidden: Tensor) -> Tensor:
     return _attending[-1].norm(hidden, module.weight, module.variance_epsilon)
 
 
+def _centred_rms_norm(module: Any, hidden: Tensor) -> Tensor:
+    """Gemma's: weights lie around 0, and the product with 1 + weight is taken in float32."""
+    weight = module.weight.float() + 1.0
+    return _attending[-1].norm(hidden.float(), weight, module.eps).type_as(hidden)
+
+
+def _norm_of(module: nn.Module) -> Callable[[Any, Tensor], Tensor] | None:
+    """How a transformers norm is written as one operator; None for what is not known here."""
+    name = type(module).__name__
+    if not name.endswith("RMSNorm"):
+        return None
+    if name.startswith("Gemma"):
+        return _centred_rms_norm
+    return _rms_norm if hasattr(module, "variance_epsilon") else None
+
+
 @contextmanager
 def emitting(
     decoder: nn.Module, tower: nn.Module | None = None, attending: Attending = GROUPED_QUERY
@@ -312,8 +386,8 @@ def emitting(
             if part is not None:
                 stack.enter_context(_attention_implementation(part, name))
         for module in decoder.modules():
-            if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
-                stack.enter_context(mock.patch.object(module, "forward", MethodType(_rms_norm, module)))
+            if norm := _norm_of(module):
+                stack.enter_context(mock.patch.object(module, "forward", MethodType(norm, module)))
         stack.enter_context(mock.patch.object(_modeling(decoder), "apply_rotary_pos_emb", _rotate))
         yield
 

@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from vtp.export.graphs.attention import Attend, Attending, Lengths, TowerAttend
+from vtp.export.graphs.attention import Attend, Attending, Lengths, Rule, TowerAttend, softcapped
 from vtp.export.graphs.emit import GraphInput, GraphSpec
 
 OPSET = 24  # of TensorScatter
@@ -25,7 +25,11 @@ Write = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def on_fixed_cache(write: Write, attend: TowerAttend) -> Attend:
-    """Attention on a cache that `write` fills and `attend` looks at."""
+    """Attention on a cache that `write` fills and `attend` looks at.
+
+    Where logits are bent it is decomposed: versions of the operator differ in whether that comes before the
+    mask, as it should.
+    """
 
     def attention_on_cache(
         query: Tensor,
@@ -33,12 +37,17 @@ def on_fixed_cache(write: Write, attend: TowerAttend) -> Attend:
         value: Tensor,
         past: tuple[Tensor, Tensor],
         lengths: Lengths,
-        scale: float,
+        rule: Rule,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         start = first_places(lengths, query.shape[2])
         keys, values = (write(cache, new, start) for cache, new in zip(past, (key, value), strict=True))
-        mask = visible(start, query.shape[2], keys.shape[2])
-        return attend(query, keys, values, mask, scale).transpose(1, 2), (keys, values)
+        place = start.unsqueeze(1) + torch.arange(query.shape[2])
+        mask = lengths.seen(place, keys.shape[2], rule, lengths.ahead).unsqueeze(1)
+        if rule.softcap is None:
+            output = attend(query, keys, values, mask, rule.scale)
+        else:
+            output = decomposed(query, keys, values, mask, rule.scale, rule.softcap)
+        return output.transpose(1, 2), (keys, values)
 
     return attention_on_cache
 
@@ -65,15 +74,22 @@ def has_kernel(query: Tensor) -> bool:
     return query.dtype in (torch.float16, torch.bfloat16) and query.shape[-1] in range(16, 257, 8)
 
 
-def decomposed(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """The same in MatMul and Softmax, scores in float32.
+def decomposed(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    softcap: float | None = None,
+) -> Tensor:
+    """The same in MatMul and Softmax, scores in float32; they are bent to `softcap` before they are masked.
 
     The queries of a group follow each other along one axis, so that keys are never repeated.
     """
     batch, heads, sequence, width = query.shape
     groups = key.shape[1]
     grouped = query.reshape(batch, groups, heads // groups * sequence, width)
-    scores = torch.matmul(grouped, key.transpose(2, 3)).float() * scale
+    scores = softcapped(torch.matmul(grouped, key.transpose(2, 3)).float() * scale, softcap)
     if mask is not None:
         apart = scores.reshape(batch, groups, heads // groups, sequence, key.shape[2])
         hidden = apart.masked_fill(~mask.unsqueeze(1), torch.finfo(torch.float32).min)
@@ -91,12 +107,6 @@ def first_places(lengths: Lengths, sequence: int) -> Tensor:
     later = lengths.seqlens_k.to(torch.int64) + 1 - sequence
     fresh = lengths.total_sequence_length.to(torch.int64) == sequence
     return torch.where(fresh, torch.zeros_like(later), later)
-
-
-def visible(start: Tensor, sequence: int, capacity: int) -> Tensor:
-    """Which places of the cache every query sees: bool [B,1,S,capacity], itself and those before it."""
-    place = start.view(-1, 1, 1, 1) + torch.arange(sequence).view(1, 1, -1, 1)
-    return torch.arange(capacity).view(1, 1, 1, -1) <= place
 
 
 def _scatter(cache: Tensor, new: Tensor, start: Tensor) -> Tensor:

@@ -9,17 +9,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vtp.export.graphs.attention import Cache, Lengths, Peek, TowerProbe, Watch, active
+from vtp.export.graphs.attention import Cache, Lengths, Peek, TowerProbe, Watch, active, softcapped
 from vtp.export.pruners.base import Pruner
 from vtp.export.pruners.ops import gather_rows
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """The parts of a transformers decoder that graphs are made of."""
+    """The parts of a transformers decoder that graphs are made of.
+
+    sight    what a token of a prompt sees beside itself and those before it: nothing ("causal"), the whole
+             prompt ("prompt"), or, if it is a visual token, all those of its picture ("image")
+    windows  whether layers with a sliding window keep to it; where not, no prompt may outgrow the window
+    softcap  the logits are bent to stay within -softcap to softcap
+    """
 
     model: Any  # the base model: .layers, .norm, .rotary_emb, .embed_tokens, .config
     lm_head: Any
+    sight: str = "causal"
+    windows: bool = False
+    softcap: float | None = None
 
     @property
     def layers(self) -> Sequence[Any]:
@@ -41,20 +50,32 @@ class Decoder:
     def width(self) -> int:
         return self.model.config.hidden_size
 
+    def turning(self, layer: int) -> str | None:
+        """Name of a layer's rotary embedding, where kinds of layers have their own."""
+        own = getattr(self.model.rotary_emb, "layer_types", None)
+        return self.model.config.layer_types[layer] if own else None
+
 
 class VisionEncoder(nn.Module):
     """pixel_values [B,3,H,W] -> image_features [B,N,C], then the cues asked for, in their order.
 
-    `embed` turns pixels into the first hidden states; `layers` are only those that the features need. Cues:
-    attention_scores float32 [B,N] and vision_keys [B,N,C], both of the last of those layers.
+    `embed` turns pixels into the first hidden states; `layers` are only those that the features need, `norm`
+    what follows them in some towers. Cues: attention_scores float32 [B,N] and vision_keys [B,N,C], both of
+    the last of those layers.
     """
 
     def __init__(
-        self, embed: nn.Module, layers: Sequence[nn.Module], has_cls: bool, cues: Sequence[str] = ()
+        self,
+        embed: nn.Module,
+        layers: Sequence[nn.Module],
+        has_cls: bool,
+        cues: Sequence[str] = (),
+        norm: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.embed = embed
         self.layers = nn.ModuleList(layers)
+        self.norm = norm
         self.has_cls = has_cls
         self.cues = tuple(cues)
 
@@ -65,6 +86,7 @@ class VisionEncoder(nn.Module):
         with active(probe):
             for layer in self.layers:
                 hidden = layer(hidden, None)
+        hidden = hidden if self.norm is None else self.norm(hidden)
         features = hidden[:, 1:] if self.has_cls else hidden
         read: dict[str, Any] = {"attention_scores": probe.scores, "vision_keys": probe.keys}
         return (features, *(read[name] for name in self.cues))
@@ -116,7 +138,7 @@ class Splice(nn.Module):
         image_embeds: Tensor,
         image_start: Tensor,
         keep_indices: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         text, visual = inputs_embeds.shape[1], image_embeds.shape[1]
         total = text - self.placeholders + visual
         place = torch.arange(total).unsqueeze(0)
@@ -256,10 +278,10 @@ class DecoderPart(nn.Module):
     """Decoder layers first..last on a bound cache, for prefill and single steps alike.
 
     hidden [B,S,D], position_ids int64 [B,S], seqlens_k int32 [B], total_sequence_length int32 [], then
-    text_rows int64 [B,R] if a cue of TEXT_CUES is asked for, then past key and value [B,G,capacity,d] per
-    layer. A part with the last layer gives logits float32 [B,1,V] of every row's last real position; an
-    earlier part gives hidden_states [B,S,D] and the cues that the pruner after it reads. Both then give
-    present key and value per layer.
+    ahead int64 [B,S] if visual tokens see all those of their picture, then text_rows int64 [B,R] if a cue of
+    TEXT_CUES is asked for, then past key and value [B,G,capacity,d] per layer. A part with the last layer
+    gives logits float32 [B,1,V] of every row's last real position; an earlier part gives hidden_states
+    [B,S,D] and the cues that the pruner after it reads. Both then give present key and value per layer.
     """
 
     def __init__(
@@ -269,6 +291,8 @@ class DecoderPart(nn.Module):
         self.decoder_layers = nn.ModuleList(list(decoder.layers)[first:end])
         self.rotary: Any = decoder.model.rotary_emb
         self.numbers = range(first, end)
+        self.turning = [decoder.turning(layer) for layer in range(first, min(end + 1, len(decoder.layers)))]
+        self.sight, self.windows, self.softcap = decoder.sight, decoder.windows, decoder.softcap
         self.cues = tuple(cues)
         self.reads_text = bool(set(cues) & set(TEXT_CUES))
         self.final = end == len(decoder.layers)
@@ -286,43 +310,55 @@ class DecoderPart(nn.Module):
         total_sequence_length: Tensor,
         *others: Tensor,
     ) -> tuple[Tensor, ...]:
-        rows, past = (others[0], others[1:]) if self.reads_text else (None, others)
+        past = list(others)
+        ahead = past.pop(0) if self.sight == "image" else None
+        rows = past.pop(0) if self.reads_text else None
+        if self.sight == "prompt":
+            ahead = torch.zeros_like(position_ids) + hidden.shape[1]
         pairs = zip(past[::2], past[1::2], strict=True)
-        lengths = Lengths(seqlens_k, total_sequence_length)
+        lengths = Lengths(seqlens_k, total_sequence_length, ahead, self.windows)
         watch = Watch(self.numbers[-1], rows)
         cache = Cache(
             dict(zip(self.numbers, pairs, strict=True)), lengths, watch=watch if self.cues else None
         )
-        rotary = self.rotary(hidden, position_ids)
+        turns = self._turns(hidden, position_ids)
         with active(cache):
-            for layer in self.decoder_layers:
+            for layer, turn in zip(self.decoder_layers, turns, strict=False):
                 hidden = layer(
                     hidden,
                     attention_mask=None,
-                    position_embeddings=rotary,
+                    position_embeddings=turn,
                     past_key_values=cache,
                     use_cache=True,
                 )
         present = tuple(tensor for number in self.numbers for tensor in cache.present[number])
         if self.final:
             return (self._logits(hidden, lengths), *present)
-        return (hidden, *self._cues(hidden, rotary, watch, lengths), *present)
+        return (hidden, *self._cues(hidden, turns, watch, lengths), *present)
+
+    def _turns(self, hidden: Tensor, position_ids: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """cos and sin for every layer of this part, and for the one after it."""
+        kinds = {
+            kind: self.rotary(hidden, position_ids, *(() if kind is None else (kind,)))
+            for kind in dict.fromkeys(self.turning)
+        }
+        return [kinds[kind] for kind in self.turning]
 
     def _logits(self, hidden: Tensor, lengths: Lengths) -> Tensor:
         """Of the last position only, and two-dimensional, so that tied weights need no transposed copy."""
         assert self.norm is not None and self.lm_head is not None  # a final part has both
         row = gather_rows(hidden, lengths.last_index(hidden.shape[1]).unsqueeze(1)).squeeze(1)
-        return self.lm_head(self.norm(row)).float().unsqueeze(1)
+        return softcapped(self.lm_head(self.norm(row)).float(), self.softcap).unsqueeze(1)
 
     def _cues(
-        self, hidden: Tensor, rotary: tuple[Tensor, Tensor], watch: Watch, lengths: Lengths
+        self, hidden: Tensor, turns: list[tuple[Tensor, Tensor]], watch: Watch, lengths: Lengths
     ) -> list[Tensor]:
         read: dict[str, Callable[[], Any]] = {
             "attention_scores": lambda: watch.last,
             "text_attention": lambda: watch.text,
-            "text_gravity": lambda: _gravity(rotary, watch),
+            "text_gravity": lambda: _gravity(turns[-2], watch),
             "keys": lambda: self._keys(hidden),
-            "next_scores": lambda: self._next_scores(hidden, rotary, lengths),
+            "next_scores": lambda: self._next_scores(hidden, turns[-1], lengths),
         }
         return [read[name]() for name in self.cues]
 

@@ -1,5 +1,6 @@
 """Prompts, streamed text and stop strings equal what transformers makes of the same words and ids."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -304,6 +305,29 @@ def test_marks_between_runs_of_visual_tokens_are_text(folder: Path) -> None:
     short, long = (prompter.encode(CONVERSATIONS["one_turn"]) for prompter in (one, runs))
     assert long.image_start == short.image_start + 1
     assert long.text_tokens == short.text_tokens + 3
+
+
+def test_bos_may_stand_behind_the_picture(folder: Path) -> None:
+    """As PaliGemma's processor writes it: the tokenizer then adds no other."""
+    template = "<image>{{ bos_token }}{{ messages[0]['content'][1]['text'] }}{{ '\\n' }}"
+    prompter = Prompter(spec_for(template), folder / "byte_level.json")
+    prompt = prompter.encode(prompter.messages_for("what is it ?"))
+    assert prompt.text == "<image><s>what is it ?\n"
+    assert prompt.ids[:2] == [IMAGE, 1] and prompt.ids.count(1) == 1
+
+
+def test_what_a_template_writes_for_an_image_may_be_another_text(folder: Path) -> None:
+    """It is replaced before the text is tokenized, and a user may not write it."""
+    template = LLAVA_TEMPLATE.replace("<image>", "[PICTURE]")
+    changes = {"image_mark": "[PICTURE]", "image_text": "\n[PICTURE]<image>!\n"}
+    spec = dataclasses.replace(spec_for(template), **changes)
+    assert TextSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
+    prompter = Prompter(spec, folder / "byte_level.json")
+    prompt = prompter.encode(prompter.messages_for("what is it ?"))
+    text = "USER: \n[PICTURE]<image>!\n\nwhat is it ? ASSISTANT:"
+    assert prompt.text == text and prompt.ids == FAST["byte_level"](text)["input_ids"]
+    with pytest.raises(UsageError, match=r"holds '\[PICTURE\]', a control token"):
+        prompter.encode(prompter.messages_for("what is [PICTURE] ?"))
 
 
 def test_without_a_template_a_single_question_takes_llavas_form(folder: Path) -> None:

@@ -1,0 +1,56 @@
+"""How far ahead tokens see: for models whose visual tokens see all those of their picture."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vtp.export.graphs.modules import DecoderPruner, Splice
+
+
+def looking_ahead(length: int, image_start: Tensor, visual: int) -> Tensor:
+    """How many tokens after itself each of a prompt's S = `length` tokens sees, int64 [B,S].
+
+    To the picture's end from inside it, else none. image_start int64 [B]: where its `visual` tokens begin.
+    """
+    place, start = torch.arange(length).unsqueeze(0), image_start.unsqueeze(1)
+    inside = (place >= start) & (place < start + visual)
+    return torch.where(inside, start + visual - 1 - place, torch.zeros_like(place))
+
+
+class AheadSplice(Splice):
+    """As `Splice`, and `ahead` int64 [B,S]: see `looking_ahead`."""
+
+    def forward(
+        self,
+        inputs_embeds: Tensor,
+        image_embeds: Tensor,
+        image_start: Tensor,
+        keep_indices: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        answer = super().forward(inputs_embeds, image_embeds, image_start, keep_indices)
+        return *answer, looking_ahead(answer[0].shape[1], image_start, image_embeds.shape[1])
+
+
+class AheadPruner(DecoderPruner):
+    """As `DecoderPruner`, and kept_ahead int64 [B,S-n+K]: how far ahead the tokens that are left see."""
+
+    def forward(
+        self, hidden_states: Tensor, position_ids: Tensor, image_start: Tensor, *others: Tensor
+    ) -> tuple[Tensor, ...]:
+        answer = super().forward(hidden_states, position_ids, image_start, *others)
+        return *answer, looking_ahead(answer[1].shape[1], image_start, self.pruner.keep)
+
+
+class OneBasedSplice(Splice):
+    """As `Splice`, with positions that count from 1."""
+
+    def forward(
+        self,
+        inputs_embeds: Tensor,
+        image_embeds: Tensor,
+        image_start: Tensor,
+        keep_indices: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        prompt, numbers, coming = super().forward(inputs_embeds, image_embeds, image_start, keep_indices)
+        return prompt, numbers + 1, coming + 1

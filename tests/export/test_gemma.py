@@ -32,7 +32,7 @@ from vtp.runtime.text import Prompter
 
 from .tiny_gemma import processor_of, save_gemma, tiny_gemma3, tiny_paligemma
 
-COUNT, MAX_LENGTH, WORDS = 16, 64, "what shape is it ?"
+COUNT, MAX_LENGTH, WORDS = 16, 128, "what shape is it ?"
 MODELS: dict[str, Callable[[], Any]] = {
     "pali": tiny_paligemma,
     "pali2": lambda: tiny_paligemma("gemma2", seed=1),
@@ -302,5 +302,5 @@ def test_a_config_that_is_refused(family: Any, config: dict[str, Any], message: 
 
 def test_a_prompt_may_not_outgrow_paligemmas_window(folders: Callable[[str], Any], tmp_path: Path) -> None:
     folder, _ = folders("pali2")
-    with pytest.raises(UsageError, match="max-length 65 is outside 18 to 64"):
-        export(Request(tmp_path / "out", str(folder), "none", max_length=65))
+    with pytest.raises(UsageError, match="max-length 129 is outside 18 to 128"):
+        export(Request(tmp_path / "out", str(folder), "none", max_length=129))

@@ -96,11 +96,11 @@ def _finish(model: Any, seed: int, ends: list[int]) -> Any:
 
 
 def tiny_paligemma(decoder: str = "gemma", layers: int = 3, seed: int = 0) -> Any:
-    """A random PaliGemma of 16 visual tokens; "gemma2" bends logits hard and has a window of 64."""
+    """A random PaliGemma of 16 visual tokens; "gemma2" bends logits hard and has a window of 128."""
     text: Any = GemmaConfig(**_text(layers, 1))
     if decoder == "gemma2":
         bent = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 4.0, "query_pre_attn_scalar": 5}
-        text = Gemma2Config(**_text(layers, 2), **bent, sliding_window=64)
+        text = Gemma2Config(**_text(layers, 2), **bent, sliding_window=128)
     config = PaliGemmaConfig(
         vision_config=_vision(56, 14),
         text_config=text,

@@ -91,9 +91,31 @@ def _not_an_image(name: str, header: bytes) -> str:
     if header.startswith(b"\x89PNG\r\n\x1a\n") and len(size) == 8 and b"\0\0\0\0" in (size[:4], size[4:]):
         width, height = int.from_bytes(size[:4], "big"), int.from_bytes(size[4:], "big")
         return f"{name} is {width}x{height} pixels: there is nothing to see; give another file"
+    if _is_video(header):
+        return f"{name} is a video, and pictures are served; give one of its frames as PNG, JPEG or WebP"
     return (
         f"{name} is not a picture that can be read (unknown format or damaged header); give PNG, JPEG or WebP"
     )
+
+
+def _is_video(header: bytes) -> bool:
+    """MP4, MOV and 3GP by their brand, Matroska and WebM, AVI."""
+    brands = (
+        b"isom",
+        b"iso2",
+        b"iso4",
+        b"iso5",
+        b"iso6",
+        b"mp41",
+        b"mp42",
+        b"avc1",
+        b"M4V ",
+        b"qt  ",
+        b"3gp",
+    )
+    if header[4:8] == b"ftyp":
+        return header[8:12].startswith(brands)
+    return header.startswith(b"\x1a\x45\xdf\xa3") or (header[:4] == b"RIFF" and header[8:12] == b"AVI ")
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:

@@ -16,6 +16,7 @@ from PIL import Image
 
 from vtp.engines import UsageError, VtpError
 from vtp.engines.ort import OrtEngine
+from vtp.engines.trt import refused_nodes
 from vtp.export.exporter import Request, export
 from vtp.export.families.gemma3 import Gemma3
 from vtp.export.families.paligemma import PaliGemma
@@ -30,6 +31,7 @@ from vtp.runtime.result import Timings
 from vtp.runtime.stages import StageRunner
 from vtp.runtime.text import Prompter
 
+from .test_trtrtx import ENGINE, MISSING, build
 from .tiny_gemma import processor_of, save_gemma, tiny_gemma3, tiny_paligemma
 
 COUNT, MAX_LENGTH, WORDS = 16, 128, "what shape is it ?"
@@ -249,6 +251,17 @@ def test_pruned_equals_the_torch_reference(bundle: Callable[[str], Made], name: 
             result = pipe.generate(noise(31, 90), WORDS, max_new_tokens=4, keep_tokens=keep)
             assert (result.visual_tokens.before, result.visual_tokens.after) == (COUNT, keep)
             assert len(set(result.kept)) == keep and result.kept == sorted(result.kept)
+
+
+@pytest.mark.slow
+@pytest.mark.trtrtx
+@pytest.mark.skipif(MISSING, reason="tensorrt_rtx is not installed")
+@pytest.mark.parametrize("name", ["pali2-tensorrt", "gemma3-tensorrt"])
+def test_every_graph_builds_with_tensorrt_rtx(bundle: Callable[[str], Made], name: str) -> None:
+    opened = open_bundle(bundle(name).folder)
+    for file in opened.manifest.graphs:
+        assert refused_nodes(opened.path(file), ENGINE) == []
+        assert build(opened.path(file)), file
 
 
 def test_paligemma_takes_one_question(bundle: Callable[[str], Made]) -> None:

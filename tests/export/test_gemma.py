@@ -180,7 +180,7 @@ def run_and_step(engine: OrtEngine, prompts: list[tuple[int, int, int]], first: 
             "total_sequence_length": np.array(filled.max() + (tokens == 1), np.int32),
             "ahead": ahead[:, :tokens] if tokens > 1 else np.full((batch, 1), 99),
         }
-        given = {name: engine.put(np.ascontiguousarray(value)) for name, value in feeds.items()}
+        given = {name: engine.put(np.array(value, order="C")) for name, value in feeds.items()}
         logits.append(engine.run({**given, **caches}, into)["logits"].numpy())
     return logits
 

@@ -4,7 +4,7 @@ BIN := .venv/bin
 DEMO := build/demo
 EXTRAS := export,ort,dev
 
-.PHONY: setup demo test test-trtrtx check accuracy methods scenes clean
+.PHONY: setup demo test test-trtrtx check accuracy methods bench scenes clean
 
 setup: .venv/.installed  ## make .venv and install vtp into it
 
@@ -38,6 +38,12 @@ accuracy: setup  ## exact match of every method on 1,000 held-out questions, as 
 methods: setup  ## every method side by side: docs/measured.md, the plot and the README's table (about an hour)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS),bench]'
 	$(BIN)/python -m vtp.bench.methods --resume
+
+# Peers that cannot be installed are named in the page. BENCH takes flags, such as "--also int8=DIR".
+bench: setup  ## vtp beside its peers on a full-size shape: docs/bench.md and the README's table (ten minutes, idle)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS),bench]'
+	-$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[peers]'
+	$(BIN)/python -m vtp.bench.peers $(BENCH)
 
 scenes: setup  ## train the built-in model again (about two hours on 2 CPU cores; resumes)
 	$(BIN)/python -m vtp.scenes.train --run build/scenes

@@ -116,8 +116,8 @@ class StageRunner:
         self._engines: dict[str, Engine] = {}
         self._caches: dict[str, KvCache] = {}
         self._steps: dict[int, tuple[dict[str, Value], list[tuple[Stage, Binding]]]] = {}
-        for stage in bundle.manifest.stages:
-            self._open(stage.file)
+        for file in sorted(bundle.manifest.graphs, key=self._bytes, reverse=True):
+            self._open(file)
 
     @property
     def any_engine(self) -> Engine:
@@ -222,9 +222,16 @@ class StageRunner:
             )
         return self._steps[keep]
 
+    def _bytes(self, file: str) -> int:
+        """Size of a graph's own weights. The largest is opened first, with nothing else in memory yet.
+
+        While an engine packs a weight, it holds it twice: of a graph opened last, the largest weight (the
+        embeddings, often a sixth of a model) would come on top of everything else.
+        """
+        data = self._bundle.manifest.files.get(f"{file}.data")
+        return data.bytes if data else 0
+
     def _open(self, file: str) -> None:
-        if file in self._engines:
-            return
         engine = open_stage(self._bundle, file, self._engine, self._threads, self._opening)
         graph = self._bundle.manifest.graphs[file]
         _compare(file, "input", graph.inputs, engine.inputs)

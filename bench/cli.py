@@ -1,0 +1,153 @@
+"""vtp-bench: where a bundle's time, memory and operations go, and how near the machine's limits that is."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from vtp.bench import report
+from vtp.bench.measure import Task, in_child
+from vtp.bench.shape import Wanted, make
+from vtp.engines import UsageError, engine_names
+from vtp.runtime.bundle import open_bundle
+from vtp.runtime.console import Parser, Progress, run_command
+from vtp.runtime.machine import look
+from vtp.scenes import examples_dir
+
+PROG = "vtp-bench"
+PROMPT = "what color is the star ?"
+CACHE = "VTP_CACHE"
+_VERSIONS = ("vtp-edge", "onnxruntime", "onnxruntime-gpu", "numpy", "torch", "transformers")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags of vtp-bench."""
+    parser = Parser(prog=PROG, description="Measure a bundle: stages, tokens, memory, operations, limits.")
+    add = parser.add_argument
+    add("bundle", nargs="?", metavar="BUNDLE", help="a folder that vtp-export made")
+    add("--shape", metavar="NAME", help="instead: a full-size shape with random weights (made and kept)")
+    add("--method", default="vispruner", help="of a --shape (default: %(default)s)")
+    add("--dtype", default="float32", help="of a --shape: float32 or float16 (default: %(default)s)")
+    add("--cache", metavar="DIR", help=f"where shapes are kept (default: ${CACHE} or ~/.cache/vtp-edge)")
+    add("--keep-tokens", metavar="K", help="one of the bundle's keep-counts; of a --shape: any")
+    add("--image", metavar="FILE", help="the picture (default: one of the built-in examples)")
+    add("--prompt", default=PROMPT, metavar="TEXT", help="default: %(default)s")
+    add("--max-new-tokens", default="32", metavar="N", help="tokens of every answer (default: %(default)s)")
+    add(
+        "--repeats", default="10", metavar="N", help="timed runs, after two to warm up (default: %(default)s)"
+    )
+    add("--engine", default="auto", help=f"one of {', '.join(engine_names())} (default: %(default)s)")
+    add("--threads", metavar="N", help="CPU threads (default: all cores)")
+    add("--json", action="store_true", help="print one JSON object")
+    add("--csv", metavar="FILE", help="also write every figure as a line of FILE")
+    add("--plot", metavar="FILE", help="also draw the stages (.png, .svg or .pdf; needs matplotlib)")
+    add("--debug", action="store_true", help="show tracebacks")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of vtp-bench; returns the exit code."""
+    args = build_parser().parse_args(argv)
+    return run_command(PROG, lambda: _run(args), args.debug)
+
+
+def _run(args: argparse.Namespace) -> None:
+    task, progress = _task(args), Progress()
+    if args.plot:
+        report.check_plot(args.plot)
+    if args.shape:
+        wanted = Wanted(args.shape, args.method, task.keep, args.dtype, args.engine, _cache(args.cache))
+        task = dataclasses.replace(task, bundle=str(make(wanted, progress.step)))
+    manifest = open_bundle(task.bundle).manifest
+    progress.step(f"measure {Path(task.bundle).name}: {task.repeats} runs of {task.max_new_tokens} tokens")
+    found = in_child(task)
+    progress.end()
+    results = {
+        "bundle": {
+            "name": Path(task.bundle).name,
+            "model": manifest.model.name,
+            "shape": args.shape,
+            "method": manifest.method.name,
+            "target": manifest.target,
+            "dtype": manifest.dtype,
+        },
+        "settings": {
+            "threads": task.threads or os.cpu_count(),
+            "repeats": task.repeats,
+            "prompt": task.prompt,
+        },
+        "machine": stamp(),
+        **found,
+    }
+    if args.csv:
+        Path(args.csv).write_text(report.csv_text(results), encoding="utf-8")
+    if args.plot:
+        report.plot(results, Path(args.plot))
+    print(json.dumps(results, indent=1, ensure_ascii=False) if args.json else report.render(results))
+
+
+def _task(args: argparse.Namespace) -> Task:
+    if (args.bundle is None) == (args.shape is None):
+        raise UsageError("give either a BUNDLE or --shape NAME, not both and not neither")
+    if args.engine not in engine_names():
+        raise UsageError(f"unknown engine '{args.engine}'; choose one of {', '.join(engine_names())}")
+    image = Path(args.image) if args.image else examples_dir() / "scene.png"
+    return Task(
+        bundle=args.bundle or "",
+        image=str(image),
+        prompt=args.prompt,
+        keep=None if args.keep_tokens is None else whole("keep-tokens", args.keep_tokens),
+        engine=args.engine,
+        threads=None if args.threads is None else whole("threads", args.threads),
+        max_new_tokens=whole("max-new-tokens", args.max_new_tokens),
+        repeats=whole("repeats", args.repeats),
+        small_ceilings="VTP_SMALL_CEILINGS" in os.environ,
+    )
+
+
+def whole(name: str, text: str) -> int:
+    """A flag's number, at least 1. Raises UsageError."""
+    if not (text.isascii() and text.isdecimal() and int(text) > 0):
+        raise UsageError(f"{name} '{text}' is not a whole number of at least 1")
+    return int(text)
+
+
+def _cache(told: str | None) -> Path:
+    return Path(told or os.environ.get(CACHE) or Path.home() / ".cache/vtp-edge")
+
+
+def stamp() -> dict[str, Any]:
+    """Hardware, versions and the time, for a result."""
+    machine = look()
+    named = {name: _version(name) for name in _VERSIONS}
+    return {
+        "processor": machine.board or machine.processor or platform.machine(),
+        "cores": machine.cores,
+        "memory_gb": round(machine.memory.total / 1e9, 1),
+        "gpu": ", ".join(device.name for device in machine.cuda.devices),
+        "power": machine.power,
+        "system": machine.system,
+        "python": platform.python_version(),
+        "versions": {name: version for name, version in named.items() if version},
+        "time": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+    }
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,297 @@
+"""vtp beside what one would use instead: the same weights, picture and question, in one run, in turns.
+
+    python -m vtp.bench.peers [--shape llava-ov-0.5b | --model DIR] [--also NAME=BUNDLE] [--out DIR]
+
+Every peer has a process of its own. Its first logits and tokens are held against the others' before anything
+is timed; then it and vtp answer in turns, so that a slow moment of the machine meets both, and their ratio is
+taken turn by turn. What is not installed is named, with the line that installs it. Writes docs/bench.json,
+docs/bench.md and the README's table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vtp.bench.cli import PROMPT, stamp, whole
+from vtp.bench.figures import ratio, spread
+from vtp.bench.measure import Task, in_child
+from vtp.bench.peer import Spec, missing
+from vtp.bench.peers_report import write_report
+from vtp.bench.resident import peak_resident
+from vtp.bench.shape import Wanted, check, free_disk, run_export
+from vtp.bench.worker import Worker, prepare
+from vtp.engines import UsageError, VtpError
+from vtp.export.cli import quiet_libraries
+from vtp.runtime.bundle import MANIFEST
+from vtp.runtime.console import Parser, Progress, run_command
+from vtp.runtime.machine import look
+from vtp.scenes import examples_dir
+
+ROOT = Path(__file__).parents[1]
+BASE = "vtp vispruner"
+UNPRUNED = ("torch", "transformers-onnx", "openvino")
+# Whose answers are equal: of each line the first that has answered is the measure for the others.
+SAME = ((*UNPRUNED, "vtp none"), (BASE, "torch-vispruner"), ("genai", "vtp decoder"))
+CLOSE = 1e-3  # of the largest logit: float32 in another order of sums stays well below it
+_DECODER_TOKENS = 16  # text tokens beside the kept ones, in the decoder-only comparison
+
+
+class Aside(Exception):
+    """A peer that cannot take part, and why; the others go on."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code: 0 also where a peer is missing, for that is a result."""
+    parser = Parser(prog="python -m vtp.bench.peers", description="vtp beside its peers.")
+    add = parser.add_argument
+    add("--shape", default="llava-ov-0.5b", help="full-size shape, random weights (default: %(default)s)")
+    add("--model", metavar="DIR", help="instead: a LLaVA in Hugging Face layout")
+    add("--also", action="append", default=[], metavar="NAME=DIR", help="one more bundle of the same model")
+    add("--peers", default="all", help="names, or all (default: %(default)s)")
+    add("--keep", default="64", help="visual tokens kept (default: %(default)s)")
+    add("--rounds", default="10", help="turns of every pair (default: %(default)s)")
+    add("--tokens", default="16", help="tokens of every answer (default: %(default)s)")
+    add("--threads", help="CPU threads of everybody (default: all cores)")
+    add("--work", default=str(ROOT / "build/bench"), help="folder for what is made (default: %(default)s)")
+    add("--out", default=str(ROOT), help="checkout whose docs/ and README are written (default: this one)")
+    add("--debug", action="store_true", help="show tracebacks")
+    args = parser.parse_args(argv)
+    return run_command("peers", lambda: _run(args), args.debug)
+
+
+def _run(args: argparse.Namespace) -> None:
+    quiet_libraries()
+    contest = Contest(args, Progress())
+    contest.make()
+    contest.run()
+    contest.progress.end()
+    text = write_report(contest.results, Path(args.out))
+    print(text)
+    print(f"\ndocs/bench.json, docs/bench.md and the README's table written in {args.out}")
+
+
+class Contest:
+    """The peers, the pairs, and what came out of them."""
+
+    def __init__(self, args: argparse.Namespace, progress: Progress) -> None:
+        """Read the flags. Raises UsageError for bad ones."""
+        self.progress = progress
+        self.work = Path(args.work) / (Path(args.model).name if args.model else args.shape)
+        self.log = self.work / "peers.log"
+        self.rounds, self.keep = whole("rounds", args.rounds), whole("keep", args.keep)
+        self.wanted = Wanted(args.shape, "none", None, "float32", "ort-cpu", self.work)
+        self.model = Path(args.model) if args.model else self.work / "model"
+        self.bundles = {f"vtp {name}": self.work / name for name in ("none", "vispruner", "adaptprune")}
+        self.extra = dict(_named(text) for text in args.also)
+        self.chosen = _chosen(args.peers)
+        self.spec = Spec(
+            model=str(self.model),
+            work=str(self.work),
+            image=str(examples_dir() / "scene.png"),
+            prompt=PROMPT,
+            tokens=whole("tokens", args.tokens),
+            threads=whole("threads", args.threads) if args.threads else os.cpu_count() or 1,
+            ids=_ids(self.keep + _DECODER_TOKENS),
+            keep=self.keep,
+        )
+        self.shape = None if args.model else args.shape
+        self.answers: dict[str, tuple[list[int], np.ndarray]] = {}
+        self.results: dict[str, Any] = {
+            "model": self.shape or self.model.name,
+            "keep": self.keep,
+            "rounds": self.rounds,
+            "tokens": self.spec.tokens,
+            "threads": self.spec.threads,
+            "decoder_tokens": len(self.spec.ids),
+            "machine": {},
+            "peers": {},
+            "pairs": [],
+            "missing": {},
+            "failed": {},
+            "stages": {},
+        }
+
+    def make(self) -> None:
+        """The model, the bundles, and what every peer opens; all is kept for the next time."""
+        if self.shape:
+            check(
+                dataclasses.replace(self.wanted, shape=self.shape), look().memory.usable, free_disk(self.work)
+            )
+            if not self.model.exists():
+                from vtp.export.shapes import write_shape
+
+                self.progress.step(f"make a {self.shape} with random weights")
+                write_shape(self.shape, self.model, "float32")
+        for name, folder in self.bundles.items():
+            if not (folder / MANIFEST).exists():
+                self.progress.step(f"export {name}")
+                method = folder.name
+                keep = [] if method == "none" else ["--keep-tokens", str(self.keep)]
+                run_export(["--model", str(self.model), "--method", method, *keep, "-o", str(folder)])
+        for name in self.chosen:
+            self._aside(name, lambda name=name: self._prepare(name))  # type: ignore[misc]
+
+    def run(self) -> None:
+        """All pairs, then where vtp's own time goes."""
+        self.results["machine"] = stamp()
+        with self._open(BASE) as base:
+            self._note_answer(BASE, base)
+            for name in [*self._able(UNPRUNED), *self._able(("torch-vispruner",)), "vtp none"]:
+                self._aside(name, lambda name=name: self._pair(name, BASE, base))  # type: ignore[misc]
+        fastest = self._fastest()
+        for name in ("vtp adaptprune", *self.extra):
+            if fastest is not None:
+                self._aside(name, lambda name=name: self._pair(fastest, name))  # type: ignore[misc]
+        if self._able(("genai",)):
+            self._aside("genai", lambda: self._pair("genai", "vtp decoder"))
+        for name in (BASE, "vtp adaptprune", *self.extra):
+            self._aside(f"{name}, stages", lambda name=name: self._stages(name))  # type: ignore[misc]
+
+    def _prepare(self, name: str) -> None:
+        line = missing(name)
+        if line:
+            self.results["missing"][name] = line
+            return
+        self.progress.step(f"prepare {name}")
+        prepare(name, self.spec, self.log)
+
+    def _able(self, names: Sequence[str]) -> list[str]:
+        barred = {*self.results["missing"], *self.results["failed"]}
+        return [name for name in names if name in self.chosen and name not in barred]
+
+    def _aside(self, name: str, work: Callable[[], None]) -> None:
+        """Do a peer's part; what goes wrong with it is noted and ends nothing else."""
+        try:
+            work()
+        except (VtpError, Aside) as error:
+            self.results["failed"][name] = str(error)
+            self.progress.step(f"{name}: {error}")
+
+    def _open(self, name: str) -> Worker:
+        """Start a peer or one of vtp's bundles, and note how much memory it takes so far."""
+        self.progress.step(f"open {name}")
+        kind, spec = name, self.spec
+        if name in {**self.bundles, **self.extra}:
+            kind, spec = "vtp", dataclasses.replace(spec, bundle=str({**self.bundles, **self.extra}[name]))
+        elif name == "vtp decoder":
+            kind, spec = "vtp-decoder", dataclasses.replace(spec, bundle=str(self.bundles[BASE]))
+        return Worker(kind, spec, self.log)
+
+    def _pair(self, theirs: str, ours: str, mine: Worker | None = None) -> None:
+        """Open both (`mine` may be open already), compare what should be equal, let them answer in turns."""
+        with ExitStack() as stack:
+            other = stack.enter_context(self._open(theirs))
+            self._note_answer(theirs, other)
+            if mine is None:
+                mine = stack.enter_context(self._open(ours))
+                self._note_answer(ours, mine)
+            self._take_turns(theirs, other, ours, mine)
+
+    def _note_answer(self, name: str, worker: Worker) -> None:
+        """Keep a peer's answer, and hold it against the first of its kind. Aside when they differ."""
+        self.answers[name] = worker.run()["tokens"], worker.logits()
+        self.results["peers"].setdefault(name, {})
+        group = next((group for group in SAME if name in group), ())
+        same = next((one for one in group if one in self.answers and one != name), None)
+        if same is None:
+            return
+        equal = agreement(self.answers[same], self.answers[name])
+        self.results["peers"][name]["equal"] = {"to": same, **equal}
+        if not equal["close"]:
+            share = f"{equal['difference']:.2g} of the largest"
+            raise Aside(f"its first logits differ from {same}'s by {share}: not timed")
+
+    def _take_turns(self, theirs: str, other: Worker, ours: str, mine: Worker) -> None:
+        self.progress.step(f"{theirs} and {ours} in turns, {self.rounds} rounds")
+        times: dict[str, dict[str, list[float]]] = {name: {"ttft": [], "tpot": []} for name in (theirs, ours)}
+        for number in range(self.rounds):
+            turn = [(theirs, other), (ours, mine)]
+            for name, worker in turn if number % 2 else turn[::-1]:
+                run = worker.run()
+                for what, values in times[name].items():
+                    values.append(run[what])
+        for name, worker in ((theirs, other), (ours, mine)):
+            found = self.results["peers"][name]
+            found.update({what: spread(values) for what, values in times[name].items()})
+            found["peak"] = peak_resident(Path(f"/proc/{worker.pid}/status"))
+        self.results["pairs"].append(
+            {
+                "theirs": theirs,
+                "ours": ours,
+                **{what: ratio(times[theirs][what], times[ours][what]) for what in ("ttft", "tpot")},
+            }
+        )
+
+    def _fastest(self) -> str | None:
+        """The unpruned peer (not vtp itself) with the least time to first token."""
+        times = {
+            name: self.results["peers"][name]["ttft"]["median"]
+            for name in UNPRUNED
+            if "ttft" in self.results["peers"].get(name, {})
+        }
+        self.results["fastest"] = min(times, key=lambda name: times[name], default=None)
+        return self.results["fastest"]
+
+    def _stages(self, name: str) -> None:
+        self.progress.step(f"{name}: stage by stage")
+        folder = {**self.bundles, **self.extra}[name]
+        task = Task(
+            bundle=str(folder),
+            image=self.spec.image,
+            prompt=self.spec.prompt,
+            engine="ort-cpu",
+            threads=self.spec.threads,
+            max_new_tokens=self.spec.tokens,
+            repeats=self.rounds,
+            small_ceilings=self.shape is None,
+        )
+        self.results["stages"][name] = in_child(task)
+
+
+def agreement(wanted: tuple[list[int], np.ndarray], found: tuple[list[int], np.ndarray]) -> dict[str, Any]:
+    """Two answers (tokens, first logits): `difference` of the logits as a share of the largest, whether that
+    is `close`, and how many `tokens` are equal from the first on, of how many."""
+    (tokens, logits), (other_tokens, other) = wanted, found
+    if logits.shape != other.shape:
+        return {"close": False, "difference": float("inf"), "tokens": 0, "of": len(tokens)}
+    difference = float(np.abs(logits - other).max() / np.abs(logits).max())
+    pairs = zip(tokens, other_tokens, strict=False)
+    equal = next(
+        (at for at, (one, two) in enumerate(pairs) if one != two), min(len(tokens), len(other_tokens))
+    )
+    close = bool(difference <= CLOSE and equal > 0)
+    return {"close": close, "difference": difference, "tokens": equal, "of": len(tokens)}
+
+
+def _chosen(text: str) -> list[str]:
+    known = [*UNPRUNED, "torch-vispruner", "genai"]
+    names = known if text == "all" else text.split(",")
+    for name in names:
+        if name not in known:
+            raise UsageError(f"unknown peer '{name}'; peers: {', '.join(known)}")
+    return names
+
+
+def _named(text: str) -> tuple[str, Path]:
+    name, equals, folder = text.partition("=")
+    if not (equals and name and (Path(folder) / MANIFEST).is_file()):
+        raise UsageError(f"--also '{text}' is not NAME=DIR with a bundle in DIR")
+    return f"vtp {name}", Path(folder)
+
+
+def _ids(count: int) -> list[int]:
+    """Tokens of the decoder-only comparison: any, within every vocabulary."""
+    return np.random.default_rng(0).integers(10, 250, count).tolist()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

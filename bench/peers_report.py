@@ -1,0 +1,283 @@
+"""What `vtp.bench.peers` found: docs/bench.json, docs/bench.md and the README's table.
+
+python -m vtp.bench.peers_report      writes the page and the table again from docs/bench.json
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
+COMMAND = "make bench"
+BASE = "vtp vispruner"
+WHAT = {
+    "torch": "PyTorch transformers, all tokens",
+    "transformers-onnx": "transformers' OnnxExporter on ONNX Runtime, all tokens",
+    "openvino": "transformers' OpenVINO exporter, all tokens",
+    "torch-vispruner": "PyTorch transformers with VisPruner",
+    "vtp none": "vtp, all tokens",
+    "vtp vispruner": "vtp, vispruner",
+    "vtp adaptprune": "vtp, adaptprune",
+    "genai": "onnxruntime-genai",
+    "vtp decoder": "vtp's decoder graph",
+}
+DECODERS = ("genai", "vtp decoder")
+_INTRODUCTION = """\
+Made by `{command}` at {time}: {processor}, {cores} cores, {memory} GB; {system}; Python {python}; {versions}.
+
+Model `{model}`, float32, batch 1, {threads} threads for everybody. One picture, one short question, greedy, \
+{tokens} new tokens; pruned to {keep} visual tokens. Times go from the picture's file to the token: \
+preprocessing, pruner and host are in them. Every peer has a process of its own; peer and vtp answer in \
+turns, {rounds} rounds. Ratios are taken turn by turn: the median, and the 95 % interval of a bootstrap over \
+the turns. A ratio above 1 is how many times longer the peer takes."""
+
+
+def write_report(results: Mapping[str, Any], root: Path) -> str:
+    """Write docs/bench.json and docs/bench.md, and the table in the README; returns the table."""
+    (root / "docs").mkdir(parents=True, exist_ok=True)
+    (root / "docs/bench.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    (root / "docs/bench.md").write_text(page(results), encoding="utf-8")
+    readme, table = root / "README.md", summary(results)
+    if readme.exists():
+        readme.write_text(with_table(readme.read_text(encoding="utf-8"), table), encoding="utf-8")
+    return table
+
+
+def with_table(text: str, table: str) -> str:
+    """`text` with what stands between the marks replaced."""
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}\n{table}\n{END}{after}" if rest else text
+
+
+def summary(results: Mapping[str, Any]) -> str:
+    """The README's table: who, first token, further tokens, and how many times longer than vtp vispruner."""
+    machine = results["machine"]
+    rows = []
+    for name, found in _timed(results):
+        pair = _pair(results, name, BASE)
+        times = _ratio(pair["ttft"]) if pair else "1" if name == BASE else ""
+        rows.append([WHAT.get(name, name), _ms(found["ttft"]), _ms(found["tpot"]), times])
+    title = f"first token, against vtp at {results['keep']} (95 %)"
+    lines = _table(["", "first token, ms", "each further, ms", title], rows)
+    where = f"{results['model']}, float32, {machine['processor']}, {results['threads']} threads"
+    return f"{lines}\n\n{where}, {machine['time'][:10]}. More in [docs/bench.md](docs/bench.md)."
+
+
+def page(results: Mapping[str, Any]) -> str:
+    """docs/bench.md."""
+    machine = results["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    known = {**machine, **results, "versions": versions, "memory": machine["memory_gb"], "command": COMMAND}
+    parts = ["# vtp beside its peers", _INTRODUCTION.format(**known), _whole(results)]
+    parts += _variants(results) + _decoder(results) + _aims(results)
+    for name, found in results["stages"].items():
+        parts += [f"## Where the time of {name} goes", _stages(found), _notes(found)]
+    parts += _absent(results)
+    return "\n\n".join(parts) + "\n"
+
+
+def _timed(results: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """Everybody who answered a picture, slowest first."""
+    rows = [
+        (name, found) for name, found in results["peers"].items() if "ttft" in found and name not in DECODERS
+    ]
+    return sorted(rows, key=lambda row: -row[1]["ttft"]["median"])
+
+
+def _pair(results: Mapping[str, Any], theirs: str, ours: str) -> Mapping[str, Any] | None:
+    pairs = results["pairs"]
+    return next((pair for pair in pairs if (pair["theirs"], pair["ours"]) == (theirs, ours)), None)
+
+
+def _whole(results: Mapping[str, Any]) -> str:
+    rows = []
+    for name, found in _timed(results):
+        pair = _pair(results, name, BASE)
+        rows.append(
+            [
+                WHAT.get(name, name),
+                _spread(found["ttft"]),
+                _spread(found["tpot"]),
+                f"{found['peak'] / 1e6:.0f}",
+                _ratio(pair["ttft"]) if pair else "1" if name == BASE else "below",
+                _ratio(pair["tpot"]) if pair else "1" if name == BASE else "below",
+                _equal(found.get("equal")),
+            ]
+        )
+    header = ["", "first token, ms (quartiles)", "each further, ms", "peak memory, MB"]
+    header += ["first token, times vtp vispruner's", "each further, times", "held against"]
+    return _table(header, rows)
+
+
+def _variants(results: Mapping[str, Any]) -> list[str]:
+    """The fastest unpruned peer against every other bundle of vtp's."""
+    fastest = results.get("fastest")
+    rows = [
+        [WHAT.get(pair["ours"], pair["ours"]), _ratio(pair["ttft"]), _ratio(pair["tpot"])]
+        for pair in results["pairs"]
+        if pair["theirs"] == fastest
+    ]
+    if not rows:
+        return []
+    said = f"How many times longer {WHAT[str(fastest)]} takes:"
+    return ["## The fastest unpruned peer", said, _table(["than", "first token", "each further"], rows)]
+
+
+def _decoder(results: Mapping[str, Any]) -> list[str]:
+    pair = _pair(results, *DECODERS)
+    if pair is None:
+        return []
+    rows = [
+        [
+            WHAT[name],
+            _spread(results["peers"][name]["ttft"]),
+            _spread(results["peers"][name]["tpot"]),
+            f"{results['peers'][name]['peak'] / 1e6:.0f}",
+        ]
+        for name in DECODERS
+    ]
+    rows.append(["times vtp's", _ratio(pair["ttft"]), _ratio(pair["tpot"]), ""])
+    said = (
+        f"The decoder alone on {results['decoder_tokens']} text tokens, float32, the same weights; equal "
+        f"answers: {_equal(results['peers'][DECODERS[1]].get('equal'))}."
+    )
+    header = ["", "prompt, ms (quartiles)", "each further, ms", "peak memory, MB"]
+    return ["## onnxruntime-genai", said, _table(header, rows)]
+
+
+def _aims(results: Mapping[str, Any]) -> list[str]:
+    """What was aimed at, what came out, and whether the lower bound reaches it."""
+    rows = [[what, aim, found, "met" if met else "**missed**"] for what, aim, found, met in aims(results)]
+    if not rows:
+        return []
+    said = "Of ratios the interval's lower bound counts."
+    return ["## Aims", said, _table(["", "aim", "found", ""], rows)]
+
+
+def aims(results: Mapping[str, Any]) -> list[tuple[str, str, str, bool]]:
+    """(what, aim, found, met) for every aim whose figures are there."""
+    rows: list[tuple[str, str, str, bool]] = []
+    for what, theirs, ours, key, least in (
+        ("first token, fastest unpruned peer", results.get("fastest"), BASE, "ttft", 1.75),
+        ("first token, PyTorch unpruned", "torch", BASE, "ttft", 4.3),
+        ("each further token, onnxruntime-genai", *DECODERS, "tpot", 1.0),
+    ):
+        pair = _pair(results, str(theirs), ours)
+        if pair:
+            rows.append((what, f"at least {least:g} times", _ratio(pair[key]), pair[key]["low"] >= least))
+    for name, share in ((BASE, 0.01), ("vtp adaptprune", 0.02)):
+        found = results["stages"].get(name)
+        if found:
+            part = found["parts"]["pruner"] / found["ttft_ms"]["median"]
+            rows.append(
+                (f"pruner, {name}", f"at most {share:.0%} of first token", f"{part:.1%}", part <= share)
+            )
+    if results["stages"].get(BASE):
+        rows += _limits(results["stages"][BASE])
+    return rows
+
+
+def _limits(found: Mapping[str, Any]) -> list[tuple[str, str, str, bool]]:
+    rows = []
+    for stage in found["stages"]:
+        if stage["stage"] in ("vision_encoder", "decoder") and stage["flops"]:
+            name = {"decoder": "prefill", "vision_encoder": "encoder"}[stage["stage"]]
+            share = stage["share"]
+            rows.append((name, "at least 85 % of the GEMM rate", f"{share:.0%}", share >= 0.85))
+    if "share" in found["decode"]:
+        share = found["decode"]["share"]
+        rows.append(("decoding", "at least 90 % of the memory's rate", f"{share:.0%}", share >= 0.9))
+    for name, most in (("request", 2.0), ("token", 0.2)):
+        host = found["host_ms"][name]
+        if host["runs"]:
+            ms = host["median"]
+            rows.append((f"host, each {name}", f"below {most:g} ms", f"{ms:.2f} ms", ms < most))
+    over = found["memory"]["over"]
+    if over is not None:
+        rows.append(("peak memory", "at most weights + KV + 15 %", f"{over:+.1%}", over <= 0.15))
+    return rows
+
+
+def _stages(found: Mapping[str, Any]) -> str:
+    rows = [
+        [
+            stage["stage"],
+            _spread(stage["ms"]),
+            f"{100 * stage['ms']['median'] / found['ttft_ms']['median']:.1f}",
+            f"{stage['flops'] / 1e9:.1f}" if stage["flops"] else "",
+            f"{stage['share']:.0%}" if stage["flops"] else "",
+        ]
+        for stage in found["stages"]
+    ]
+    return _table(["stage", "ms (quartiles)", "% of first token", "GFLOP", "of the GEMM rate"], rows)
+
+
+def _notes(found: Mapping[str, Any]) -> str:
+    gemm, reading, memory = found["ceiling"]["gemm"], found["ceiling"]["memory"], found["memory"]
+    lines = [
+        f"- the machine, same engine and threads: {gemm['median'] / 1e9:.0f} GFLOP/s ({gemm['graph']}), "
+        f"{reading['median'] / 1e9:.1f} GB/s ({reading['graph']})",
+        f"- weights {memory['weights'] / 1e6:.0f} MB, KV cache {memory['kv'] / 1e6:.0f} MB, peak resident "
+        f"{memory['peak'] / 1e6:.0f} MB, {memory['process'] / 1e6:.0f} MB of it before the bundle",
+        f"- opening the bundle: {found['open_ms'] / 1e3:.1f} s",
+    ]
+    if "share" in found["decode"]:
+        decode = found["decode"]
+        lines.append(
+            f"- each further token {_spread(found['tpot_ms'])} ms reads {decode['bytes'] / 1e6:.0f} MB: "
+            f"{decode['bytes_per_s'] / 1e9:.1f} GB/s"
+        )
+    energy = found["energy"]
+    lines.append(f"- energy: {energy['joules']:.1f} J a run" if "joules" in energy else f"- {energy['note']}")
+    return "\n".join(lines)
+
+
+def _absent(results: Mapping[str, Any]) -> list[str]:
+    lines = [
+        f"- {WHAT.get(name, name)}: not installed; `{line}`" for name, line in results["missing"].items()
+    ]
+    lines += [f"- {WHAT.get(name, name)}: {why}" for name, why in results["failed"].items()]
+    return ["## Not measured", "\n".join(lines)] if lines else []
+
+
+def _equal(equal: Mapping[str, Any] | None) -> str:
+    if equal is None:
+        return ""
+    return f"{equal['to']}: {equal['tokens']} of {equal['of']} tokens, logits {equal['difference']:.0e}"
+
+
+def _ratio(found: Mapping[str, float]) -> str:
+    return f"{found['ratio']:.2f} ({found['low']:.2f} to {found['high']:.2f})"
+
+
+def _spread(found: Mapping[str, Any]) -> str:
+    return f"{_ms(found)} ({_digits(found['low'])} to {_digits(found['high'])})"
+
+
+def _ms(found: Mapping[str, Any]) -> str:
+    return _digits(found["median"])
+
+
+def _digits(ms: float) -> str:
+    return f"{ms:.0f}" if ms >= 100 else f"{ms:.1f}" if ms >= 10 else f"{ms:.2f}"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    marks = ["---", *["---:"] * (len(header) - 1)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (header, marks, *rows))
+
+
+def main() -> int:
+    """Write the page and the table again from docs/bench.json."""
+    write_report(json.loads((ROOT / "docs/bench.json").read_text(encoding="utf-8")), ROOT)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

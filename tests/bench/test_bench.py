@@ -1,0 +1,179 @@
+"""`vtp-bench` on a tiny bundle: what it prints, writes and refuses. No time is asserted."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vtp.bench import cli, measure, report
+from vtp.bench.ceiling import open_ceilings
+from vtp.bench.energy import Meter
+from vtp.bench.flops import count
+from vtp.bench.resident import peak_resident, resident
+from vtp.engines import UsageError, VtpError
+
+
+@pytest.fixture(scope="module")
+def printed(
+    exported: Any, picture_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Any, str, Path]:
+    """One run on a tiny bundle: the JSON that it printed, its CSV, and the picture."""
+    folder, patch = tmp_path_factory.mktemp("bench"), pytest.MonkeyPatch()
+    arguments = [str(exported("vispruner").folder), "--keep-tokens", "3", "--repeats", "2", "--json"]
+    arguments += ["--image", str(picture_file), "--max-new-tokens", "4", "--threads", "1"]
+    arguments += ["--csv", str(folder / "figures.csv"), "--plot", str(folder / "stages.png")]
+    lines: list[str] = []
+    with patch.context() as context:
+        context.setenv("VTP_SMALL_CEILINGS", "1")
+        context.setattr("builtins.print", lambda *text, **_: lines.extend(map(str, text)))
+        code = cli.main(arguments)
+    assert code == 0, lines
+    found = next(json.loads(line) for line in lines if line.startswith("{"))
+    return found, (folder / "figures.csv").read_text(), folder / "stages.png"
+
+
+def test_stages_add_up_to_the_first_token(printed: Any) -> None:
+    found = printed[0]
+    names = [stage["stage"] for stage in found["stages"]]
+    assert names[:3] == ["preprocess", "tokenize", "vision_encoder"] and names[-1] == "other"
+    parts = {stage["stage"]: stage["part"] for stage in found["stages"]}
+    assert parts["pruner"] == "pruner" and parts["decoder"] == parts["splice"] == "prefill"
+    assert parts["projector"] == "encoder" and parts["tokenize"] == "host"
+    assert sum(found["parts"].values()) == pytest.approx(sum(one["ms"]["median"] for one in found["stages"]))
+    assert found["visual_tokens"] == {"before": 16, "after": 3}
+    assert found["new_tokens"] == 4 and found["tpot_ms"]["runs"] == found["ttft_ms"]["runs"] == 2
+
+
+def test_operations_are_of_the_shapes_that_ran(printed: Any, exported: Any) -> None:
+    found, folder = printed[0], exported("vispruner").folder
+    stages = {stage["stage"]: stage for stage in found["stages"]}
+    assert stages["projector"]["flops"] == count(folder / "projector.onnx", {"batch": 1, "visual": 3}).total
+    sequence = 3 + found["prompt_tokens"]
+    axes = {"batch": 1, "sequence": sequence, "capacity": 128}
+    assert stages["decoder"]["flops"] == count(folder / "decoder.onnx", axes).total > 0
+    assert all(stage.get("unknown", 0) == 0 for stage in found["stages"])
+    step = count(folder / "decoder.onnx", {**axes, "sequence": 1}, past=sequence)
+    assert found["decode"]["flops"] == step.total
+    cache = 3 * 2 * 2 * 8 * 4 * sequence  # layers, key and value, heads, width, float32
+    assert found["decode"]["bytes"] == step.weights + cache
+
+
+def test_memory_is_the_manifests(printed: Any, exported: Any) -> None:
+    memory, folder = printed[0]["memory"], exported("vispruner").folder
+    assert memory["weights"] == sum(file.stat().st_size for file in folder.glob("*.data"))
+    kv = json.loads((folder / "manifest.json").read_text())["graphs"]["decoder.onnx"]["kv"]
+    assert memory["kv"] == 2 * len(kv["layers"]) * kv["heads"] * kv["capacity"] * kv["head_dim"] * 4
+    assert memory["peak"] >= memory["process"] > 0
+
+
+def test_hardware_and_versions_are_stamped(printed: Any) -> None:
+    found = printed[0]
+    assert {"processor", "cores", "time", "versions"} <= set(found["machine"])
+    assert "onnxruntime" in found["machine"]["versions"]
+    assert found["settings"]["threads"] == 1 and found["engine"] == "ort-cpu"
+
+
+def test_csv_holds_every_figure(printed: Any) -> None:
+    found, text, picture = printed
+    rows = {row["figure"]: row for row in csv.DictReader(text.splitlines())}
+    assert {f"stage {one['stage']}" for one in found["stages"]} <= set(rows)
+    assert float(rows["ttft"]["median"]) == found["ttft_ms"]["median"]
+    assert int(rows["stage decoder"]["flops"]) == next(
+        stage["flops"] for stage in found["stages"] if stage["stage"] == "decoder"
+    )
+    assert rows["gemm"]["unit"] == "FLOP/s" and int(rows["memory, peak"]["median"]) > 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_table_says_it_all(printed: Any) -> None:
+    text = report.render(printed[0])
+    for words in (
+        "vision_encoder",
+        "of GEMM rate",
+        "time to first token",
+        "tokens/s",
+        "GFLOP/s",
+        "peak resident",
+    ):
+        assert words in text
+    assert "energy" in text and "16 → 3" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give either a BUNDLE or --shape NAME"),
+        (["x", "--shape", "smolvlm-256m"], "give either a BUNDLE or --shape NAME"),
+        (["x", "--repeats", "0"], "repeats '0' is not a whole number"),
+        (["x", "--threads", "two"], "threads 'two' is not a whole number"),
+        (["x", "--engine", "abacus"], "unknown engine 'abacus'"),
+        (["x", "--plot", "stages.gif"], "ends in '.gif'; choose one of .png, .svg, .pdf"),
+    ],
+)
+def test_bad_flags_are_one_line(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(arguments) == 2
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1
+
+
+def test_no_bundle_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([str(tmp_path)]) == 1
+    said = capsys.readouterr().err
+    assert "is not a bundle" in said and said.count("\n") == 1
+
+
+def test_what_a_child_refuses_reaches_the_user(exported: Any, picture_file: Path) -> None:
+    task = measure.Task(str(exported("vispruner").folder), str(picture_file), "what ?", keep=5, threads=1)
+    with pytest.raises(UsageError, match="keep_tokens 5 is not in this bundle, which holds 3, 6"):
+        measure.in_child(task)
+
+
+def test_a_killed_child_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(VtpError, match="left with 1"):
+        measure.in_child(measure.Task("bundle", "image", "prompt"))
+
+
+def test_ceilings_do_the_work_that_they_claim(tmp_path: Path) -> None:
+    found = open_ceilings(tmp_path, "ort-cpu", 1, small=True)
+    assert {limit.kind for limit in found} == {"gemm", "memory"}
+    for limit in found:
+        assert limit.run() > 0
+    product = found[0]
+    rows, inner, columns = map(int, product.name.split("x"))
+    assert product.work == 2 * rows * inner * columns
+    assert product.work == count(tmp_path / f"gemm_{1024}.onnx", {"rows": rows, "inner": inner}).total
+
+
+def test_energy_is_read_from_the_first_source_there_is() -> None:
+    script = "import time\nwhile True: print('VDD_IN 5000mW/4000mW', flush=True); time.sleep(0.01)"
+    sources = (
+        ("absent", ["no-such-command"], float),
+        ("board", [sys.executable, "-c", script], lambda line: int(line.split()[1].split("mW")[0]) / 1e3),
+    )
+    with Meter(sources) as meter:
+        while "watts" not in meter.report():
+            with meter.counting():
+                sum(range(100_000))
+    found = meter.report()
+    assert found["source"] == "board" and found["watts"] == 5.0 and found["joules"] > 0
+
+
+def test_a_device_without_a_meter_says_so() -> None:
+    with Meter(()) as meter, meter.counting():
+        pass
+    assert meter.report() == {"note": "this device reports no power (neither tegrastats nor NVML)"}
+
+
+def test_resident_memory_is_read_from_the_system(tmp_path: Path) -> None:
+    status = tmp_path / "status"
+    status.write_text("VmPeak:\t 9 kB\nVmHWM:\t   300 kB\nVmRSS:\t   200 kB\n")
+    assert (resident(status), peak_resident(status)) == (200 << 10, 300 << 10)
+    assert resident(tmp_path / "absent") == 0

@@ -1,0 +1,260 @@
+"""`vtp.bench.peers`: its statistics, its report, and that a peer that fails stops nothing else."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from vtp.bench import peer, peers, peers_report, worker
+from vtp.bench.figures import ratio, spread
+from vtp.bench.peer import Spec, Stopwatch
+from vtp.engines import UsageError, VtpError
+from vtp.runtime.console import Progress
+
+
+def test_spread_is_median_and_quartiles() -> None:
+    assert spread([5.0, 1.0, 3.0, 2.0, 4.0]) == {"median": 3.0, "low": 2.0, "high": 4.0, "runs": 5}
+    assert spread([]) == {"runs": 0}
+
+
+def test_a_ratio_is_taken_turn_by_turn() -> None:
+    slow = np.array([1.0, 10.0, 1.0, 10.0, 1.0])  # of the machine: it meets both
+    found = ratio(2 * slow, slow)
+    assert found == {"ratio": 2.0, "low": 2.0, "high": 2.0}
+
+
+def test_a_ratios_interval_holds_its_noise() -> None:
+    random = np.random.default_rng(0)
+    ours = random.uniform(0.9, 1.1, 200)
+    found = ratio(1.5 * random.uniform(0.9, 1.1, 200), ours)
+    assert found["low"] < found["ratio"] < found["high"]
+    assert found["low"] == pytest.approx(1.5, rel=0.05) and found["high"] == pytest.approx(1.5, rel=0.05)
+    with pytest.raises(ValueError, match="2 and 1 measurements"):
+        ratio([1, 2], [1])
+
+
+def test_agreement_counts_tokens_up_to_the_first_that_differs() -> None:
+    logits = np.array([1.0, -4.0, 2.0], np.float32)
+    same = peers.agreement(([1, 2, 3], logits), ([1, 2, 4], logits + 1e-4))
+    assert same["close"] and same["tokens"] == 2 and same["of"] == 3
+    assert same["difference"] == pytest.approx(1e-4 / 4, rel=1e-2)
+    assert not peers.agreement(([1], logits), ([1], logits + 0.1))["close"]
+    assert not peers.agreement(([1], logits), ([2], logits))["close"]
+    assert not peers.agreement(([1], logits), ([1], logits[:2]))["close"]
+
+
+def test_a_stopwatch_tells_first_and_further_tokens() -> None:
+    watch = Stopwatch()
+    for token in (7, 8, 9):
+        watch.note(token)
+    run = watch.run()
+    assert run.tokens == [7, 8, 9] and run.tpot == pytest.approx((watch.times[2] - watch.times[0]) / 2)
+
+
+def test_what_is_not_installed_is_named_with_its_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "openvino" else object())
+    assert peer.missing("openvino") == "pip install 'vtp-edge[peers]'"
+    assert peer.missing("torch") == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "bundle"), [("vtp", "vispruner"), ("vtp", "adaptprune"), ("vtp-decoder", "vispruner")]
+)
+def test_vtp_as_a_peer_makes_as_many_tokens_as_asked_for(
+    exported: Any, picture_file: Path, tmp_path: Path, name: str, bundle: str
+) -> None:
+    made = exported(bundle)
+    opened = peer.peer_class(name)(spec(made, picture_file, tmp_path))
+    opened.open()
+    logits, first, again = opened.first_logits(), opened.run(), opened.run()
+    assert logits.dtype == np.float32 and logits.shape == (384,)
+    assert first.tokens == again.tokens and len(first.tokens) == 5
+    assert first.tokens[0] == int(logits.argmax())
+
+
+def spec(made: Any, picture: Path, work: Path) -> Spec:
+    return Spec(
+        model=str(made.model),
+        work=str(work),
+        image=str(picture),
+        prompt="what ?",
+        tokens=5,
+        threads=1,
+        ids=[9, 8, 7, 6],
+        keep=3,
+        bundle=str(made.folder),
+    )
+
+
+def test_torch_answers_as_vtp_does(exported: Any, picture_file: Path, tmp_path: Path) -> None:
+    """Unpruned, and with VisPruner put into transformers: equal tokens, and logits within 1e-4."""
+    for name, bundle in (("torch", "none"), ("torch-vispruner", "vispruner")):
+        told, answers = spec(exported(bundle), picture_file, tmp_path), []
+        for kind in (name, "vtp"):
+            if kind == "torch-vispruner":  # vtp takes the bundle's default keep-count
+                told = Spec(**{**told.__dict__, "keep": 6})
+            opened = peer.peer_class(kind)(told)
+            opened.open()
+            answers.append((opened.run().tokens, opened.first_logits()))
+        found = peers.agreement(*answers)
+        assert found["close"] and found["tokens"] == 5 and found["difference"] < 1e-4, (name, found)
+
+
+def test_a_worker_answers_over_pipes_and_tells_what_went_wrong(
+    exported: Any, picture_file: Path, tmp_path: Path
+) -> None:
+    told = spec(exported("vispruner"), picture_file, tmp_path)
+    with worker.Worker("vtp-decoder", told, tmp_path / "log") as one:
+        assert len(one.run()["tokens"]) == 5 and one.logits().shape == (384,)
+    broken = Spec(**{**told.__dict__, "bundle": str(tmp_path)})
+    with pytest.raises(VtpError, match=r"peer vtp-decoder: VtpError: .* is not a bundle"):
+        worker.Worker("vtp-decoder", broken, tmp_path / "log")
+
+
+def figures(median: float) -> dict[str, Any]:
+    return {"median": median, "low": 0.9 * median, "high": 1.1 * median, "runs": 10}
+
+
+RESULTS: dict[str, Any] = {
+    "model": "llava-ov-0.5b",
+    "keep": 64,
+    "rounds": 10,
+    "tokens": 16,
+    "threads": 2,
+    "decoder_tokens": 80,
+    "fastest": "transformers-onnx",
+    "machine": {
+        "processor": "a processor",
+        "cores": 2,
+        "memory_gb": 24.0,
+        "system": "a system",
+        "python": "3.11",
+        "versions": {"onnxruntime": "1.31"},
+        "time": "2026-11-21 12:00 UTC",
+    },
+    "peers": {
+        "torch": {"ttft": figures(5000), "tpot": figures(60), "peak": 4 * 10**9},
+        "transformers-onnx": {
+            "ttft": figures(2000),
+            "tpot": figures(30),
+            "peak": 4 * 10**9,
+            "equal": {"to": "torch", "tokens": 16, "of": 16, "difference": 2e-6, "close": True},
+        },
+        "vtp vispruner": {"ttft": figures(1000), "tpot": figures(27), "peak": 3 * 10**9},
+        "genai": {"ttft": figures(170), "tpot": figures(28), "peak": 2 * 10**9},
+        "vtp decoder": {"ttft": figures(160), "tpot": figures(27), "peak": 2 * 10**9},
+    },
+    "pairs": [
+        {"theirs": theirs, "ours": ours, "ttft": ttft, "tpot": {"ratio": 1.1, "low": 1.05, "high": 1.2}}
+        for theirs, ours, ttft in (
+            ("torch", "vtp vispruner", {"ratio": 5.0, "low": 4.9, "high": 5.1}),
+            ("transformers-onnx", "vtp vispruner", {"ratio": 2.0, "low": 1.7, "high": 2.1}),
+            ("genai", "vtp decoder", {"ratio": 1.0, "low": 0.9, "high": 1.1}),
+        )
+    ],
+    "missing": {"openvino": "pip install 'vtp-edge[peers]'"},
+    "failed": {"torch-vispruner": "its process was killed by signal 9 (out of memory?)"},
+    "stages": {},
+}
+
+
+def test_the_page_holds_peers_ratios_and_what_is_missing() -> None:
+    text = peers_report.page(RESULTS)
+    assert "`make bench`" in text and "a processor, 2 cores" in text
+    assert "| PyTorch transformers, all tokens | 5000 (4500 to 5500) |" in text
+    assert "| 5.00 (4.90 to 5.10) |" in text and "torch: 16 of 16 tokens, logits 2e-06" in text
+    assert "## onnxruntime-genai" in text and "1.10 (1.05 to 1.20)" in text
+    assert "not installed; `pip install 'vtp-edge[peers]'`" in text
+    assert "PyTorch transformers with VisPruner: its process was killed by signal 9" in text
+
+
+def test_an_aim_is_met_by_the_lower_bound_alone() -> None:
+    found = {what: met for what, _, _, met in peers_report.aims(RESULTS)}
+    assert found == {
+        "first token, fastest unpruned peer": False,  # 2.0, but its lower bound is 1.7
+        "first token, PyTorch unpruned": True,
+        "each further token, onnxruntime-genai": True,
+    }
+    assert "**missed**" in peers_report.page(RESULTS)
+
+
+def test_aims_of_stages_are_read_from_the_bundles_own_figures() -> None:
+    results = copy.deepcopy(RESULTS)
+    stages = [
+        {"stage": "vision_encoder", "ms": figures(900), "flops": 10, "share": 0.9},
+        {"stage": "decoder", "ms": figures(90), "flops": 10, "share": 0.5},
+    ]
+    results["stages"]["vtp vispruner"] = {
+        "parts": {"pruner": 20.0},
+        "ttft_ms": figures(1000),
+        "stages": stages,
+        "decode": {"share": 0.95},
+        "host_ms": {"request": figures(1.5), "token": figures(0.3)},
+        "memory": {"over": 0.1},
+    }
+    found = {what: met for what, _, _, met in peers_report.aims(results)}
+    assert found["pruner, vtp vispruner"] is False and found["peak memory"] is True
+    assert (found["encoder"], found["prefill"], found["decoding"]) == (True, False, True)
+    assert (found["host, each request"], found["host, each token"]) == (True, False)
+
+
+def test_the_report_is_written_between_the_readmes_marks(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("above\n<!-- bench: begin -->\nold\n<!-- bench: end -->\nbelow\n")
+    table = peers_report.write_report(RESULTS, tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert text == f"above\n<!-- bench: begin -->\n{table}\n<!-- bench: end -->\nbelow\n"
+    assert "vtp, vispruner | 1000 | 27.0 | 1 |" in table and "genai" not in table
+    assert (tmp_path / "docs/bench.md").read_text() == peers_report.page(RESULTS)
+    assert peers_report.with_table("no marks", table) == "no marks"
+
+
+def contest(tmp_path: Path, **changes: Any) -> peers.Contest:
+    flags = {"model": str(tmp_path), "shape": "x", "also": [], "peers": "all", "keep": "3", "rounds": "2"}
+    flags |= {"tokens": "5", "threads": "1", "work": str(tmp_path), **changes}
+    return peers.Contest(argparse.Namespace(**flags), Progress())
+
+
+def test_bad_flags_are_refused(tmp_path: Path) -> None:
+    for changes, message in (
+        ({"peers": "torch,excel"}, "unknown peer 'excel'; peers: torch"),
+        ({"also": ["int8"]}, "'int8' is not NAME=DIR"),
+        ({"rounds": "0"}, "rounds '0' is not a whole number"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            contest(tmp_path, **changes)
+
+
+def test_a_peer_that_fails_stops_nothing_else(tmp_path: Path) -> None:
+    one = contest(tmp_path)
+
+    def fail() -> None:
+        raise VtpError("it fell over")
+
+    one._aside("openvino", fail)
+    assert one.results["failed"] == {"openvino": "it fell over"}
+    assert one._able(("torch", "openvino")) == ["torch"]
+
+
+def test_a_peer_with_other_answers_is_not_timed(tmp_path: Path) -> None:
+    one = contest(tmp_path)
+
+    class Odd:
+        def __init__(self, shift: float) -> None:
+            self.shift = shift
+
+        def run(self) -> dict[str, Any]:
+            return {"tokens": [1, 2], "ttft": 1.0, "tpot": 1.0}
+
+        def logits(self) -> np.ndarray:
+            return np.arange(4, dtype=np.float32) + self.shift
+
+    one._note_answer("torch", Odd(0.0))  # type: ignore[arg-type]
+    one._note_answer("openvino", Odd(1e-6))  # type: ignore[arg-type]
+    assert one.results["peers"]["openvino"]["equal"]["to"] == "torch"
+    with pytest.raises(peers.Aside, match=r"its first logits differ from torch's by 0\.33 of the largest"):
+        one._note_answer("transformers-onnx", Odd(1.0))  # type: ignore[arg-type]

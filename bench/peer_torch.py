@@ -140,7 +140,7 @@ def processor(folder: str, config: Any) -> Any:
     )
 
 
-def _image_token(folder: str, number: int) -> str:
+def _image_token(folder: str, number: int) -> str | None:
     from tokenizers import Tokenizer
 
     return Tokenizer.from_file(str(Path(folder) / "tokenizer.json")).id_to_token(number)

@@ -130,10 +130,9 @@ class Idefics3(Family):
         return self.model.model.vision_model
 
     def vision_encoder(self, cues: Sequence[str]) -> nn.Module:
-        embed = _Patches(self.tower.embeddings)
-        encoder = VisionEncoder(embed, list(self.tower.encoder.layers), has_cls=False, cues=cues)
-        norm = self.tower.post_layernorm
-        return ShuffledEncoder(encoder, norm, tuple(cues), self._factor, self._views == 1)
+        embed, norm = _Patches(self.tower.embeddings), self.tower.post_layernorm
+        encoder = VisionEncoder(embed, list(self.tower.encoder.layers), has_cls=False, cues=cues, norm=norm)
+        return ShuffledEncoder(encoder, cues, self._factor, self._views == 1)
 
     def projector(self, whole: bool) -> nn.Module:
         del whole  # it has no tokens but its patches

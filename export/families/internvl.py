@@ -106,9 +106,9 @@ class InternVL(Family):
     def vision_encoder(self, cues: Sequence[str]) -> nn.Module:
         number = self._feature_layer()
         layers = [_Layer(layer) for layer in list(self.tower.encoder.layer)[:number]]
-        encoder = VisionEncoder(self.tower.embeddings, layers, has_cls=True, cues=cues)
-        norm = self.tower.layernorm if self.model.config.vision_feature_layer == -1 else nn.Identity()
-        return ShuffledEncoder(encoder, norm, tuple(cues), self._factor, self._views == 1)
+        norm = self.tower.layernorm if self.model.config.vision_feature_layer == -1 else None
+        encoder = VisionEncoder(self.tower.embeddings, layers, has_cls=True, cues=cues, norm=norm)
+        return ShuffledEncoder(encoder, cues, self._factor, self._views == 1)
 
     def projector(self, whole: bool) -> nn.Module:
         del whole  # it has no tokens but its patches

@@ -102,6 +102,10 @@ class _Order(nn.Module):
         """Slots [B,n] that `tokens` have while all N are there."""
         return tokens + look_up(self.to_token, tokens)
 
+    def full_marks(self) -> Tensor:
+        """Slots [M] that the marks have while all N tokens are there."""
+        return torch.arange(self.marked) + self.to_mark
+
     def mark_places(self, tokens: Tensor) -> Tensor:
         """Slots [B,M] of the marks among `tokens`."""
         fewer = tokens.unsqueeze(1) < self.to_mark.view(1, -1, 1)
@@ -154,7 +158,7 @@ class RunsSplice(Splice):
         if not self.original:
             return prompt, place + torch.zeros_like(start), torch.zeros_like(image_start) + total
         missing = self.count - visual
-        marks = torch.arange(self.order.marked) + self.order.to_mark + torch.zeros_like(start)
+        marks = self.order.full_marks() + torch.zeros_like(start)
         original = start + torch.gather(kept.pick(marks, self.order.full_places(tokens)), 1, slot)
         position_ids = torch.where(before, place, torch.where(inside, original, place + missing))
         return prompt, position_ids, torch.zeros_like(image_start) + (total + missing)
@@ -168,17 +172,11 @@ class RunsTextCues(TextCues):
         self.order, self.runs = _Order(runs), len(runs.lengths)
 
     def forward(self, inputs_embeds: Tensor, image_start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        place, start = (
-            torch.arange(inputs_embeds.shape[1] - self.runs).unsqueeze(0),
-            image_start.unsqueeze(1),
-        )
-        marked = self.order.marked
+        place = torch.arange(inputs_embeds.shape[1] - self.runs).unsqueeze(0)
+        start, marked = image_start.unsqueeze(1), self.order.marked
         after, past = place >= start, place >= start + marked
         mark = (place - start).clamp(0, marked - 1)
-        ids, full = (
-            start + look_up(table, mark)
-            for table in (self.order.in_ids, torch.arange(marked) + self.order.to_mark)
-        )
+        ids, full = (start + look_up(table, mark) for table in (self.order.in_ids, self.order.full_marks()))
         source = torch.where(past, place + self.runs, torch.where(after, ids, place))
         rows = torch.where(past, place + self.count, torch.where(after, full, place))
         return gather_rows(inputs_embeds, source), after.float(), rows

@@ -6,6 +6,8 @@ channels of a token are its patches' side by side, row by row.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 
@@ -21,22 +23,19 @@ class ShuffledEncoder(nn.Module):
     """pixel_values -> image_features [B,P,factor²·C] and the cues asked for, of tokens instead of patches.
 
     encoder   gives image_features [V,n,C] and cues of n patches a view
-    norm      applied to the features of the patches
     one_view  True: V is a batch of pictures. False: V views are the parts of one picture, whose tokens follow
               one another.
     A token's attention_scores are the mean of its patches', its vision_keys theirs side by side.
     """
 
-    def __init__(
-        self, encoder: nn.Module, norm: nn.Module, cues: tuple[str, ...], factor: int, one_view: bool
-    ) -> None:
+    def __init__(self, encoder: nn.Module, cues: Sequence[str], factor: int, one_view: bool) -> None:
         super().__init__()
-        self.encoder, self.norm = encoder, norm
+        self.encoder = encoder
         self.cues, self.factor, self.one_view = cues, factor, one_view
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
         features, *read = self.encoder(pixel_values)
-        tokens = [pixel_shuffle(self.norm(features), self.factor)]
+        tokens = [pixel_shuffle(features, self.factor)]
         for name, cue in zip(self.cues, read, strict=True):
             if name == "attention_scores":
                 tokens.append(pixel_shuffle(cue.unsqueeze(2), self.factor).mean(dim=2))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import util
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from PIL import Image
 
 from vtp.engines import VtpError
+from vtp.engines.trt import INSTALL, build_engine, refused_nodes
 from vtp.export.checkpoint import load
 from vtp.export.cli import main
 from vtp.export.exporter import Request, export
@@ -30,6 +32,8 @@ from vtp.runtime.text import Prompter
 from .tiny_split import idefics3_processor, internvl_processor, save_idefics3, save_internvl
 
 Size = tuple[int, int]  # (height, width)
+ENGINE = "tensorrt-rtx"
+MISSING = util.find_spec("tensorrt_rtx") is None
 TRT = {"target": "tensorrt"}
 # Model: how it is saved, its processor, its options.
 MODELS: dict[str, tuple[Callable[..., Any], Callable[[Any, Size], Any], dict[str, Any]]] = {
@@ -221,6 +225,25 @@ def test_pruned_equals_the_torch_reference(bundle: Callable[[str], Made], name: 
                 assert (result.visual_tokens.before, result.visual_tokens.after) == (visual.count, keep)
                 assert len(result.kept) == len(set(result.kept)) == keep
                 assert result.kept == sorted(result.kept) and result.kept[-1] < visual.count
+
+
+@pytest.mark.slow
+@pytest.mark.trtrtx
+@pytest.mark.skipif(MISSING, reason=f"tensorrt_rtx is not installed: {INSTALL[ENGINE]}")
+@pytest.mark.parametrize("name", [name for name in BUNDLES if name.endswith("float16")])
+def test_every_graph_builds_with_tensorrt(bundle: Callable[[str], Made], name: str) -> None:
+    opened = open_bundle(bundle(name).folder)
+    for file, graph in opened.manifest.graphs.items():
+        axes = {**graph.axes, "batch": [1, 1, 1]}
+        shapes = {
+            tensor: tuple(
+                tuple(axes[axis][at] if isinstance(axis, str) else axis for axis in info.shape)
+                for at in range(3)
+            )
+            for tensor, info in graph.inputs.items()
+        }
+        assert refused_nodes(opened.path(file), ENGINE) == []
+        assert build_engine(opened.path(file), ENGINE, shapes).plan.nbytes, file
 
 
 def test_tiles_form_no_grid_and_one_tile_does(folders: Callable[[str], Any]) -> None:

@@ -1,1 +1,1 @@
-"""vtp.calib: a bundle and a user's own data -> a better choice of how many tokens to keep."""
+"""vtp.calib: a bundle and a user's own data -> a better bundle: how many tokens it keeps, in how few bits."""

@@ -114,13 +114,13 @@ def load(
             f"{', '.join(family_class.image_kinds)}; mend preprocessor_config.json"
         )
     family = family_class(_load_model(folder, family_class.architectures[0], DTYPES[dtype]))
+    family.prepare(image)
     tokenizer = _load_tokenizer(folder)
     if image.fixed_size != family.image_size:
         raise VtpError(
             f"the image processor makes {image.fixed_size} pixels, the vision tower takes "
             f"{family.image_size}; mend preprocessor_config.json"
         )
-    family.prepare(image)
     family.read_marks(tokenizer)
     return Checkpoint(
         folder=folder,

@@ -100,7 +100,7 @@ class _Planner:
         self._stage("vision_encoder", "image", ["pixel_values"], outputs)
         if self.site == "vision":
             self._feature_pruners("image", "image_features", "kept_features")
-        features = self._float(_B, self.patches, self.family.feature_width)
+        features = self._float(_B, self.patches, self._features)
         self._add(
             GraphSpec(
                 "projector",
@@ -116,18 +116,17 @@ class _Planner:
 
     def _feature_pruners(self, when: str, rows: str, kept: str) -> None:
         cues = [rows, *(name for name in self.needs if name != rows)]
-        width, embeds = self.family.feature_width, self.family.decoder.width
         shapes = {
-            "image_features": self._float(_B, self.patches, width),
-            "vision_keys": self._float(_B, self.patches, width),
-            "image_embeds": self._float(_B, self.patches, embeds),
+            "image_features": self._float(_B, self.patches, self._features),
+            "vision_keys": self._float(_B, self.patches, self.family.feature_width),
+            "image_embeds": self._float(_B, self.patches, self.family.decoder.wide(0)),
             "attention_scores": torch.rand(_B, self.patches),
             **self._text_examples(),
         }
         for chain in self.chains:
             pruner, name = chain[0], self._pruner_name(chain, 0)
             inputs = [GraphInput(cue, shapes[cue], _axes(cue)) for cue in cues]
-            module = FeaturePruner(pruner, cues, self.family.places())
+            module = FeaturePruner(pruner, cues, self.family.places(), self.family.widths)
             self._add(GraphSpec(name, module, inputs, ["keep_indices", kept], rewrite=False))
             self._stage("pruner", when, cues, ["keep_indices", kept], file=name, keep=pruner.keep)
 
@@ -145,7 +144,8 @@ class _Planner:
 
     def _embed_graph(self) -> None:
         ids = GraphInput("input_ids", torch.zeros(_B, _T, dtype=torch.int64), {0: BATCH, 1: TEXT})
-        embedding = EmbedTokens(self.family.decoder.model.embed_tokens)
+        decoder = self.family.decoder
+        embedding = EmbedTokens(decoder.model.embed_tokens, decoder.wide(0) - decoder.width)
         self._add(GraphSpec("embed_tokens", embedding, [ids], ["inputs_embeds"]))
 
     def _text_cues(self) -> None:
@@ -156,7 +156,7 @@ class _Planner:
         self._stage("text_cues", "prefill", [item.name for item in inputs], outputs)
 
     def _splice(self) -> None:
-        width, visual = self.family.decoder.width, max(2, min((c[-1].keep for c in self.chains), default=2))
+        width, visual = self.family.decoder.wide(0), max(2, min((c[-1].keep for c in self.chains), default=2))
         inputs = [
             self._embeds_input(),
             GraphInput("image_embeds", self._float(_B, visual, width), {0: BATCH, 1: VISUAL}),
@@ -203,8 +203,8 @@ class _Planner:
         text = [GraphInput("text_rows", self._text_examples()["text_rows"], {0: BATCH, 1: ROWS})]
         ahead = GraphInput("ahead", torch.zeros(_B, _T, dtype=torch.int64), rows)
         inputs = [
-            GraphInput(self._part_source(number), self._float(_B, _T, decoder.width), rows),
-            GraphInput("position_ids", torch.arange(_T).repeat(_B, 1), rows),
+            GraphInput(self._part_source(number), self._float(_B, _T, decoder.wide(first)), rows),
+            GraphInput("position_ids", self._numbers(_T), rows),
             GraphInput("seqlens_k", torch.full((_B,), _T - 1, dtype=torch.int32), {0: BATCH}),
             GraphInput("total_sequence_length", torch.tensor(_T, dtype=torch.int32)),
             *([ahead] if self.looks_ahead else []),
@@ -257,7 +257,7 @@ class _Planner:
         axes = {name: {1: "kept_sequence"} for name in per_token if name in outputs}
         for chain in self.chains:
             pruner, name = chain[number], self._pruner_name(chain, number)
-            examples = self._prompt_examples(pruner.count)
+            examples = self._prompt_examples(pruner.count, self.cuts[number])
             scores = {"attention_scores": {1: SEQUENCE}}  # of the whole prompt here, of the picture elsewhere
             inputs = [
                 GraphInput(item, examples[item], {**_axes(item), **scores.get(item, {})})
@@ -317,14 +317,26 @@ class _Planner:
         return f"pruner{site}" if len(self.chains) == 1 else f"pruner{site}_{chain[-1].keep}"
 
     def _pixels_input(self) -> GraphInput:
-        """A batch of pictures; of a picture in several views, these alone."""
+        """A batch of pictures; of a picture in several views or in patches, these alone."""
+        if self.family.patches:
+            return GraphInput("pixel_values", self._float(*self.family.patches))
         views, size = self.family.views, self.family.image_size
         batch: dict[int, str] = {0: BATCH} if views == 1 else {}
         return GraphInput("pixel_values", self._float(_B if views == 1 else views, 3, *size), batch)
 
+    @property
+    def _features(self) -> int:
+        """Width of image_features, with what becomes the decoder's streams."""
+        return self.family.feature_width * (1 + self.family.decoder.streams)
+
+    def _numbers(self, total: int) -> Tensor:
+        """Example position_ids of `total` tokens."""
+        numbers, axes = torch.arange(total).repeat(_B, 1), self.family.decoder.axes
+        return numbers if axes == 1 else numbers.unsqueeze(2).repeat(1, 1, axes)
+
     def _embeds_input(self) -> GraphInput:
         return GraphInput(
-            "inputs_embeds", self._float(_B, _T, self.family.decoder.width), _axes("inputs_embeds")
+            "inputs_embeds", self._float(_B, _T, self.family.decoder.wide(0)), _axes("inputs_embeds")
         )
 
     def _start_input(self) -> GraphInput:
@@ -332,24 +344,24 @@ class _Planner:
 
     def _text_examples(self) -> dict[str, Tensor]:
         return {
-            "text_embeds": self._float(_B, _R, self.family.decoder.width),
+            "text_embeds": self._float(_B, _R, self.family.decoder.wide(0)),
             "text_mask": torch.ones(_B, _R),
             "text_rows": torch.arange(_R).repeat(_B, 1),
         }
 
-    def _prompt_examples(self, count: int) -> dict[str, Tensor]:
-        """Inputs of a decoder-site pruner that `count` visual tokens reach."""
+    def _prompt_examples(self, count: int, layer: int) -> dict[str, Tensor]:
+        """Inputs of a decoder-site pruner in front of `layer` that `count` visual tokens reach."""
         decoder, total = self.family.decoder, count + _R
         return {
-            "hidden_states": self._float(_B, total, decoder.width),
-            "position_ids": torch.arange(total).repeat(_B, 1),
+            "hidden_states": self._float(_B, total, decoder.wide(layer)),
+            "position_ids": self._numbers(total),
             "image_start": torch.ones(_B, dtype=torch.int64),
             "attention_scores": torch.rand(_B, total),
             "next_scores": torch.rand(_B, total),
             "keys": self._float(_B, total, decoder.kv_heads * decoder.head_dim),
             "text_attention": torch.rand(_B, decoder.heads, _R, total),
             "text_gravity": torch.rand(_B, _R, total),
-            "image_embeds": self._float(_B, self.count, decoder.width),
+            "image_embeds": self._float(_B, self.count, decoder.wide(0)),
             "previous_indices": torch.arange(count).repeat(_B, 1),
             **self._text_examples(),
         }

@@ -86,6 +86,7 @@ def reference_generate(
             keep = places[keep]
             if rows is not None:
                 rows = parts.project(rows.to(cues["image_features"].dtype)) if site == "vision" else rows
+                rows = rows[..., : embeds.shape[-1]]  # a bundle's may have streams beside them
                 embeds = embeds.index_copy(1, keep, rows.to(embeds.dtype))
             decoder.start(embeds)
             decoder.cut(keep)

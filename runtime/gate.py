@@ -127,7 +127,8 @@ class _Walk:
         self._values["input_ids"] = (
             self._values["logits"][:, 0].argmax(axis=-1).reshape(1, 1).astype(np.int64)
         )
-        self._values["position_ids"] = self._values["next_position"].reshape(1, 1)
+        first = self._values["position_ids"][:, :1]  # [1,1], or [1,1,A] along A axes
+        self._values["position_ids"] = np.full_like(first, self._values["next_position"][0])
         yield from map(self._run, manifest.stages_for("step", keep))
 
     def _run(self, stage: StageInfo) -> Case:

@@ -184,7 +184,8 @@ class StageRunner:
         """Feed one token at its position; returns the next logits float32 [V]."""
         values, bindings = self._step_bindings(keep)
         values["input_ids"].update(np.array([[token]], np.int64))
-        values["position_ids"].update(np.array([[position]], np.int64))
+        numbers = values["position_ids"]  # a new token's position is the same number on every axis
+        numbers.update(np.full(numbers.shape, position, np.int64))
         for stage, binding in bindings:
             if stage.cache is not None:
                 stage.cache.advance(1)
@@ -214,7 +215,7 @@ class StageRunner:
             engine = self.any_engine
             values: dict[str, Value] = {
                 "input_ids": engine.zeros((1, 1), "int64"),
-                "position_ids": engine.zeros((1, 1), "int64"),
+                "position_ids": engine.zeros(self._numbers_shape(keep), "int64"),
             }
             self._steps[keep] = (
                 values,
@@ -230,6 +231,14 @@ class StageRunner:
         """
         data = self._bundle.manifest.files.get(f"{file}.data")
         return data.bytes if data else 0
+
+    def _numbers_shape(self, keep: int) -> list[int]:
+        """Shape of a step's position_ids: [1,1], or [1,1,A] for decoders that count along A axes."""
+        for info in self._bundle.manifest.stages_for("step", keep):
+            for name, source in info.inputs.items():
+                if source == "position_ids":
+                    return _single(self._bundle.manifest.graphs[info.file].inputs[name])
+        raise VtpError("no step of this bundle reads 'position_ids'; export the bundle again")
 
     def _open(self, file: str) -> None:
         engine = open_stage(self._bundle, file, self._engine, self._threads, self._opening)

@@ -16,7 +16,7 @@ from vtp.export.seams import Seams
 from vtp.runtime.preprocess import ImageSpec
 
 # Decoders whose attention, rotary embedding and norms the emitter was held against transformers with.
-DECODERS = ("llama", "mistral", "qwen2", "qwen3")
+DECODERS = ("llama", "mistral", "qwen2", "qwen3", "qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text")
 # Rotary embeddings whose frequencies depend on the position alone, not on how long the prompt is.
 ROTARY = ("default", "linear", "llama3", "yarn")
 
@@ -91,6 +91,11 @@ class Family(ABC):
         """V: how many tiles of a picture go through the tower; `pixel_values` is then [V,3,H,W]."""
         return 1
 
+    @property
+    def patches(self) -> tuple[int, int] | None:
+        """Shape of `pixel_values` where a picture comes in as patches [patches, values]; else None."""
+        return None
+
     def prepare(self, image: ImageSpec) -> None:
         """Take note of how pictures are cut; called once, before anything else is asked."""
         del image
@@ -107,7 +112,13 @@ class Family(ABC):
     @property
     @abstractmethod
     def feature_width(self) -> int:
-        """C: width of image_features before the projector."""
+        """C: width of image_features before the projector, without a decoder's streams."""
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """What methods see of tensors that a decoder's streams travel beside."""
+        embeds = dict.fromkeys(("image_embeds", "text_embeds", "hidden_states"), self.decoder.width)
+        return {"image_features": self.feature_width, **embeds}
 
     @property
     @abstractmethod
@@ -166,7 +177,7 @@ class Family(ABC):
 
     def decoder_pruner(self, pruner: Pruner, others: Sequence[str]) -> DecoderPruner:
         """A decoder-site pruner, which finds the visual tokens in the prompt; `others` names its inputs."""
-        return DecoderPruner(pruner, others)
+        return DecoderPruner(pruner, others, self.widths)
 
 
 def _rotary_kinds(rope: Mapping[str, Any]) -> list[str]:

@@ -181,6 +181,11 @@ _active: list[Any] = []
 _attending: list[Attending] = []
 
 
+def attending() -> Attending:
+    """What the target writes whose graphs are being traced, for modules that attend by themselves."""
+    return _attending[-1]
+
+
 @contextmanager
 def active(context: Cache | Peek | TowerProbe) -> Iterator[None]:
     """Make `context` the one that the registered attention functions read and write."""
@@ -291,9 +296,7 @@ def _tower_attention(
     probe: TowerProbe = _active[-1]
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     if module is probe.module:
-        probe.scores = (
-            _cls_row(query, key, scale) if probe.has_cls else _attention_received(query, key, scale)
-        )
+        probe.scores = _cls_row(query, key, scale) if probe.has_cls else attention_received(query, key, scale)
         keys = _merge_heads(key)
         probe.keys = keys[:, 1:] if probe.has_cls else keys
     return _attending[-1].tower(query, key, value, attention_mask, scale).transpose(1, 2), None
@@ -314,7 +317,7 @@ def _cls_row(query: Tensor, key: Tensor, scale: float) -> Tensor:
     return torch.softmax(logits, dim=-1)[:, :, 0, 1:].mean(dim=1)
 
 
-def _attention_received(query: Tensor, key: Tensor, scale: float) -> Tensor:
+def attention_received(query: Tensor, key: Tensor, scale: float) -> Tensor:
     """Attention that every patch receives, mean over heads and rows, float32 [B,N] (towers without CLS)."""
     heads = query.shape[1]
     if heads * query.shape[2] * key.shape[2] > _MOST_SCORES:  # a large tower's: head by head
@@ -385,7 +388,7 @@ def emitting(
         for part, name in ((decoder, DECODER_ATTENTION), (tower, TOWER_ATTENTION)):
             if part is not None:
                 stack.enter_context(_attention_implementation(part, name))
-        for module in decoder.modules():
+        for module in [*decoder.modules(), *(tower.modules() if tower is not None else ())]:
             if norm := _norm_of(module):
                 stack.enter_context(mock.patch.object(module, "forward", MethodType(norm, module)))
         stack.enter_context(mock.patch.object(_modeling(decoder), "apply_rotary_pos_emb", _rotate))

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from vtp.export.graphs.attention import Cache, Lengths, Peek, TowerProbe, Watch, active, softcapped
+from vtp.export.graphs.rotary import AxesRotary
 from vtp.export.pruners.base import Pruner
 from vtp.export.pruners.ops import gather_rows
 
@@ -22,6 +24,9 @@ class Decoder:
              prompt ("prompt"), or, if it is a visual token, all those of its picture ("image")
     windows  whether layers with a sliding window keep to it; where not, no prompt may outgrow the window
     softcap  the logits are bent to stay within -softcap to softcap
+    axes     numbers by which a position is told: position_ids are [B,S], or [B,S,axes] above 1
+    streams  L: what is added to visual tokens after each of the first L layers travels beside the embeddings,
+             which are then (1 + L)·D wide; the text's is 0
     """
 
     model: Any  # the base model: .layers, .norm, .rotary_emb, .embed_tokens, .config
@@ -29,10 +34,17 @@ class Decoder:
     sight: str = "causal"
     windows: bool = False
     softcap: float | None = None
+    axes: int = 1
+    streams: int = 0
 
     @property
     def layers(self) -> Sequence[Any]:
         return self.model.layers
+
+    @property
+    def rotary(self) -> Any:
+        """hidden, position_ids -> cos and sin [B,S,d]."""
+        return self.model.rotary_emb if self.axes == 1 else AxesRotary(self.model.rotary_emb, self.axes)
 
     @property
     def heads(self) -> int:
@@ -54,6 +66,10 @@ class Decoder:
         """Name of a layer's rotary embedding, where kinds of layers have their own."""
         own = getattr(self.model.rotary_emb, "layer_types", None)
         return self.model.config.layer_types[layer] if own else None
+
+    def wide(self, layer: int) -> int:
+        """Width of what enters a layer, with what is still to be added after it and later ones."""
+        return self.width * (1 + max(0, self.streams - layer))
 
 
 class VisionEncoder(nn.Module):
@@ -104,14 +120,16 @@ class Projector(nn.Module):
 
 
 class EmbedTokens(nn.Module):
-    """input_ids int64 [B,T] -> inputs_embeds [B,T,D]."""
+    """input_ids int64 [B,T] -> inputs_embeds [B,T,D], and `more` zeros beside them: see `Decoder.streams`."""
 
-    def __init__(self, embedding: nn.Module) -> None:
+    def __init__(self, embedding: nn.Module, more: int = 0) -> None:
         super().__init__()
         self.embedding = embedding
+        self.more = more
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        return self.embedding(input_ids)
+        embeds = self.embedding(input_ids)
+        return functional.pad(embeds, (0, self.more)) if self.more else embeds
 
 
 class Splice(nn.Module):
@@ -185,16 +203,25 @@ class FeaturePruner(nn.Module):
 
     places: Tensor | None
 
-    def __init__(self, pruner: Pruner, cues: Sequence[str], places: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        pruner: Pruner,
+        cues: Sequence[str],
+        places: Tensor | None = None,
+        widths: Mapping[str, int] | None = None,
+    ) -> None:
         super().__init__()
         self.pruner = pruner
         self.cues = tuple(cues)
+        self.widths = widths or {}
         self.register_buffer("places", places, persistent=False)
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         given = dict(zip(self.cues, inputs, strict=True))
-        answer = self.pruner(**{name: given[name] for name in self.pruner.needs})
+        answer = self.pruner(**{name: narrowed(name, given[name], self.widths) for name in self.pruner.needs})
         keep, rows = answer if self.pruner.merges else (answer, gather_rows(inputs[0], answer))
+        if rows.shape[-1] < inputs[0].shape[-1]:  # a merged row's streams are those of its own token
+            rows = torch.cat([rows, gather_rows(inputs[0][..., rows.shape[-1] :], keep)], dim=-1)
         if self.places is None:
             return keep, rows
         return torch.gather(self.places.unsqueeze(0).expand(keep.shape[0], -1), 1, keep), rows
@@ -203,18 +230,21 @@ class FeaturePruner(nn.Module):
 class DecoderPruner(nn.Module):
     """A decoder-site pruner over S prompt tokens, n of them visual from image_start int64 [B] on.
 
-    Inputs: hidden_states [B,S,D], position_ids int64 [B,S], image_start, then those that `others` names: the
-    method's cues (over all S tokens where they are per token), image_embeds [B,N,D], and at a later one of
-    several sites previous_indices int64 [B,n] (which of the image's N tokens arrive); text_rows int64 [B,R]
-    where a later site reads text rows.
+    Inputs: hidden_states [B,S,D], position_ids int64 [B,S] or [B,S,A], image_start, then those that `others`
+    names: the method's cues (over all S tokens where they are per token), image_embeds [B,N,D], and at a
+    later one of several sites previous_indices int64 [B,n] (which of the image's N tokens arrive); text_rows
+    int64 [B,R] where a later site reads text rows.
     Outputs: keep_indices [B,K] within the image, kept_hidden_states [B,S-n+K,D], kept_position_ids int64
-    [B,S-n+K] (the original positions), and kept_text_rows int64 [B,R] if text_rows came in.
+    [B,S-n+K(,A)] (the original positions), and kept_text_rows int64 [B,R] if text_rows came in.
     """
 
-    def __init__(self, pruner: Pruner, others: Sequence[str]) -> None:
+    def __init__(
+        self, pruner: Pruner, others: Sequence[str], widths: Mapping[str, int] | None = None
+    ) -> None:
         super().__init__()
         self.pruner = pruner
         self.others = tuple(others)
+        self.widths = widths or {}
 
     def forward(
         self, hidden_states: Tensor, position_ids: Tensor, image_start: Tensor, *others: Tensor
@@ -225,7 +255,7 @@ class DecoderPruner(nn.Module):
         keep = self.pruner(**self._cues(given, self._visual(start, previous)))
         source = self._source(keep, start, previous, hidden_states.shape[1])
         within = keep if previous is None else torch.gather(previous, 1, keep)
-        answer = (within, gather_rows(hidden_states, source), torch.gather(position_ids, 1, source))
+        answer = (within, gather_rows(hidden_states, source), _rows(position_ids, source))
         if "text_rows" not in given:
             return answer
         return (*answer, self._text_rows(given["text_rows"], start, within))
@@ -254,7 +284,7 @@ class DecoderPruner(nn.Module):
         """The method's cues, cut to the visual tokens that arrive: their places int64 [B,n] among the S."""
         cut: dict[str, Tensor] = {}
         for name in self.pruner.needs:
-            tensor = given[name]
+            tensor = narrowed(name, given[name], self.widths)
             if name in ("text_attention", "text_gravity"):
                 shape = (*tensor.shape[:-1], visual.shape[1])
                 columns = visual.reshape(visual.shape[0], *[1] * (tensor.dim() - 2), -1)
@@ -263,6 +293,12 @@ class DecoderPruner(nn.Module):
                 tensor = _rows(tensor, visual)
             cut[name] = tensor
         return cut
+
+
+def narrowed(name: str, tensor: Tensor, widths: Mapping[str, int]) -> Tensor:
+    """A cue without the streams beside it (`Decoder.streams`), which no method reads."""
+    width = widths.get(name, tensor.shape[-1])
+    return tensor if width == tensor.shape[-1] else tensor[..., :width]
 
 
 def _rows(tensor: Tensor, indices: Tensor) -> Tensor:
@@ -277,10 +313,10 @@ TEXT_CUES = ("text_attention", "text_gravity")
 class DecoderPart(nn.Module):
     """Decoder layers first..last on a bound cache, for prefill and single steps alike.
 
-    hidden [B,S,D], position_ids int64 [B,S], seqlens_k int32 [B], total_sequence_length int32 [], then
-    ahead int64 [B,S] if visual tokens see all those of their picture, then text_rows int64 [B,R] if a cue of
-    TEXT_CUES is asked for, then past key and value [B,G,capacity,d] per layer. A part with the last layer
-    gives logits float32 [B,1,V] of every row's last real position; an earlier part gives hidden_states
+    hidden [B,S,D], position_ids int64 [B,S] or [B,S,A], seqlens_k int32 [B], total_sequence_length int32 [],
+    then ahead int64 [B,S] if visual tokens see all those of their picture, then text_rows int64 [B,R] if a
+    cue of TEXT_CUES is asked for, then past key and value [B,G,capacity,d] per layer. A part with the last
+    layer gives logits float32 [B,1,V] of every row's last real position; an earlier part gives hidden_states
     [B,S,D] and the cues that the pruner after it reads. Both then give present key and value per layer.
     """
 
@@ -289,10 +325,11 @@ class DecoderPart(nn.Module):
     ):
         super().__init__()
         self.decoder_layers = nn.ModuleList(list(decoder.layers)[first:end])
-        self.rotary: Any = decoder.model.rotary_emb
+        self.rotary: Any = decoder.rotary
         self.numbers = range(first, end)
         self.turning = [decoder.turning(layer) for layer in range(first, min(end + 1, len(decoder.layers)))]
         self.sight, self.windows, self.softcap = decoder.sight, decoder.windows, decoder.softcap
+        self.width = decoder.width
         self.cues = tuple(cues)
         self.reads_text = bool(set(cues) & set(TEXT_CUES))
         self.final = end == len(decoder.layers)
@@ -321,6 +358,7 @@ class DecoderPart(nn.Module):
         cache = Cache(
             dict(zip(self.numbers, pairs, strict=True)), lengths, watch=watch if self.cues else None
         )
+        hidden, *deep = hidden.split(self.width, dim=-1) if hidden.shape[-1] > self.width else (hidden,)
         turns = self._turns(hidden, position_ids)
         with active(cache):
             for layer, turn in zip(self.decoder_layers, turns, strict=False):
@@ -331,10 +369,12 @@ class DecoderPart(nn.Module):
                     past_key_values=cache,
                     use_cache=True,
                 )
+                hidden = hidden + deep.pop(0) if deep else hidden
         present = tuple(tensor for number in self.numbers for tensor in cache.present[number])
         if self.final:
             return (self._logits(hidden, lengths), *present)
-        return (hidden, *self._cues(hidden, turns, watch, lengths), *present)
+        cues = self._cues(hidden, turns, watch, lengths)
+        return (torch.cat([hidden, *deep], dim=-1) if deep else hidden, *cues, *present)
 
     def _turns(self, hidden: Tensor, position_ids: Tensor) -> list[tuple[Tensor, Tensor]]:
         """cos and sin for every layer of this part, and for the one after it."""

@@ -187,12 +187,12 @@ def run_and_step(engine: OrtEngine, prompts: list[tuple[int, int, int]], first: 
 
 def test_scores_of_a_large_tower_are_read_head_by_head(monkeypatch: pytest.MonkeyPatch) -> None:
     query, key = torch.randn(2, 2, 3, 20, 8, generator=torch.Generator().manual_seed(0))
-    whole = attention._attention_received(query, key, 0.3)
+    whole = attention.attention_received(query, key, 0.3)
     monkeypatch.setattr(attention, "_MOST_SCORES", 3 * 20 * 20 - 1)
     calls: list[int] = []
     received = attention._received
     monkeypatch.setattr(attention, "_received", lambda q, k, s: calls.append(q.shape[1]) or received(q, k, s))
-    torch.testing.assert_close(attention._attention_received(query, key, 0.3), whole)
+    torch.testing.assert_close(attention.attention_received(query, key, 0.3), whole)
     assert calls == [1, 1, 1]
 
 

@@ -145,15 +145,15 @@ def endless(folder: Path) -> None:
 
 
 CONFIG, LLAVA = "config.json", "LlavaForConditionalGeneration"
-QWEN_VL = "Qwen2VLForConditionalGeneration"
+BLIP = "Blip2ForConditionalGeneration"
 BAD_MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no config": (remove(CONFIG), "it has no config.json"),
     "config is no JSON": (write(CONFIG, b"{"), r"cannot read .*config\.json: JSONDecodeError"),
     "config is no text": (write(CONFIG, b"\xff\xfe"), r"cannot read .*config\.json"),
     "config is a list": (write(CONFIG, b"[]"), "does not hold a JSON object"),
     "architecture": (
-        edit(CONFIG, architectures=[QWEN_VL]),
-        f"unsupported architecture {QWEN_VL}; supported: .*{LLAVA}",
+        edit(CONFIG, architectures=[BLIP]),
+        f"unsupported architecture {BLIP}; supported: .*{LLAVA}",
     ),
     "no architecture": (edit(CONFIG, architectures=...), "unsupported architecture none .model_type 'llava'"),
     "architecture is a number": (edit(CONFIG, architectures=[3]), "unsupported architecture 3"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from vtp.export.graphs.attention import GROUPED_QUERY, Attending
-from vtp.export.graphs.decomposed import DECOMPOSED
+from vtp.export.graphs.decomposed import DECOMPOSED, MASKED
 from vtp.export.graphs.emit import OPSET
 from vtp.export.graphs.fixed_cache import FIXED_CACHE, fix_capacity
 from vtp.export.graphs.fixed_cache import OPSET as FIXED_CACHE_OPSET
@@ -33,9 +33,8 @@ class Target:
 
     def serving(self, decoder: Decoder) -> Target:
         """This target for a decoder whose prompts are not read from left to right alone: masked attention."""
-        if decoder.sight == "causal" or self.attending is not GROUPED_QUERY:
-            return self
-        return replace(self, attending=FIXED_CACHE, opset=FIXED_CACHE_OPSET)
+        plain = decoder.sight == "causal" or self.attending is not GROUPED_QUERY
+        return self if plain else replace(self, attending=MASKED)
 
     def prepare(self, plan: Plan) -> Plan:
         """The plan as this target wants it."""

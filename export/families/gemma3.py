@@ -28,8 +28,8 @@ class Gemma3(PaliGemma):
     architectures = ("Gemma3ForConditionalGeneration",)
     decoders = ("gemma3_text",)
     limits = (
-        "one picture per prompt, without pan and scan; masked attention in standard operators (opset 24) "
-        "instead of GroupQueryAttention"
+        "one picture per prompt, without pan and scan; attention in single operators, since "
+        "GroupQueryAttention is causal"
     )
     seams = Gemma3Seams
     template = None

@@ -28,8 +28,8 @@ class PaliGemma(Family):
     sites = ("vision", "projector", "decoder")
     decoders: ClassVar[tuple[str, ...]] = ("gemma", "gemma2")
     limits = (
-        "one picture and one question, no conversation; a prompt no longer than Gemma 2's window; masked "
-        "attention in standard operators (opset 24) instead of GroupQueryAttention"
+        "one picture and one question, no conversation; a prompt no longer than Gemma 2's window; attention "
+        "in single operators, since GroupQueryAttention is causal"
     )
     seams: ClassVar[type[Seams]] = PaliGemmaSeams
     template: ClassVar[str | None] = (

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vtp.export.graphs.attention import Attending
+from vtp.export.graphs.attention import Attending, fused_attention
 from vtp.export.graphs.fixed_cache import decomposed, on_fixed_cache
 
 
@@ -39,3 +39,7 @@ def rms_norm(hidden: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 
 
 DECOMPOSED = Attending(on_fixed_cache(write_rows, decomposed), decomposed, rotate, rms_norm)
+
+# For ONNX Runtime where GroupQueryAttention, which is causal, cannot serve: only the decoder's attention and
+# cache are written out, in operators that its CPU and CUDA providers both have.
+MASKED = Attending(on_fixed_cache(write_rows, decomposed), fused_attention)

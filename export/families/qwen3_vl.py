@@ -25,8 +25,8 @@ class Qwen3VL(Qwen2VL):
     name = "qwen3_vl"
     architectures = ("Qwen3VLForConditionalGeneration",)
     limits = (
-        "one picture per prompt, one image size per bundle; no video; methods see features and embeddings of "
-        "the last tower block, and kept tokens keep those of the other blocks"
+        f"{Qwen2VL.limits}; methods see features and embeddings of the last tower block alone, and kept "
+        "tokens take those of the other blocks along"
     )
     seams = DeepSeams
 

@@ -17,6 +17,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from transformers import Qwen2VLTextConfig, Qwen3VLTextConfig
+from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLRotaryEmbedding
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRotaryEmbedding
+from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
 from vtp.engines import UsageError, VtpError
 from vtp.engines.trt import INSTALL, build_engine, refused_nodes
@@ -25,6 +29,8 @@ from vtp.export.cli import main
 from vtp.export.exporter import Request, export
 from vtp.export.graphs.attention import emitting
 from vtp.export.graphs.mrope import GridSplice
+from vtp.export.graphs.qwen_tower import PatchGrid
+from vtp.export.graphs.rotary import AxesRotary
 from vtp.export.parity import STEPS
 from vtp.export.pruners import find_method
 from vtp.export.reference import reference_generate
@@ -170,6 +176,33 @@ def test_positions_are_transformers(plain: Any, data: st.DataObject) -> None:
     assert torch.equal(prompt[1], torch.cat([text[1, :before], rows[1], text[1, before + 1 :]]))
     if len(keep) == count:
         assert torch.equal(splice(text, rows, start)[1], positions)
+
+
+@pytest.mark.parametrize(
+    ("config_class", "section"), [(Qwen2VLTextConfig, [16, 24, 24]), (Qwen3VLTextConfig, [24, 20, 20])]
+)
+def test_turns_are_transformers(config_class: Any, section: list[int]) -> None:
+    """Heads as wide as in released models, one section after another or in turns."""
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": section}
+    config = config_class(hidden_size=256, num_attention_heads=2, rope_parameters=rope)
+    kind = Qwen2VLRotaryEmbedding if config_class is Qwen2VLTextConfig else Qwen3VLTextRotaryEmbedding
+    rotary, hidden = kind(config), torch.zeros(2, 7, 256)
+    positions = torch.randint(0, 500, (2, 7, 3), generator=torch.Generator().manual_seed(0))
+    turned, wanted = AxesRotary(rotary, 3)(hidden, positions), rotary(hidden, positions.permute(2, 0, 1))
+    assert turned[0].shape == (2, 7, 128)
+    torch.testing.assert_close(turned, wanted)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 4))
+def test_windows_and_places_are_transformers(high: int, wide: int, side: int) -> None:
+    grid = PatchGrid(MERGE * high, MERGE * wide, MERGE)
+    thw = torch.tensor([[1, grid.rows, grid.columns]])
+    order, ends = get_vision_window_index(thw, MERGE, side * MERGE * PATCH, PATCH)
+    windows = grid.windows(side)
+    assert [token for window in windows for token in window] == order.tolist()
+    assert [MERGE**2 * len(window) for window in windows] == ends.diff().tolist()
+    assert torch.equal(grid.places(), get_vision_position_ids(thw, MERGE))
 
 
 # -- the tower -----------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from vtp.calib.journal import Answer, Journal
 from vtp.engines import UsageError
 from vtp.runtime.bundle import set_calibration
 from vtp.runtime.console import Parser, Progress, run_command, table
+from vtp.runtime.memory import bundle_memory
 
 PROG = "vtp-calib"
 
@@ -45,6 +46,9 @@ def _keep_arguments(parser: argparse.ArgumentParser) -> None:
     goal = parser.add_mutually_exclusive_group()
     goal.add_argument("--floor", type=float, metavar="R", help="share of the unpruned score to hold (0.97)")
     goal.add_argument("--budget-ms", type=float, metavar="MS", help="time to the first token, in the median")
+    goal.add_argument(
+        "--budget-mb", type=float, metavar="MB", help="memory, as vtp-doctor tells it beforehand"
+    )
     parser.add_argument("--reference", metavar="BUNDLE", help="a bundle that keeps every token")
     parser.add_argument("--dry-run", action="store_true", help="leave the bundle as it is")
     shared_arguments(parser)
@@ -59,7 +63,8 @@ def _score_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _keep(args: argparse.Namespace) -> None:
-    floor = 0.97 if args.floor is None and args.budget_ms is None else args.floor
+    goal = _goal(args)
+    floor = goal.get("floor")
     samples, metric = read_samples(args)
     folder, progress = Path(args.bundle), Progress()
     out = Path(args.out) if args.out else folder.parent / f"{folder.name}-calib"
@@ -73,10 +78,12 @@ def _keep(args: argparse.Namespace) -> None:
         trials = search.Trials(lambda keep: examiner.marks(keep, metric, unpruned), reference)
         if floor is not None:
             found = search.smallest_holding(manifest.visual.keep, floor, trials)
+        elif args.budget_mb is not None:
+            found = search.best_fitting(_needs_mb(examiner), args.budget_mb, trials)
+            goal["needs_mb"] = round(_needs_mb(examiner)[found.chosen.keep], 1)
         else:
             found = search.best_within(manifest.visual.keep, args.budget_ms, trials)
         progress.end()
-    goal = {"floor": floor} if floor is not None else {"budget_ms": args.budget_ms}
     record = _record(found, goal, metric, len(samples), examiner.pipe.engine, stats.mean(reference.scores))
     report.write_csv(out / "keep.csv", found, floor)
     drawn = report.draw(out / "keep.png", found, f"{manifest.method.name} on {Path(args.data).name}")
@@ -93,6 +100,20 @@ def _keep(args: argparse.Namespace) -> None:
     line = report.finer(manifest, manifest.visual.keep, chosen.keep)
     if line:
         print(f"a finer grid: {line}")
+
+
+def _goal(args: argparse.Namespace) -> dict[str, Any]:
+    """What the choice has to meet, by the flag's name; a floor of 0.97 where none is given."""
+    given = {name: getattr(args, name) for name in ("floor", "budget_ms", "budget_mb")}
+    return {name: value for name, value in given.items() if value is not None} or {"floor": 0.97}
+
+
+def _needs_mb(examiner: Examiner) -> dict[int, float]:
+    """Keep-count -> an upper bound of the memory that a pipeline which uses it takes, in MB."""
+    bundle, engine = examiner.pipe.bundle, examiner.pipe.engine
+    return {
+        keep: bundle_memory(bundle, engine, keep).total / 1e6 for keep in examiner.pipe.manifest.visual.keep
+    }
 
 
 def _unpruned(

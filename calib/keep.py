@@ -7,7 +7,7 @@ the interval does not tell from none is called that.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from vtp.calib import stats
@@ -115,3 +115,25 @@ def best_within(keeps: list[int], budget_ms: float, trials: Trials) -> Search:
             f"takes {fastest.marks.ttft:.1f} ms; export smaller ones with --keep-tokens, or raise --budget-ms"
         )
     return Search(max(fitting, key=lambda tried: (tried.score.value, -tried.keep)), trials.tried)
+
+
+def best_fitting(needs_mb: Mapping[int, float], budget_mb: float, trials: Trials) -> Search:
+    """The best score among keep-counts whose memory is within a budget; the smaller one of equals.
+
+    needs_mb  keep-count -> MB, told beforehand: none is tried that does not fit. Of those that do, the two
+              largest are tried, for fewer tokens answer worse.
+
+    Raises VtpError where none fits.
+    """
+    if budget_mb <= 0:
+        raise UsageError(f"budget-mb {budget_mb:g} is no size; give megabytes")
+    fitting = sorted((keep for keep, need in needs_mb.items() if need <= budget_mb), reverse=True)
+    if not fitting:
+        least = min(needs_mb, key=lambda keep: needs_mb[keep])
+        raise VtpError(
+            f"no keep-count of this bundle fits into {budget_mb:g} MB: the smallest, {least}, may need "
+            f"{needs_mb[least]:.0f} MB; export with smaller --keep-tokens or --max-length, quantise it, or "
+            "raise --budget-mb"
+        )
+    tried = [trials(keep) for keep in fitting[:2]]
+    return Search(max(tried, key=lambda one: (one.score.value, -one.keep)), trials.tried)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from vtp.engines.graph_memory import CACHE, graph_memory
 from vtp.runtime.bundle import Bundle
-from vtp.runtime.manifest import GraphInfo
+from vtp.runtime.manifest import GraphInfo, Manifest
 
 # Beside a bundle, measured on x86: Python with the runtime and ONNX Runtime; a CUDA context with cuBLAS.
 PROCESS = 100_000_000
@@ -49,18 +50,38 @@ class BundleMemory:
         return self.beside + sum(stage.total for stage in self.stages)
 
 
-def bundle_memory(bundle: Bundle, engine: str) -> BundleMemory:
+def bundle_memory(bundle: Bundle, engine: str, keep: int | None = None) -> BundleMemory:
     """Memory of a bundle on an engine, batch 1, at the longest prompt and answer that it was exported for.
+
+    keep  the keep-count that all prompts use (None: the longest sequence that each graph takes). Weights of
+          other keep-counts and the cache stay: a pipeline opens all graphs, with caches of fixed size.
 
     Every open graph is counted with all it may hold at once: engines do not give memory back between stages.
     """
     on_cpu = engine == "ort-cpu"
-    stages = [_stage(bundle, file, graph, on_cpu) for file, graph in bundle.manifest.graphs.items()]
+    longest = {} if keep is None else _longest(bundle.manifest, keep)
+    stages = [
+        _stage(bundle, file, graph, on_cpu, longest.get(file, {}))
+        for file, graph in bundle.manifest.graphs.items()
+    ]
     return BundleMemory(engine, stages, PROCESS if on_cpu else PROCESS + CUDA_CONTEXT)
 
 
-def _stage(bundle: Bundle, file: str, graph: GraphInfo, on_cpu: bool) -> StageMemory:
+def _longest(manifest: Manifest, keep: int) -> dict[str, dict[str, int]]:
+    """Graph file -> axes that are shorter at a keep-count, for graphs that run after the last pruner."""
+    visual, shorter = manifest.visual, dict[str, dict[str, int]]()
+    stages = [stage for when in ("image", "prefill") for stage in manifest.stages_for(when, keep)]
+    cuts = [place for place, stage in enumerate(stages) if stage.name.startswith("pruner")]
+    for stage in stages[cuts[-1] + 1 :] if cuts else []:
+        shorter[stage.file] = {"visual": keep, "sequence": manifest.model.max_length - visual.count + keep}
+    return shorter
+
+
+def _stage(
+    bundle: Bundle, file: str, graph: GraphInfo, on_cpu: bool, longest: Mapping[str, int]
+) -> StageMemory:
     axes = {name: 1 if name == "batch" else sizes[-1] for name, sizes in graph.axes.items()}
+    axes |= {name: min(size, axes[name]) for name, size in longest.items() if name in axes}
     if graph.kv is not None and "sequence" in axes:
         axes["sequence"] = min(axes["sequence"], graph.kv.capacity)
     found = graph_memory(bundle.path(file), axes)

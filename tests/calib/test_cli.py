@@ -16,6 +16,7 @@ from vtp.calib import cli, examiner
 from vtp.engines import UsageError, VtpError
 from vtp.runtime import Pipeline
 from vtp.runtime.bundle import open_bundle, set_calibration
+from vtp.runtime.memory import bundle_memory
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +111,30 @@ def test_dry_run_changes_nothing(bundle, data, exported, capsys) -> None:
     assert calib("keep", bundle, "--data", data, *goal) == 0
     assert (bundle / "manifest.json").read_bytes() == before
     assert "left as it is" in capsys.readouterr().out
+
+
+def test_a_memory_budget_chooses_by_what_the_doctor_tells(bundle, data, exported, capsys) -> None:
+    opened = open_bundle(bundle)
+    few, many = (bundle_memory(opened, "ort-cpu", keep).total / 1e6 for keep in (3, 6))
+    assert few < many <= bundle_memory(opened, "ort-cpu").total / 1e6
+    goal = ["--data", data, "--reference", exported("none").folder, "--engine", "ort-cpu"]
+    assert calib("keep", bundle, *goal, "--budget-mb", (few + many) / 2) == 0
+    record = open_bundle(bundle).manifest.calibration
+    assert open_bundle(bundle).manifest.visual.default_keep == 3 and set(record["tried"]) == {"3"}
+    assert record["needs_mb"] == round(few, 1)
+    capsys.readouterr()
+    assert calib("keep", bundle, *goal, "--budget-mb", few / 2) == 1
+    assert "no keep-count of this bundle fits into" in capsys.readouterr().err
+
+
+def test_a_decoder_site_shortens_only_what_comes_after_it(exported) -> None:
+    bundle = open_bundle(exported("adaptprune").folder)
+    few, many = (
+        {stage.file: stage.activations for stage in bundle_memory(bundle, "ort-cpu", keep).stages}
+        for keep in (4, 7)
+    )
+    assert few["decoder.onnx"] < many["decoder.onnx"]
+    assert few["decoder_head.onnx"] == many["decoder_head.onnx"]
 
 
 def test_budget_ms_takes_the_largest_keep_count_that_was_fast_enough(bundle, picture) -> None:

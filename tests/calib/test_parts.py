@@ -248,3 +248,15 @@ def test_a_budget_takes_the_best_within_it() -> None:
         search.best_within(ALL, 5, trials(rates))
     with pytest.raises(UsageError, match="not a time"):
         search.best_within(ALL, 0, trials(rates))
+
+
+def test_a_memory_budget_tries_only_what_fits() -> None:
+    rates = {8: 0.6, 16: 0.8, 32: 0.95, 64: 0.95, 128: 0.99, 192: 1.0}
+    needs = {keep: 100.0 + keep for keep in ALL}
+    one = trials(rates)
+    assert search.best_fitting(needs, 170, one).chosen.keep == 32  # as good as 64, and smaller
+    assert set(one.done) == {32, 64}
+    with pytest.raises(VtpError, match="the smallest, 8, may need 108 MB"):
+        search.best_fitting(needs, 107, trials(rates))
+    with pytest.raises(UsageError, match="no size"):
+        search.best_fitting(needs, -1, trials(rates))

@@ -18,6 +18,7 @@ from vtp.export.pruners import NONE
 from vtp.runtime.bundle import describe_files
 from vtp.runtime.manifest import GraphInfo, Manifest, MethodInfo, ModelInfo, TensorInfo, VisualInfo
 
+BATCH = 8  # prompts that run together, or pictures, at most
 TYPICAL_TEXT = 64  # tokens of a usual prompt: what engines should be tuned for
 
 
@@ -88,8 +89,11 @@ def _graph_info(
     cache = plan.caches.get(spec.name)
     least, arriving = _visual_tokens(spec, keep, count)
     text, kept, prompt = (min(size, max_length) for size in (TYPICAL_TEXT, keep, arriving + TYPICAL_TEXT))
+    images = max(1, max_length // count)
     ranges = {
-        "batch": [1, 1, 8],
+        "batch": [1, 1, BATCH],
+        "images": [1, 1, images],
+        "pictures": [1, 1, max(BATCH, images)],
         "text": [1, text, max_length],
         "text_rows": [1, text, max_length],
         "visual": [1, kept, max_length],

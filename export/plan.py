@@ -30,7 +30,8 @@ BATCH, SEQUENCE, TEXT, ROWS, VISUAL, CAPACITY = (
     "visual",
     "capacity",
 )
-_B, _T, _R = 2, 5, 4  # example sizes while tracing: above 1, so that no axis is frozen
+IMAGES, PICTURES = "images", "pictures"  # of one prompt; of all prompts of a batch
+_B, _I, _T, _R = 2, 2, 5, 4  # example sizes while tracing: above 1, so that no axis is frozen
 
 
 @dataclass(frozen=True)
@@ -149,23 +150,26 @@ class _Planner:
         self._add(GraphSpec("embed_tokens", embedding, [ids], ["inputs_embeds"]))
 
     def _text_cues(self) -> None:
-        inputs = [self._embeds_input(), self._start_input()]
+        length = GraphInput("text_length", torch.full((_B,), _T, dtype=torch.int64), {0: BATCH})
+        inputs = [self._embeds_input(), self._start_input(), length]
         outputs = ["text_embeds", "text_mask", "text_rows"]
-        axes = {name: {1: ROWS} for name in outputs}
+        axes = {name: {0: PICTURES, 1: ROWS} for name in outputs[:2]} | {"text_rows": {1: ROWS}}
         self._add(GraphSpec("text_cues", self.family.text_cues(), inputs, outputs, axes))
         self._stage("text_cues", "prefill", [item.name for item in inputs], outputs)
 
     def _splice(self) -> None:
         width, visual = self.family.decoder.wide(0), max(2, min((c[-1].keep for c in self.chains), default=2))
+        pictures = _B * self._images()
+        several = {0: PICTURES if self.family.several else BATCH, 1: VISUAL}
         inputs = [
             self._embeds_input(),
-            GraphInput("image_embeds", self._float(_B, visual, width), {0: BATCH, 1: VISUAL}),
+            GraphInput("image_embeds", self._float(pictures, visual, width), several),
             self._start_input(),
         ]
         splice = self.family.splice(self.positions)
         if splice.reads_keep and self.site in ("vision", "projector"):
-            keep = torch.zeros(_B, visual, dtype=torch.int64)
-            inputs.append(GraphInput("keep_indices", keep, {0: BATCH, 1: VISUAL}))
+            keep = torch.zeros(pictures, visual, dtype=torch.int64)
+            inputs.append(GraphInput("keep_indices", keep, several))
         outputs = ["prompt_embeds", "position_ids", "next_position"]
         outputs += ["ahead"] if self.looks_ahead else []
         sequence = {name: {1: SEQUENCE} for name in ("prompt_embeds", "position_ids", "ahead")}
@@ -340,7 +344,13 @@ class _Planner:
         )
 
     def _start_input(self) -> GraphInput:
-        return GraphInput("image_start", torch.ones(_B, dtype=torch.int64), {0: BATCH})
+        several = {1: IMAGES} if self.family.several else {}
+        start = torch.arange(self._images()).repeat(_B, 1)
+        return GraphInput("image_start", start, {0: BATCH, **several})
+
+    def _images(self) -> int:
+        """Pictures of a prompt while tracing."""
+        return _I if self.family.several else 1
 
     def _text_examples(self) -> dict[str, Tensor]:
         return {
@@ -355,7 +365,7 @@ class _Planner:
         return {
             "hidden_states": self._float(_B, total, decoder.wide(layer)),
             "position_ids": self._numbers(total),
-            "image_start": torch.ones(_B, dtype=torch.int64),
+            "image_start": torch.ones(_B, 1, dtype=torch.int64),
             "attention_scores": torch.rand(_B, total),
             "next_scores": torch.rand(_B, total),
             "keys": self._float(_B, total, decoder.kv_heads * decoder.head_dim),

@@ -20,7 +20,7 @@ from vtp.runtime.console import Parser, Progress, run_command, table
 from vtp.runtime.gate import run_gate
 from vtp.runtime.images import load_image
 from vtp.runtime.machine import Machine, look
-from vtp.runtime.manifest import GraphInfo
+from vtp.runtime.manifest import SINGLE, GraphInfo
 from vtp.runtime.opening import ENGINES
 from vtp.runtime.sample import PROMPT
 
@@ -171,7 +171,7 @@ def profiles_of(graph: GraphInfo) -> list[Profile]:
 
 def profile_of(graph: GraphInfo) -> Profile:
     """Least, usual and largest shape of a graph's inputs, batch 1, from the ranges in the manifest."""
-    axes = {**graph.axes, "batch": [1, 1, 1]}
+    axes = {name: [1, 1, 1] if name in SINGLE else sizes for name, sizes in graph.axes.items()}
     if graph.kv is not None and "sequence" in axes:
         axes["sequence"] = [min(size, graph.kv.capacity) for size in axes["sequence"]]
     return {

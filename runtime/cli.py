@@ -1,4 +1,4 @@
-"""vtp-run: one picture, one prompt, one answer from a bundle."""
+"""vtp-run: pictures and a prompt, or a file of them, and the answers of a bundle."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from vtp.engines import UsageError, engine_names
 from vtp.engines.trt import LIBRARIES
+from vtp.runtime.batch_file import Line, read_lines
 from vtp.runtime.console import Parser, run_command, table
 from vtp.runtime.images import load_image
 from vtp.runtime.kept import check_one_view, check_picture_path, save_picture, show_kept
 from vtp.runtime.opening import NEVER_RUN, Opening
-from vtp.runtime.pipeline import DEFAULT_NEW_TOKENS, Pipeline, Stream
+from vtp.runtime.pipeline import DEFAULT_NEW_TOKENS, Pipeline
 from vtp.runtime.result import Result
 
 PROG = "vtp-run"
@@ -25,8 +27,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog=PROG, description="Answer a prompt about a picture with a bundle.")
     add = parser.add_argument
     add("bundle", metavar="BUNDLE", help="a folder that vtp-export made")
-    add("--image", required=True, metavar="FILE", help="the picture")
-    add("--prompt", required=True, metavar="TEXT", help="what to ask about it")
+    add("--image", action="append", default=[], metavar="FILE", help="the picture; again for a further one")
+    add("--prompt", metavar="TEXT", help="what to ask about it")
+    add(
+        "--batch",
+        metavar="FILE.jsonl",
+        help='instead: {"image": path or list of paths, "prompt": text} a line; prints a JSON object a line',
+    )
     add("--keep-tokens", metavar="K", help="one of the bundle's keep-counts (default: the bundle's)")
     add("--engine", default="auto", help=f"one of {', '.join(engine_names())} (default: %(default)s)")
     add("--max-new-tokens", default=str(DEFAULT_NEW_TOKENS), metavar="N", help="default: %(default)s")
@@ -57,6 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
+    _check_flags(args)
+    lines = read_lines(Path(args.batch)) if args.batch else []
     if args.show_kept:
         check_picture_path(args.show_kept)
     threads = None if args.threads is None else _whole("threads", args.threads)
@@ -64,35 +73,68 @@ def _run(args: argparse.Namespace) -> None:
     with Pipeline.load(args.bundle, args.engine, threads, args.check_hashes, opening=opening) as pipe:
         if pipe.engine in LIBRARIES:
             print(f"{PROG}: note: {NEVER_RUN}", file=sys.stderr)
-        if args.show_kept:
-            check_one_view(pipe.manifest.image)
-        image = load_image(args.image)
-        stream = _ask(pipe, image, args)
-        for piece in stream:
-            if not args.json:
-                print(piece, end="", flush=True)
-        if args.show_kept:
-            grid = tuple(pipe.manifest.visual.grid)
-            kept = show_kept(image, pipe.manifest.image, (grid[0], grid[1]), stream.result.kept)
-            save_picture(kept, args.show_kept)
-        if args.json:
-            print(json.dumps({**stream.result.to_json(), "engine": pipe.engine}, ensure_ascii=False))
+        if args.batch:
+            _answer_lines(pipe, lines, args)
         else:
-            print()
-            print(_report(stream.result, args.show_kept), file=sys.stderr)
+            _answer_one(pipe, args)
 
 
-def _ask(pipe: Pipeline, image: object, args: argparse.Namespace) -> Stream:
-    return pipe.stream(
-        image,  # type: ignore[arg-type]
-        args.prompt,
-        max_new_tokens=_whole("max-new-tokens", args.max_new_tokens),
-        keep_tokens=None if args.keep_tokens is None else _whole("keep-tokens", args.keep_tokens),
-        temperature=_number("temperature", args.temperature),
-        top_p=_number("top-p", args.top_p),
-        seed=None if args.seed is None else _whole("seed", args.seed),
-        stop=args.stop,
-    )
+def _check_flags(args: argparse.Namespace) -> None:
+    """Refuse flags that do not go together."""
+    if args.batch and (args.image or args.prompt is not None or args.show_kept):
+        raise UsageError(
+            "--batch names its pictures and prompts: leave out --image, --prompt and --show-kept"
+        )
+    if not args.batch and not (args.image and args.prompt is not None):
+        raise UsageError("the following arguments are required: --image and --prompt (or --batch FILE.jsonl)")
+    if args.show_kept and len(args.image) > 1:
+        raise UsageError("--show-kept shows one picture; give one --image")
+
+
+def _answer_one(pipe: Pipeline, args: argparse.Namespace) -> None:
+    if args.show_kept:
+        check_one_view(pipe.manifest.image)
+    images = [load_image(image) for image in args.image]
+    stream = pipe.stream(images, args.prompt, **_options(args))
+    for piece in stream:
+        if not args.json:
+            print(piece, end="", flush=True)
+    if args.show_kept:
+        grid = tuple(pipe.manifest.visual.grid)
+        kept = show_kept(images[0], pipe.manifest.image, (grid[0], grid[1]), stream.result.kept)
+        save_picture(kept, args.show_kept)
+    if args.json:
+        print(_as_json(stream.result, pipe))
+    else:
+        print()
+        print(_report(stream.result, args.show_kept), file=sys.stderr)
+
+
+def _answer_lines(pipe: Pipeline, lines: Sequence[Line], args: argparse.Namespace) -> None:
+    """Print a JSON object for each line, a batch at a time."""
+    options = _options(args)
+    for first in range(0, len(lines), pipe.batch_size):
+        some = lines[first : first + pipe.batch_size]
+        seed = None if options["seed"] is None else options["seed"] + first
+        images, prompts = [line.images for line in some], [line.prompt for line in some]
+        for result in pipe.generate_batch(images, prompts, **{**options, "seed": seed}):
+            print(_as_json(result, pipe), flush=True)
+
+
+def _as_json(result: Result, pipe: Pipeline) -> str:
+    return json.dumps({**result.to_json(), "engine": pipe.engine}, ensure_ascii=False)
+
+
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    """The keyword arguments of a generation."""
+    return {
+        "max_new_tokens": _whole("max-new-tokens", args.max_new_tokens),
+        "keep_tokens": None if args.keep_tokens is None else _whole("keep-tokens", args.keep_tokens),
+        "temperature": _number("temperature", args.temperature),
+        "top_p": _number("top-p", args.top_p),
+        "seed": None if args.seed is None else _whole("seed", args.seed),
+        "stop": args.stop,
+    }
 
 
 def _report(result: Result, kept: str | None) -> str:

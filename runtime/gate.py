@@ -114,7 +114,8 @@ class _Walk:
         self._values = {
             "pixel_values": pixels,
             "input_ids": np.array([ids], np.int64),
-            "image_start": np.array([image_start], np.int64),
+            "image_start": np.array([[image_start]], np.int64),
+            "text_length": np.array([len(ids)], np.int64),
         }
         self._caches: dict[str, dict[str, np.ndarray]] = {}
         self._lengths: dict[str, int] = {}

@@ -20,6 +20,7 @@ from vtp.runtime.text import TextSpec
 SCHEMA = 1
 WHEN = ("image", "prefill", "step")
 TOKENIZER = "tokenizer.json"
+SINGLE = ("batch", "images", "pictures")  # axes that are 1 for one prompt about one picture
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,16 @@ class Manifest:
         """The stages of one moment for one keep-count, in order."""
         return [stage for stage in self.stages if stage.when == when and stage.keep in (None, keep)]
 
+    @property
+    def single_picture_stages(self) -> list[StageInfo]:
+        """Stages whose graph knows where one picture of a prompt begins, and not where further ones do."""
+        return [
+            stage
+            for stage in self.stages
+            for name, source in stage.inputs.items()
+            if source == "image_start" and isinstance(self.graphs[stage.file].inputs[name].shape[1], int)
+        ]
+
     def to_json(self) -> str:
         """The text of manifest.json."""
         return json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False) + "\n"
@@ -213,6 +224,9 @@ def _check_stage(stage: StageInfo, manifest: Manifest) -> None:
     for name in stage.outputs:
         _agree(name in graph.outputs, f"stage {stage.name} reads '{name}', which {stage.file} does not give")
     _agree(graph.kv is None or "position_ids" in stage.inputs, f"stage {stage.name} has no position_ids")
+    for name, source in stage.inputs.items():
+        fits = source != "image_start" or len(graph.inputs[name].shape) == 2
+        _agree(fits, f"image_start of {stage.file} is not [batch, images]")
 
 
 def _is_cache(name: str) -> bool:
@@ -224,7 +238,7 @@ def _check_flow(manifest: Manifest, keep: int) -> None:
     known: set[str] = set()
     for when, given, wanted in (
         ("image", {"pixel_values"}, set()),
-        ("prefill", {"input_ids", "image_start"}, {"logits", "next_position"}),
+        ("prefill", {"input_ids", "image_start", "text_length"}, {"logits", "next_position"}),
         ("step", {"input_ids", "position_ids"}, {"logits"}),
     ):
         known = given if when == "step" else known | given

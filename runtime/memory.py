@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from vtp.engines.graph_memory import CACHE, graph_memory
 from vtp.runtime.bundle import Bundle
-from vtp.runtime.manifest import GraphInfo, Manifest
+from vtp.runtime.manifest import SINGLE, GraphInfo, Manifest
 
 # Beside a bundle, measured on x86: Python with the runtime and ONNX Runtime; a CUDA context with cuBLAS.
 PROCESS = 100_000_000
@@ -80,7 +80,8 @@ def _longest(manifest: Manifest, keep: int) -> dict[str, dict[str, int]]:
 def _stage(
     bundle: Bundle, file: str, graph: GraphInfo, on_cpu: bool, longest: Mapping[str, int]
 ) -> StageMemory:
-    axes = {name: 1 if name == "batch" else sizes[-1] for name, sizes in graph.axes.items()}
+    # One prompt; a prompt of several pictures has no more visual tokens than the longest has room for.
+    axes = {name: 1 if name in SINGLE else sizes[-1] for name, sizes in graph.axes.items()}
     axes |= {name: min(size, axes[name]) for name, size in longest.items() if name in axes}
     if graph.kv is not None and "sequence" in axes:
         axes["sequence"] = min(axes["sequence"], graph.kv.capacity)

@@ -5,40 +5,30 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from PIL import Image
 
 from vtp.engines import AUTO, Choice, UsageError, VtpError, choose_engine
+from vtp.engines.trt import LIBRARIES
+from vtp.runtime.answer import Answer, Request
+from vtp.runtime.batch import batches, check_lists, each_prompt, write_together
 from vtp.runtime.bundle import Bundle, open_bundle
 from vtp.runtime.images import ImageSource, load_image
 from vtp.runtime.opening import Opening
 from vtp.runtime.preprocess import preprocess
-from vtp.runtime.result import Result, Timings, VisualTokens
+from vtp.runtime.result import Result, Timings
 from vtp.runtime.sampling import Sampler
 from vtp.runtime.stages import Seen, StageRunner
-from vtp.runtime.text import Detokenizer, Prompt, Prompter, StopStrings
+from vtp.runtime.text import Prompt, Prompter, StopStrings
 
 Messages = Sequence[dict[str, Any]]
+Images: TypeAlias = "ImageSource | Sequence[ImageSource]"  # of one prompt
 DEFAULT_NEW_TOKENS = 128
-
-
-@dataclass(frozen=True)
-class _Request:
-    """Everything one generation needs, checked."""
-
-    pixels: np.ndarray
-    prompt: Prompt
-    keep: int
-    max_new_tokens: int
-    sampler: Sampler
-    stops: StopStrings
-    timings: Timings
-    started: float
 
 
 class Pipeline:
@@ -66,7 +56,7 @@ class Pipeline:
         self._runner: StageRunner | None = StageRunner(bundle, choice.engine, threads, opening)
         self._busy = threading.Lock()
         self._reuse_image = reuse_image
-        self._last_pixels: np.ndarray | None = None
+        self._last_pictures: list[np.ndarray] = []
         self._seen: Seen = {}
 
     @classmethod
@@ -98,7 +88,7 @@ class Pipeline:
 
     def generate(
         self,
-        image: ImageSource,
+        image: Images,
         prompt: str | None = None,
         *,
         messages: Messages | None = None,
@@ -110,13 +100,13 @@ class Pipeline:
         seed: int | None = None,
         stop: str | Sequence[str] | None = None,
     ) -> Result:
-        """Answer a prompt about a picture.
+        """Answer a prompt about a picture, or about several.
 
-        image           path, bytes, PIL image or uint8 RGB array [H,W,3]
+        image           path, bytes, PIL image or uint8 RGB array [H,W,3]; or a list of such
         prompt          the user's words; or
         messages        several turns, as chat templates take them: {"role": ..., "content": str or a list of
                         {"type": "image"} and {"type": "text", "text": ...}}; without an image entry
-                        the picture joins the first user turn
+                        the pictures join the first user turn
         max_new_tokens  at most so many tokens are generated
         keep_tokens     one of the bundle's keep-counts; None: its default
         budget_ms       instead: the largest keep-count whose time to first token, as vtp-calib measured it
@@ -144,7 +134,7 @@ class Pipeline:
 
     def stream(
         self,
-        image: ImageSource,
+        image: Images,
         prompt: str | None = None,
         *,
         messages: Messages | None = None,
@@ -157,19 +147,75 @@ class Pipeline:
         stop: str | Sequence[str] | None = None,
     ) -> Stream:
         """Like `generate`, piece by piece: iterate for text, then read `.result`; `.cancel()` ends it."""
-        started, timings = time.perf_counter(), Timings()
-        request = _Request(
-            pixels=self._pixels(image, timings),
-            prompt=self._encode(prompt, messages, timings),
+        request = self._request(
+            time.perf_counter(),
+            image,
+            prompt,
+            messages,
             keep=self._keep(keep_tokens) if budget_ms is None else self._keep_within(budget_ms, keep_tokens),
-            max_new_tokens=_whole("max_new_tokens", max_new_tokens),
+            max_new_tokens=max_new_tokens,
             sampler=Sampler(temperature=temperature, top_p=top_p, seed=seed),
-            stops=StopStrings(() if stop is None else stop),
-            timings=timings,
-            started=started,
+            stop=stop,
         )
-        self._check_room(request)
         return Stream(self, request)
+
+    def generate_batch(
+        self,
+        images: Sequence[Images],
+        prompts: Sequence[str] | None = None,
+        *,
+        messages: Sequence[Messages] | None = None,
+        max_new_tokens: int = DEFAULT_NEW_TOKENS,
+        keep_tokens: int | None = None,
+        budget_ms: float | None = None,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        stop: str | Sequence[str] | None = None,
+        batch_size: int | None = None,
+    ) -> list[Result]:
+        """Answer several prompts, each about its own picture (or list of pictures), in batches.
+
+        Prompts may differ in length, and each answer ends where it would alone: greedy answers are those of
+        `generate`. The keyword arguments are `generate`'s, for all prompts, but for
+
+        messages    a conversation for each entry of `images`, instead of `prompts`
+        seed        prompt number i, from 0, samples with seed + i
+        batch_size  most pictures that go through the graphs together; None: as many as the bundle was made
+                    for. Prompts with equal numbers of pictures run together.
+
+        The timings of a result's stages are those of its batch. Raises as `generate` does, for all prompts
+        before any is answered, and says which prompt it is about.
+        """
+        started, count = time.perf_counter(), check_lists(images, prompts, messages)
+        most = self.batch_size
+        together = most if batch_size is None else min(most, _whole("batch_size", batch_size))
+        keep = self._keep(keep_tokens) if budget_ms is None else self._keep_within(budget_ms, keep_tokens)
+        requests = each_prompt(
+            count,
+            lambda place: self._request(
+                started,
+                images[place],
+                prompts[place] if prompts is not None else None,
+                messages[place] if messages is not None else None,
+                keep=keep,
+                max_new_tokens=max_new_tokens,
+                sampler=Sampler(
+                    temperature=temperature, top_p=top_p, seed=seed if seed is None else seed + place
+                ),
+                stop=stop,
+            ),
+        )
+        answers = [self._answer(request) for request in requests]
+        with self._claimed() as runner:
+            for places in batches(requests, together):
+                write_together(runner, keep, [answers[place] for place in places])
+        return [answer.result for answer in answers]
+
+    @property
+    def batch_size(self) -> int:
+        """Most pictures that go through the bundle's graphs together; 1 where they were made for one."""
+        return self._open_runner().pictures_together
 
     def warmup(self) -> None:
         """Run every stage once on a blank picture, so that the first answer does not pay for set-up."""
@@ -192,18 +238,76 @@ class Pipeline:
     ) -> None:
         self.close()
 
-    def _pixels(self, image: ImageSource, timings: Timings) -> np.ndarray:
-        with timings.measure("preprocess"):
-            return preprocess(load_image(image), self.manifest.image)
+    def _request(
+        self,
+        started: float,
+        image: Images,
+        prompt: str | None,
+        messages: Messages | None,
+        *,
+        keep: int,
+        max_new_tokens: int,
+        sampler: Sampler,
+        stop: str | Sequence[str] | None,
+    ) -> Request:
+        timings = Timings()
+        pictures = self._pictures(image, timings)
+        request = Request(
+            pictures=pictures,
+            prompt=self._encode(prompt, messages, len(pictures), timings),
+            keep=keep,
+            max_new_tokens=_whole("max_new_tokens", max_new_tokens),
+            sampler=sampler,
+            stops=StopStrings(() if stop is None else stop),
+            timings=timings,
+            started=started,
+        )
+        self._check_room(request)
+        return request
 
-    def _encode(self, prompt: str | None, messages: Messages | None, timings: Timings) -> Prompt:
+    def _answer(self, request: Request) -> Answer:
+        return Answer(request, self.manifest, self._prompter)
+
+    def _pictures(self, image: Images, timings: Timings) -> list[np.ndarray]:
+        """pixel_values of every picture of one prompt."""
+        sources: Sequence[Any] = image if isinstance(image, list | tuple) else [image]
+        if not sources:
+            raise UsageError("no picture is given; give one, or a list of at least one")
+        if len(sources) > 1:
+            self._check_several(len(sources))
+        with timings.measure("preprocess"):
+            return [preprocess(load_image(source), self.manifest.image) for source in sources]
+
+    def _check_several(self, count: int) -> None:
+        """Refuse several pictures where a graph was made for one."""
+        if self.engine in LIBRARIES:
+            raise UsageError(
+                f"engines for {self.engine} are built for one picture per prompt, not {count}; choose another "
+                "--engine"
+            )
+        single = self.manifest.single_picture_stages
+        if any(stage.keep is None for stage in single):
+            raise UsageError(
+                f"this bundle takes one picture per prompt, not {count}: its graphs, of family "
+                f"{self.manifest.model.family}, were made for one"
+            )
+        if single:
+            raise UsageError(
+                f"method {self.manifest.method.name} chooses inside the decoder and takes one picture per "
+                f"prompt, not {count}; methods at the vision and projector sites take several "
+                "(vtp-export --list-methods)"
+            )
+
+    def _encode(
+        self, prompt: str | None, messages: Messages | None, pictures: int, timings: Timings
+    ) -> Prompt:
         if (prompt is None) == (messages is None):
             raise UsageError("give either a prompt or messages, not both and not neither")
         with timings.measure("tokenize"):
             if prompt is not None:
-                return self._prompter.encode(self._prompter.messages_for(prompt))
+                return self._prompter.encode(self._prompter.messages_for(prompt, pictures), pictures)
             assert messages is not None  # by the check above
-            return self._prompter.encode(_with_image(messages))
+            return self._prompter.encode(_with_images(messages, pictures), pictures)
 
     def _keep(self, wanted: int | None) -> int:
         visual = self.manifest.visual
@@ -235,35 +339,44 @@ class Pipeline:
             )
         return self._keep(max(within))
 
-    def _check_room(self, request: _Request) -> None:
+    def _check_room(self, request: Request) -> None:
         """Refuse a prompt that leaves no room for an answer, before anything runs."""
-        text = request.prompt.text_tokens
-        needed = text + self.manifest.visual.count + 1
-        if needed > self.manifest.model.max_length:
+        pictures, text = len(request.pictures), request.prompt.text_tokens
+        visual = pictures * self.manifest.visual.count
+        room = self.manifest.model.max_length - visual - 1
+        if text > room:
+            beside = f"{visual} visual tokens" + (f" of {pictures} pictures" if pictures > 1 else "")
+            fewer = ", give fewer pictures" if pictures > 1 else ""
             raise VtpError(
-                f"the prompt has {text} tokens; beside {self.manifest.visual.count} visual tokens this "
-                f"bundle has room for {self.manifest.model.max_length - self.manifest.visual.count - 1}; "
-                "shorten it, or export with a larger --max-length"
+                f"the prompt has {text} tokens; beside {beside} this bundle has room for {max(room, 0)}; "
+                f"shorten it{fewer}, or export with a larger --max-length"
             )
 
-    def _seen_of(self, pixels: np.ndarray) -> Seen | None:
-        """What the image stages gave for these pixels, to be read and added to; None when not asked for."""
+    def _seen_of(self, pictures: list[np.ndarray]) -> Seen | None:
+        """What the image stages gave for these pictures, to be read and added to; None when not asked for."""
         if not self._reuse_image:
             return None
-        if self._last_pixels is None or not np.array_equal(self._last_pixels, pixels):
-            self._last_pixels, self._seen = pixels, {}
+        before = self._last_pictures
+        same = len(before) == len(pictures) and all(map(np.array_equal, before, pictures))
+        if not same:
+            self._last_pictures, self._seen = pictures, {}
         return self._seen
 
-    def _claim(self) -> StageRunner:
-        runner = self._check_open()
+    @contextmanager
+    def _claimed(self) -> Iterator[StageRunner]:
+        """The stages, for one generation alone."""
+        runner = self._open_runner()
         if not self._busy.acquire(blocking=False):
             raise VtpError(
                 "this pipeline is busy: it serves one generation at a time; finish or cancel the open "
                 "stream, or load one Pipeline per thread"
             )
-        return runner
+        try:
+            yield runner
+        finally:
+            self._busy.release()
 
-    def _check_open(self) -> StageRunner:
+    def _open_runner(self) -> StageRunner:
         if self._runner is None:
             raise VtpError("this pipeline is closed; load the bundle again")
         return self._runner
@@ -272,22 +385,22 @@ class Pipeline:
 class Stream:
     """The pieces of one answer, as they become certain. Iterate it once, then read `result`."""
 
-    def __init__(self, pipeline: Pipeline, request: _Request) -> None:
+    def __init__(self, pipeline: Pipeline, request: Request) -> None:
         # The generator knows the answer but not this stream, so no cycle keeps an abandoned stream alive:
         # when the last reference goes, the pipeline is free.
-        self._answer = _Answer(pipeline, request)
-        self._pieces = self._answer.pieces()
+        self._writing = _Writing(pipeline, request)
+        self._pieces = self._writing.pieces()
 
     @property
     def result(self) -> Result:
         """The whole answer so far; complete once the iteration ended. VtpError before the first piece."""
-        if self._answer.result is None:
+        if self._writing.result is None:
             raise VtpError("this stream has not started; iterate it first")
-        return self._answer.result
+        return self._writing.result
 
     def cancel(self) -> None:
         """End the answer before the next token; `result` holds what there is. Safe from another thread."""
-        self._answer.cancelled = True
+        self._writing.cancelled = True
 
     def close(self) -> None:
         """Give the pipeline back without finishing."""
@@ -300,10 +413,10 @@ class Stream:
         return next(self._pieces)
 
 
-class _Answer:
-    """One generation under way: its pieces of text, and the result that they add up to."""
+class _Writing:
+    """One answer under way, piece by piece."""
 
-    def __init__(self, pipeline: Pipeline, request: _Request) -> None:
+    def __init__(self, pipeline: Pipeline, request: Request) -> None:
         self.cancelled = False
         self.result: Result | None = None
         self._pipeline = pipeline
@@ -311,91 +424,46 @@ class _Answer:
 
     def pieces(self) -> Generator[str, None, None]:
         """Generate; a generator, since leaving it by any door frees the pipeline."""
-        runner = self._pipeline._claim()
-        try:
+        with self._pipeline._claimed() as runner:
             yield from self._generate(runner)
-        finally:
-            self._pipeline._busy.release()
 
     def _generate(self, runner: StageRunner) -> Iterator[str]:
-        request = self._request
-        result = self._empty_result()
+        answer = self._pipeline._answer(self._request)
         if self.cancelled:
-            self.result = result
+            self.result = answer.result
             return
-        logits, position = self._prefill(runner, result)
-        self.result = result
-        detokenizer, stops = Detokenizer(self._pipeline._prompter), request.stops
+        logits = self._prefill(runner, answer)
+        self.result = answer.result
         while True:
-            token = request.sampler.pick(logits)
-            self._count_token(result, token)
-            if token in self._pipeline.manifest.text.eos_token_ids:
-                result.finish_reason = "eos"
-                break
-            piece = stops.push(detokenizer.push(token))
-            if piece:
-                result.text += piece
+            if piece := answer.add(logits):
                 yield piece
-            if reason := self._reason_to_stop(result, runner.room(), position):
-                result.finish_reason = reason
+            if self._over(runner, answer):
                 break
-            logits = runner.step(request.keep, token, position)
-            position += 1
-        if not stops.hit:
-            if piece := stops.push(detokenizer.finish()) + stops.finish():
-                result.text += piece
-                yield piece
-            if stops.hit:
-                result.finish_reason = "stop"
+            logits = runner.step(self._request.keep, answer.token, answer.position)
+            answer.position += 1
+        if piece := answer.finish():
+            yield piece
 
-    def _reason_to_stop(self, result: Result, room: int, position: int) -> str | None:
-        """Why the answer ends here; None to go on with a token at `position` while caches have `room`."""
-        if self._request.stops.hit:
-            return "stop"
-        if self.cancelled:
-            return "cancelled"
-        self._pipeline._check_open()
-        # With original positions a small keep-count leaves room in the caches past the last position.
-        full = room < 1 or position >= self._pipeline.manifest.model.max_length
-        return "length" if full or len(result.token_ids) >= self._request.max_new_tokens else None
-
-    def _count_token(self, result: Result, token: int) -> None:
-        """Note a token and the time it came."""
-        now = (time.perf_counter() - self._request.started) * 1e3
-        result.token_ids.append(token)
-        timings = result.timings
-        if len(result.token_ids) == 1:
-            timings.ttft = now
-        else:
-            timings.tpot = (now - timings.ttft) / (len(result.token_ids) - 1)
-        timings.total = now
-
-    def _prefill(self, runner: StageRunner, result: Result) -> tuple[np.ndarray, int]:
-        """Run the image and prompt stages; returns the first logits and the first new token's position."""
+    def _prefill(self, runner: StageRunner, answer: Answer) -> np.ndarray:
+        """Run the image and prompt stages; returns the first logits [V]."""
         request = self._request
-        prompt, seen = request.prompt, self._pipeline._seen_of(request.pixels)
-        values = runner.prefill(
-            request.keep, request.pixels, prompt.ids, prompt.image_start, request.timings, seen
-        )
-        if "keep_indices" in values:
-            result.kept = values["keep_indices"].numpy()[0].tolist()
-        return values["logits"].numpy()[0, 0], int(values["next_position"].numpy()[0])
+        seen = self._pipeline._seen_of(request.pictures)
+        values = runner.prefill_rows(request.keep, request.pictures, [request.row], request.timings, seen)
+        kept = values["keep_indices"].numpy() if "keep_indices" in values else None
+        answer.begin(kept, int(values["next_position"].numpy()[0]))
+        return values["logits"].numpy()[0, 0]
 
-    def _empty_result(self) -> Result:
-        request, visual = self._request, self._pipeline.manifest.visual
-        return Result(
-            text="",
-            token_ids=[],
-            visual_tokens=VisualTokens(visual.count, request.keep),
-            kept=list(range(visual.count)) if request.keep == visual.count else [],
-            timings=request.timings,
-            prompt_tokens=request.prompt.text_tokens,
-            finish_reason="cancelled",
-        )
+    def _over(self, runner: StageRunner, answer: Answer) -> bool:
+        """Whether nothing more comes: the text is complete, its reader has enough, or there is no room."""
+        if not answer.stopped:
+            if self.cancelled:
+                return True  # which is what the result says until it knows better
+            self._pipeline._open_runner()
+        return answer.ends(runner.room())
 
 
-def _with_image(messages: Messages) -> Messages:
-    """Put the picture before the first user turn's words where no turn says where it belongs."""
+def _with_images(messages: Messages, pictures: int) -> Messages:
+    """Put the pictures before the first user turn's words where no turn says where they belong."""
     if not isinstance(messages, Sequence) or not all(isinstance(turn, dict) for turn in messages):
         return messages  # malformed: the prompter says how
     parts = [part for turn in messages if isinstance(turn.get("content"), list) for part in turn["content"]]
@@ -407,7 +475,7 @@ def _with_image(messages: Messages) -> Messages:
             content = turn.get("content")
             words = [{"type": "text", "text": content}] if isinstance(content, str) else content
             if isinstance(words, list):  # anything else is malformed, as above
-                turn["content"] = [{"type": "image"}, *words]
+                turn["content"] = [*({"type": "image"} for _ in range(pictures)), *words]
             break
     return turns
 

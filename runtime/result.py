@@ -48,8 +48,9 @@ class Result:
 
     text            the answer, without special tokens
     token_ids       the generated ids, an end-of-sequence id included
-    visual_tokens   (before, after)
-    kept            indices of the kept visual tokens, raster order, within 0 .. before - 1
+    visual_tokens   (before, after), of all pictures together
+    kept            indices of the kept visual tokens, raster order, within 0 .. before - 1; of a prompt with
+                    several pictures one such list for each, within the picture's own tokens
     timings         milliseconds per stage: see Timings
     prompt_tokens   text tokens of the prompt, without the picture's
     finish_reason   "eos", "stop" (a stop string), "length" (max_new_tokens or the cache is full), "cancelled"
@@ -58,7 +59,7 @@ class Result:
     text: str
     token_ids: list[int]
     visual_tokens: VisualTokens
-    kept: list[int]
+    kept: list[Any]
     timings: Timings
     prompt_tokens: int
     finish_reason: str

@@ -8,10 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from vtp.engines import Binding, Engine, Value, VtpError
+from vtp.engines.trt import LIBRARIES
 from vtp.runtime.bundle import Bundle
 from vtp.runtime.manifest import GraphInfo, KvInfo, StageInfo, TensorInfo
 from vtp.runtime.opening import Opening, open_stage
 from vtp.runtime.result import Timings
+
+_PADDING = 0  # an id that stands where a row has no token: what is there is never looked at
 
 # What image stages gave for one picture: (file, keep-count or None) -> pipeline name -> value.
 Seen = dict[tuple[str, int | None], dict[str, Value]]
@@ -20,42 +23,64 @@ Seen = dict[tuple[str, int | None], dict[str, Value]]
 class KvCache:
     """One decoder stage's cache: a fixed buffer per layer, bound as past and as present.
 
-    Nothing is copied or reallocated between steps; `length` tokens of `capacity` are filled.
+    Nothing is copied or reallocated between steps; of every row, `lengths` [B] tokens of `capacity` are
+    filled. `resize` makes it one of another batch.
     """
 
-    def __init__(self, engine: Engine, info: KvInfo) -> None:
+    feeds: dict[str, Value]
+    into: dict[str, Value]
+
+    def __init__(self, engine: Engine, info: KvInfo, batch: int = 1) -> None:
         if info.lengths != "seqlens_k":
             raise VtpError(
                 f"the cache convention '{info.lengths}' is unknown to this runtime; update vtp-edge"
             )
         self.capacity = info.capacity
-        self.length = 0
-        shape = (1, info.heads, info.capacity, info.head_dim)
+        self._engine = engine
+        self._info = info
+        self.resize(batch)
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longest row."""
+        return int(self.lengths.max())
+
+    def resize(self, batch: int) -> None:
+        """Empty buffers for a batch of so many rows, in the place of those before."""
+        self.feeds, self.into = {}, {}  # before new ones are made: two sets may be too much
+        info, zeros = self._info, self._engine.zeros
+        shape = (batch, info.heads, info.capacity, info.head_dim)
         slots = [f"{layer}.{part}" for layer in info.layers for part in ("key", "value")]
-        buffers = {slot: engine.zeros(shape, info.dtype) for slot in slots}
-        self._seqlens = engine.zeros((1,), "int32")
-        self._total = engine.zeros((), "int32")
-        self.feeds: dict[str, Value] = {
+        buffers = {slot: zeros(shape, info.dtype) for slot in slots}
+        self._seqlens = zeros((batch,), "int32")
+        self._total = zeros((), "int32")
+        self.feeds = {
             **{f"past_key_values.{slot}": buffer for slot, buffer in buffers.items()},
             "seqlens_k": self._seqlens,
             "total_sequence_length": self._total,
         }
-        self.into: dict[str, Value] = {f"present.{slot}": buffer for slot, buffer in buffers.items()}
+        self.into = {f"present.{slot}": buffer for slot, buffer in buffers.items()}
+        self.reset()
 
     def reset(self) -> None:
         """Forget every token; the buffers stay as they are, for lengths bound what is read."""
-        self.length = 0
+        self.lengths = np.zeros(self._seqlens.shape, np.int64)
 
-    def advance(self, tokens: int) -> None:
-        """Make room for `tokens` more. Raises VtpError past the capacity, before anything is written."""
-        if self.length + tokens > self.capacity:
+    def advance(self, tokens: int | np.ndarray) -> None:
+        """Make room for `tokens` more, or [B] for every row its own.
+
+        A row with 0 stays as long as it is, and its next token takes the place of its last. Raises VtpError
+        past the capacity, before anything is written.
+        """
+        lengths = self.lengths + tokens
+        if lengths.max() > self.capacity:
             raise VtpError(
-                f"{self.length + tokens} tokens exceed this bundle's cache of {self.capacity}; "
+                f"{lengths.max()} tokens exceed this bundle's cache of {self.capacity}; "
                 "shorten the prompt, or export with a larger --max-length"
             )
-        self.length += tokens
-        self._seqlens.update(np.array([self.length - 1], np.int32))
-        self._total.update(np.array(self.length, np.int32))
+        self.lengths = lengths
+        self._seqlens.update((lengths - 1).astype(np.int32))
+        self._total.update(np.array(lengths.max(), np.int32))
 
 
 @dataclass
@@ -67,26 +92,29 @@ class Stage:
     engine: Engine
     cache: KvCache | None
 
-    def run(self, values: dict[str, Value]) -> None:
-        """Run once, reading and writing `values` under the pipeline's names."""
+    def run(self, values: dict[str, Value], padding: int | np.ndarray = 0) -> None:
+        """Run once, reading and writing `values` under the pipeline's names.
+
+        Of every row [B] the last `padding` tokens are none.
+        """
         feeds, into = self._feeds(values), {}
         if self.cache is not None:
-            self.cache.advance(self._sequence(feeds))
+            self.cache.advance(self._sequence(feeds) - padding)
             feeds, into = {**feeds, **self.cache.feeds}, self.cache.into
         outputs = self.engine.run(feeds, into)
         for name, target in self.info.outputs.items():
             values[target] = outputs[name]
 
-    def bind(self, values: dict[str, Value]) -> Binding:
-        """Fix the stage for single steps: batch 1, one token; its outputs join `values`."""
+    def bind(self, values: dict[str, Value], batch: int = 1) -> Binding:
+        """Fix the stage for single steps of one token a row; its outputs join `values`."""
         into: dict[str, Value] = dict(self.cache.into) if self.cache else {}
         for name, target in self.info.outputs.items():
             tensor = self.graph.outputs[name]
-            into[name] = values[target] = self.engine.zeros(_single(tensor), tensor.dtype)
+            into[name] = values[target] = self.engine.zeros(_single(tensor, batch), tensor.dtype)
         for name in self.graph.outputs:
             if name not in into:  # a cue that only prefill reads
                 tensor = self.graph.outputs[name]
-                into[name] = self.engine.zeros(_single(tensor), tensor.dtype)
+                into[name] = self.engine.zeros(_single(tensor, batch), tensor.dtype)
         feeds = {**self._feeds(values), **(self.cache.feeds if self.cache else {})}
         return self.engine.bind(feeds, into)
 
@@ -98,9 +126,18 @@ class Stage:
         return feeds["position_ids"].shape[1]
 
 
-def _single(tensor: TensorInfo) -> list[int]:
-    """Shape of a tensor when every named axis (batch, sequence) has length 1."""
-    return [size if isinstance(size, int) else 1 for size in tensor.shape]
+def _single(tensor: TensorInfo, batch: int) -> list[int]:
+    """Shape of a step's output: the batch comes first, and every other named axis has length 1."""
+    first, *rest = [size if isinstance(size, int) else 1 for size in tensor.shape]
+    return [first if isinstance(tensor.shape[0], int) else batch, *rest]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One prompt of a batch: its ids [T], and where in them its pictures' places begin, ascending."""
+
+    ids: Sequence[int]
+    image_starts: Sequence[int]
 
 
 class StageRunner:
@@ -115,6 +152,7 @@ class StageRunner:
         self._opening = opening
         self._engines: dict[str, Engine] = {}
         self._caches: dict[str, KvCache] = {}
+        self._batch = 1
         self._steps: dict[int, tuple[dict[str, Value], list[tuple[Stage, Binding]]]] = {}
         for file in sorted(bundle.manifest.graphs, key=self._bytes, reverse=True):
             self._open(file)
@@ -139,11 +177,18 @@ class StageRunner:
             cache.reset()
 
     def run(
-        self, when: str, keep: int, values: dict[str, Value], timings: Timings, seen: Seen | None = None
+        self,
+        when: str,
+        keep: int,
+        values: dict[str, Value],
+        timings: Timings,
+        seen: Seen | None = None,
+        padding: int | np.ndarray = 0,
     ) -> None:
         """Run the stages of one moment in order, timing each under its name.
 
-        Where `seen` holds what a stage gave before, it is taken from there; else it is put there.
+        Where `seen` holds what a stage gave before, it is taken from there; else it is put there. `padding`
+        [B] is how many tokens at the end of every row are none.
         """
         owner = None  # from a stage of one keep-count on, everything belongs to that keep-count
         for stage in self._stages(when, keep):
@@ -151,7 +196,7 @@ class StageRunner:
             known = seen.get((stage.info.file, owner)) if seen is not None else None
             with timings.measure(stage.info.name):
                 if known is None:
-                    stage.run(values)
+                    stage.run(values, padding)
                 else:
                     values.update(known)
             if seen is not None:
@@ -166,35 +211,86 @@ class StageRunner:
         timings: Timings,
         seen: Seen | None = None,
     ) -> dict[str, Value]:
-        """Start a new conversation: image stages on pixel_values [1,3,H,W], then prompt stages on the ids.
+        """Start a new conversation about one picture: see `prefill_rows`."""
+        return self.prefill_rows(keep, [pixels], [Row(ids, [image_start])], timings, seen)
 
-        Returns every tensor that flowed, by the pipeline's names: logits and next_position among them. `seen`
-        is for the image stages, as in `run`.
+    def prefill_rows(
+        self,
+        keep: int,
+        pictures: Sequence[np.ndarray],
+        rows: Sequence[Row],
+        timings: Timings,
+        seen: Seen | None = None,
+    ) -> dict[str, Value]:
+        """Start new conversations: image stages on every picture, then prompt stages on all rows together.
+
+        pictures  pixel_values of one picture each, in the order of the rows and of the places within them;
+                  every row has the same number of them
+        seen      for the image stages, as in `run`; what it holds is of these very pictures
+
+        Rows of unequal length are padded on the right. Returns every tensor that flowed, by the pipeline's
+        names: logits [B,1,V] and next_position [B] among them.
         """
-        self.reset()
-        put, dtype = self.any_engine.put, self.dtype_of("pixel_values")
-        values: dict[str, Value] = {"pixel_values": put(pixels.astype(dtype, copy=False))}
-        self.run("image", keep, values, timings, seen)
-        values["input_ids"] = put(np.array([ids], np.int64))
-        values["image_start"] = put(np.array([image_start], np.int64))
-        self.run("prefill", keep, values, timings)
+        self._hold(len(rows))
+        lengths = np.array([len(row.ids) for row in rows], np.int64)
+        padding = lengths.max() - lengths
+        ids = [[*row.ids, *[_PADDING] * int(short)] for row, short in zip(rows, padding, strict=True)]
+        values = self._see(keep, pictures, timings, seen)
+        put = self.any_engine.put
+        values["input_ids"] = put(np.array(ids, np.int64))
+        values["image_start"] = put(np.array([row.image_starts for row in rows], np.int64))
+        values["text_length"] = put(lengths)
+        self.run("prefill", keep, values, timings, padding=padding)
+        if padding.any():  # graphs count it
+            values["next_position"] = put(values["next_position"].numpy() - padding)
         return values
 
     def step(self, keep: int, token: int, position: int) -> np.ndarray:
         """Feed one token at its position; returns the next logits float32 [V]."""
+        return self.step_rows(keep, [token], [position])[0]
+
+    def step_rows(
+        self,
+        keep: int,
+        tokens: Sequence[int],
+        positions: Sequence[int] | np.ndarray,
+        going: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """Feed one token a row at its position; returns the next logits float32 [B,V].
+
+        going  bool [B]: rows that go on; the others take up no more room, and their logits mean nothing
+        """
         values, bindings = self._step_bindings(keep)
-        values["input_ids"].update(np.array([[token]], np.int64))
+        values["input_ids"].update(np.array(tokens, np.int64)[:, None])
         numbers = values["position_ids"]  # a new token's position is the same number on every axis
-        numbers.update(np.full(numbers.shape, position, np.int64))
+        each = np.array(positions, np.int64).reshape(-1, *[1] * (len(numbers.shape) - 1))
+        numbers.update(np.array(np.broadcast_to(each, numbers.shape)))
+        more = 1 if going is None else going.astype(np.int64)
         for stage, binding in bindings:
             if stage.cache is not None:
-                stage.cache.advance(1)
+                stage.cache.advance(more)
             binding.run()
-        return values["logits"].numpy()[0, 0]
+        return values["logits"].numpy()[:, 0]
 
     def room(self) -> int:
-        """Tokens that still fit every cache."""
-        return min((cache.capacity - cache.length for cache in self._caches.values()), default=0)
+        """Tokens that still fit every cache, of the longest row."""
+        return int(self.rooms().min())
+
+    def rooms(self) -> np.ndarray:
+        """Tokens that still fit every cache, [B]; 0 without any."""
+        left = [cache.capacity - cache.lengths for cache in self._caches.values()]
+        return np.min(left, axis=0) if left else np.zeros(self._batch, np.int64)
+
+    @property
+    def pictures_together(self) -> int:
+        """Most pictures that go through the image stages in one run; TensorRT's engines are built for one."""
+        if self._engine in LIBRARIES:
+            return 1
+        stage = next(stage for stage in self._bundle.manifest.stages if stage.when == "image")
+        graph = self._bundle.manifest.graphs[stage.file]
+        tensor = next(name for name, source in stage.inputs.items() if source == "pixel_values")
+        axis = graph.inputs[tensor].shape[0]
+        return graph.axes[axis][-1] if isinstance(axis, str) else 1
 
     def close(self) -> None:
         """Free every graph and cache."""
@@ -202,6 +298,33 @@ class StageRunner:
         self._caches.clear()
         for engine in self._engines.values():
             engine.close()
+
+    def _hold(self, batch: int) -> None:
+        """Have empty caches for a batch of so many rows."""
+        if batch != self._batch:
+            self._steps.clear()  # bound to the buffers that go
+            self._batch = 0  # of no size, should memory run out on the way
+            for cache in self._caches.values():
+                cache.resize(batch)
+            self._batch = batch
+        self.reset()
+
+    def _see(
+        self, keep: int, pictures: Sequence[np.ndarray], timings: Timings, seen: Seen | None
+    ) -> dict[str, Value]:
+        """Run the image stages, on as many pictures at a time as they take."""
+        put, dtype, most = self.any_engine.put, self.dtype_of("pixel_values"), self.pictures_together
+        runs: list[dict[str, Value]] = []
+        for first in range(0, len(pictures), most):
+            some = pictures[first : first + most]
+            pixels = some[0] if len(some) == 1 else np.concatenate(some)
+            values = {"pixel_values": put(pixels.astype(dtype, copy=False))}
+            self.run("image", keep, values, timings, seen if len(pictures) <= most else None)
+            runs.append(values)
+        if len(runs) == 1:
+            return runs[0]
+        names = [name for name in runs[0] if name != "pixel_values"]
+        return {name: put(np.concatenate([values[name].numpy() for values in runs])) for name in names}
 
     def _stages(self, when: str, keep: int) -> list[Stage]:
         manifest = self._bundle.manifest
@@ -214,12 +337,12 @@ class StageRunner:
         if keep not in self._steps:
             engine = self.any_engine
             values: dict[str, Value] = {
-                "input_ids": engine.zeros((1, 1), "int64"),
+                "input_ids": engine.zeros((self._batch, 1), "int64"),
                 "position_ids": engine.zeros(self._numbers_shape(keep), "int64"),
             }
             self._steps[keep] = (
                 values,
-                [(stage, stage.bind(values)) for stage in self._stages("step", keep)],
+                [(stage, stage.bind(values, self._batch)) for stage in self._stages("step", keep)],
             )
         return self._steps[keep]
 
@@ -233,11 +356,11 @@ class StageRunner:
         return data.bytes if data else 0
 
     def _numbers_shape(self, keep: int) -> list[int]:
-        """Shape of a step's position_ids: [1,1], or [1,1,A] for decoders that count along A axes."""
+        """Shape of a step's position_ids: [B,1], or [B,1,A] for decoders that count along A axes."""
         for info in self._bundle.manifest.stages_for("step", keep):
             for name, source in info.inputs.items():
                 if source == "position_ids":
-                    return _single(self._bundle.manifest.graphs[info.file].inputs[name])
+                    return _single(self._bundle.manifest.graphs[info.file].inputs[name], self._batch)
         raise VtpError("no step of this bundle reads 'position_ids'; export the bundle again")
 
     def _open(self, file: str) -> None:

@@ -84,17 +84,22 @@ class TextSpec:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A rendered prompt: its text, its ids [S], the index in them of the first id that stands for visual
-    tokens, and how many of the ids are text."""
+    """A rendered prompt: its text, its ids [S], the index in them of every image's first id that stands for
+    visual tokens, and how many of the ids are text."""
 
     text: str
     ids: list[int]
-    image_start: int
+    image_starts: tuple[int, ...]
     text_tokens: int
+
+    @property
+    def image_start(self) -> int:
+        """The first image's."""
+        return self.image_starts[0]
 
 
 class Prompter:
-    """Turns a question or a conversation, with one image in it, into a `Prompt`.
+    """Turns a question or a conversation, with its images in it, into a `Prompt`.
 
     Without a chat template a single user turn becomes LLaVA's plain form, "USER: <image>\\n{question}
     ASSISTANT:", and longer conversations are refused. A tokenizer.json that cannot be read, and one in which
@@ -113,21 +118,22 @@ class Prompter:
         self._reserved = _reserved_texts(spec, self.tokenizer)
         self._template = None if spec.chat_template is None else _compile(spec.chat_template)
 
-    def messages_for(self, prompt: str) -> list[dict[str, Any]]:
-        """One user turn: the image, then `prompt`. A prompt that is empty or blank is a `UsageError`."""
+    def messages_for(self, prompt: str, images: int = 1) -> list[dict[str, Any]]:
+        """One user turn: the images, then `prompt`. A prompt that is empty or blank is a `UsageError`."""
         if not isinstance(prompt, str):
             raise UsageError(f"a prompt must be text, not {type(prompt).__name__}")
         if not prompt.strip():
             raise UsageError("the prompt is empty; ask something about the picture")
-        return [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}]
+        marks = [{"type": "image"} for _ in range(images)]
+        return [{"role": "user", "content": [*marks, {"type": "text", "text": prompt}]}]
 
-    def encode(self, messages: Sequence[Message]) -> Prompt:
-        """Render and tokenize a conversation that ends with the user and has one image, in a user turn.
+    def encode(self, messages: Sequence[Message], images: int = 1) -> Prompt:
+        """Render and tokenize a conversation that ends with the user and has `images` images, in user turns.
 
         Raises `UsageError` for messages of another form, for placeholder or other special-token text in them,
         and where the template refuses them.
         """
-        checked = _check_messages(messages)
+        checked = _check_messages(messages, images)
         for message in checked:
             self._refuse_reserved(message)
         text = self._render(checked)
@@ -135,7 +141,7 @@ class Prompter:
         if self.spec.image_mark:
             text = text.replace(self.spec.image_mark, self.spec.image_text)
         ids = self.tokenizer.encode(text, add_special_tokens=not self._has_bos(text)).ids
-        return self._place_image(text, ids)
+        return self._place_images(text, ids, images)
 
     def _has_bos(self, text: str) -> bool:
         """Whether BOS is there already: at the start, or right after an image at the start."""
@@ -163,7 +169,9 @@ class Prompter:
             raise UsageError(
                 "this model has no chat template, so it takes one user turn; ask a single question"
             )
-        return f"USER: {self.spec.image_token}\n{_joined_text(messages[0])} ASSISTANT:"
+        images = sum(part["type"] == "image" for part in _parts(messages[0]))
+        marks = f"{self.spec.image_token}\n" * images
+        return f"USER: {marks}{_joined_text(messages[0])} ASSISTANT:"
 
     def _refuse_reserved(self, message: dict[str, Any]) -> None:
         text = _joined_text(message)
@@ -174,17 +182,24 @@ class Prompter:
                     "leave it out (the picture's place is added for you)"
                 )
 
-    def _place_image(self, text: str, ids: list[int]) -> Prompt:
+    def _place_images(self, text: str, ids: list[int], images: int) -> Prompt:
         count = ids.count(self.spec.image_token_id)
-        if count != 1:
+        if count != images:
             raise VtpError(
                 f"the chat template put {count} image tokens '{self.spec.image_token}' into the prompt, "
-                "not 1; check the template of the model"
+                f"not {images}; check the template of the model"
             )
-        place, block = ids.index(self.spec.image_token_id), self.spec.placeholder_ids
-        whole = [*ids[:place], *block, *ids[place + 1 :]]
+        wide: list[int] = []
+        starts: list[int] = []
+        block = self.spec.placeholder_ids
         first, runs = block.index(self.spec.image_token_id), block.count(self.spec.image_token_id)
-        return Prompt(text, whole, place + first, len(whole) - runs)
+        for token in ids:
+            if token == self.spec.image_token_id:
+                starts.append(len(wide) + first)
+                wide += block
+            else:
+                wide.append(token)
+        return Prompt(text, wide, tuple(starts), len(wide) - images * runs)
 
 
 def _load_tokenizer(path: Path) -> Tokenizer:
@@ -207,7 +222,7 @@ def _reserved_texts(spec: TextSpec, tokenizer: Tokenizer) -> list[str]:
     return sorted((text for text in texts if text), key=lambda text: (-len(text), text))
 
 
-def _check_messages(messages: object) -> list[dict[str, Any]]:
+def _check_messages(messages: object, wanted: int) -> list[dict[str, Any]]:
     """Return plain copies of well-formed messages; the first thing that is wrong becomes one line."""
     if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
         raise UsageError(f"messages must be a list of turns, not {type(messages).__name__}")
@@ -219,9 +234,11 @@ def _check_messages(messages: object) -> list[dict[str, Any]]:
             f"the last message is the {checked[-1]['role']}'s; end with a user turn to be answered"
         )
     images = sum(part["type"] == "image" for message in checked for part in _parts(message))
-    if images != 1:
+    if images != wanted:
+        given = "1 picture is" if wanted == 1 else f"{wanted} pictures are"
         raise UsageError(
-            f'the messages hold {images} images; put exactly one {{"type": "image"}} in a user turn'
+            f'the messages hold {images} images, and {given} given; put one {{"type": "image"}} for each '
+            "in the user turns"
         )
     if not any(_joined_text(message).strip() for message in checked if message["role"] == "user"):
         raise UsageError("the prompt is empty; ask something about the picture")

@@ -21,6 +21,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "mistral": {"layers": 2, "decoder": "mistral", "vision_layers": 2, "seed": 3},
     "tied": {"layers": 3, "tied": True, "vision_layers": 2, "seed": 4},
     "siglip": {"layers": 2, "vision": "siglip", "seed": 5},
+    "four": {"layers": 4, "vision_layers": 2, "seed": 6},
 }
 
 # Bundles by name: the model, and fields of vtp.export.exporter's Request.

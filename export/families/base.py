@@ -31,6 +31,7 @@ class Family(ABC):
     limits          what it does not serve, in words for `--list-families`
     lacks           cues of pruners that it cannot give, or "grid" -> why; `prepare` may say it for one model
     image_kinds     kinds of image preprocessing that its pictures may go through
+    several         whether a prompt may hold several pictures
     positions       how its kept tokens may be numbered: "compact", "original" or either
     decoders        kinds of decoder (model_type) that it may have
     template        chat template that stands for what its processor does to a prompt; None: the model's own
@@ -43,6 +44,7 @@ class Family(ABC):
     limits: ClassVar[str] = ""
     lacks: Mapping[str, str] = MappingProxyType({})
     image_kinds: ClassVar[tuple[str, ...]] = ("clip",)
+    several: ClassVar[bool] = False
     positions: ClassVar[tuple[str, ...]] = ("compact", "original")
     decoders: ClassVar[tuple[str, ...]] = DECODERS
     template: ClassVar[str | None] = None
@@ -172,7 +174,7 @@ class Family(ABC):
         return Splice(self.placeholders, self.grid[0] * self.grid[1], positions)
 
     def text_cues(self) -> TextCues:
-        """inputs_embeds, image_start -> text_embeds, text_mask, text_rows."""
+        """inputs_embeds, image_start, text_length -> text_embeds, text_mask, text_rows."""
         return TextCues(self.placeholders, self.grid[0] * self.grid[1])
 
     def decoder_pruner(self, pruner: Pruner, others: Sequence[str]) -> DecoderPruner:

@@ -23,7 +23,8 @@ class Llava(Family):
     name = "llava"
     architectures = ("LlavaForConditionalGeneration",)
     sites = ("vision", "projector", "decoder")
-    limits = "one picture per prompt; CLIP or SigLIP tower; one vision_feature_layer"
+    several = True
+    limits = "CLIP or SigLIP tower; one vision_feature_layer"
 
     @classmethod
     def check(cls, config: dict[str, Any]) -> None:

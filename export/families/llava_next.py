@@ -26,7 +26,7 @@ class LlavaNext(Llava):
     name = "llava_next"
     architectures = ("LlavaNextForConditionalGeneration",)
     limits = (
-        "one picture per prompt, one image size per bundle; CLIP or SigLIP tower; K is for the whole "
+        "one image size per bundle; CLIP or SigLIP tower; K is for the whole "
         "picture, all tiles together; vision and projector sites drop the ends of lines"
     )
     lacks = MappingProxyType({"grid": "its tokens lie in several tiles"})

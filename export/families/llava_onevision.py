@@ -20,7 +20,11 @@ class LlavaOnevision(LlavaNext):
 
     name = "llava_onevision"
     architectures = ("LlavaOnevisionForConditionalGeneration",)
-    limits = "as llava_next; no image size that the model would resample (anyres_max_9); no video"
+    several = False  # its processor does not tile the pictures of a prompt that has more than one
+    limits = (
+        "as llava_next; one picture per prompt; no image size that the model would resample (anyres_max_9); "
+        "no video"
+    )
 
     def prepare(self, image: ImageSpec) -> None:
         super().prepare(image)

@@ -11,9 +11,9 @@ from vtp.export.graphs.modules import DecoderPruner, Splice
 def looking_ahead(length: int, image_start: Tensor, visual: int) -> Tensor:
     """How many tokens after itself each of a prompt's S = `length` tokens sees, int64 [B,S].
 
-    To the picture's end from inside it, else none. image_start int64 [B]: where its `visual` tokens begin.
+    To the picture's end from inside it, else none. image_start int64 [B,1]: where its `visual` tokens begin.
     """
-    place, start = torch.arange(length).unsqueeze(0), image_start.unsqueeze(1)
+    place, start = torch.arange(length).unsqueeze(0), image_start
     inside = (place >= start) & (place < start + visual)
     return torch.where(inside, start + visual - 1 - place, torch.zeros_like(place))
 

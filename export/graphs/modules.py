@@ -133,14 +133,15 @@ class EmbedTokens(nn.Module):
 
 
 class Splice(nn.Module):
-    """Put M image tokens in the place of a prompt's placeholders; number the positions 0, 1, 2, ...
+    """Put M image tokens in the place of each of a prompt's I pictures; number the positions 0, 1, 2, ...
 
-    inputs_embeds [B,T,D], image_embeds [B,M,D], image_start int64 [B] (and keep_indices int64 [B,M] for
-    original positions) -> prompt_embeds [B,S,D], position_ids int64 [B,S], next_position int64 [B], where
-    S = T - placeholders + M.
+    inputs_embeds [B,T,D], image_embeds [B*I,M,D], image_start int64 [B,I] ascending (and keep_indices int64
+    [B*I,M] for original positions) -> prompt_embeds [B,S,D], position_ids int64 [B,S], next_position int64
+    [B], where S = T + I * (M - placeholders). Rows shorter than the longest are padded on the right: their
+    padding goes through as text, and their next_position counts it.
 
     compact   pruned tokens never existed: positions run on without a gap.
-    original  kept tokens keep the places they had among the N, and the text after the picture comes N later.
+    original  kept tokens keep the places they had among the N, and the text after a picture comes N later.
     """
 
     def __init__(self, placeholders: int, count: int, positions: str = "compact") -> None:
@@ -157,29 +158,36 @@ class Splice(nn.Module):
         image_start: Tensor,
         keep_indices: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
-        text, visual = inputs_embeds.shape[1], image_embeds.shape[1]
-        total = text - self.placeholders + visual
-        place = torch.arange(total).unsqueeze(0)
-        start = image_start.unsqueeze(1)
-        before, inside = place < start, place < start + visual
-        after = place - visual + self.placeholders
-        source = torch.where(before, place, torch.where(inside, text + place - start, after))
-        prompt = gather_rows(torch.cat([inputs_embeds, image_embeds], dim=1), source)
+        batch, text, width = inputs_embeds.shape
+        images, visual = image_start.shape[1], image_embeds.shape[1]
+        wider = visual - self.placeholders
+        place = torch.arange(text + images * wider).unsqueeze(0)  # [1,S]
+        since = place.unsqueeze(2) - (image_start + torch.arange(images) * wider).unsqueeze(1)  # [B,S,I]
+        passed = (since >= visual).to(torch.int64).sum(dim=2)  # whole pictures before every place, [B,S]
+        inside = (since >= 0).to(torch.int64).sum(dim=2) > passed
+        seen = since.clamp(0, visual).sum(dim=2)  # their tokens before every place
+        words = place - seen
+        row = torch.arange(batch).unsqueeze(1)
+        image = batch * text + row * (images * visual) + seen
+        source = torch.where(inside, image, row * text + words + passed * self.placeholders)
+        rows = torch.cat([inputs_embeds.reshape(-1, width), image_embeds.reshape(-1, width)])
+        prompt, same = functional.embedding(source, rows), torch.zeros_like(image_start[:, 0])
         if not self.original:
-            return prompt, place + torch.zeros_like(start), torch.zeros_like(image_start) + total
+            return prompt, place + same.unsqueeze(1), same + (text + images * wider)
         assert keep_indices is not None
-        slot = (place - start).clamp(0, visual - 1)
-        original = start + torch.gather(keep_indices, 1, slot)
-        shifted = place - visual + self.count
-        position_ids = torch.where(before, place, torch.where(inside, original, shifted))
-        return prompt, position_ids, torch.zeros_like(image_start) + (total - visual + self.count)
+        slot = torch.where(inside, row * (images * visual) + seen, 0)
+        kept = functional.embedding(slot, keep_indices.reshape(-1, 1)).squeeze(2)
+        position_ids = words + passed * self.count + torch.where(inside, kept, 0)
+        return prompt, position_ids, same + (text + images * (self.count - self.placeholders))
 
 
 class TextCues(nn.Module):
-    """The text of a prompt, for methods that read it: R = T - placeholders tokens.
+    """The text of a prompt with I pictures, for methods that read it: R = T - I * placeholders tokens.
 
-    inputs_embeds [B,T,D], image_start int64 [B] -> text_embeds [B,R,D], text_mask float32 [B,R] (1 after the
-    picture, 0 before) and text_rows int64 [B,R], their places in a prompt that holds all N visual tokens.
+    inputs_embeds [B,T,D], image_start int64 [B,I], text_length int64 [B] (T without padding) -> text_embeds
+    [B*I,R,D] and text_mask float32 [B*I,R], the same for every picture of a row, and text_rows int64 [B,R],
+    the tokens' places in a prompt that holds all N visual tokens of a picture. The mask is 1 after the first
+    picture and 0 before it and in the padding; where nothing follows a picture, it is 1 before.
     """
 
     def __init__(self, placeholders: int, count: int) -> None:
@@ -187,11 +195,31 @@ class TextCues(nn.Module):
         self.placeholders = placeholders
         self.count = count
 
-    def forward(self, inputs_embeds: Tensor, image_start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        place = torch.arange(inputs_embeds.shape[1] - self.placeholders).unsqueeze(0)
-        after = place >= image_start.unsqueeze(1)
-        embeds = gather_rows(inputs_embeds, torch.where(after, place + self.placeholders, place))
-        return embeds, after.float(), torch.where(after, place + self.count, place)
+    def forward(
+        self, inputs_embeds: Tensor, image_start: Tensor, text_length: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        text, images = inputs_embeds.shape[1], image_start.shape[1]
+        place = torch.arange(text - images * self.placeholders).unsqueeze(0)  # [1,R]
+        before = (image_start - torch.arange(images) * self.placeholders).unsqueeze(1)  # text before each
+        passed = (place.unsqueeze(2) >= before).to(torch.int64).sum(dim=2)
+        source = place + passed * self.placeholders
+        mask = asked(source, passed > 0, text_length)
+        embeds = gather_rows(inputs_embeds, source)
+        return _for_each(embeds, images), _for_each(mask, images), place + passed * self.count
+
+
+def asked(source: Tensor, after: Tensor, text_length: Tensor) -> Tensor:
+    """The mask float32 [B,R] of the text tokens at `source` [B,R] of input_ids: those that are `after` the
+    first picture and no padding; where there are none, all but the padding."""
+    real = (source < text_length.unsqueeze(1)).float()
+    follows = real * after.float()
+    return torch.where(follows.sum(dim=1, keepdim=True) > 0, follows, real)
+
+
+def _for_each(tensor: Tensor, images: int) -> Tensor:
+    """Every row of [B,...] once for each of its `images`: [B*images,...]."""
+    batch, *rest = tensor.shape
+    return tensor.unsqueeze(1).expand(batch, images, *rest).reshape(batch * images, *rest)
 
 
 class FeaturePruner(nn.Module):
@@ -228,7 +256,7 @@ class FeaturePruner(nn.Module):
 
 
 class DecoderPruner(nn.Module):
-    """A decoder-site pruner over S prompt tokens, n of them visual from image_start int64 [B] on.
+    """A decoder-site pruner over S prompt tokens, n of them visual from image_start int64 [B,1] on.
 
     Inputs: hidden_states [B,S,D], position_ids int64 [B,S] or [B,S,A], image_start, then those that `others`
     names: the method's cues (over all S tokens where they are per token), image_embeds [B,N,D], and at a
@@ -249,7 +277,7 @@ class DecoderPruner(nn.Module):
     def forward(
         self, hidden_states: Tensor, position_ids: Tensor, image_start: Tensor, *others: Tensor
     ) -> tuple[Tensor, ...]:
-        start = image_start.unsqueeze(1)
+        start = image_start
         given = {**dict(zip(self.others, others, strict=True)), "hidden_states": hidden_states}
         previous = given.get("previous_indices")
         keep = self.pruner(**self._cues(given, self._visual(start, previous)))

@@ -15,7 +15,7 @@ from vtp.export.graphs.modules import Splice
 class GridSplice(Splice):
     """Put M image tokens in the place of a prompt's placeholder; number rows and columns of their grid.
 
-    inputs_embeds [B,T,D], image_embeds [B,M,D], image_start int64 [B] (and keep_indices int64 [B,M], without
+    inputs_embeds [B,T,D], image_embeds [B,M,D], image_start int64 [B,1] (and keep_indices int64 [B,M], without
     which all N tokens come) -> prompt_embeds [B,S,D], position_ids int64 [B,S,3], next_position int64 [B],
     where S = T - placeholders + M.
 
@@ -41,7 +41,7 @@ class GridSplice(Splice):
         keep_indices: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         prompt, place, total = super().forward(inputs_embeds, image_embeds, image_start)
-        visual, start = image_embeds.shape[1], image_start.unsqueeze(1)
+        visual, start = image_embeds.shape[1], image_start
         token = (place - start).clamp(0, visual - 1)
         if keep_indices is not None:
             token = torch.gather(keep_indices, 1, token)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from vtp.export.graphs.modules import DecoderPruner, Splice, TextCues
+from vtp.export.graphs.modules import DecoderPruner, Splice, TextCues, asked
 from vtp.export.pruners.base import Pruner
 from vtp.export.pruners.ops import gather_rows
 
@@ -140,7 +140,7 @@ class RunsSplice(Splice):
         image_start: Tensor,
         keep_indices: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        start, text = image_start.unsqueeze(1), inputs_embeds.shape[1]
+        start, text, same = image_start, inputs_embeds.shape[1], torch.zeros_like(image_start[:, 0])
         tokens = keep_indices
         if tokens is None:
             tokens = torch.arange(self.count) + torch.zeros_like(start)
@@ -156,12 +156,12 @@ class RunsSplice(Splice):
             torch.cat([inputs_embeds, image_embeds], dim=1), torch.where(before, place, source)
         )
         if not self.original:
-            return prompt, place + torch.zeros_like(start), torch.zeros_like(image_start) + total
+            return prompt, place + torch.zeros_like(start), same + total
         missing = self.count - visual
         marks = self.order.full_marks() + torch.zeros_like(start)
         original = start + torch.gather(kept.pick(marks, self.order.full_places(tokens)), 1, slot)
         position_ids = torch.where(before, place, torch.where(inside, original, place + missing))
-        return prompt, position_ids, torch.zeros_like(image_start) + (total + missing)
+        return prompt, position_ids, same + (total + missing)
 
 
 class RunsTextCues(TextCues):
@@ -171,15 +171,17 @@ class RunsTextCues(TextCues):
         super().__init__(placeholders, runs.count)
         self.order, self.runs = _Order(runs), len(runs.lengths)
 
-    def forward(self, inputs_embeds: Tensor, image_start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, inputs_embeds: Tensor, image_start: Tensor, text_length: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         place = torch.arange(inputs_embeds.shape[1] - self.runs).unsqueeze(0)
-        start, marked = image_start.unsqueeze(1), self.order.marked
+        start, marked = image_start, self.order.marked
         after, past = place >= start, place >= start + marked
         mark = (place - start).clamp(0, marked - 1)
         ids, full = (start + look_up(table, mark) for table in (self.order.in_ids, self.order.full_marks()))
         source = torch.where(past, place + self.runs, torch.where(after, ids, place))
         rows = torch.where(past, place + self.count, torch.where(after, full, place))
-        return gather_rows(inputs_embeds, source), after.float(), rows
+        return gather_rows(inputs_embeds, source), asked(source, after, text_length), rows
 
 
 class RunsDecoderPruner(DecoderPruner):

@@ -73,7 +73,7 @@ def run_bundle(bundle: Bundle, ids: torch.Tensor, seed: int, keep: int, steps: i
     start = row.index(IMAGE)
     short = [*row[:start], IMAGE, *row[start + N :]]
     values["input_ids"] = engine.put(np.array([short], np.int64))
-    values["image_start"] = engine.put(np.array([start], np.int64))
+    values["image_start"] = engine.put(np.array([[start]], np.int64))
     runner.run("prefill", keep, values, Timings())
     position = int(values["next_position"].numpy()[0])
     run = Run([], [values["logits"].numpy()[0, 0]], list(range(N)), {})
@@ -273,7 +273,7 @@ def test_image_graphs_take_batches(exported: Callable[[str], Any], name: str) ->
     keep = bundle.manifest.visual.keep[0]
     images = np.concatenate([pixels(seed=seed).numpy() for seed in (1, 2, 3)])
     ids = np.stack([np.roll(np.arange(10, 19), seed) for seed in range(3)]).astype(np.int64)
-    starts = np.array([0, 4, 8], np.int64)
+    starts = np.array([[0], [4], [8]], np.int64)
     names = ("vision_encoder", "pruner", "projector", "embed_tokens", "splice")
 
     def flow(rows: slice) -> dict[str, np.ndarray]:

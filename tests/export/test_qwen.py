@@ -168,7 +168,7 @@ def test_positions_are_transformers(plain: Any, data: st.DataObject) -> None:
     stay = [*range(before), *(before + token for token in keep), *range(before + count, ids.shape[1])]
     text = torch.rand(2, before + 1 + after, 3)
     rows = torch.rand(2, len(keep), 3)
-    start = torch.tensor([before, before])
+    start = torch.tensor([[before], [before]])
     splice = GridSplice(1, grid)
     prompt, positions, following = splice(text, rows, start, torch.tensor([keep, keep]))
     assert torch.equal(positions[1], wanted[:, 0, stay].T)

@@ -214,8 +214,8 @@ class Pipeline:
 
     @property
     def batch_size(self) -> int:
-        """Most pictures that go through the bundle's graphs together; 1 where they were made for one."""
-        return self._open_runner().pictures_together
+        """Most pictures whose prompts go through the bundle's graphs together."""
+        return self._open_runner().rows_together
 
     def warmup(self) -> None:
         """Run every stage once on a blank picture, so that the first answer does not pay for set-up."""
@@ -282,8 +282,8 @@ class Pipeline:
         """Refuse several pictures where a graph was made for one."""
         if self.engine in LIBRARIES:
             raise UsageError(
-                f"engines for {self.engine} are built for one picture per prompt, not {count}; choose another "
-                "--engine"
+                f"engines for {self.engine} are built for one picture per prompt, not {count}; choose an "
+                "ort engine"
             )
         single = self.manifest.single_picture_stages
         if any(stage.keep is None for stage in single):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -283,14 +283,24 @@ class StageRunner:
 
     @property
     def pictures_together(self) -> int:
-        """Most pictures that go through the image stages in one run; TensorRT's engines are built for one."""
-        if self._engine in LIBRARIES:
-            return 1
+        """Most pictures that go through the image stages in one run; 1 where one makes up a whole batch."""
         stage = next(stage for stage in self._bundle.manifest.stages if stage.when == "image")
+        return self._together(
+            stage, [name for name, source in stage.inputs.items() if source == "pixel_values"]
+        )
+
+    @property
+    def rows_together(self) -> int:
+        """Most prompts that go through the prompt stages in one run."""
+        stages = [stage for stage in self._bundle.manifest.stages if stage.when == "prefill"]
+        return min(self._together(stage, stage.inputs) for stage in stages)
+
+    def _together(self, stage: StageInfo, names: Iterable[str]) -> int:
+        """How long the first axis of some inputs may be; TensorRT's engines are built for one."""
         graph = self._bundle.manifest.graphs[stage.file]
-        tensor = next(name for name, source in stage.inputs.items() if source == "pixel_values")
-        axis = graph.inputs[tensor].shape[0]
-        return graph.axes[axis][-1] if isinstance(axis, str) else 1
+        axes = [graph.inputs[name].shape[0] for name in names]
+        fixed = self._engine in LIBRARIES or not all(isinstance(axis, str) for axis in axes)
+        return 1 if fixed else min(graph.axes[str(axis)][-1] for axis in axes)
 
     def close(self) -> None:
         """Free every graph and cache."""

@@ -204,7 +204,7 @@ def test_pruned_equals_the_torch_reference(bundle: Callable[[str], Made], name: 
 
 
 def test_the_whole_way_equals_transformers_processor(bundle: Callable[[str], Made]) -> None:
-    """Picture and words in, tokens out: the processor's placeholders and chat template included."""
+    """Pictures and words in, tokens out: the processor's placeholders and chat template included."""
     made = bundle("next-none")
     processor = LlavaNextProcessor(
         image_processor=image_processor(made.model),
@@ -214,19 +214,41 @@ def test_the_whole_way_equals_transformers_processor(bundle: Callable[[str], Mad
         num_additional_image_tokens=1,
         chat_template=CHAT_TEMPLATE,
     )
-    picture, words = noise(*made.image_size, seed=5), "what shape is the red ?"
-    content = [{"type": "image"}, {"type": "text", "text": words}]
-    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    given = processor(images=picture, text=text, add_special_tokens=False, return_tensors="pt")
     made.model.generation_config.eos_token_id = None
-    with torch.no_grad():
-        wanted = made.model.generate(**given, max_new_tokens=16, do_sample=False)[0, -16:].tolist()
+    words = "what shape is the red ?"
     with Pipeline.load(made.folder) as pipe:
-        result = pipe.generate(picture, words, max_new_tokens=16)
-    assert result.token_ids == wanted[: len(result.token_ids)]
-    assert len(result.token_ids) == 16 or result.finish_reason == "eos"
-    text_tokens = given["input_ids"].shape[1] - result.visual_tokens.before
-    assert result.prompt_tokens == text_tokens
+        for count in (1, 2):
+            pictures = [noise(*made.image_size, seed=5 + number) for number in range(count)]
+            content = [*({"type": "image"} for _ in pictures), {"type": "text", "text": words}]
+            turns = [{"role": "user", "content": content}]
+            text = processor.apply_chat_template(turns, add_generation_prompt=True)
+            given = processor(images=pictures, text=text, add_special_tokens=False, return_tensors="pt")
+            with torch.no_grad():
+                wanted = made.model.generate(**given, max_new_tokens=16, do_sample=False)[0, -16:].tolist()
+            result = pipe.generate(pictures, words, max_new_tokens=16)
+            assert result.token_ids == wanted[: len(result.token_ids)]
+            assert len(result.token_ids) == 16 or result.finish_reason == "eos"
+            text_tokens = given["input_ids"].shape[1] - result.visual_tokens.before
+            assert result.prompt_tokens == text_tokens
+
+
+def test_pictures_in_tiles_go_in_batches(bundle: Callable[[str], Made]) -> None:
+    made, prompts = bundle("next-vispruner"), ["what ?", "how many circle where is the blue ?"]
+    pictures = [noise(*made.image_size, seed=seed) for seed in (1, 2)]
+    with Pipeline.load(made.folder) as pipe:
+        batch = pipe.generate_batch(pictures, prompts, max_new_tokens=12)
+        for picture, words, found in zip(pictures, prompts, batch, strict=True):
+            alone = pipe.generate(picture, words, max_new_tokens=12)
+            assert (found.token_ids, found.kept) == (alone.token_ids, alone.kept)
+        both = pipe.generate(pictures, "what ?", max_new_tokens=1)
+        assert both.kept == [found.kept for found in batch]
+
+
+def test_onevision_takes_one_picture(bundle: Callable[[str], Made]) -> None:
+    made = bundle("onevision-vispruner")
+    refused = pytest.raises(UsageError, match=r"one picture per prompt, not 2: .* family llava_onevision")
+    with Pipeline.load(made.folder) as pipe, refused:
+        pipe.generate([noise(*made.image_size)] * 2, "what ?")
 
 
 def test_a_bundle_may_refuse_other_shapes(bundle: Callable[[str], Made], tmp_path: Path) -> None:

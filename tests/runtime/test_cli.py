@@ -28,7 +28,7 @@ def bundle(exported: Callable[[str], Any]) -> Path:
 
 @pytest.fixture
 def ask(bundle: Path, picture_file: Path) -> list[str]:
-    """A good command line; a flag given again wins."""
+    """A good command line; a flag given again wins, but a further --image is a further picture."""
     return [str(bundle), "--image", str(picture_file), "--prompt", PROMPT, "--max-new-tokens", "6"]
 
 
@@ -137,6 +137,70 @@ def test_what_is_required(argv: list[str], capsys: pytest.CaptureFixture[str]) -
     assert run(argv) == 2
     err = capsys.readouterr().err
     assert "the following arguments are required" in err and err.count("\n") == 1
+
+
+def test_several_pictures_in_a_prompt(ask: list[str], tmp_path: Path, capsys: Any) -> None:
+    other = tmp_path / "other.png"
+    Image.new("RGB", (40, 60), "blue").save(other)
+    assert run([*ask, "--image", str(other), "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["visual_tokens"] == {"before": 32, "after": 12} and list(map(len, data["kept"])) == [6, 6]
+    assert run([*ask, "--image", str(other), "--show-kept", str(tmp_path / "kept.png")]) == 2
+    assert "--show-kept shows one picture" in capsys.readouterr().err
+
+
+def test_a_batch_answers_line_by_line(
+    bundle: Path, picture: Image.Image, tmp_path: Path, capsys: Any
+) -> None:
+    """More lines than run together, with one or two pictures; relative paths; other keys are let be."""
+    picture.save(tmp_path / "a.png")
+    Image.new("RGB", (40, 60), "blue").save(tmp_path / "b.png")
+    images: list[Any] = [
+        ["a.png", "b.png"] if place == 4 else "ab"[place % 2] + ".png" for place in range(10)
+    ]
+    prompts = [PROMPT + " red" * place for place in range(10)]
+    lines = [
+        json.dumps({"image": image, "prompt": words, "answer": "x"})
+        for image, words in zip(images, prompts, strict=True)
+    ]
+    (tmp_path / "asked.jsonl").write_text("\n\n".join(lines) + "\n")
+    flags = ["--temperature", "0.8", "--seed", "3", "--max-new-tokens", "3"]
+    assert run([str(bundle), "--batch", str(tmp_path / "asked.jsonl"), *flags]) == 0
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    sources = [[tmp_path / one for one in ([image] if isinstance(image, str) else image)] for image in images]
+    with Pipeline.load(bundle) as pipe:
+        for place, (data, paths, words) in enumerate(zip(found, sources, prompts, strict=True)):
+            wanted = pipe.generate(paths, words, temperature=0.8, seed=3 + place, max_new_tokens=3)
+            assert data["token_ids"] == wanted.token_ids and data["kept"] == wanted.kept
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "cannot be read: No such file"),
+        ("\n", "holds no prompt"),
+        ("{", "line 1 is not JSON"),
+        ('{"image": "a.png"}', 'line 1 has no "prompt"; a line is {"image"'),
+        ('\n{"prompt": "x"}', 'line 2 has no "image"'),
+        ('{"prompt": "x", "image": []}', 'line 1 has no "image"'),
+        ('{"prompt": "x", "image": ["a.png", 5]}', 'line 1 has no "image"'),
+        ('{"prompt": "x", "image": "no.png"}', "names the picture 'no.png', which does not exist"),
+    ],
+)
+def test_bad_batch_files(
+    bundle: Path, tmp_path: Path, text: str | None, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.png").write_bytes(b"")
+    if text is not None:
+        (tmp_path / "asked.jsonl").write_text(text)
+    assert run([str(bundle), "--batch", str(tmp_path / "asked.jsonl")]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and message in err
+
+
+def test_a_batch_names_its_own_pictures(ask: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([*ask, "--batch", "asked.jsonl"]) == 2
+    assert "leave out --image, --prompt and --show-kept" in capsys.readouterr().err
 
 
 def spoil_missing(folder: Path) -> None:

@@ -201,7 +201,7 @@ class Pipeline:
                 keep=keep,
                 max_new_tokens=max_new_tokens,
                 sampler=Sampler(
-                    temperature=temperature, top_p=top_p, seed=seed if seed is None else seed + place
+                    temperature=temperature, top_p=top_p, seed=seed + place if _is_whole(seed) else seed
                 ),
                 stop=stop,
             ),

@@ -26,6 +26,7 @@ class VideoLlava(Llava):
     name = "video_llava"
     architectures = ("VideoLlavaForConditionalGeneration",)
     limits = "pictures only, one per prompt: no video; CLIP or SigLIP tower; one vision_feature_layer"
+    several = False
     seams = PictureSeams
 
     @property

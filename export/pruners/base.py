@@ -39,7 +39,8 @@ class Pruner(nn.Module):
         image_embeds      [B,N,D]
         attention_scores  as above
         text_embeds       [B,R,D]  the prompt's R text tokens, placeholders left out
-        text_mask         float32 [B,R]  1 for text that follows the picture, 0 for what precedes it
+        text_mask         float32 [B,R]  1 for text that follows the (first) picture, 0 for what precedes it
+                          and for padding
     at a decoder site:
         attention_scores  float32 [B,N]  mean over heads of the last prompt token's row in layer L-1
         next_scores       float32 [B,N]  the same row of layer L, which has not run yet

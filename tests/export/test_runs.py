@@ -81,7 +81,7 @@ def test_the_splice_keeps_every_mark_in_its_place(data: st.DataObject, prompt: P
     count = prompt.runs.count
     keep = some(data.draw, count, data.draw(st.integers(1, count)))
     text = torch.arange(prompt.ids()).float().repeat(2, 1).unsqueeze(2)
-    image, start = 1000.0 + torch.tensor(keep).unsqueeze(2), torch.tensor(prompt.starts)
+    image, start = 1000.0 + torch.tensor(keep).unsqueeze(2), torch.tensor(prompt.starts).unsqueeze(1)
     for positions in ("compact", "original"):
         splice = RunsSplice(prompt.placeholders(), prompt.runs, positions)
         embeds, numbers, following = splice(text, image, start, torch.tensor(keep))
@@ -103,7 +103,7 @@ def test_the_splice_keeps_every_mark_in_its_place(data: st.DataObject, prompt: P
 def test_marks_are_text_for_methods_that_read_it(prompt: Prompt) -> None:
     text = torch.arange(prompt.ids()).float().repeat(2, 1).unsqueeze(2)
     cues = RunsTextCues(prompt.placeholders(), prompt.runs)
-    embeds, mask, rows = cues(text, torch.tensor(prompt.starts))
+    embeds, mask, rows = cues(text, torch.tensor(prompt.starts).unsqueeze(1), torch.full((2,), prompt.ids()))
     for row in range(2):
         full = prompt.full(row)
         words = [place for place, item in enumerate(full) if item[0] == "text"]
@@ -116,14 +116,15 @@ def test_marks_are_text_for_methods_that_read_it(prompt: Prompt) -> None:
 @given(st.data(), prompts())
 def test_two_cuts_in_the_decoder(data: st.DataObject, prompt: Prompt) -> None:
     """What the first leaves is what arrives at the second: hidden states, positions, rows of the text."""
-    count, start = prompt.runs.count, torch.tensor(prompt.starts)
+    count, start = prompt.runs.count, torch.tensor(prompt.starts).unsqueeze(1)
     once = data.draw(st.integers(1, count))
     first = some(data.draw, count, once)
     second = some(data.draw, once, data.draw(st.integers(1, once)))
     fulls = [prompt.full(row) for row in range(2)]
     hidden = torch.tensor([names(prompt, full) for full in fulls]).float().unsqueeze(2)
     numbers = torch.arange(hidden.shape[1]).repeat(2, 1)
-    rows = RunsTextCues(prompt.placeholders(), prompt.runs)(torch.zeros(2, prompt.ids(), 1), start)[2]
+    cues = RunsTextCues(prompt.placeholders(), prompt.runs)
+    rows = cues(torch.zeros(2, prompt.ids(), 1), start, torch.full((2,), prompt.ids()))[2]
     previous, tokens = None, [list(range(count)) for _ in range(2)]
     for keep in (first, second):
         arriving = tokens

@@ -200,9 +200,7 @@ class Pipeline:
                 messages[place] if messages is not None else None,
                 keep=keep,
                 max_new_tokens=max_new_tokens,
-                sampler=Sampler(
-                    temperature=temperature, top_p=top_p, seed=seed + place if _is_whole(seed) else seed
-                ),
+                sampler=Sampler(temperature=temperature, top_p=top_p, seed=_later(seed, place)),
                 stop=stop,
             ),
         )
@@ -478,6 +476,11 @@ def _with_images(messages: Messages, pictures: int) -> Messages:
                 turn["content"] = [*({"type": "image"} for _ in range(pictures)), *words]
             break
     return turns
+
+
+def _later(seed: int | None, place: int) -> int | None:
+    """The seed of prompt number `place`; what is no seed is for the sampler to refuse."""
+    return seed + place if seed is not None and _is_whole(seed) else seed
 
 
 def _is_whole(value: object) -> bool:

@@ -15,9 +15,9 @@ from vtp.export.graphs.modules import Splice
 class GridSplice(Splice):
     """Put M image tokens in the place of a prompt's placeholder; number rows and columns of their grid.
 
-    inputs_embeds [B,T,D], image_embeds [B,M,D], image_start int64 [B,1] (and keep_indices int64 [B,M], without
-    which all N tokens come) -> prompt_embeds [B,S,D], position_ids int64 [B,S,3], next_position int64 [B],
-    where S = T - placeholders + M.
+    inputs_embeds [B,T,D], image_embeds [B,M,D], image_start int64 [B,1] (and keep_indices int64 [B,M],
+    without which all N tokens come) -> prompt_embeds [B,S,D], position_ids int64 [B,S,3], next_position int64
+    [B], where S = T - placeholders + M.
 
     The token in row r and column c of the grid has the position start + (0, r, c), kept or not; the text
     after the picture goes on from start + the longer edge of the grid.

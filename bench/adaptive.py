@@ -121,7 +121,8 @@ def gains(
         points = [0, 1, 2] if against == "static" else [0, 2]
         base = np.interp(used, [keeps[point] for point in points], right[fresh][:, points].mean(axis=0))
         found.append(100 * (adaptive - base))
-    return float(np.mean(found)), *(float(one) for one in np.quantile(found, (0.025, 0.975)))
+    least, most = np.quantile(found, (0.025, 0.975))
+    return float(np.mean(found)), float(least), float(most)
 
 
 def _direction(worth: np.ndarray, cue: np.ndarray, share: float) -> int:

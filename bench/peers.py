@@ -63,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--threads", help="CPU threads of everybody (default: all cores)")
     add("--work", default=str(ROOT / "build/bench"), help="folder for what is made (default: %(default)s)")
     add("--out", default=str(ROOT), help="checkout whose docs/ and README are written (default: this one)")
+    add("--make-only", action="store_true", help="make models, bundles and graphs, and measure nothing yet")
     add("--debug", action="store_true", help="show tracebacks")
     args = parser.parse_args(argv)
     return run_command("peers", lambda: _run(args), args.debug)
@@ -72,6 +73,9 @@ def _run(args: argparse.Namespace) -> None:
     quiet_libraries()
     contest = Contest(args, Progress())
     contest.make()
+    if args.make_only:
+        contest.progress.end()
+        return
     contest.run()
     contest.progress.end()
     text = write_report(contest.results, Path(args.out))

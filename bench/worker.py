@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +25,8 @@ import numpy as np
 
 from vtp.bench.peer import Peer, Spec, peer_class
 from vtp.engines import VtpError
+
+LIMIT_S = 900  # of one answer, or of opening: a peer that hangs is ended, and said to
 
 
 class Worker:
@@ -78,11 +81,15 @@ class Worker:
 
     def _read(self) -> dict[str, Any]:
         assert self._process.stdout is not None  # a pipe
+        late = threading.Timer(LIMIT_S, self._process.kill)
+        late.start()
         line = self._process.stdout.readline()
+        in_time = late.is_alive()
+        late.cancel()
         if not line:
-            code = self._process.wait()
+            how = _how(self._process.wait()) if in_time else f"took longer than {LIMIT_S} s"
             self.close()
-            raise VtpError(f"peer {self.name} {_how(code)}; see {self._log}")
+            raise VtpError(f"peer {self.name} {how}; see {self._log}")
         answer = json.loads(line)
         if "error" in answer:
             self.close()

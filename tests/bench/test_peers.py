@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,14 @@ def test_a_worker_answers_over_pipes_and_tells_what_went_wrong(
     broken = Spec(**{**told.__dict__, "bundle": str(tmp_path)})
     with pytest.raises(VtpError, match=r"peer vtp-decoder: VtpError: .* is not a bundle"):
         worker.Worker("vtp-decoder", broken, tmp_path / "log")
+
+
+def test_a_worker_that_hangs_is_ended(
+    exported: Any, picture_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "LIMIT_S", 0.01)
+    with pytest.raises(VtpError, match=r"peer vtp-decoder took longer than 0\.01 s"):
+        worker.Worker("vtp-decoder", spec(exported("vispruner"), picture_file, tmp_path), tmp_path / "log")
 
 
 def figures(median: float) -> dict[str, Any]:
@@ -258,3 +267,18 @@ def test_a_peer_with_other_answers_is_not_timed(tmp_path: Path) -> None:
     assert one.results["peers"]["openvino"]["equal"]["to"] == "torch"
     with pytest.raises(peers.Aside, match=r"its first logits differ from torch's by 0\.33 of the largest"):
         one._note_answer("transformers-onnx", Odd(1.0))  # type: ignore[arg-type]
+
+
+def test_the_page_and_the_readme_are_those_of_the_committed_figures() -> None:
+    """Written by one command; before it ever ran, the README says so."""
+    root = Path(peers_report.__file__).parents[1]
+    figures_file, readme = root / "docs/bench.json", (root / "README.md").read_text(encoding="utf-8")
+    _, found, rest = readme.partition(peers_report.BEGIN)
+    assert found
+    table = rest.partition(peers_report.END)[0].strip()
+    if not figures_file.exists():
+        assert table == "Not measured yet: `make bench` writes this table."
+        return
+    results = json.loads(figures_file.read_text(encoding="utf-8"))
+    assert table == peers_report.summary(results)
+    assert (root / "docs/bench.md").read_text(encoding="utf-8") == peers_report.page(results)

@@ -36,7 +36,7 @@ from vtp.runtime.console import Parser, Progress, run_command
 from vtp.runtime.machine import look
 from vtp.scenes import examples_dir
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[1]
 BASE = "vtp vispruner"
 UNPRUNED = ("torch", "transformers-onnx", "openvino")
 # Whose answers are equal: of each line the first that has answered is the measure for the others.

@@ -271,7 +271,7 @@ def test_a_peer_with_other_answers_is_not_timed(tmp_path: Path) -> None:
 
 def test_the_page_and_the_readme_are_those_of_the_committed_figures() -> None:
     """Written by one command; before it ever ran, the README says so."""
-    root = Path(peers_report.__file__).parents[1]
+    root = peers_report.ROOT
     figures_file, readme = root / "docs/bench.json", (root / "README.md").read_text(encoding="utf-8")
     _, found, rest = readme.partition(peers_report.BEGIN)
     assert found

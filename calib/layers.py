@@ -155,11 +155,26 @@ class _Writer:
             self._add(name, codes, TensorProto.INT8, list(layer.shape))
             self._float(f"{name}_scale", scales, layer.dtype)
             self._add(f"{name}_zero", np.zeros(layer.shape[1], np.int8), TensorProto.INT8, [layer.shape[1]])
+            self._as_weight(f"{name}_float", layer)
             inputs = [name, f"{name}_scale", f"{name}_zero"]
             self.nodes.append(
                 helper.make_node("DequantizeLinear", inputs, [f"{name}_float"], f"{name}_dq", axis=1)
             )
         self._product(node, self._round(change), f"{name}_float")
+
+    def _as_source(self, name: str, source: str) -> None:
+        """Say that a new tensor has another's shape: memory and operations are told from shapes."""
+        graph = self._model.graph
+        for info in (*graph.value_info, *graph.input, *graph.output):
+            if info.name == source:
+                known = onnx.ValueInfoProto(name=name, type=info.type)
+                graph.value_info.append(known)
+                return
+
+    def _as_weight(self, name: str, layer: Layer) -> None:
+        """Say that a new tensor has a weight's shape."""
+        kind = TensorProto.FLOAT16 if layer.dtype == "float16" else TensorProto.FLOAT
+        self._model.graph.value_info.append(helper.make_tensor_value_info(name, kind, layer.shape))
 
     def _round(self, change: Int8) -> str:
         source = change.layer.source
@@ -175,6 +190,7 @@ class _Writer:
             self.nodes.append(
                 helper.make_node("DequantizeLinear", [f"{name}_codes", *parts], [name], f"{name}_dq")
             )
+            self._as_source(name, source)
             self._rounded[source] = name
         return self._rounded[source]
 
@@ -192,6 +208,7 @@ class _Writer:
             else:
                 self._add(name, blocks.packed_tensor(), TensorProto.INT4, [rows, columns])
                 self._float(f"{name}_scale", np.ascontiguousarray(blocks.scales.T), layer.dtype)
+                self._as_weight(f"{name}_float", layer)
                 inputs, made = [name, f"{name}_scale"], [f"{name}_float"]
                 self.nodes.append(
                     helper.make_node(

@@ -23,6 +23,7 @@ from vtp.calib.quantizer import Quantizer, Wish
 from vtp.calib.rounding import Range
 from vtp.calib.weights import Store, place_of
 from vtp.engines import open_graph
+from vtp.engines.graph_file import read_graph
 from vtp.runtime import Pipeline
 from vtp.runtime.bundle import open_bundle
 
@@ -85,6 +86,20 @@ def test_every_layer_is_quantised_and_the_bundle_runs(made: Path, exported: Any,
         assert len(pipe.generate(picture, "what ?", max_new_tokens=3, keep_tokens=3).kept) == 3
     assert sorted(path.name for path in made.parent.iterdir()) == ["report", "small"]
     assert not [path for path in made.iterdir() if path.name not in (*manifest.files, "manifest.json")]
+
+
+def test_operations_are_told_as_before(made: Path, exported: Any) -> None:
+    """Shapes of what is new are in the graphs: products count the same in fewer bits."""
+    for file in ("vision_encoder.onnx", "projector.onnx"):
+        counts = [
+            {
+                (graph.tensors[node.inputs[0]].shape, graph.tensors[node.outputs[0]].shape)
+                for node in graph.nodes
+                if node.op == "MatMul"
+            }
+            for graph in (read_graph(folder / file) for folder in (exported("vispruner").folder, made))
+        ]
+        assert counts[0] == counts[1] != set()
 
 
 def test_the_report_names_every_layer(made: Path) -> None:

@@ -319,8 +319,9 @@ def _cls_row(query: Tensor, key: Tensor, scale: float) -> Tensor:
 
 def attention_received(query: Tensor, key: Tensor, scale: float) -> Tensor:
     """Attention that every patch receives, mean over heads and rows, float32 [B,N] (towers without CLS)."""
-    heads = query.shape[1]
-    if heads * query.shape[2] * key.shape[2] > _MOST_SCORES:  # a large tower's: head by head
+    views, heads, *_ = query.shape
+    views = views if isinstance(views, int) else 1  # a batch, whose size is not known here
+    if views * heads * query.shape[2] * key.shape[2] > _MOST_SCORES:  # a large tower's: head by head
         rows = [_received(query[:, head : head + 1], key[:, head : head + 1], scale) for head in range(heads)]
         return torch.stack(rows).mean(dim=0)
     return _received(query, key, scale)

@@ -203,7 +203,8 @@ _IDEFICS3 = _Processor(
         "image_mean": _HALF,
         "image_std": _HALF,
     },
-    ignored=("do_pad", "return_row_col_info"),  # its padding is for batches of unlike pictures
+    # Its padding is for batches of unlike pictures, its sampling for videos.
+    ignored=("do_pad", "return_row_col_info", "video_sampling"),
 )
 _PROCESSORS: dict[str, _Processor] = {
     "CLIP": _CLIP,

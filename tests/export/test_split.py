@@ -29,12 +29,13 @@ from vtp.runtime.result import Timings
 from vtp.runtime.stages import StageRunner
 from vtp.runtime.text import Prompter
 
+from .tensorrt_10_3 import refused
 from .tiny_split import idefics3_processor, internvl_processor, save_idefics3, save_internvl
 
 Size = tuple[int, int]  # (height, width)
 ENGINE = "tensorrt-rtx"
 MISSING = util.find_spec("tensorrt_rtx") is None
-TRT = {"target": "tensorrt"}
+TRT, JETPACK = {"target": "tensorrt"}, {"target": "jetpack6"}
 # Model: how it is saved, its processor, its options.
 MODELS: dict[str, tuple[Callable[..., Any], Callable[[Any, Size], Any], dict[str, Any]]] = {
     "internvl": (save_internvl, internvl_processor, {}),
@@ -90,6 +91,9 @@ BUNDLES: dict[str, tuple[str, Size, dict[str, Any]]] = {
     "smolvlm-divprune": ("smolvlm", (56, 56), {"method": "divprune", "keep_tokens": "6"}),
     "smolvlm-float16": ("smolvlm", (56, 56), {"method": "vispruner", "keep_tokens": "6", **TRT}),
     "smolvlm-fastv-float16": ("smolvlm", (56, 56), {"method": "fastv", "keep_tokens": "6", **TRT}),
+    "smolvlm-fastv-jetpack6": ("smolvlm", (56, 56), {"method": "fastv", "keep_tokens": "6", **JETPACK}),
+    "idefics3-jetpack6": ("idefics3", (56, 56), {"method": "vispruner", "keep_tokens": "6", **JETPACK}),
+    "internvl-jetpack6": ("internvl_normed", (56, 28), {"method": "divprune", "keep_tokens": "6", **JETPACK}),
     "internvl-float16": ("internvl", (28, 56), {"method": "vispruner", "keep_tokens": "5", **TRT}),
 }
 SMALL = {"internvl-none", "internvl-vispruner", "idefics3-none", "idefics3-vispruner", "idefics3-fastv"}
@@ -244,6 +248,13 @@ def test_every_graph_builds_with_tensorrt(bundle: Callable[[str], Made], name: s
         }
         assert refused_nodes(opened.path(file), ENGINE) == []
         assert build_engine(opened.path(file), ENGINE, shapes).plan.nbytes, file
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in BUNDLES if name.endswith("jetpack6")])
+def test_jetpack6_writes_what_tensorrt_10_3_takes(bundle: Callable[[str], Made], name: str) -> None:
+    paths = list(bundle(name).folder.glob("*.onnx"))
+    assert [line for path in paths for line in refused(path)] == []
 
 
 def test_tiles_form_no_grid_and_one_tile_does(folders: Callable[[str], Any]) -> None:

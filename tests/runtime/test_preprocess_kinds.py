@@ -376,6 +376,12 @@ def test_sizes_without_a_wish() -> None:
     assert size(CASES["smolvlm_unsplit"].processor) == (64, 64)
 
 
+def test_what_a_file_says_about_videos_changes_no_picture() -> None:
+    plain = saved(CASES["smolvlm"].processor)
+    sampling = {"fps": 1, "max_frames": 64, "video_size": {"longest_edge": 64}}
+    assert spec_from_processor({**plain, "video_sampling": sampling}) == spec_from_processor(plain)
+
+
 def test_older_qwen_files_are_read_alike() -> None:
     old = {"image_processor_type": "Qwen2VLImageProcessorFast", "min_pixels": 3136, "max_pixels": 1003520}
     assert spec_from_processor(old) == spec_from_processor(saved(Qwen2VLImageProcessorPil()))

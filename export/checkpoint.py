@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from vtp.engines import VtpError
 from vtp.export.families import find_family
 from vtp.export.families.base import Family
+from vtp.export.weights import Weights
 from vtp.runtime.preprocess import ImageSpec, spec_from_processor
 from vtp.runtime.text import TextSpec
 
@@ -22,7 +24,7 @@ _PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A loaded model and the facts that a bundle's manifest repeats."""
+    """A model and the facts that a bundle's manifest repeats. Its weights stay on the disk: see `weights`."""
 
     folder: Path
     name: str
@@ -31,6 +33,7 @@ class Checkpoint:
     text: TextSpec
     tokenizer_json: str
     max_positions: int
+    weights: Weights
 
 
 def resolve(model: str | None) -> Path:
@@ -98,7 +101,9 @@ def check(folder: Path) -> type[Family]:
 def load(
     folder: Path, dtype: str, image_size: tuple[int, int] | None = None, fit: str = "letterbox"
 ) -> Checkpoint:
-    """Load a model with transformers in `dtype` and gather what the bundle needs from its folder.
+    """Build a model with transformers in `dtype` and gather what the bundle needs from its folder.
+
+    The weights stay on the disk: the model has stand-ins for them (see `vtp.export.weights`).
 
     image_size  (height, width) that the bundle is made for, and `fit`, what becomes of pictures that the
                 processor would lay out otherwise: see `spec_from_processor`.
@@ -113,7 +118,8 @@ def load(
             f"the image processor cuts pictures as kind '{image.kind}', family {family_class.name} takes "
             f"{', '.join(family_class.image_kinds)}; mend preprocessor_config.json"
         )
-    family = family_class(_load_model(folder, family_class.architectures[0], DTYPES[dtype]))
+    loaded, weights = _load_model(folder, family_class.architectures[0], DTYPES[dtype])
+    family = family_class(loaded)
     family.prepare(image)
     tokenizer = _load_tokenizer(folder)
     if image.fixed_size != family.image_size:
@@ -130,10 +136,12 @@ def load(
         text=_text_spec(folder, tokenizer, family),
         tokenizer_json=tokenizer.backend_tokenizer.to_str(),
         max_positions=int(getattr(family.decoder.model.config, "max_position_embeddings", 2048)),
+        weights=weights,
     )
 
 
-def _load_model(folder: Path, architecture: str, dtype: torch.dtype) -> Any:
+def _load_model(folder: Path, architecture: str, dtype: torch.dtype) -> tuple[Any, Weights]:
+    """The model in eval mode, with stand-ins for its weights, and where the weights are."""
     import transformers
 
     model_class = getattr(transformers, architecture, None)
@@ -142,17 +150,30 @@ def _load_model(folder: Path, architecture: str, dtype: torch.dtype) -> Any:
             f"transformers {transformers.__version__} has no class {architecture}; update transformers"
         )
     try:
-        model, info = model_class.from_pretrained(
-            folder,
-            dtype=dtype,
-            use_safetensors=True,
-            local_files_only=True,
-            attn_implementation="eager",
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # reported below, with the tensor's name
-        )
+        weights = Weights(folder, dtype)
+        config = model_class.config_class.from_pretrained(folder, local_files_only=True)
+        model = _build(folder, model_class, config, dtype, weights.state())
+        converted = weights.converted(model)
+        if converted:  # weights that transformers joins or splits are joined and split for real
+            model = _build(folder, model_class, config, dtype, weights.state(converted))
+    except VtpError:
+        raise
     except Exception as error:  # transformers raises many kinds here, all about this folder
         raise VtpError(f"cannot load the model in {folder}: {_one_line(error)}") from error
+    return model.eval(), weights
+
+
+def _build(folder: Path, model_class: Any, config: Any, dtype: torch.dtype, state: dict[str, Tensor]) -> Any:
+    """from_pretrained on a state dict. Raises VtpError when the checkpoint and its config do not agree."""
+    model, info = model_class.from_pretrained(
+        None,
+        config=config,
+        state_dict=state,
+        dtype=dtype,
+        attn_implementation="eager",
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # reported below, with the tensor's name
+    )
     if info["missing_keys"]:
         raise VtpError(f"the checkpoint in {folder} lacks the tensor {min(map(str, info['missing_keys']))}")
     if info["mismatched_keys"]:
@@ -163,7 +184,7 @@ def _load_model(folder: Path, architecture: str, dtype: torch.dtype) -> Any:
     if info["unexpected_keys"]:
         extra = sorted(map(str, info["unexpected_keys"]))[0]
         raise VtpError(f"the checkpoint in {folder} has a tensor that its config has no place for: {extra}")
-    return model.eval()
+    return model
 
 
 def _load_tokenizer(folder: Path) -> Any:

@@ -23,6 +23,7 @@ from vtp.export.graphs.emit import GraphSpec
 from vtp.export.plan import Plan
 from vtp.export.pruners.base import Pruner
 from vtp.export.reference import ReferenceAnswer, reference_generate
+from vtp.export.weights import fill
 from vtp.runtime.bundle import Bundle
 from vtp.runtime.preprocess import preprocess
 from vtp.runtime.result import Timings
@@ -51,6 +52,7 @@ def verify(bundle: Bundle, model: Checkpoint, plan: Plan, chains: Sequence[Chain
     Every keep-count's pruner is checked; generation is checked for the smallest and the largest keep-count.
     Raises VtpError, naming the graph and the difference, when a check fails.
     """
+    fill(model.family.model)
     model.family.model.float()
     case = _case(bundle, model)
     runner = StageRunner(bundle, "ort-cpu", None)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from vtp.engines import VtpError
 from vtp.export.graphs.lower import lower
 from vtp.export.graphs.optimize import optimize
+from vtp.export.graphs.streamed import Streamed, refuse_made_up, stream
 from vtp.export.pruners.ops import onnx_translations, translating
 
 OPSET = 23
@@ -60,7 +62,8 @@ class WeightStore:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._places: dict[tuple[str, str], tuple[str, int]] = {}  # dtype, sha256 -> file, offset
+        # (dtype, sha256), or the origin of a streamed tensor -> file, offset
+        self._places: dict[tuple[Any, ...], tuple[str, int]] = {}
 
     def externalize(self, model: ir.Model, name: str) -> None:
         """Replace the large initializers of `model` by references into the store's files."""
@@ -72,28 +75,39 @@ class WeightStore:
             value.const_value = self._place(tensor, file, value.name or "")
 
     def _place(self, tensor: Any, file: str, name: str) -> ir.ExternalTensor:
-        data = tensor.tobytes()
-        identity = (str(tensor.dtype), hashlib.sha256(data).hexdigest())
-        if identity not in self._places:
-            self._places[identity] = (file, self._append(file, data))
-        location, offset = self._places[identity]
+        origin = tensor.origin if isinstance(tensor, Streamed) else None
+        if origin is None or origin not in self._places:
+            pieces = tensor.pieces() if isinstance(tensor, Streamed) else [tensor.tobytes()]
+            offset, digest = self._append(file, pieces)
+            identity = (str(tensor.dtype), digest)
+            if identity in self._places:
+                os.truncate(self.folder / file, offset)
+            place = self._places.setdefault(identity, (file, offset))
+            self._places[origin or identity] = place
+        location, offset = self._places[origin or identity]
         return ir.ExternalTensor(
-            location, offset, len(data), tensor.dtype, shape=tensor.shape, name=name, base_dir=self.folder
+            location, offset, tensor.nbytes, tensor.dtype, shape=tensor.shape, name=name, base_dir=self.folder
         )
 
-    def _append(self, file: str, data: bytes) -> int:
+    def _append(self, file: str, pieces: Iterable[Any]) -> tuple[int, str]:
+        """Write buffers one after the other; where they start, and the sha256 of them all."""
+        digest = hashlib.sha256()
         with (self.folder / file).open("ab") as out:
             offset = -(-out.tell() // _ALIGNMENT) * _ALIGNMENT
             out.write(b"\0" * (offset - out.tell()))
-            out.write(data)
-        return offset
+            for piece in pieces:
+                digest.update(piece)
+                out.write(piece)
+        return offset, digest.hexdigest()
 
 
 def emit(spec: GraphSpec, store: WeightStore, opset: int = OPSET) -> Path:
     """Trace, translate and write one graph into the store's folder; returns its path."""
     model = _trace(spec, opset)
+    stream(model)
     optimize(model, spec.rewrite)
     lower(model, opset)
+    refuse_made_up(model, spec.name)
     _strip(model)
     _name_axes(model.graph, spec)
     store.externalize(model, spec.name)

@@ -33,7 +33,6 @@ class Checkpoint:
     text: TextSpec
     tokenizer_json: str
     max_positions: int
-    weights: Weights
 
 
 def resolve(model: str | None) -> Path:
@@ -118,8 +117,7 @@ def load(
             f"the image processor cuts pictures as kind '{image.kind}', family {family_class.name} takes "
             f"{', '.join(family_class.image_kinds)}; mend preprocessor_config.json"
         )
-    loaded, weights = _load_model(folder, family_class.architectures[0], DTYPES[dtype])
-    family = family_class(loaded)
+    family = family_class(_load_model(folder, family_class.architectures[0], DTYPES[dtype]))
     family.prepare(image)
     tokenizer = _load_tokenizer(folder)
     if image.fixed_size != family.image_size:
@@ -136,12 +134,11 @@ def load(
         text=_text_spec(folder, tokenizer, family),
         tokenizer_json=tokenizer.backend_tokenizer.to_str(),
         max_positions=int(getattr(family.decoder.model.config, "max_position_embeddings", 2048)),
-        weights=weights,
     )
 
 
-def _load_model(folder: Path, architecture: str, dtype: torch.dtype) -> tuple[Any, Weights]:
-    """The model in eval mode, with stand-ins for its weights, and where the weights are."""
+def _load_model(folder: Path, architecture: str, dtype: torch.dtype) -> Any:
+    """The model in eval mode, with stand-ins for its weights."""
     import transformers
 
     model_class = getattr(transformers, architecture, None)
@@ -160,7 +157,8 @@ def _load_model(folder: Path, architecture: str, dtype: torch.dtype) -> tuple[An
         raise
     except Exception as error:  # transformers raises many kinds here, all about this folder
         raise VtpError(f"cannot load the model in {folder}: {_one_line(error)}") from error
-    return model.eval(), weights
+    model.vtp_weights = weights  # so that what the stand-ins stand for lives as long as the model
+    return model.eval()
 
 
 def _build(folder: Path, model_class: Any, config: Any, dtype: torch.dtype, state: dict[str, Tensor]) -> Any:

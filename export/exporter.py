@@ -25,7 +25,7 @@ from vtp.runtime.manifest import TOKENIZER
 from vtp.runtime.preprocess import FITS
 from vtp.runtime.text import Prompter
 
-VERIFY = ("full", "none")
+VERIFY = ("full", "layers", "none")
 ROOM_FOR_TEXT = 1472  # tokens of prompt and answer beside the picture, where the model has the positions
 
 
@@ -83,9 +83,9 @@ def export(request: Request, progress: Callable[[str], None] = lambda _: None) -
             dtype=dtype,
         )
         (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
-        if request.verify == "full":
-            progress("verify against the torch model")
-            manifest.parity.update(verify(open_bundle(folder), model, plan, chains))
+        if request.verify != "none":
+            progress(f"verify against the torch model ({request.verify})")
+            manifest.parity.update(verify(open_bundle(folder), model, plan, chains, request.verify))
         else:
             manifest.parity.update({"mode": "none"})
         (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,10 +21,12 @@ from vtp.export.chain import Chain
 from vtp.export.checkpoint import Checkpoint
 from vtp.export.graphs.attention import emitting
 from vtp.export.graphs.emit import GraphSpec
+from vtp.export.layers import STEPS as LAYER_STEPS
+from vtp.export.layers import Layers
 from vtp.export.plan import Plan
 from vtp.export.pruners.base import Pruner
 from vtp.export.reference import ReferenceAnswer, reference_generate
-from vtp.export.weights import fill
+from vtp.export.weights import fill, streamed
 from vtp.runtime.bundle import Bundle
 from vtp.runtime.preprocess import preprocess
 from vtp.runtime.result import Timings
@@ -46,30 +49,55 @@ class _Case:
     expanded: Tensor  # input_ids [1,T] with N placeholders
 
 
-def verify(bundle: Bundle, model: Checkpoint, plan: Plan, chains: Sequence[Chain]) -> dict[str, Any]:
+def verify(
+    bundle: Bundle, model: Checkpoint, plan: Plan, chains: Sequence[Chain], mode: str = "full"
+) -> dict[str, Any]:
     """Check a bundle on ONNX Runtime's CPU provider; returns the parity report for its manifest.
 
     Every keep-count's pruner is checked; generation is checked for the smallest and the largest keep-count.
-    Raises VtpError, naming the graph and the difference, when a check fails.
+    Mode "full" loads the torch model and the bundle whole; "layers" does the same with a few hundred MB of
+    weights in memory at a time, for fewer tokens, and compares what goes from layer to layer besides.
+    Raises VtpError, naming the graph (or its layer) and the difference, when a check fails.
     """
-    fill(model.family.model)
-    model.family.model.float()
+    with ExitStack() as stack:
+        layers = None
+        if mode == "layers":
+            stack.enter_context(streamed(model.family.model))
+            layers = Layers(bundle, plan, TOLERANCE[bundle.manifest.dtype])
+        else:
+            fill(model.family.model)
+            model.family.model.float()
+        runner = layers.runner if layers else StageRunner(bundle, "ort-cpu", None)
+        stack.callback(runner.close)
+        steps = LAYER_STEPS if layers else STEPS
+        found = _check_keeps(bundle, model, plan, chains, runner, steps, layers)
+    return {"mode": mode, "engine": "ort-cpu", "steps": steps, **found}
+
+
+def _check_keeps(
+    bundle: Bundle,
+    model: Checkpoint,
+    plan: Plan,
+    chains: Sequence[Chain],
+    runner: StageRunner,
+    steps: int,
+    layers: Layers | None,
+) -> dict[str, Any]:
+    """The parts of the report that are measured: "graphs", "generation" and, by layers, "layers"."""
     case = _case(bundle, model)
-    runner = StageRunner(bundle, "ort-cpu", None)
     by_keep = {chain[-1].keep: chain for chain in chains}
     keeps = bundle.manifest.visual.keep
     graphs: dict[str, Any] = {}
     generation: dict[str, Any] = {}
-    try:
-        for keep in keeps:
-            values = runner.prefill(keep, case.pixels, case.ids, case.image_start, Timings())
-            graphs.update(_check_graphs(bundle, plan, model, keep, values, skip=set(graphs)))
-            if keep in (keeps[0], keeps[-1]):
-                answer = _reference(model, case, by_keep.get(keep, ()), values, bundle)
-                generation[str(keep)] = _check_generation(runner, keep, values, answer, bundle.manifest.dtype)
-    finally:
-        runner.close()
-    return {"mode": "full", "engine": "ort-cpu", "steps": STEPS, "graphs": graphs, "generation": generation}
+    for keep in keeps:
+        values = runner.prefill(keep, case.pixels, case.ids, case.image_start, Timings())
+        graphs.update(_check_graphs(bundle, plan, model, keep, values, set(graphs), layers))
+        if keep in (keeps[0], keeps[-1]):
+            with layers.listening(*plan.caches) if layers else nullcontext():
+                answer = _reference(model, case, by_keep.get(keep, ()), values, bundle, steps)
+            generation[str(keep)] = _check_generation(runner, keep, values, answer, bundle, layers)
+    found = {"graphs": graphs, "generation": generation}
+    return {**found, "layers": layers.worst} if layers else found
 
 
 def _case(bundle: Bundle, model: Checkpoint) -> _Case:
@@ -88,7 +116,13 @@ def _case(bundle: Bundle, model: Checkpoint) -> _Case:
 
 
 def _check_graphs(
-    bundle: Bundle, plan: Plan, model: Checkpoint, keep: int, values: dict[str, Value], skip: set[str]
+    bundle: Bundle,
+    plan: Plan,
+    model: Checkpoint,
+    keep: int,
+    values: dict[str, Value],
+    skip: set[str],
+    layers: Layers | None,
 ) -> dict[str, Any]:
     """Compare every graph without a cache with its module, on the values that flowed through the bundle."""
     specs = {f"{spec.name}.onnx": spec for spec in plan.graphs if spec.name not in plan.caches}
@@ -100,7 +134,8 @@ def _check_graphs(
                 continue
             inputs = [values[stage.inputs[item.name]].numpy() for item in spec.inputs]
             outputs = {name: values[target].numpy() for name, target in stage.outputs.items()}
-            with emitting(model.family.decoder.model, model.family.tower), torch.no_grad():
+            listening = layers.listening(spec.name) if layers else nullcontext()
+            with emitting(model.family.decoder.model, model.family.tower), torch.no_grad(), listening:
                 report[spec.name] = _compare(spec, inputs, outputs, bundle.manifest.dtype)
     return report
 
@@ -209,7 +244,7 @@ def chosen(
 
 
 def _reference(
-    model: Checkpoint, case: _Case, chain: Chain, values: dict[str, Value], bundle: Bundle
+    model: Checkpoint, case: _Case, chain: Chain, values: dict[str, Value], bundle: Bundle, steps: int
 ) -> ReferenceAnswer:
     with torch.no_grad():
         return reference_generate(
@@ -217,7 +252,7 @@ def _reference(
             chosen(bundle, chain, values, model.family.places()),
             case.expanded,
             torch.from_numpy(case.pixels).float(),
-            max_new_tokens=STEPS,
+            max_new_tokens=steps,
             eos_ids=(),
             positions=bundle.manifest.method.positions,
             image_size=bundle.manifest.image.image_size if bundle.manifest.image.image_height else None,
@@ -226,9 +261,15 @@ def _reference(
 
 
 def _check_generation(
-    runner: StageRunner, keep: int, values: dict[str, Value], answer: ReferenceAnswer, dtype: str
+    runner: StageRunner,
+    keep: int,
+    values: dict[str, Value],
+    answer: ReferenceAnswer,
+    bundle: Bundle,
+    layers: Layers | None,
 ) -> dict[str, Any]:
     """Feed the reference's tokens to the bundle step by step and compare logits and greedy choices."""
+    dtype = bundle.manifest.dtype
     logits = values["logits"].numpy()[0, 0]
     position = int(values["next_position"].numpy()[0])
     worst, equal, undecided = 0.0, 0, False
@@ -244,6 +285,8 @@ def _check_generation(
             )
         if number + 1 < len(answer.token_ids):
             logits = runner.step(keep, token, position + number)
+            if layers:
+                layers.check_step(number + 1)
     if not worst <= TOLERANCE[dtype]:
         raise VtpError(
             f"fidelity check failed: logits at {keep} kept differ from torch's by {worst:.2g} "

@@ -149,7 +149,7 @@ def _shards(sizes: Mapping[str, int], most: int) -> list[list[str]]:
 
 def _write_shard(out: BinaryIO, sizes: Mapping[str, tuple[int, ...]], dtype: str, seed: int) -> None:
     """The safetensors format: length of the header, the header, then the tensors one after the other."""
-    import numpy as np
+    import torch
 
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -159,21 +159,21 @@ def _write_shard(out: BinaryIO, sizes: Mapping[str, tuple[int, ...]], dtype: str
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     out.write(len(text).to_bytes(8, "little") + text)
-    rng = np.random.default_rng(seed)
+    generator = torch.Generator().manual_seed(seed)
     for name, size in sizes.items():
-        for piece in _draw(rng, name, size):
-            out.write(piece.astype(dtype).tobytes())
+        for piece in _draw(generator, name, size):
+            out.write(piece.to(getattr(torch, dtype)).numpy())
 
 
-def _draw(rng: Any, name: str, size: tuple[int, ...]) -> Iterator[Any]:
+def _draw(generator: Any, name: str, size: tuple[int, ...]) -> Iterator[Any]:
     """The numbers of one tensor, float32, in pieces: scales of norms lie around 1, all else around 0."""
-    import numpy as np
+    import torch
 
     middle = 1.0 if len(size) == 1 and name.endswith("weight") else 0.0
     left = math.prod(size)
     while left:
         count = min(left, _PIECE)
-        yield rng.standard_normal(count, dtype=np.float32) * np.float32(_SCALE) + np.float32(middle)
+        yield torch.empty(count).normal_(middle, _SCALE, generator=generator)
         left -= count
 
 

@@ -19,13 +19,14 @@ from onnx import helper
 from vtp.engines import Binding, Engine, TensorSpec, Value, VtpError
 from vtp.engines.ort import OrtEngine, OrtValue
 
-SLICE_BYTES = 1 << 28  # stored weights that are open at a time; a larger layer is a slice of its own
+SLICE_BYTES = 1 << 27  # stored weights that are open at a time; a larger layer is a slice of its own
 
 
 class SlicedEngine(Engine):
     """One graph behind the Engine interface; every run opens its slices one after the other.
 
-    borders  layer -> the hidden states that went into it in the latest run, from the graph's second layer on
+    borders  layer -> the hidden states that went into it in the latest run; of the first layer, the graph's
+             first input
     """
 
     def __init__(self, path: Path, layers: str = "", threads: int | None = None) -> None:
@@ -57,10 +58,14 @@ class SlicedEngine(Engine):
             engine = OrtEngine(file, threads=self._threads)
             try:
                 given = {name: into[name] for name in engine.outputs if name in into}
-                values.update(engine.run({name: values[name] for name in engine.inputs}, given))
+                found = engine.run({name: values[name] for name in engine.inputs}, given)
+                # A value that ONNX Runtime made keeps the memory of its session, weights and all.
+                values.update({name: into.get(name) or self.put(found[name].numpy()) for name in found})
+                del found
             finally:
                 engine.close()
-        self.borders = {layer: values[name].numpy() for layer, name in self._borders.items()}
+        places = {0: next(iter(self.inputs)), **self._borders}
+        self.borders = {layer: values[name].numpy() for layer, name in places.items()}
         return {name: values[name] for name in self.outputs}
 
     def close(self) -> None:
@@ -81,9 +86,7 @@ class _SlicedBinding(Binding):
 def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
     tensor = value.type.tensor_type
     dtype = helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
-    return TensorSpec(
-        value.name, dtype, tuple(axis.dim_param or axis.dim_value for axis in tensor.shape.dim)
-    )
+    return TensorSpec(value.name, dtype, tuple(axis.dim_param or axis.dim_value for axis in tensor.shape.dim))
 
 
 class _Cut:

@@ -28,7 +28,8 @@ _TABLE_BYTES = 1 << 26  # the same for embeddings: tables of positions are read 
 _FLOATING = ("F64", "F32", "F16", "BF16")
 _ONE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
-# Storage of a stand-in -> where its numbers are. Entries live as long as the Weights that made them.
+# Storage of a stand-in -> where its numbers are. Entries live as long as the Weights that made them,
+# and these as long as the model.
 _sources: WeakValueDictionary[int, Source] = WeakValueDictionary()
 
 

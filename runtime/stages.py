@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -373,8 +374,12 @@ class StageRunner:
                     return _single(self._bundle.manifest.graphs[info.file].inputs[name], self._batch)
         raise VtpError("no step of this bundle reads 'position_ids'; export the bundle again")
 
+    def open_engine(self, file: str) -> Engine:
+        """Open the graph of one stage."""
+        return open_stage(self._bundle, file, self._engine, self._threads, self._opening)
+
     def _open(self, file: str) -> None:
-        engine = open_stage(self._bundle, file, self._engine, self._threads, self._opening)
+        engine = self.open_engine(file)
         graph = self._bundle.manifest.graphs[file]
         _compare(file, "input", graph.inputs, engine.inputs)
         _compare(file, "output", graph.outputs, engine.outputs)

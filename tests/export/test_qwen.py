@@ -34,6 +34,7 @@ from vtp.export.graphs.rotary import AxesRotary
 from vtp.export.parity import STEPS
 from vtp.export.pruners import find_method
 from vtp.export.reference import reference_generate
+from vtp.export.weights import fill
 from vtp.runtime import Pipeline
 from vtp.runtime.build import profile_of
 from vtp.runtime.bundle import open_bundle
@@ -214,6 +215,7 @@ def test_the_tower_is_transformers(folders: Callable[[str], Any], name: str, siz
     """Features and cues of the graph's module against hooks in an unmodified model."""
     folder, torch_model = folders(name)
     made = checkpoint.load(folder, "float32", SIZES[size])
+    fill(made.family.model)
     pixels = torch.from_numpy(preprocess(noise(*SIZES[size]), made.image))
     family, names = made.family, ["image_features", "attention_scores", "vision_keys"]
     with torch.no_grad():

@@ -17,6 +17,7 @@ from vtp.export.chain import make_chains, site_of
 from vtp.export.exporter import Request, export
 from vtp.export.pruners.base import Pruner
 from vtp.export.reference import reference_generate
+from vtp.export.weights import fill
 from vtp.runtime import Pipeline
 from vtp.runtime.bundle import open_bundle
 from vtp.runtime.result import Timings
@@ -86,6 +87,7 @@ def test_merged_rows_of_float16_bundles_are_verified(tmp_path, model_path, name)
 def test_cues_equal_the_reference(bundles, model_path, name, keep):
     """The reference computes each cue its own way (eager attention, hooks); the module then chooses alike."""
     bundle, model = open_bundle(bundles(name)), checkpoint.load(model_path, "float32")
+    fill(model.family.model)
     method = getattr(curious, name)
     (chain,) = make_chains(method, model.family, [keep], {})
     case = parity._case(bundle, model)
@@ -177,7 +179,9 @@ def test_a_method_that_reads_the_prompt_keeps_other_tokens_for_other_prompts(bun
 
 @pytest.fixture(scope="module")
 def family(model_path):
-    return checkpoint.load(model_path, "float32").family
+    family = checkpoint.load(model_path, "float32").family
+    fill(family.model)
+    return family
 
 
 def lay_out(sites: tuple[tuple[int, int], ...]) -> type[Pruner]:

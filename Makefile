@@ -3,8 +3,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := build/demo
 EXTRAS := export,ort,dev
+OLDEST := build/oldest
+OLDEST_PYTHON ?= $(PYTHON)
+OLDEST_PINS := numpy==1.24.4 pillow==9.5.0 tokenizers==0.20.0 jinja2==3.1.6
 
-.PHONY: setup demo test test-trtrtx check accuracy methods bench scenes clean
+.PHONY: setup demo test test-trtrtx test-oldest check accuracy methods bench scenes clean
 
 setup: .venv/.installed  ## make .venv and install vtp into it
 
@@ -26,6 +29,18 @@ test: setup  ## the tests (CPU, no network), a file per process and core
 test-trtrtx: setup  ## every pruner graph built with TensorRT-RTX (installs it: 250 MB; needs no GPU)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[trtrtx]'
 	$(BIN)/python -m pytest -m trtrtx
+
+test-oldest: setup  ## the runtime on the oldest versions it serves, in build/oldest (OLDEST_PYTHON=python3.10 for JetPack 6's)
+	test -x $(OLDEST)/bin/python || $(OLDEST_PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check $(OLDEST_PINS) onnxruntime==1.17.0
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps .
+	$(BIN)/vtp-export --target jetpack6 --verify none -o $(OLDEST)/jetpack6 --overwrite
+	$(BIN)/vtp-export --verify none -o $(OLDEST)/ort --overwrite
+	$(BIN)/python tests/oldest.py write $(OLDEST)/jetpack6.json $(OLDEST)/jetpack6
+	$(BIN)/python tests/oldest.py write $(OLDEST)/ort.json $(OLDEST)/ort
+	$(OLDEST)/bin/python tests/oldest.py compare $(OLDEST)/jetpack6.json
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check onnxruntime==1.23.2
+	$(OLDEST)/bin/python tests/oldest.py compare $(OLDEST)/ort.json
 
 check: setup  ## format, lint, types
 	$(BIN)/ruff format --check .

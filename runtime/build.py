@@ -1,4 +1,4 @@
-"""vtp-build: TensorRT engines of every graph of a bundle, built and compared on the device that runs them."""
+"""vtp-build: TensorRT engines of a bundle's graphs, built and compared on the device that runs them."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from vtp.runtime.machine import Machine, look
 from vtp.runtime.manifest import SINGLE, GraphInfo
 from vtp.runtime.opening import ENGINES
 from vtp.runtime.sample import PROMPT
+from vtp.runtime.triton import write_repository
 
 PROG = "vtp-build"
 TARGETS = ("tensorrt", "jetpack6")  # those whose graphs TensorRT takes
@@ -43,7 +44,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog=PROG, description="Build a bundle's graphs with TensorRT, on the device itself.")
     add = parser.add_argument
     add("bundle", metavar="BUNDLE", help=f"a folder that vtp-export --target {' or '.join(TARGETS)} made")
-    add("--engine", required=True, metavar="NAME", help=f"one of {', '.join(LIBRARIES)}")
+    add("--engine", metavar="NAME", help=f"one of {', '.join(LIBRARIES)}")
+    add("--triton", metavar="DIR", help="write a model repository for NVIDIA's Triton server instead")
     add("-o", "--output", metavar="DIR", help=f"where engines are kept (default: BUNDLE/{ENGINES})")
     add("--workspace-mb", metavar="N", default="1024", help="memory for one layer (default: %(default)s)")
     add("--image", metavar="FILE", help="picture to compare engines on (default: one that is drawn)")
@@ -61,6 +63,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
+    if args.triton:
+        return _write_triton(args)
+    if args.engine is None:
+        raise UsageError(f"give --engine {' or '.join(LIBRARIES)}, or --triton DIR")
     if args.engine not in LIBRARIES:
         raise UsageError(f"unknown engine '{args.engine}'; choose one of {', '.join(LIBRARIES)}")
     if not (args.workspace_mb.isascii() and args.workspace_mb.isdecimal()):
@@ -83,6 +89,17 @@ def _run(args: argparse.Namespace) -> None:
     if failed:
         reason = failed[0]["gate"]["note"]
         raise VtpError(f"the engine of {failed[0]['graph']} does not answer as ONNX Runtime does: {reason}")
+
+
+def _write_triton(args: argparse.Namespace) -> None:
+    if args.engine:
+        raise UsageError("a Triton repository runs on ONNX Runtime; leave out --engine")
+    models = write_repository(open_bundle(args.bundle), Path(args.triton))
+    if args.json:
+        print(json.dumps({"repository": args.triton, "models": models}, indent=1))
+    else:
+        serve = f"tritonserver --model-repository {args.triton}"
+        print(f"{args.triton}: {', '.join(models)}\nserve it with: {serve}")
 
 
 def _row(one: BuiltGraph) -> dict[str, Any]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 from vtp.engines import Engine, open_graph
 from vtp.engines.trt import LIBRARIES
@@ -23,11 +26,14 @@ class Opening:
     engines           folder of built TensorRT engines; None: within the bundle
     allow_cpu_nodes   on CUDA, go on where nodes are left to the CPU
     cuda_graph        on CUDA, record single steps as a CUDA graph and replay it
+    image             who else runs the image stages: keep-count and pixel_values -> tensors by the
+                      pipeline's names; their graphs are then not opened here
     """
 
     engines: Path | None = None
     allow_cpu_nodes: bool = False
     cuda_graph: bool = False
+    image: Callable[[int, np.ndarray], Mapping[str, np.ndarray]] | None = None
 
 
 def open_stage(

@@ -149,12 +149,14 @@ class StageRunner:
         self._bundle = bundle
         self._engine = engine
         self._threads = threads
-        self._opening = opening
+        self._opening = opening or Opening()
         self._engines: dict[str, Engine] = {}
         self._caches: dict[str, KvCache] = {}
         self._batch = 1
         self._steps: dict[int, tuple[dict[str, Value], list[tuple[Stage, Binding]]]] = {}
-        for file in sorted(bundle.manifest.graphs, key=self._bytes, reverse=True):
+        image = self._opening.image
+        stages = [stage for stage in bundle.manifest.stages if image is None or stage.when != "image"]
+        for file in sorted({stage.file for stage in stages}, key=self._bytes, reverse=True):
             self._open(file)
 
     @property
@@ -329,7 +331,12 @@ class StageRunner:
             some = pictures[first : first + most]
             pixels = some[0] if len(some) == 1 else np.concatenate(some)
             values = {"pixel_values": put(pixels.astype(dtype, copy=False))}
-            self.run("image", keep, values, timings, seen if len(pictures) <= most else None)
+            if self._opening.image is None:
+                self.run("image", keep, values, timings, seen if len(pictures) <= most else None)
+            else:
+                with timings.measure("image"):
+                    given = self._opening.image(keep, values["pixel_values"].numpy())
+                values.update({name: put(array) for name, array in given.items()})
             runs.append(values)
         if len(runs) == 1:
             return runs[0]

@@ -1,10 +1,10 @@
 """Answers of bundles with whatever versions run this file: written by one environment, compared by another.
 
     python tests/oldest.py write FILE BUNDLE...      answers of this environment
-    python tests/oldest.py compare FILE              the same questions here; leaves with 1 where tokens differ
+    python tests/oldest.py compare FILE              the same questions here; 1 where answers differ
 
-Imports what the runtime needs and nothing else: no torch, no pytest. `make test-oldest` runs it with the oldest
-versions that docs/engines.md names.
+Imports what the runtime needs and nothing else: no torch, no pytest. `make test-oldest` runs it with the
+oldest versions that docs/engines.md names.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from vtp.runtime.memory import BundleMemory, bundle_memory
 PROG = "vtp-doctor"
 ORT_GPU_CUDA = 13  # PyPI's onnxruntime-gpu is built for it
 ORT_GPU_SM = 7.5
+NEW_OPERATORS = (10, 15)  # the TensorRT from which target tensorrt's operators are known
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -51,7 +52,12 @@ def examine(machine: Machine, bundle: Bundle | None = None, engines: list[Decisi
         "machine": dataclasses.asdict(machine),
         "engines": [dataclasses.asdict(decision) for decision in engines],
     }
-    advice = [*_advise_packages(machine, engines), *_advise_board(machine)]
+    target = bundle.manifest.target if bundle else None
+    advice = [
+        *_advise_packages(machine, engines),
+        *_advise_tensorrt(machine, target),
+        *_advise_board(machine),
+    ]
     if bundle:
         report["bundle"] = _bundle_report(machine, bundle, engines)
         advice += report["bundle"].pop("advice")
@@ -138,10 +144,27 @@ def _advise_gpu(machine: Machine, engines: list[Decision]) -> str:
     return f"to use the {device.name}: pip install 'vtp-edge[ort-gpu]' in place of onnxruntime"
 
 
+def _advise_tensorrt(machine: Machine, target: str | None) -> list[str]:
+    """Which target this machine's TensorRT reads, where a bundle is of another or there is none yet."""
+    version = machine.packages.get("tensorrt") or machine.tensorrt
+    if not version or not machine.cuda.devices:
+        return []
+    fitting = "tensorrt" if _version(version) >= NEW_OPERATORS else "jetpack6"
+    if target == fitting or (target == "jetpack6" and fitting == "tensorrt"):
+        return []
+    return [
+        f"for TensorRT {version} export with --target {fitting}, then: vtp-build BUNDLE --engine tensorrt"
+    ]
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(".")[:2] if part.isdecimal())
+
+
 def _advise_board(machine: Machine) -> list[str]:
     lines = []
     if machine.is_jetson and machine.power and "MAXN" not in machine.power:
-        lines.append("for full speed: sudo nvpmodel -m 0 (the board's largest mode), then sudo jetson_clocks")
+        lines.append("for full speed: sudo nvpmodel -m 0 (else the mode named MAXN), then sudo jetson_clocks")
     if machine.is_jetson and not machine.memory.swap:
         lines.append("no swap: building TensorRT engines on the board may run out of memory; add a swap file")
     return lines

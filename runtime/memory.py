@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vtp.engines.graph_memory import CACHE, graph_memory
+from vtp.engines.trt import LIBRARIES
 from vtp.runtime.bundle import Bundle
 from vtp.runtime.manifest import SINGLE, GraphInfo, Manifest
 
@@ -64,6 +65,9 @@ def bundle_memory(bundle: Bundle, engine: str, keep: int | None = None) -> Bundl
         _stage(bundle, file, graph, on_cpu, longest.get(file, {}))
         for file, graph in bundle.manifest.graphs.items()
     ]
+    if engine in LIBRARIES and bundle.manifest.target != "tensorrt":
+        # TensorRT writes in place what TensorScatter writes; another cache has two places that change roles.
+        stages = [replace(stage, cache=2 * stage.cache) for stage in stages]
     return BundleMemory(engine, stages, PROCESS if on_cpu else PROCESS + CUDA_CONTEXT)
 
 

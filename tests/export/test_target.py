@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from importlib import util
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -24,6 +25,7 @@ from ..conftest import MAX_LENGTH
 from .tensorrt_10_3 import refused
 from .tiny import save_tiny
 from .tiny_families import save_anyres
+from .tiny_split import save_idefics3, save_internvl
 
 ENGINE = "tensorrt-rtx"
 MISSING = util.find_spec("tensorrt_rtx") is None
@@ -133,10 +135,21 @@ def test_the_built_in_model_is_in_the_list(tmp_path: Path) -> None:
     assert [line for path in bundle.folder.glob("*.onnx") for line in refused(path)] == []
 
 
+# Family: how a tiny model of it is saved, and the picture it is exported for.
+FAMILIES: dict[str, tuple[Callable[[Path], Any], tuple[int, int]]] = {
+    "llava_next": (lambda path: save_anyres(path, kind="llava_next"), (56, 28)),
+    "llava_onevision": (lambda path: save_anyres(path, kind="llava_onevision"), (56, 28)),
+    "internvl": (save_internvl, (28, 56)),
+    "internvl_normed": (lambda path: save_internvl(path, decoder="qwen3", norm_type="rms_norm"), (28, 56)),
+    "idefics3": (save_idefics3, (56, 56)),
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["llava_next", "llava_onevision"])
+@pytest.mark.parametrize("kind", FAMILIES)
 def test_other_families_are_in_the_list(tmp_path: Path, kind: str) -> None:
-    save_anyres(tmp_path / "model", kind=kind)
+    save, size = FAMILIES[kind]
+    save(tmp_path / "model")
     wish = Request(
         tmp_path / "bundle",
         str(tmp_path / "model"),
@@ -144,7 +157,7 @@ def test_other_families_are_in_the_list(tmp_path: Path, kind: str) -> None:
         "9",
         target="jetpack6",
         max_length=192,
-        image_size=(56, 28),
+        image_size=size,
     )
     assert [line for path in export(wish).folder.glob("*.onnx") for line in refused(path)] == []
 

@@ -130,6 +130,31 @@ def test_the_report_of_a_jetson(tmp_path: Path) -> None:
     json.dumps(report)
 
 
+@pytest.mark.parametrize(
+    ("version", "target", "advice"),
+    [
+        ("10.3.0.30", None, "for TensorRT 10.3.0.30 export with --target jetpack6, then: vtp-build BUNDLE"),
+        ("10.3.0.30", "tensorrt", "--target jetpack6"),
+        ("10.16.1", "ort", "for TensorRT 10.16.1 export with --target tensorrt"),
+        ("10.16.1", "tensorrt", ""),
+        ("10.16.1", "jetpack6", ""),
+        ("", "ort", ""),
+    ],
+)
+def test_the_target_for_this_tensorrt_is_named(version: str, target: str | None, advice: str) -> None:
+    lines = doctor._advise_tensorrt(Machine(cuda=GPU, tensorrt=version), target)
+    assert bool(lines) == bool(advice) and advice in "".join(lines)
+    assert doctor._advise_tensorrt(Machine(cuda=NONE, tensorrt=version), target) == []
+
+
+def test_a_cache_that_tensorrt_cannot_write_in_place_counts_twice(exported: Callable[[str], Any]) -> None:
+    bundle = open_bundle(exported("adaptprune").folder)
+    once, twice = (
+        sum(stage.cache for stage in bundle_memory(bundle, name).stages) for name in ("ort-cuda", "tensorrt")
+    )
+    assert twice == 2 * once
+
+
 def test_both_runtimes_installed_is_said(tmp_path: Path) -> None:
     found = machine(tmp_path, {}, **{"onnxruntime": "1.31", "onnxruntime-gpu": "1.31"})
     assert "overwrite each other" in doctor.examine(found, engines=CPU_ONLY)["advice"][0]

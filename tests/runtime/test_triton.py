@@ -262,7 +262,7 @@ def test_the_front_answers_as_the_pipeline(
     ("change", "message"),
     [
         ({"IMAGE": None}, "IMAGE (the bytes of a picture file) and PROMPT are both needed"),
-        ({"IMAGE": np.zeros(9, np.uint8)}, "image"),
+        ({"IMAGE": np.zeros(9, np.uint8)}, "is not a picture that can be read"),
         ({"KEEP_TOKENS": np.array([4], np.int32)}, "keep_tokens 4 is not in this bundle, which holds 3, 6"),
         ({"PROMPT": np.array([b"\xff"], dtype=object)}, "PROMPT is not UTF-8"),
     ],

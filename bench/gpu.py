@@ -23,10 +23,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from vtp.bench.gpu_checks import CHECKS, Job
+from vtp.bench.gpu_checks import CHECKS, CPU, Job, checks_for
 from vtp.bench.gpu_device import CUDA, device_for, load_cuda_libraries, slug
 from vtp.bench.gpu_report import markdown
 from vtp.engines import UsageError, VtpError, engine_names
+from vtp.engines.trt import LIBRARIES
 from vtp.runtime.bundle import open_bundle
 from vtp.runtime.console import DONE, FAILED, Parser, Progress, run_command
 from vtp.runtime.machine import Machine, look
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="python -m vtp.bench.gpu", description="Checks and measurements on a GPU.")
     add = parser.add_argument
     add("--bundle", nargs="+", metavar="DIR", help=f"bundles, float16 (default: all in {BUNDLES})")
-    add("--engine", default=CUDA, help="default: %(default)s; ort-cpu runs everything without a GPU")
+    add("--engine", default=CUDA, help="default: %(default)s; tensorrt builds first; ort-cpu needs no GPU")
     add("--json", metavar="FILE", help="result, with a .md beside it (default: bench/results/HARDWARE.json)")
     add("--quick", action="store_true", help="few questions and rounds: does it run at all?")
     add("--limit", type=float, default=180, metavar="S", help="seconds of one check (default: %(default)s)")
@@ -72,7 +73,7 @@ def _run(args: argparse.Namespace) -> None:
     target = Path(args.json) if args.json else ROOT / "bench/results" / f"{slug(results['name'])}.json"
     examined = _examined(jobs)
     for name, job in jobs.items():
-        checks = [check for check in CHECKS if check != "accuracy" or name in examined]
+        checks = [check for check in checks_for(args.engine) if check != "accuracy" or name in examined]
         progress.step(f"{name}: {', '.join(checks)}")
         found = run_checks(job, checks, args.limit)
         results["bundles"][name] = {**dataclasses.asdict(job), "bundle": name, "checks": found}
@@ -91,7 +92,7 @@ def _jobs(args: argparse.Namespace) -> dict[str, Job]:
         raise UsageError(f"no bundle in {BUNDLES}; make some with: vtp-export --dtype float16 -o DIR")
     jobs = {}
     for folder, manifest in manifests.items():
-        if manifest.dtype == "float32" and args.engine == CUDA:
+        if manifest.dtype == "float32" and args.engine != CPU:
             continue  # the engine takes none: it is here as a reference
         if folder.name in jobs:
             raise UsageError(f"two bundles are called '{folder.name}'; results go by the folder's name")
@@ -181,7 +182,7 @@ def _child(job_text: str, checks: str, log: str) -> int:
 
 
 def _name(machine: Machine, engine: str) -> str:
-    if engine == CUDA:
+    if engine in (CUDA, *LIBRARIES):
         return machine.cuda.devices[0].name if machine.cuda.devices else "no GPU"
     return machine.processor or platform.machine()
 

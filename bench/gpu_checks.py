@@ -19,9 +19,13 @@ import numpy as np
 
 from vtp.bench.gpu_device import CUDA, Device
 from vtp.engines import Value, VtpError, choose_engine
+from vtp.engines.trt import LIBRARIES
 from vtp.runtime import Pipeline
+from vtp.runtime.build import build_bundle, compare_bundle
 from vtp.runtime.bundle import open_bundle
 from vtp.runtime.images import load_image
+from vtp.runtime.machine import look
+from vtp.runtime.opening import ENGINES, Opening
 from vtp.runtime.preprocess import preprocess
 from vtp.runtime.result import Timings
 from vtp.runtime.stages import StageRunner
@@ -60,16 +64,23 @@ class Answer:
     kept: dict[str, list[int]]
 
 
+def opening(cuda_graph: bool = False) -> Opening:
+    """Graphs are opened whatever is left to the CPU: `nodes` says what is."""
+    return Opening(allow_cpu_nodes=True, cuda_graph=cuda_graph)
+
+
 class Opened:
     """A bundle's stages on an engine, below the pipeline: every tensor can be looked at."""
 
-    def __init__(self, folder: str | Path, engine: str, keep: int | None = None) -> None:
+    def __init__(
+        self, folder: str | Path, engine: str, keep: int | None = None, cuda_graph: bool = False
+    ) -> None:
         """Open every graph, to be run at `keep` (None: its default). VtpError for what cannot run here."""
         self.bundle = open_bundle(folder)
         self.manifest = self.bundle.manifest
         choose_engine(engine, self.manifest.dtype, target=self.manifest.target)
         self.keep = keep or self.manifest.visual.default_keep
-        self.stages = StageRunner(self.bundle, engine, None)
+        self.stages = StageRunner(self.bundle, engine, None, opening(cuda_graph))
         self._prompter = Prompter(self.manifest.text, self.bundle.path("tokenizer.json"))
 
     def prefill(self, item: Item, timings: Timings | None = None) -> dict[str, Value]:
@@ -134,7 +145,7 @@ def times(job: Job, device: Device) -> dict[str, Any]:
                     seen.setdefault(stage, []).append(ms)
                 seen.setdefault("decode step", []).extend(steps)
         memory = device.used() - before
-    with Pipeline.load(job.bundle, engine=job.engine) as pipe:
+    with Pipeline.load(job.bundle, engine=job.engine, opening=opening()) as pipe:
         for number in range(WARM_UPS + job.rounds):
             result = pipe.generate(item.image, item.prompt, max_new_tokens=ANSWER_TOKENS)
             if number >= WARM_UPS:
@@ -258,8 +269,10 @@ def agreement(job: Job, device: Device) -> dict[str, Any]:
     return {"note": "; ".join(notes), "against": compared}
 
 
-def _answers(folder: str, engine: str, items: Sequence[Item], keep: int | None = None) -> list[Answer]:
-    with closing(Opened(folder, engine, keep)) as opened:
+def _answers(
+    folder: str, engine: str, items: Sequence[Item], keep: int | None = None, recorded: bool = False
+) -> list[Answer]:
+    with closing(Opened(folder, engine, keep, recorded)) as opened:
         return [opened.answer(item) for item in items]
 
 
@@ -299,7 +312,7 @@ def _disagreement(figures: dict[str, Any]) -> str:
 def accuracy(job: Job, device: Device) -> dict[str, Any]:
     """Right answers of the built-in model's exam, with the 95 % interval."""
     items = list(held_out(job.exam))
-    with Pipeline.load(job.bundle, engine=job.engine, reuse_image=True) as pipe:
+    with Pipeline.load(job.bundle, job.engine, reuse_image=True, opening=opening()) as pipe:
         right = sum(
             is_right(pipe.generate(one.image, one.prompt, max_new_tokens=ANSWER_TOKENS).text, one.answer)
             for one in items
@@ -307,11 +320,54 @@ def accuracy(job: Job, device: Device) -> dict[str, Any]:
     return {"note": "", "right": right, "questions": len(items), "interval": list(wilson(right, len(items)))}
 
 
+def engines(job: Job, device: Device) -> dict[str, Any]:
+    """Build the bundle's TensorRT engines where there are none yet; hold them against ONNX Runtime."""
+    bundle, machine = open_bundle(job.bundle), look()
+    folder = bundle.folder / ENGINES
+    made = compare_bundle(bundle, job.engine, build_bundle(bundle, job.engine, folder), machine)
+    gates = {one.file: one.engine.stamp.gate for one in made}
+    failed = [
+        f"{file}: {gate.get('note', 'not compared')}"
+        for file, gate in gates.items()
+        if not gate.get("passed")
+    ]
+    seconds = {one.file: round(one.seconds, 1) for one in made}
+    return {"note": "; ".join(failed), "gates": gates, "seconds": seconds}
+
+
+def cuda_graph(job: Job, device: Device) -> dict[str, Any]:
+    """Single steps replayed as a CUDA graph against plain ones: same tokens, milliseconds of both.
+
+    On another engine both are plain.
+    """
+    items = list(held_out(max(2, job.questions // 10)))
+    plain, graphed = (
+        _answers(job.bundle, job.engine, items, recorded=recorded) for recorded in (False, True)
+    )
+    compared = compare(graphed, plain)
+    ms = {}
+    for name, recorded in (("plain", False), ("graph", True)):
+        with closing(Opened(job.bundle, job.engine, cuda_graph=recorded)) as opened:
+            values = opened.prefill(items[0])
+            _steps(opened, values, WARM_UPS, device)
+            values = opened.prefill(items[0])
+            ms[name] = spread(_steps(opened, values, job.steps, device))
+    return {"note": compared["note"], "against": {"plain steps": compared}, "ms": ms}
+
+
 # In this order: `times` first, since on the CPU peak memory is the process's and only ever grows.
 CHECKS: dict[str, Callable[[Job, Device], dict[str, Any]]] = {
+    "engines": engines,
     "times": times,
     "nodes": nodes,
     "cache": cache,
     "agreement": agreement,
     "accuracy": accuracy,
+    "cuda_graph": cuda_graph,
 }
+
+
+def checks_for(engine: str) -> list[str]:
+    """Names of the checks that an engine takes: ONNX Runtime builds nothing, TensorRT has no providers."""
+    left_out = ("nodes", "cuda_graph") if engine in LIBRARIES else ("engines",)
+    return [name for name in CHECKS if name not in left_out]

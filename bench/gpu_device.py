@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from vtp.engines import VtpError
 from vtp.engines.cuda import load_driver
+from vtp.engines.trt import LIBRARIES
 
 CUDA = "ort-cuda"
 
@@ -79,7 +80,7 @@ class Cuda:
 
 def device_for(engine: str) -> Device:
     """The device that an engine runs on."""
-    return Cuda() if engine == CUDA else Cpu()
+    return Cuda() if engine in (CUDA, *LIBRARIES) else Cpu()
 
 
 def load_cuda_libraries(engine: str) -> None:

@@ -25,6 +25,7 @@ def markdown(results: Mapping[str, Any]) -> str:
         *_times(bundles),
         *_agreement(bundles),
         *_accuracy(bundles),
+        *_engines(bundles),
         *_nodes(bundles),
     ]
     return "\n\n".join(parts) + "\n"
@@ -47,6 +48,10 @@ def _times(bundles: Mapping[str, Any]) -> list[str]:
     for name, found in _ran(bundles, "times"):
         for stage, ms in found["ms"].items():
             rows.append([name, stage, f"{ms['median']:.3f}", f"{ms['low']:.3f} to {ms['high']:.3f}"])
+        graph = bundles[name]["checks"].get("cuda_graph", {}).get("ms", {})
+        for how, ms in graph.items():
+            spread = f"{ms['low']:.3f} to {ms['high']:.3f}"
+            rows.append([name, f"decode step, {how}", f"{ms['median']:.3f}", spread])
         rows.append([name, "memory added", f"{found['memory'] / 2**20:.0f} MiB", ""])
     if not rows:
         return []
@@ -58,14 +63,15 @@ def _agreement(bundles: Mapping[str, Any]) -> list[str]:
     rows = [
         [
             name,
-            f"ort-cpu, {against}",
+            f"{label}, {against}",
             f"{one['answers_equal']} of {one['questions']}",
             f"{one['cosine_min']:.6f}",
             f"{one['difference_max']:.4f}",
             f"{one['kept_equal']} of {one['questions']}",
             f"{one['kept_overlap']:.3f}",
         ]
-        for name, found in _ran(bundles, "agreement")
+        for check, label in (("agreement", "ort-cpu"), ("cuda_graph", "steps replayed"))
+        for name, found in _ran(bundles, check)
         for against, one in found["against"].items()
     ]
     header = ["bundle", "against", "equal answers", "least cosine", "largest difference"]
@@ -82,6 +88,23 @@ def _accuracy(bundles: Mapping[str, Any]) -> list[str]:
         for name, found in _ran(bundles, "accuracy")
     ]
     return ["## Accuracy", _table(["bundle", "right", "95 % interval, %"], rows)] if rows else []
+
+
+def _engines(bundles: Mapping[str, Any]) -> list[str]:
+    rows = [
+        [
+            name,
+            file,
+            f"{gate.get('cosine', 0):.6f}",
+            f"{gate.get('max_difference', 0):.4f}",
+            "yes" if gate.get("passed") else "no",
+            f"{found['seconds'][file]:.1f}",
+        ]
+        for name, found in _ran(bundles, "engines")
+        for file, gate in found["gates"].items()
+    ]
+    header = ["bundle", "graph", "least cosine", "largest difference", "usable", "seconds to build"]
+    return ["## Engines against ONNX Runtime", _table(header, rows)] if rows else []
 
 
 def _nodes(bundles: Mapping[str, Any]) -> list[str]:

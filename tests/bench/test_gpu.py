@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,11 @@ import pytest
 from vtp.bench import gpu, gpu_checks, gpu_device, gpu_report
 from vtp.bench.gpu_checks import Answer, Job
 from vtp.engines import VtpError
+from vtp.runtime.build import profiles_of
+from vtp.runtime.bundle import open_bundle
+from vtp.runtime.opening import ENGINES
+
+from ..engines.fake_trt import install, install_gpu, store
 
 ROOT = Path(__file__).parents[2]
 
@@ -46,7 +52,11 @@ def test_everything_runs_without_a_gpu(
     results = json.loads(target.read_text())
     bundle = results["bundles"]["float16"]
     checks = bundle["checks"]
-    assert list(checks) == list(gpu_checks.CHECKS)
+    assert (
+        list(checks)
+        == gpu_checks.checks_for("ort-cpu")
+        == [one for one in gpu_checks.CHECKS if one != "engines"]
+    )
     assert {one["status"] for name, one in checks.items() if name != "agreement"} == {"ok"}
     assert bundle["reference"] == "vispruner" and set(checks["agreement"]["against"]) == {
         "same bundle",
@@ -63,6 +73,39 @@ def test_everything_runs_without_a_gpu(
     assert target.with_suffix(".md").read_text() == gpu_report.markdown(results)
     printed = capsys.readouterr().out
     assert "## Where nodes run" in printed and "ONNX Runtime: " in printed
+
+
+def test_tensorrt_engines_are_built_compared_and_then_measured(
+    exported: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a stand-in for the library and the GPU."""
+    bundle = open_bundle(shutil.copytree(exported("jetpack6").folder, tmp_path / "bundle"))
+    install_gpu(monkeypatch)
+    install(monkeypatch)
+    for file, graph in bundle.manifest.graphs.items():
+        store(bundle.folder / ENGINES, bundle.path(file), profiles_of(graph))
+    job = Job(str(bundle.folder), "tensorrt", questions=2, rounds=1, steps=2)
+    assert gpu_checks.checks_for("tensorrt") == ["engines", "times", "cache", "agreement", "accuracy"]
+    checks = {
+        name: gpu_checks.CHECKS[name](job, gpu_device.Cpu()) for name in ("engines", "times", "agreement")
+    }
+    assert [one["note"] for one in checks.values()] == ["", "", ""]
+    assert set(checks["engines"]["gates"]) == set(bundle.manifest.graphs)
+    cache = gpu_checks.cache(job, gpu_device.Cpu())
+    assert cache["note"] == "" and cache["buffers"] == 6
+    page = gpu_report.markdown(
+        {
+            "name": "Orin",
+            "engine": "tensorrt",
+            "time": "now",
+            "machine": {},
+            "bundles": {"b": {"checks": {name: {"status": "ok", **one} for name, one in checks.items()}}},
+        }
+    )
+    assert (
+        "## Engines against ONNX Runtime" in page
+        and "| b | decoder.onnx | 1.000000 | 0.0000 | yes | 0.0 |" in page
+    )
 
 
 def test_float32_bundles_are_references_only_on_cuda(exported: Any) -> None:

@@ -156,7 +156,7 @@ class StageRunner:
         self._steps: dict[int, tuple[dict[str, Value], list[tuple[Stage, Binding]]]] = {}
         image = self._opening.image
         stages = [stage for stage in bundle.manifest.stages if image is None or stage.when != "image"]
-        for file in sorted({stage.file for stage in stages}, key=self._bytes, reverse=True):
+        for file in sorted(dict.fromkeys(stage.file for stage in stages), key=self._bytes, reverse=True):
             self._open(file)
 
     @property

@@ -5,9 +5,10 @@ DEMO := build/demo
 EXTRAS := export,ort,dev
 OLDEST := build/oldest
 OLDEST_PYTHON ?= $(PYTHON)
+TRITON_PYTHON ?= /usr/bin/python3
 OLDEST_PINS := numpy==1.24.4 pillow==9.5.0 tokenizers==0.20.0 jinja2==3.1.6
 
-.PHONY: setup demo test test-trtrtx test-oldest check accuracy methods bench scenes clean
+.PHONY: setup demo test test-trtrtx test-oldest test-triton check accuracy methods bench scenes clean
 
 setup: .venv/.installed  ## make .venv and install vtp into it
 
@@ -41,6 +42,14 @@ test-oldest: setup  ## the runtime on the oldest versions it serves, in build/ol
 	$(OLDEST)/bin/python tests/oldest.py compare $(OLDEST)/jetpack6.json
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check onnxruntime==1.23.2
 	$(OLDEST)/bin/python tests/oldest.py compare $(OLDEST)/ort.json
+
+test-triton: setup  ## a bundle on the real Triton server of nvidia-pytriton, in build/triton (wants the system's own python3)
+	test -x build/triton/bin/python || $(TRITON_PYTHON) -m venv build/triton
+	build/triton/bin/python -m pip install --quiet --disable-pip-version-check nvidia-pytriton==0.7.0 \
+	  onnxruntime pillow tokenizers jinja2
+	build/triton/bin/python -m pip install --quiet --disable-pip-version-check --no-deps .
+	$(BIN)/vtp-export --verify none -o build/triton/bundle --overwrite
+	build/triton/bin/python tests/triton_server.py build/triton/bundle
 
 check: setup  ## format, lint, types
 	$(BIN)/ruff format --check .

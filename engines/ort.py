@@ -151,7 +151,7 @@ class OrtEngine(Engine):
         """Inputs that a GPU session reads on the host, such as GroupQueryAttention's total length."""
         if self._device == "cpu":
             return []
-        if not hasattr(self._session, "get_input_memory_infos"):  # older than 1.23
+        if not hasattr(self._session, "get_input_memory_infos"):  # an older ONNX Runtime
             return [name for name, spec in self.inputs.items() if not spec.shape]
         places = self._session.get_input_memory_infos()
         return [name for name, place in zip(self.inputs, places, strict=True) if "cpu" in place.name.lower()]

@@ -18,7 +18,7 @@ _SHOWN = 5
 
 
 def record_assignment(options: Any) -> None:
-    """Let a session that is opened with these options remember where its nodes went (since 1.24)."""
+    """Let a session that is opened with these options remember where its nodes went (1.31 does)."""
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vtp.engines import open_graph
+from vtp.engines import choose_engine, open_graph
 from vtp.engines.errors import UsageError, VtpError
 from vtp.engines.trt import LIBRARIES, BuildOptions, Profile
 from vtp.engines.trt_build import Room, StoredEngine, set_gate, store_engine
@@ -21,6 +21,7 @@ from vtp.runtime.gate import run_gate
 from vtp.runtime.images import load_image
 from vtp.runtime.machine import Machine, look
 from vtp.runtime.manifest import SINGLE, GraphInfo
+from vtp.runtime.memory import bundle_memory
 from vtp.runtime.opening import ENGINES
 from vtp.runtime.sample import PROMPT
 from vtp.runtime.triton import write_repository
@@ -161,6 +162,7 @@ def compare_bundle(
     device = machine.cuda.devices[0].name
     if not again and all(one.engine.stamp.gate.get("device") == device for one in made):
         return made
+    _check_oracle(bundle, machine)
     plans = {one.file: one.engine.path for one in made}
     verdicts = run_gate(
         bundle,
@@ -174,6 +176,19 @@ def compare_bundle(
         for one in made
         if (gate := verdicts[one.file].to_gate(device))
     ]
+
+
+def _check_oracle(bundle: Bundle, machine: Machine) -> None:
+    """Refuse a comparison that ONNX Runtime cannot take part in; what was built stays."""
+    choose_engine("ort-cpu", target=bundle.manifest.target)
+    largest = max(bundle_memory(bundle, "ort-cpu").stages, key=lambda stage: stage.total)
+    free = machine.memory.usable + machine.memory.swap
+    if free and largest.total > free:
+        raise VtpError(
+            f"comparing the engine of {largest.file} with ONNX Runtime takes about "
+            f"{largest.total / 1e9:.1f} GB and {free / 1e9:.1f} are free, swap included; "
+            "add swap and run the same command again: the engines are built and kept"
+        )
 
 
 def profiles_of(graph: GraphInfo) -> list[Profile]:

@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 
 from vtp.engines import VtpError
+from vtp.engines.cuda import probe_cuda
 from vtp.engines.trt_build import read_stamp, set_gate
 from vtp.runtime import Pipeline, build, cli
 from vtp.runtime.bundle import Bundle, open_bundle
 from vtp.runtime.gate import Case, Verdict, cases, compare
+from vtp.runtime.machine import Machine, Memory
 from vtp.runtime.opening import Opening
 
 from ..engines.fake_trt import FakeMemory, install, install_gpu, store
@@ -144,6 +146,22 @@ def test_engines_of_another_gpu_version_or_graph_are_refused(
         plan.write_bytes(plan.read_bytes()[:20])
     with pytest.raises(VtpError, match=r"has 20 bytes of .*: it was cut off; rebuild it with"):
         load(bundle, folder)
+
+
+def test_a_comparison_that_does_not_fit_is_refused_and_engines_are_kept(
+    bundle: Bundle, memory: FakeMemory, tmp_path: Path
+) -> None:
+    plans = build_all(bundle, tmp_path)
+    made = [
+        build.BuiltGraph(file, build.StoredEngine(plan, read_stamp(plan), False), 0.0)
+        for file, plan in plans.items()
+    ]
+    small = Machine(memory=Memory(1 << 20, 1 << 20, swap=1 << 10), cuda=probe_cuda())
+    with pytest.raises(
+        VtpError, match=r"comparing the engine of \S+ with ONNX Runtime takes about .* add swap"
+    ):
+        build.compare_bundle(bundle, ENGINE, made, small)
+    assert all(plan.is_file() and not read_stamp(plan).gate for plan in plans.values())
 
 
 def test_without_a_gpu_nothing_is_compared_and_the_report_says_so(

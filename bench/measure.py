@@ -118,10 +118,10 @@ def _noting(shapes: Shapes) -> Iterator[None]:
     """Note the shapes that go into every stage run outside of decoding."""
     run = Stage.run
 
-    def noted(stage: Stage, values: dict[str, Any]) -> None:
+    def noted(stage: Stage, values: dict[str, Any], *more: Any) -> None:
         given = {name: values[source].shape for name, source in stage.info.inputs.items()}
         shapes.seen[stage.info.name] = stage.info.file, given
-        run(stage, values)
+        run(stage, values, *more)
 
     with mock.patch.object(Stage, "run", noted):
         yield

@@ -15,6 +15,7 @@ from vtp.bench.ceiling import open_ceilings
 from vtp.bench.energy import Meter
 from vtp.bench.flops import count
 from vtp.bench.resident import peak_resident, resident
+from vtp.bench.shape import Wanted, check
 from vtp.engines import UsageError, VtpError
 
 
@@ -139,6 +140,31 @@ def test_a_killed_child_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(VtpError, match="left with 1"):
         measure.in_child(measure.Task("bundle", "image", "prompt"))
+
+
+def wanted(tmp_path: Path, **changes: Any) -> Wanted:
+    known = {"shape": "llava-1.5-7b", "method": "vispruner", "keep": 64, "dtype": "float32"}
+    return Wanted(**{**known, "engine": "ort-cpu", "cache": tmp_path, **changes})
+
+
+def test_a_shape_too_large_is_refused_with_figures(tmp_path: Path) -> None:
+    with pytest.raises(VtpError, match=r"needs about \d\d\.\d GB of memory on ort-cpu; 8\.0 GB are free"):
+        check(wanted(tmp_path), room=8 * 10**9, disk=0)
+    with pytest.raises(VtpError, match=r"takes \d\d\.\d GB of disk .* 1\.0 GB are free"):
+        check(wanted(tmp_path), room=0, disk=10**9)
+    with pytest.raises(UsageError, match="unknown shape 'llava'"):
+        check(wanted(tmp_path, shape="llava"), room=0, disk=0)
+    with pytest.raises(UsageError, match="unknown dtype 'int2'"):
+        check(wanted(tmp_path, dtype="int2"), room=0, disk=0)
+
+
+def test_a_shape_that_is_there_needs_no_disk(tmp_path: Path) -> None:
+    here = wanted(tmp_path)
+    for folder, file in ((here.model, "config.json"), (here.bundle, "manifest.json")):
+        folder.mkdir()
+        (folder / file).touch()
+    check(here, room=0, disk=1)
+    assert here.bundle != wanted(tmp_path, method="none").bundle
 
 
 def test_ceilings_do_the_work_that_they_claim(tmp_path: Path) -> None:

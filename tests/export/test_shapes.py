@@ -19,7 +19,7 @@ from vtp.export.shapes import SHAPES, Shape, find_shape, tensor_shapes, write_sh
 from .tiny import text_config, vision_config
 
 
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=str)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 def test_the_parameters_of_a_shape_are_those_of_its_model(shape: Shape) -> None:
     sizes = tensor_shapes(shape.parts().config, shape.architecture)
     assert sum(math.prod(size) for size in sizes.values()) == shape.parameters

@@ -386,10 +386,10 @@ def test_the_last_tower_layer_is_not_in_the_graph(exported: Callable[[str], Any]
 
 # What the decoder graphs hold today; a new operator is a decision, for every engine must run it.
 DECODER_OPS = {
-    *("Add", "Cast", "Clip", "Concat", "Cos", "Expand", "Gather", "GatherElements", "Gemm", "Greater"),
-    *("GroupQueryAttention", "MatMul", "Mul", "RMSNormalization", "Range", "ReduceMean", "Reshape"),
-    *("RotaryEmbedding", "Shape", "Sigmoid", "Sin", "Slice", "Softmax", "Squeeze", "Sub", "Transpose"),
-    *("Unsqueeze", "Where"),
+    *("Add", "Cast", "Clip", "Concat", "Cos", "Expand", "Gather", "GatherElements", "Gemm"),
+    *("GroupQueryAttention", "LessOrEqual", "MatMul", "Mul", "Not", "RMSNormalization", "Range"),
+    *("ReduceMean", "Reshape", "RotaryEmbedding", "Shape", "Sigmoid", "Sin", "Slice", "Softmax"),
+    *("Squeeze", "Sub", "Transpose", "Unsqueeze", "Where"),
 }
 NEVER = {"Loop", "If", "Scan", "NonZero", "Compress", "GatherND", "Unique", "NonMaxSuppression", "SequenceAt"}
 

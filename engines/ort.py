@@ -214,7 +214,7 @@ def _open_session(path: Path, name: str, threads: int | None, cuda_graph: bool =
 
     options = ort.SessionOptions()
     options.log_severity_level = 4  # what goes wrong is raised; a log line as well would be said twice
-    # A bundle is several sessions in turn: one whose threads went on spinning would take the next one's cores.
+    # A bundle is several sessions in turn: threads that went on spinning would take the next one's cores.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     if threads:
         options.intra_op_num_threads = threads

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from vtp.engines import UsageError, VtpError
+from vtp.export.grouping import grouped
 
 BYTES = {"float16": 2, "float32": 4}
 SHARD_BYTES = 4 * 10**9
@@ -106,7 +107,7 @@ def write_weights(config: Any, architecture: str, folder: Path, dtype: str, seed
     sizes = tensor_shapes(config, architecture)
     config.architectures, config.dtype = [architecture], dtype
     config.save_pretrained(folder)
-    shards = _shards({name: math.prod(size) * BYTES[dtype] for name, size in sizes.items()}, SHARD_BYTES)
+    shards = grouped({name: math.prod(size) * BYTES[dtype] for name, size in sizes.items()}, SHARD_BYTES)
     if len(shards) == 1:
         files = ["model.safetensors"]
     else:
@@ -132,19 +133,6 @@ def tensor_shapes(config: Any, architecture: str) -> dict[str, tuple[int, ...]]:
     own = {name for name, _ in model.named_parameters()} | {name for name, _ in model.named_buffers()}
     state = {name: tensor for name, tensor in model.state_dict().items() if name in own}
     return {name: tuple(tensor.shape) for name, tensor in revert_weight_conversion(model, state).items()}
-
-
-def _shards(sizes: Mapping[str, int], most: int) -> list[list[str]]:
-    """Names in order, cut where a shard would exceed `most` bytes."""
-    shards: list[list[str]] = [[]]
-    filled = 0
-    for name, size in sizes.items():
-        if shards[-1] and filled + size > most:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled += size
-    return shards
 
 
 def _write_shard(out: BinaryIO, sizes: Mapping[str, tuple[int, ...]], dtype: str, seed: int) -> None:

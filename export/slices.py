@@ -18,6 +18,7 @@ from onnx import helper
 
 from vtp.engines import Binding, Engine, TensorSpec, Value, VtpError
 from vtp.engines.ort import OrtEngine, OrtValue
+from vtp.export.grouping import grouped
 
 SLICE_BYTES = 1 << 27  # stored weights that are open at a time; a larger layer is a slice of its own
 
@@ -156,15 +157,7 @@ class _Cut:
         sizes = dict.fromkeys(sorted(set(self.levels)), 0)
         for node, level in zip(self.model.graph.node, self.levels, strict=True):
             sizes[level] += sum(_bytes(self.weights[name]) for name in node.input if name in self.weights)
-        groups: list[list[int]] = [[]]
-        filled = 0
-        for level, size in sizes.items():
-            if groups[-1] and filled + size > SLICE_BYTES:
-                groups.append([])
-                filled = 0
-            groups[-1].append(level)
-            filled += size
-        return groups
+        return grouped(sizes, SLICE_BYTES)
 
     def _slice(self, levels: set[int]) -> onnx.ModelProto:
         graph = self.model.graph

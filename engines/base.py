@@ -32,6 +32,11 @@ class Value(Protocol):
         """Copy the tensor to the host."""
         ...
 
+    def view(self) -> np.ndarray:
+        """The tensor to be read on the host now: not copied where it lies there, so that the next update or
+        run may change what is seen."""
+        ...
+
     def update(self, array: np.ndarray) -> None:
         """Overwrite the tensor in place: same shape, same dtype, same address."""
         ...

@@ -30,23 +30,30 @@ _NO_GRAPH = -1
 
 
 class OrtValue:
-    """A tensor held by ONNX Runtime, on the CPU or on a CUDA device."""
+    """A tensor held by ONNX Runtime, on the CPU or on a CUDA device. `kind` is its dtype's name.
 
-    def __init__(self, raw: Any) -> None:
+    `memory` is the array that ONNX Runtime uses as the tensor, where it does.
+    """
+
+    def __init__(self, raw: Any, memory: np.ndarray | None = None) -> None:
         self.raw = raw
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.raw.shape())
+        # They never change, and asking takes as long as binding does.
+        self.shape: tuple[int, ...] = tuple(raw.shape())
+        self.kind = _DTYPES[raw.data_type()]
+        self._memory = memory
 
     @property
     def dtype(self) -> np.dtype:
-        return np.dtype(_DTYPES[self.raw.data_type()])
+        return np.dtype(self.kind)
 
     def numpy(self) -> np.ndarray:
         """Copy the tensor to the host."""
         # On the CPU, ONNX Runtime gives a view, into memory that it frees with the value.
-        return np.array(self.raw.numpy())
+        return np.array(self.raw.numpy() if self._memory is None else self._memory)
+
+    def view(self) -> np.ndarray:
+        """The tensor on the host: its own memory where that is an array, else a copy."""
+        return self.numpy() if self._memory is None else self._memory
 
     def update(self, array: np.ndarray) -> None:
         """Overwrite the tensor in place; VtpError for another shape or dtype (ONNX Runtime counts bytes)."""
@@ -55,7 +62,10 @@ class OrtValue:
                 f"a tensor {self.dtype}{list(self.shape)} cannot take {array.dtype}{list(array.shape)}; "
                 "give the same shape and dtype"
             )
-        self.raw.update_inplace(np.ascontiguousarray(array))
+        if self._memory is None:
+            self.raw.update_inplace(np.ascontiguousarray(array))
+        else:
+            self._memory[...] = array
 
 
 class OrtBinding(Binding):
@@ -106,17 +116,11 @@ class OrtEngine(Engine):
 
     def put(self, array: np.ndarray) -> OrtValue:
         """Copy a host array to the session's device."""
-        import onnxruntime as ort
-
-        # On the CPU, ONNX Runtime may share the array's memory: a copy keeps the value our own.
-        own = np.array(array, order="C", copy=True)
-        return OrtValue(ort.OrtValue.ortvalue_from_numpy(own, self._device, 0))
+        return self._hand_over(np.array(array, order="C", copy=True))
 
     def zeros(self, shape: Sequence[int], dtype: str) -> OrtValue:
         """Allocate a zeroed tensor on the session's device."""
-        import onnxruntime as ort
-
-        return OrtValue(ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype), self._device, 0))
+        return self._hand_over(np.zeros(shape, dtype))
 
     def bind(self, feeds: Mapping[str, Value], into: Mapping[str, Value]) -> OrtBinding:
         """Fix inputs and outputs; every output of the graph must be in `into`."""
@@ -146,6 +150,14 @@ class OrtEngine(Engine):
     def close(self) -> None:
         """Drop the session and its weights."""
         self._session = None
+
+    def _hand_over(self, array: np.ndarray) -> OrtValue:
+        """A value made of an array that nobody else holds."""
+        import onnxruntime as ort
+
+        raw = ort.OrtValue.ortvalue_from_numpy(array, self._device, 0)
+        shared = self._device == "cpu" and raw.data_ptr() == array.__array_interface__["data"][0]
+        return OrtValue(raw, array if shared else None)
 
     def _read_on_host(self) -> list[str]:
         """Inputs that a GPU session reads on the host, such as GroupQueryAttention's total length."""
@@ -186,7 +198,7 @@ def _check(kind: str, spec: TensorSpec, value: Value) -> None:
     fits = len(shape) == len(spec.shape) and all(
         isinstance(want, str) or want == have for want, have in zip(spec.shape, shape, strict=True)
     )
-    if not fits or str(value.dtype) != spec.dtype:
+    if not fits or value.kind != spec.dtype:  # type: ignore[attr-defined]
         raise VtpError(
             f"{kind} '{spec.name}' is bound to {value.dtype}{list(shape)}; "
             f"the graph wants {spec.dtype}{list(spec.shape)}"

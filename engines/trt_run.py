@@ -69,6 +69,10 @@ class TrtValue:
         self._memory.to_host(array, self.address)
         return array
 
+    def view(self) -> np.ndarray:
+        """A copy: the tensor lies on the device."""
+        return self.numpy()
+
     def update(self, array: np.ndarray) -> None:
         """Overwrite the tensor; VtpError for another shape or dtype."""
         if array.shape != self.shape or array.dtype != self.dtype:

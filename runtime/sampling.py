@@ -52,14 +52,16 @@ class Sampler:
         """
         if logits.ndim != 1 or not logits.size:
             raise VtpError(f"the sampler takes one row of logits, not an array of shape {list(logits.shape)}")
-        if not np.isfinite(logits).all():
+        best = int(logits.argmax())
+        # A NaN counts as the largest, so two numbers tell of all: a mask of the vocabulary would cost more.
+        if not (math.isfinite(logits[best]) and math.isfinite(logits.min())):
             bad = int((~np.isfinite(logits)).sum())
             raise VtpError(
                 f"the model gave {bad} of {logits.size} logits that are NaN or infinite; export it with "
                 "--dtype float32, or run it on another engine"
             )
         if self.temperature == 0:
-            return int(logits.argmax())
+            return best
         kept, probabilities = self.distribution(logits)
         edges = np.cumsum(probabilities)
         place = np.searchsorted(edges, self._random.random() * edges[-1], side="right")

@@ -23,8 +23,8 @@ Seen = dict[tuple[str, int | None], dict[str, Value]]
 class KvCache:
     """One decoder stage's cache: a fixed buffer per layer, bound as past and as present.
 
-    Nothing is copied or reallocated between steps; of every row, `lengths` [B] tokens of `capacity` are
-    filled. `resize` makes it one of another batch.
+    Nothing is copied or reallocated between steps; of every row, `lengths` int32 [B] tokens of `capacity`
+    are filled, `length` of the longest. `resize` makes it one of another batch.
     """
 
     feeds: dict[str, Value]
@@ -39,11 +39,6 @@ class KvCache:
         self._engine = engine
         self._info = info
         self.resize(batch)
-
-    @property
-    def length(self) -> int:
-        """Tokens of the longest row."""
-        return int(self.lengths.max())
 
     def resize(self, batch: int) -> None:
         """Empty buffers for a batch of so many rows, in the place of those before."""
@@ -64,23 +59,24 @@ class KvCache:
 
     def reset(self) -> None:
         """Forget every token; the buffers stay as they are, for lengths bound what is read."""
-        self.lengths = np.zeros(self._seqlens.shape, np.int64)
+        self.lengths, self.length = np.zeros(self._seqlens.shape, np.int32), 0
 
     def advance(self, tokens: int | np.ndarray) -> None:
-        """Make room for `tokens` more, or [B] for every row its own.
+        """Make room for `tokens` more, or int32 [B] for every row its own.
 
         A row with 0 stays as long as it is, and its next token takes the place of its last. Raises VtpError
         past the capacity, before anything is written.
         """
         lengths = self.lengths + tokens
-        if lengths.max() > self.capacity:
+        longest = int(lengths.max())
+        if longest > self.capacity:
             raise VtpError(
-                f"{lengths.max()} tokens exceed this bundle's cache of {self.capacity}; "
+                f"{longest} tokens exceed this bundle's cache of {self.capacity}; "
                 "shorten the prompt, or export with a larger --max-length"
             )
-        self.lengths = lengths
-        self._seqlens.update((lengths - 1).astype(np.int32))
-        self._total.update(np.array(lengths.max(), np.int32))
+        self.lengths, self.length = lengths, longest
+        self._seqlens.update(lengths - 1)
+        self._total.update(np.array(longest, np.int32))
 
 
 @dataclass
@@ -234,21 +230,21 @@ class StageRunner:
         names: logits [B,1,V] and next_position [B] among them.
         """
         self._hold(len(rows))
-        lengths = np.array([len(row.ids) for row in rows], np.int64)
+        lengths = np.array([len(row.ids) for row in rows], np.int32)
         padding = lengths.max() - lengths
         ids = [[*row.ids, *[_PADDING] * int(short)] for row, short in zip(rows, padding, strict=True)]
         values = self._see(keep, pictures, timings, seen)
         put = self.any_engine.put
         values["input_ids"] = put(np.array(ids, np.int64))
         values["image_start"] = put(np.array([row.image_starts for row in rows], np.int64))
-        values["text_length"] = put(lengths)
+        values["text_length"] = put(lengths.astype(np.int64))
         self.run("prefill", keep, values, timings, padding=padding)
         if padding.any():  # graphs count it
             values["next_position"] = put(values["next_position"].numpy() - padding)
         return values
 
     def step(self, keep: int, token: int, position: int) -> np.ndarray:
-        """Feed one token at its position; returns the next logits float32 [V]."""
+        """Feed one token at its position; returns the next logits float32 [V]: see `step_rows`."""
         return self.step_rows(keep, [token], [position])[0]
 
     def step_rows(
@@ -258,25 +254,26 @@ class StageRunner:
         positions: Sequence[int] | np.ndarray,
         going: np.ndarray | None = None,
     ) -> np.ndarray:
-        """Feed one token a row at its position; returns the next logits float32 [B,V].
+        """Feed one token a row at its position; returns the next logits float32 [B,V], which the step after
+        that may overwrite.
 
         going  bool [B]: rows that go on; the others take up no more room, and their logits mean nothing
         """
         values, bindings = self._step_bindings(keep)
         values["input_ids"].update(np.array(tokens, np.int64)[:, None])
-        numbers = values["position_ids"]  # a new token's position is the same number on every axis
-        each = np.array(positions, np.int64).reshape(-1, *[1] * (len(numbers.shape) - 1))
-        numbers.update(np.array(np.broadcast_to(each, numbers.shape)))
-        more = 1 if going is None else going.astype(np.int64)
+        numbers = np.empty(values["position_ids"].shape, np.int64)
+        numbers.T[...] = positions  # a new token's position is the same number on every axis
+        values["position_ids"].update(numbers)
+        more = 1 if going is None else going.astype(np.int32)
         for stage, binding in bindings:
             if stage.cache is not None:
                 stage.cache.advance(more)
             binding.run()
-        return values["logits"].numpy()[:, 0]
+        return values["logits"].view()[:, 0]
 
     def room(self) -> int:
-        """Tokens that still fit every cache, of the longest row."""
-        return int(self.rooms().min())
+        """Tokens that still fit every cache, of the longest row; 0 without any."""
+        return min((cache.capacity - cache.length for cache in self._caches.values()), default=0)
 
     def rooms(self) -> np.ndarray:
         """Tokens that still fit every cache, [B]; 0 without any."""

@@ -83,7 +83,7 @@ def run_bundle(bundle: Bundle, ids: torch.Tensor, seed: int, keep: int, steps: i
         run.tokens.append(int(run.logits[-1].argmax()))
         if len(run.tokens) == steps:
             break
-        run.logits.append(runner.step(keep, run.tokens[-1], position))
+        run.logits.append(runner.step(keep, run.tokens[-1], position).copy())
         position += 1
     run.lengths = {file: one.length for file, one in runner._caches.items()}
     runner.close()

@@ -1,6 +1,6 @@
 """vtp.engines: opens and runs ONE graph file. Knows no model, no pruner and no bundle."""
 
-from vtp.engines.base import Binding, Engine, TensorSpec, Value
+from vtp.engines.base import Binding, Engine, Held, TensorSpec, Value
 from vtp.engines.choose import (
     AUTO,
     Choice,
@@ -18,6 +18,7 @@ __all__ = [
     "Choice",
     "Decision",
     "Engine",
+    "Held",
     "TensorSpec",
     "UsageError",
     "Value",

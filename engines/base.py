@@ -52,6 +52,18 @@ class Binding(ABC):
         """Run the graph on what the bound inputs hold now; the bound outputs hold the answer."""
 
 
+class Held:
+    """A graph with some inputs and outputs at fixed places; every run brings the others."""
+
+    def __init__(self, engine: Engine, feeds: Mapping[str, Value], into: Mapping[str, Value]) -> None:
+        self._engine = engine
+        self._feeds, self._into = dict(feeds), dict(into)
+
+    def run(self, feeds: Mapping[str, Value]) -> dict[str, Value]:
+        """Run once with the inputs that are not held; as `Engine.run`."""
+        return self._engine.run({**self._feeds, **feeds}, self._into)
+
+
 class Engine(ABC):
     """One opened graph. Not safe for use from several threads at once."""
 
@@ -73,6 +85,10 @@ class Engine(ABC):
     @abstractmethod
     def run(self, feeds: Mapping[str, Value], into: Mapping[str, Value] | None = None) -> dict[str, Value]:
         """Run once. Outputs named in `into` are written there, the others are allocated; all are returned."""
+
+    def hold(self, feeds: Mapping[str, Value], into: Mapping[str, Value]) -> Held:
+        """Fix some inputs and outputs for many runs, such as a cache: an engine may do it once for all."""
+        return Held(self, feeds, into)
 
     @abstractmethod
     def close(self) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vtp.engines.base import Binding, Engine, TensorSpec, Value
+from vtp.engines.base import Binding, Engine, Held, TensorSpec, Value
 from vtp.engines.errors import VtpError
 from vtp.engines.placement import record_assignment, refuse_cpu_nodes
 
@@ -30,7 +30,7 @@ _NO_GRAPH = -1
 
 
 class OrtValue:
-    """A tensor held by ONNX Runtime, on the CPU or on a CUDA device. `kind` is its dtype's name.
+    """A tensor held by ONNX Runtime, on the CPU or on a CUDA device.
 
     `memory` is the array that ONNX Runtime uses as the tensor, where it does.
     """
@@ -39,12 +39,8 @@ class OrtValue:
         self.raw = raw
         # They never change, and asking takes as long as binding does.
         self.shape: tuple[int, ...] = tuple(raw.shape())
-        self.kind = _DTYPES[raw.data_type()]
+        self.dtype = np.dtype(_DTYPES[raw.data_type()])
         self._memory = memory
-
-    @property
-    def dtype(self) -> np.dtype:
-        return np.dtype(self.kind)
 
     def numpy(self) -> np.ndarray:
         """Copy the tensor to the host."""
@@ -88,6 +84,38 @@ class OrtBinding(Binding):
         _run(self._session, self._io, self._options)
 
 
+class OrtHeld(Held):
+    """A session with some inputs and outputs bound for good; the others are bound for every run."""
+
+    def __init__(self, engine: OrtEngine, feeds: Mapping[str, Value], into: Mapping[str, Value]) -> None:
+        super().__init__(engine, feeds, into)
+        self._session = engine._opened()  # what is bound must not outlive it
+        self._io = self._session.io_binding()
+        self._opened, self._bind_inputs, self._device = engine._opened, engine._bind_inputs, engine._device
+        engine._bind_inputs(self._io, [name for name in engine.inputs if name in feeds], feeds)
+        engine._bind_outputs(self._io, into)
+        # What the host reads was copied from the GPU when it was bound: it is bound again for every run.
+        self._hosted = {name: feeds[name] for name in engine._read_on_host() if name in feeds}
+        self._others = [name for name in engine.inputs if name not in feeds]
+        self._allocated = [name for name in engine.outputs if name not in into]
+        self._options = None if engine._graphs is None else _run_options(_NO_GRAPH)
+
+    def run(self, feeds: Mapping[str, Value]) -> dict[str, Value]:
+        """Run once; outputs that are not held are allocated by ONNX Runtime on the device."""
+        session, io = self._opened(), self._io
+        self._bind_inputs(io, self._hosted, self._hosted)
+        self._bind_inputs(io, self._others, feeds)
+        for name in self._allocated:
+            io.bind_output(name, self._device)
+        _run(session, io, self._options)
+        # In the order in which they were bound first: those that are held come before.
+        raws = io.get_outputs()[len(self._into) :]
+        return {
+            **self._into,
+            **{name: OrtValue(raw) for name, raw in zip(self._allocated, raws, strict=True)},
+        }
+
+
 class OrtEngine(Engine):
     """One graph in an ONNX Runtime session. `name` is "ort-cpu" or "ort-cuda"."""
 
@@ -127,7 +155,8 @@ class OrtEngine(Engine):
         missing = sorted(set(self.outputs) - set(into))
         if missing:
             raise VtpError(f"no place is bound for output '{missing[0]}'; bind every output of the graph")
-        io = self._bind_inputs(feeds)
+        io = self._opened().io_binding()
+        self._bind_inputs(io, self.inputs, feeds)
         self._bind_outputs(io, into)
         hosted = {name: feeds[name].raw for name in self._read_on_host()}  # type: ignore[attr-defined]
         options = None if self._graphs is None else _run_options(next(self._graphs))
@@ -136,16 +165,11 @@ class OrtEngine(Engine):
 
     def run(self, feeds: Mapping[str, Value], into: Mapping[str, Value] | None = None) -> dict[str, Value]:
         """Run once; outputs that are not in `into` are allocated by ONNX Runtime on the device."""
-        into = into or {}
-        io = self._bind_inputs(feeds)
-        self._bind_outputs(io, into)
-        allocated = [name for name in self.outputs if name not in into]
-        for name in allocated:
-            io.bind_output(name, self._device)
-        _run(self._session, io, None if self._graphs is None else _run_options(_NO_GRAPH))
-        # In the order of binding: first those in `into`.
-        raws = io.get_outputs()[len(into) :]
-        return {**into, **{name: OrtValue(raw) for name, raw in zip(allocated, raws, strict=True)}}
+        return self.hold({}, into or {}).run(feeds)
+
+    def hold(self, feeds: Mapping[str, Value], into: Mapping[str, Value]) -> OrtHeld:
+        """Bind some inputs and outputs once, for runs that bring the others."""
+        return OrtHeld(self, feeds, into)
 
     def close(self) -> None:
         """Drop the session and its weights."""
@@ -168,18 +192,21 @@ class OrtEngine(Engine):
         places = self._session.get_input_memory_infos()
         return [name for name, place in zip(self.inputs, places, strict=True) if "cpu" in place.name.lower()]
 
-    def _bind_inputs(self, feeds: Mapping[str, Value]) -> Any:
+    def _opened(self) -> Any:
         if self._session is None:
             raise VtpError("this engine is closed; open the graph again")
-        io = self._session.io_binding()
-        for name, spec in self.inputs.items():
+        return self._session
+
+    def _bind_inputs(self, io: Any, names: Iterable[str], feeds: Mapping[str, Value]) -> None:
+        """Bind the inputs `names`; VtpError for one that is missing or does not fit."""
+        for name in names:
             if name not in feeds:
                 raise VtpError(f"input '{name}' is missing; the graph takes {', '.join(self.inputs)}")
-            _check("input", spec, feeds[name])
+            _check("input", self.inputs[name], feeds[name])
             io.bind_ortvalue_input(name, feeds[name].raw)  # type: ignore[attr-defined]
-        return io
 
     def _bind_outputs(self, io: Any, into: Mapping[str, Value]) -> None:
+        """Bind outputs to places; VtpError for one that the graph does not have or that does not fit."""
         for name, value in into.items():
             if name not in self.outputs:
                 raise VtpError(f"the graph has no output '{name}'; it gives {', '.join(self.outputs)}")
@@ -198,7 +225,7 @@ def _check(kind: str, spec: TensorSpec, value: Value) -> None:
     fits = len(shape) == len(spec.shape) and all(
         isinstance(want, str) or want == have for want, have in zip(spec.shape, shape, strict=True)
     )
-    if not fits or value.kind != spec.dtype:  # type: ignore[attr-defined]
+    if not fits or value.dtype != spec.dtype:
         raise VtpError(
             f"{kind} '{spec.name}' is bound to {value.dtype}{list(shape)}; "
             f"the graph wants {spec.dtype}{list(spec.shape)}"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vtp.engines import Binding, Engine, Value, VtpError
+from vtp.engines import Binding, Engine, Held, Value, VtpError
 from vtp.engines.trt import LIBRARIES
 from vtp.runtime.bundle import Bundle
 from vtp.runtime.manifest import GraphInfo, KvInfo, StageInfo, TensorInfo
@@ -29,6 +29,7 @@ class KvCache:
 
     feeds: dict[str, Value]
     into: dict[str, Value]
+    _held: Held | None
 
     def __init__(self, engine: Engine, info: KvInfo, batch: int = 1) -> None:
         if info.lengths != "seqlens_k":
@@ -42,7 +43,8 @@ class KvCache:
 
     def resize(self, batch: int) -> None:
         """Empty buffers for a batch of so many rows, in the place of those before."""
-        self.feeds, self.into = {}, {}  # before new ones are made: two sets may be too much
+        self._held = None  # before new buffers are made: two sets may be too much
+        self.feeds, self.into = {}, {}
         info, zeros = self._info, self._engine.zeros
         shape = (batch, info.heads, info.capacity, info.head_dim)
         slots = [f"{layer}.{part}" for layer in info.layers for part in ("key", "value")]
@@ -55,7 +57,13 @@ class KvCache:
             "total_sequence_length": self._total,
         }
         self.into = {f"present.{slot}": buffer for slot, buffer in buffers.items()}
+        self._held = self._engine.hold(self.feeds, self.into)
         self.reset()
+
+    def run(self, feeds: Mapping[str, Value]) -> dict[str, Value]:
+        """Run the engine on the cache, with what else it reads; `advance` comes first."""
+        assert self._held is not None  # held since the last `resize`
+        return self._held.run(feeds)
 
     def reset(self) -> None:
         """Forget every token; the buffers stay as they are, for lengths bound what is read."""
@@ -93,11 +101,12 @@ class Stage:
 
         Of every row [B] the last `padding` tokens are none.
         """
-        feeds, into = self._feeds(values), {}
-        if self.cache is not None:
+        feeds = self._feeds(values)
+        if self.cache is None:
+            outputs = self.engine.run(feeds)
+        else:
             self.cache.advance(self._sequence(feeds) - padding)
-            feeds, into = {**feeds, **self.cache.feeds}, self.cache.into
-        outputs = self.engine.run(feeds, into)
+            outputs = self.cache.run(feeds)
         for name, target in self.info.outputs.items():
             values[target] = outputs[name]
 

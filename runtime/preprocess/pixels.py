@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -45,6 +46,7 @@ def values_of(image: Image.Image, spec: ImageSpec) -> np.ndarray:
     return result
 
 
+@lru_cache(maxsize=8)
 def _value_table(spec: ImageSpec) -> np.ndarray:
     """What each uint8 value becomes in each channel: float32 [3, 256].
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vtp.engines import VtpError
-from vtp.export.families import find_family
+from vtp.engines import UsageError, VtpError
+from vtp.export.families import families, find_family
 from vtp.export.families.base import Family
 from vtp.export.weights import Weights
 from vtp.runtime.preprocess import ImageSpec, spec_from_processor
@@ -79,14 +79,19 @@ def read_config(folder: Path) -> dict[str, Any]:
     return _read_json(folder / "config.json", f"{folder} is not a model folder: it has no config.json")
 
 
-def check(folder: Path) -> type[Family]:
+def check(folder: Path, frames: int | None = None) -> type[Family]:
     """The family that serves the model in `folder`, found without loading the model.
 
-    Raises VtpError for an unsupported architecture and for missing files.
+    frames  of the videos that it is to answer about; None: pictures
+
+    Raises VtpError for an unsupported architecture and for missing files, UsageError for a family without
+    videos.
     """
     config = read_config(folder)
     family = find_family(config)
     family.check(config)
+    if frames is not None:
+        family = _of_clips(family)
     if not any(folder.glob("*.safetensors")):
         raise VtpError(
             f"{folder} has no *.safetensors; vtp loads no pickled weights: convert the model first"
@@ -97,8 +102,22 @@ def check(folder: Path) -> type[Family]:
     return family
 
 
+def _of_clips(family: type[Family]) -> type[Family]:
+    if family.clips is None:
+        others = ", ".join(one.name for one in families() if one.clips)
+        raise UsageError(
+            f"family {family.name} serves pictures, not videos: leave out --frames; families with videos: "
+            f"{others}"
+        )
+    return family.clips
+
+
 def load(
-    folder: Path, dtype: str, image_size: tuple[int, int] | None = None, fit: str = "letterbox"
+    folder: Path,
+    dtype: str,
+    image_size: tuple[int, int] | None = None,
+    fit: str = "letterbox",
+    frames: int | None = None,
 ) -> Checkpoint:
     """Build a model with transformers in `dtype` and gather what the bundle needs from its folder.
 
@@ -106,12 +125,14 @@ def load(
 
     image_size  (height, width) that the bundle is made for, and `fit`, what becomes of pictures that the
                 processor would lay out otherwise: see `spec_from_processor`.
+    frames      of the videos that it answers about; None: pictures.
 
     Raises VtpError for what `check` refuses, and for weights that do not fit the config; UsageError for an
     image size that the processor does not give.
     """
-    family_class = check(folder)
-    image = spec_from_processor(_processor_config(folder), image_size, fit)
+    family_class = check(folder, frames)
+    image = spec_from_processor(_processor_config(folder, family_class.media), image_size, fit)
+    image = replace(image, frames=frames)
     if image.kind not in family_class.image_kinds:
         raise VtpError(
             f"the image processor cuts pictures as kind '{image.kind}', family {family_class.name} takes "
@@ -210,17 +231,30 @@ def _chat_template(folder: Path, tokenizer: Any) -> str | None:
     return tokenizer.chat_template
 
 
-def _image_token(folder: Path, tokenizer: Any, token_id: int) -> str:
-    """The text of the image token: the tokenizer's or processor's own word for it, else the config's id."""
-    path = folder / "processor_config.json"
-    named = _read_json(path, "").get("image_token") if path.is_file() else None
-    token = getattr(tokenizer, "image_token", None) or (named if isinstance(named, str) else None)
-    return str(token or tokenizer.convert_ids_to_tokens(token_id))
+def _image_token(folder: Path, tokenizer: Any, family: Family) -> str:
+    """The text of the image token: the tokenizer's or processor's own word for it, else the config's id.
+
+    Of a family that answers about videos, the video token's.
+    """
+    path, name = folder / "processor_config.json", f"{family.media}_token"
+    named = _read_json(path, "").get(name) if path.is_file() else None
+    token = getattr(tokenizer, name, None) or (named if isinstance(named, str) else None)
+    return str(token or tokenizer.convert_ids_to_tokens(family.image_token_id))
 
 
-def _processor_config(folder: Path) -> dict[str, Any]:
-    """The file that holds the image processor's settings: its own, or the processor's with all its parts."""
+def _processor_config(folder: Path, media: str) -> dict[str, Any]:
+    """The file that holds the image processor's settings: its own, or the processor's with all its parts.
+
+    The settings for videos are looked for where transformers looks, in its order.
+    """
     own, shared = folder / "preprocessor_config.json", folder / "processor_config.json"
+    if media == "video":
+        whole = _read_json(shared, "") if shared.is_file() else {}
+        if isinstance(whole.get("video_processor"), dict):
+            return whole["video_processor"]
+        apart = folder / "video_preprocessor_config.json"
+        if apart.is_file():
+            return _read_json(apart, "")
     if own.is_file():
         return _read_json(own, "")
     return _read_json(shared, f"{folder} has no preprocessor_config.json")
@@ -233,7 +267,7 @@ def _text_spec(folder: Path, tokenizer: Any, family: Family) -> TextSpec:
     mark, text = family.image_text(tokenizer.convert_ids_to_tokens)
     return TextSpec(
         chat_template=family.template or _chat_template(folder, tokenizer),
-        image_token=_image_token(folder, tokenizer, family.image_token_id),
+        image_token=_image_token(folder, tokenizer, family),
         image_token_id=family.image_token_id,
         placeholder_ids=tuple(family.placeholder_ids),
         bos_token_id=tokenizer.bos_token_id,
@@ -241,6 +275,7 @@ def _text_spec(folder: Path, tokenizer: Any, family: Family) -> TextSpec:
         special_tokens=special,
         image_mark=mark,
         image_text=text,
+        media=family.media,
     )
 
 

@@ -53,6 +53,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="pictures of another shape: letterbox, stretch or refuse (default: %(default)s)",
     )
     add(
+        "--frames",
+        metavar="N",
+        help="make a bundle for videos instead of pictures: N frames of each are looked at",
+    )
+    add(
         "--verify",
         default="full",
         help="hold the bundle against torch: full; layers, for a model too large for the memory; none "
@@ -116,9 +121,10 @@ def _export(args: argparse.Namespace) -> None:
         method_options=args.method_option,
         target=args.target,
         dtype=args.dtype,
-        max_length=None if args.max_length is None else _whole(args.max_length),
+        max_length=None if args.max_length is None else _whole("max-length", args.max_length),
         image_size=None if args.image_size is None else _size(args.image_size),
         image_fit=args.image_fit,
+        frames=None if args.frames is None else _whole("frames", args.frames),
         verify=args.verify,
         overwrite=args.overwrite,
     )
@@ -146,9 +152,9 @@ def _fraction(text: str) -> float:
         raise UsageError(f"prune-ratio '{text}' is not a number from 0 to 1") from None
 
 
-def _whole(text: str) -> int:
+def _whole(name: str, text: str) -> int:
     if not (text.isascii() and text.isdecimal()):
-        raise UsageError(f"max-length '{text}' is not a whole number")
+        raise UsageError(f"{name} '{text}' is not a whole number")
     return int(text)
 
 
@@ -186,6 +192,7 @@ def _report(bundle: Bundle, output: Path) -> str:
     ]
     keeps = ", ".join(f"{manifest.visual.count} → {keep}" for keep in manifest.visual.keep)
     total = sum(info.bytes for info in manifest.files.values()) / 1e6
+    look = "--image PICTURE" if manifest.image.frames is None else "--video FOLDER"
     return "\n".join(
         [
             table(["stage", "file", "MB", "parity"], rows),
@@ -193,7 +200,7 @@ def _report(bundle: Bundle, output: Path) -> str:
             f"{manifest.method.name}: visual tokens {keeps}; {total:.1f} MB in {output}",
             *_generation_lines(manifest.parity),
             "",
-            f'next: vtp-run {output} --image PICTURE --prompt "what color is the star ?"',
+            f'next: vtp-run {output} {look} --prompt "what color is the star ?"',
         ]
     )
 

@@ -50,7 +50,9 @@ def describe(
         method=_method_info(chains, positions),
         target=target,
         dtype=dtype,
-        visual=VisualInfo(count, list(family.grid), keep, _default_keep(chains, keep, count)),
+        visual=VisualInfo(
+            count, list(family.grid), keep, _default_keep(chains, keep, count), list(family.frame_grid or ())
+        ),
         image=model.image,
         text=model.text,
         graphs={

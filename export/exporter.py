@@ -26,6 +26,7 @@ from vtp.runtime.preprocess import FITS
 from vtp.runtime.text import Prompter
 
 VERIFY = ("full", "layers", "none")
+MOST_FRAMES = 4096
 ROOM_FOR_TEXT = 1472  # tokens of prompt and answer beside the picture, where the model has the positions
 
 
@@ -44,6 +45,7 @@ class Request:
     max_length: int | None = None
     image_size: tuple[int, int] | None = None  # (height, width)
     image_fit: str = "letterbox"
+    frames: int | None = None  # of the videos that the bundle is for; None: pictures
     verify: str = "full"
     overwrite: bool = False
 
@@ -60,9 +62,9 @@ def export(request: Request, progress: Callable[[str], None] = lambda _: None) -
     check_output(request.output, request.overwrite)
     method, options, positions = _method(request)
     folder = checkpoint.resolve(request.model)
-    checkpoint.check(folder)
+    checkpoint.check(folder, request.frames)
     progress("load the model")
-    model = checkpoint.load(folder, dtype, request.image_size, request.image_fit)
+    model = checkpoint.load(folder, dtype, request.image_size, request.image_fit, request.frames)
     positions = _served_positions(request, model, positions)
     chains = _chains(request, model, method, options)
     max_length = _max_length(request, model)
@@ -102,6 +104,8 @@ def _check_request(request: Request) -> None:
     ):
         if value not in known:
             raise UsageError(f"unknown {name} '{value}'; choose one of {', '.join(filter(None, known))}")
+    if request.frames is not None and not 1 <= request.frames <= MOST_FRAMES:
+        raise UsageError(f"frames {request.frames} is outside 1 to {MOST_FRAMES}")
     if request.keep_tokens is not None and request.prune_ratio is not None:
         raise UsageError("give either --keep-tokens or --prune-ratio, not both")
     if request.keep_tokens is not None:

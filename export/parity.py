@@ -30,7 +30,7 @@ from vtp.export.weights import fill, streamed
 from vtp.runtime.bundle import Bundle
 from vtp.runtime.preprocess import preprocess
 from vtp.runtime.result import Timings
-from vtp.runtime.sample import PROMPT, sample_picture
+from vtp.runtime.sample import PROMPT, sample_for
 from vtp.runtime.stages import StageRunner
 from vtp.runtime.text import Prompter
 
@@ -104,8 +104,7 @@ def _case(bundle: Bundle, model: Checkpoint) -> _Case:
     prompter = Prompter(bundle.manifest.text, bundle.path("tokenizer.json"))
     prompt = prompter.encode(prompter.messages_for(PROMPT))
     image = bundle.manifest.image
-    size = image.image_size if image.image_height else image.fixed_size
-    pixels = preprocess(sample_picture(size), image)
+    pixels = preprocess(sample_for(image), image)
     start, width = prompt.image_start, model.family.placeholders
     expanded = [*prompt.ids[:start], *model.family.picture_ids, *prompt.ids[start + width :]]
     dtype = bundle.manifest.graphs["vision_encoder.onnx"].inputs["pixel_values"].dtype

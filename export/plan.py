@@ -96,8 +96,9 @@ class _Planner:
         vision_cues = {"vision": ("attention_scores", "vision_keys"), "projector": ("attention_scores",)}
         cues = [name for name in vision_cues.get(self.site, ()) if name in self.needs]
         outputs = ["image_features", *cues]
-        pixels = self._pixels_input()
-        self._add(GraphSpec("vision_encoder", self.family.vision_encoder(cues), [pixels], outputs))
+        chosen = self.site in ("vision", "projector")
+        encoder = self.family.vision_encoder(cues) if chosen else self.family.whole_encoder()
+        self._add(GraphSpec("vision_encoder", encoder, [self._pixels_input()], outputs))
         self._stage("vision_encoder", "image", ["pixel_values"], outputs)
         if self.site == "vision":
             self._feature_pruners("image", "image_features", "kept_features")
@@ -105,7 +106,7 @@ class _Planner:
         self._add(
             GraphSpec(
                 "projector",
-                self.family.projector(whole=self.site not in ("vision", "projector")),
+                self.family.projector(whole=not chosen),
                 [GraphInput("image_features", features, {0: BATCH, 1: VISUAL})],
                 ["image_embeds"],
             )

@@ -61,7 +61,8 @@ def reference_generate(
 
     pruner        a method's pruner, or one for every site in turn, or None
     input_ids     int64 [1,T] with N image placeholders.
-    pixel_values  float [1,3,H,W], or what the family's tower takes; cast to the model's dtype.
+    pixel_values  float [1,3,H,W], or what the family's tower takes ([F,3,H,W] of a clip's frames); cast to
+                  the model's dtype.
     positions     "compact" (pruned tokens never existed) or "original" (kept tokens keep their places and new
                   ones go on from T). Decoder sites always keep the original ones.
     image_size    (height, width) of the picture, for models that see it in several views: pixel_values are
@@ -117,7 +118,7 @@ class _Decoder:
         self.text: Any = parts.text
         self.ids = input_ids
         self.original = original
-        image = input_ids[0] == parts.model.config.image_token_id
+        image = input_ids[0] == parts.token_id
         self.image = image.nonzero().flatten()
         self.other = (~image).nonzero().flatten()
         self.kept = torch.arange(len(self.image))

@@ -29,6 +29,11 @@ class Seams:
         return self.model.model.vision_tower
 
     @property
+    def token_id(self) -> int:
+        """The id that stands for a visual token in transformers' prompt."""
+        return self.model.config.image_token_id
+
+    @property
     def text(self) -> Any:
         """The decoder's base model: .layers, .norm, .rotary_emb, .embed_tokens."""
         return self.model.model.language_model
@@ -137,6 +142,18 @@ class Seams:
             self.model.train(training)
             for part, name in zip(parts, before, strict=True):
                 part.set_attn_implementation(name)
+
+
+class FrameSeams(Seams):
+    """Those of videos: pixel_values are the frames [F,3,H,W] of one clip, which follow one another."""
+
+    @property
+    def token_id(self) -> int:
+        return self.model.config.video_token_id
+
+    def vision(self, pixel_values: Tensor, wanted: Collection[str]) -> dict[str, Tensor]:
+        cues = super().vision(pixel_values, wanted)
+        return {name: values.flatten(0, 1).unsqueeze(0) for name, values in cues.items()}
 
 
 class TiledSeams(Seams):

@@ -73,6 +73,8 @@ def _run(args: argparse.Namespace) -> None:
     if not (args.workspace_mb.isascii() and args.workspace_mb.isdecimal()):
         raise UsageError(f"workspace-mb '{args.workspace_mb}' is not a whole number")
     bundle, machine = open_bundle(args.bundle), look()
+    if args.image and bundle.manifest.image.frames is not None:
+        raise UsageError("this bundle answers about videos; leave out --image: a clip of its own will do")
     picture = load_image(args.image) if args.image else None
     folder = Path(args.output) if args.output else bundle.folder / ENGINES
     options, progress = BuildOptions(workspace=int(args.workspace_mb) << 20), Progress()

@@ -1,4 +1,4 @@
-"""vtp-run: pictures and a prompt, or a file of them, and the answers of a bundle."""
+"""vtp-run: pictures or a video and a prompt, or a file of prompts, and the answers of a bundle."""
 
 from __future__ import annotations
 
@@ -9,25 +9,41 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from vtp.engines import UsageError, engine_names
 from vtp.engines.trt import LIBRARIES
 from vtp.runtime.batch_file import Line, read_lines
 from vtp.runtime.console import Parser, run_command, table
 from vtp.runtime.images import load_image
-from vtp.runtime.kept import check_one_view, check_picture_path, save_picture, show_kept
+from vtp.runtime.kept import (
+    check_one_view,
+    check_picture_path,
+    save_picture,
+    show_kept,
+    show_kept_frames,
+)
+from vtp.runtime.manifest import Manifest
 from vtp.runtime.opening import NEVER_RUN, Opening
 from vtp.runtime.pipeline import DEFAULT_NEW_TOKENS, Pipeline
 from vtp.runtime.result import Result
+from vtp.runtime.videos import load_video
 
 PROG = "vtp-run"
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags of vtp-run."""
-    parser = Parser(prog=PROG, description="Answer a prompt about a picture with a bundle.")
+    parser = Parser(prog=PROG, description="Answer a prompt about a picture or a video with a bundle.")
     add = parser.add_argument
     add("bundle", metavar="BUNDLE", help="a folder that vtp-export made")
     add("--image", action="append", default=[], metavar="FILE", help="the picture; again for a further one")
+    add(
+        "--video",
+        metavar="FOLDER|FILE",
+        help="instead, for a bundle made with vtp-export --frames: a folder of frames, an animated GIF or "
+        "WebP, or a video file (through OpenCV)",
+    )
     add("--prompt", metavar="TEXT", help="what to ask about it")
     add(
         "--batch",
@@ -50,7 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--engines", metavar="DIR", help="where vtp-build -o put TensorRT engines (default: in the bundle)")
     add("--allow-cpu-nodes", action="store_true", help="on CUDA, go on where nodes are left to the CPU")
     add("--cuda-graph", action="store_true", help="on CUDA, replay single steps as a CUDA graph")
-    add("--show-kept", metavar="OUT.png", help="write the picture with the dropped patches dimmed")
+    add("--show-kept", metavar="OUT.png", help="write the picture (or frames) with dropped patches dimmed")
     add("--check-hashes", action="store_true", help="compare every file's sha256 with the manifest first")
     add("--json", action="store_true", help="print one JSON object")
     add("--debug", action="store_true", help="show tracebacks")
@@ -73,6 +89,7 @@ def _run(args: argparse.Namespace) -> None:
     with Pipeline.load(args.bundle, args.engine, threads, args.check_hashes, opening=opening) as pipe:
         if pipe.engine in LIBRARIES:
             print(f"{PROG}: note: {NEVER_RUN}", file=sys.stderr)
+        _check_media(pipe.manifest.image.frames, args)
         if args.batch:
             _answer_lines(pipe, lines, args)
         else:
@@ -81,33 +98,62 @@ def _run(args: argparse.Namespace) -> None:
 
 def _check_flags(args: argparse.Namespace) -> None:
     """Refuse flags that do not go together."""
-    if args.batch and (args.image or args.prompt is not None or args.show_kept):
+    if args.batch and (args.image or args.video or args.prompt is not None or args.show_kept):
         raise UsageError(
-            "--batch names its pictures and prompts: leave out --image, --prompt and --show-kept"
+            "--batch names its pictures and prompts: leave out --image, --video, --prompt and --show-kept"
         )
-    if not args.batch and not (args.image and args.prompt is not None):
-        raise UsageError("the following arguments are required: --image and --prompt (or --batch FILE.jsonl)")
+    if args.image and args.video:
+        raise UsageError("give either --image or --video: a bundle answers about pictures or about videos")
+    if not args.batch and not ((args.image or args.video) and args.prompt is not None):
+        raise UsageError(
+            "the following arguments are required: --image (or --video) and --prompt (or --batch FILE.jsonl)"
+        )
     if args.show_kept and len(args.image) > 1:
         raise UsageError("--show-kept shows one picture; give one --image")
 
 
+def _check_media(frames: int | None, args: argparse.Namespace) -> None:
+    """Refuse pictures for a bundle that answers about videos of so many frames, and the other way round."""
+    if frames is None and args.video:
+        raise UsageError(
+            "this bundle answers about pictures, not videos: give --image, or a bundle made with vtp-export "
+            "--frames"
+        )
+    if frames is not None and not args.video:
+        given = "--batch, which names pictures" if args.batch else "--image"
+        raise UsageError(
+            f"this bundle answers about videos of {frames} frames: give --video instead of {given}"
+        )
+
+
 def _answer_one(pipe: Pipeline, args: argparse.Namespace) -> None:
+    spec = pipe.manifest.image
     if args.show_kept:
-        check_one_view(pipe.manifest.image)
-    images = [load_image(image) for image in args.image]
+        check_one_view(spec)
+    if spec.frames is not None:
+        images = load_video(args.video, spec.frames)
+    else:
+        images = [load_image(image) for image in args.image]
     stream = pipe.stream(images, args.prompt, **_options(args))
     for piece in stream:
         if not args.json:
             print(piece, end="", flush=True)
     if args.show_kept:
-        grid = tuple(pipe.manifest.visual.grid)
-        kept = show_kept(images[0], pipe.manifest.image, (grid[0], grid[1]), stream.result.kept)
-        save_picture(kept, args.show_kept)
+        save_picture(_shown(images, pipe.manifest, stream.result.kept), args.show_kept)
     if args.json:
         print(_as_json(stream.result, pipe))
     else:
         print()
         print(_report(stream.result, args.show_kept), file=sys.stderr)
+
+
+def _shown(images: Sequence[Image.Image], manifest: Manifest, kept: Sequence[int]) -> Image.Image:
+    """The picture, or the frames of the video, with the kept tokens in colour."""
+    visual, spec = manifest.visual, manifest.image
+    if spec.frames is None:
+        return show_kept(images[0], spec, (visual.grid[0], visual.grid[1]), kept)
+    rows, columns = visual.frame_grid
+    return show_kept_frames(images, spec, (rows, columns), kept, visual.count)
 
 
 def _answer_lines(pipe: Pipeline, lines: Sequence[Line], args: argparse.Namespace) -> None:

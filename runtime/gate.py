@@ -18,7 +18,7 @@ from vtp.engines import Engine, VtpError, open_graph
 from vtp.runtime.bundle import Bundle
 from vtp.runtime.manifest import GraphInfo, StageInfo
 from vtp.runtime.preprocess import preprocess
-from vtp.runtime.sample import PROMPT, sample_picture
+from vtp.runtime.sample import PROMPT, sample_for
 from vtp.runtime.text import Prompter
 
 COSINE = 0.999  # least, of every float output; float16 alone stays above it
@@ -93,13 +93,13 @@ def cases(bundle: Bundle, picture: Image.Image | None = None, prompt: str = PROM
     """Walk the bundle on ONNX Runtime's CPU provider: every graph of the default keep-count, then others'."""
     manifest = bundle.manifest
     image = manifest.image
-    picture = picture or sample_picture(image.image_size if image.image_height else image.fixed_size)
+    looked_at = picture or sample_for(image)
     prompter = Prompter(manifest.text, bundle.path("tokenizer.json"))
     encoded = prompter.encode(prompter.messages_for(prompt))
     seen: set[str] = set()
     first = manifest.visual.default_keep
     for keep in (first, *(one for one in manifest.visual.keep if one != first)):
-        walk = _Walk(bundle, preprocess(picture, image), encoded.ids, encoded.image_start)
+        walk = _Walk(bundle, preprocess(looked_at, image), encoded.ids, encoded.image_start)
         for case in walk.cases(keep):
             if keep == first or case.file not in seen:
                 seen.add(case.file)

@@ -16,7 +16,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from vtp.engines.errors import UsageError, VtpError
 
-__all__ = ["MAX_PIXELS", "ImageSource", "load_image"]
+__all__ = ["MAX_PIXELS", "ImageSource", "identify", "is_video", "load_image", "reason"]
 
 #: Largest picture that is decoded, in pixels (about 9459 x 9459). It is checked from the header, before any
 #: pixel is read, whatever Pillow's own limit and the process's warning filters say.
@@ -63,11 +63,15 @@ def _from_path(text: str) -> Image.Image:
         with path.open("rb") as file:
             return _from_file(file, f"'{path}'")
     except (OSError, ValueError) as error:
-        raise UsageError(f"cannot read '{path}': {_reason(error)}") from error
+        raise UsageError(f"cannot read '{path}': {reason(error)}") from error
 
 
 def _from_file(file: BinaryIO, name: str) -> Image.Image:
-    """Identify the picture from its header, refuse what must not be decoded, then decode its first frame."""
+    return _to_rgb(identify(file, name), name)
+
+
+def identify(file: BinaryIO, name: str) -> Image.Image:
+    """Open a picture by its header, and decode nothing yet. `VtpError` for what must not be decoded."""
     header = file.read(32)
     file.seek(0)
     if not header:
@@ -79,10 +83,10 @@ def _from_file(file: BinaryIO, name: str) -> Image.Image:
     except UnidentifiedImageError as error:
         raise VtpError(_not_an_image(name, header)) from error
     except Exception as error:  # a damaged header makes Pillow's plugins raise nearly anything
-        raise VtpError(f"{name} is damaged: {_reason(error)}; give another file") from error
+        raise VtpError(f"{name} is damaged: {reason(error)}; give another file") from error
     if image.format in _VECTOR_FORMATS:
         raise VtpError(f"{name} is {image.format}, a vector format; save it as PNG or JPEG first")
-    return _to_rgb(image, name)
+    return image
 
 
 def _not_an_image(name: str, header: bytes) -> str:
@@ -91,15 +95,18 @@ def _not_an_image(name: str, header: bytes) -> str:
     if header.startswith(b"\x89PNG\r\n\x1a\n") and len(size) == 8 and b"\0\0\0\0" in (size[:4], size[4:]):
         width, height = int.from_bytes(size[:4], "big"), int.from_bytes(size[4:], "big")
         return f"{name} is {width}x{height} pixels: there is nothing to see; give another file"
-    if _is_video(header):
-        return f"{name} is a video, and pictures are served; give one of its frames as PNG, JPEG or WebP"
+    if is_video(header):
+        return (
+            f"{name} is a video, and pictures are served; give one of its frames as PNG, JPEG or WebP "
+            "(videos are for bundles made with vtp-export --frames)"
+        )
     return (
         f"{name} is not a picture that can be read (unknown format or damaged header); give PNG, JPEG or WebP"
     )
 
 
-def _is_video(header: bytes) -> bool:
-    """MP4, MOV and 3GP by their brand, Matroska and WebM, AVI."""
+def is_video(header: bytes) -> bool:
+    """Whether a file that starts so is MP4, MOV or 3GP (by its brand), Matroska, WebM or AVI."""
     brands = (
         b"isom",
         b"iso2",
@@ -131,11 +138,11 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     try:
         image.load()
     except Exception as error:  # decoders of damaged data raise OSError, SyntaxError, struct.error, ...
-        raise VtpError(f"{name} is truncated or damaged: {_reason(error)}; give another file") from error
+        raise VtpError(f"{name} is truncated or damaged: {reason(error)}; give another file") from error
     try:
         return ImageOps.exif_transpose(image).convert("RGB")
     except Exception as error:  # unknown mode pairs, broken EXIF
-        raise VtpError(f"{name} (mode {image.mode}) cannot be turned into RGB: {_reason(error)}") from error
+        raise VtpError(f"{name} (mode {image.mode}) cannot be turned into RGB: {reason(error)}") from error
 
 
 def _from_array(array: np.ndarray) -> Image.Image:
@@ -147,6 +154,7 @@ def _from_array(array: np.ndarray) -> Image.Image:
         )
     if array.ndim not in (2, 3) or (array.ndim == 3 and shape[2] != 3):
         hint = ": move its channels last" if array.ndim == 3 and shape[0] == 3 else ""
+        hint = "; videos are for bundles made with vtp-export --frames" if array.ndim == 4 else hint
         raise UsageError(
             f"an image array must be [height, width, 3] in RGB or [height, width], not {shape}{hint}"
         )
@@ -155,7 +163,7 @@ def _from_array(array: np.ndarray) -> Image.Image:
     return _to_rgb(Image.fromarray(np.ascontiguousarray(array)), "the image array")
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
     """The first line of an error's text, or its name when it has none."""
     text = getattr(error, "strerror", None) or str(error)
     lines = str(text).strip().splitlines()

@@ -1,8 +1,12 @@
-"""The picture that shows which visual tokens were kept: their patches in colour, all else dimmed."""
+"""The picture that shows which visual tokens were kept: their patches in colour, all else dimmed.
+
+Of a video it is a sheet of its frames.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,13 +17,15 @@ from PIL import Image, ImageEnhance, ImageOps
 from vtp.engines.errors import UsageError, VtpError
 from vtp.runtime.preprocess import ImageSpec, source_box
 
-__all__ = ["check_one_view", "check_picture_path", "save_picture", "show_kept"]
+__all__ = ["check_one_view", "check_picture_path", "save_picture", "show_kept", "show_kept_frames"]
 
 _SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP"}
 _DROPPED = 0.38  # brightness of dropped patches, which also lose their colour
 _UNSEEN = 0.2  # and of what lies outside the model's input
 _OUTLINE = (255, 244, 214)
 _OUTLINED_FROM = 6  # source pixels per patch; below that, an outline would hide the patch
+_SHEET_EDGE = 480  # a frame on a sheet is at most so wide and so high
+_SHEET_GAP = 6
 
 
 def show_kept(
@@ -45,6 +51,42 @@ def show_kept(
     if width := _outline_width(spec, grid, image.size):
         shown.paste(_OUTLINE, mask=_as_mask(mask & ~_shrunk(mask, width), 170))
     return shown
+
+
+def show_kept_frames(
+    frames: Sequence[Image.Image],
+    spec: ImageSpec,
+    frame_grid: tuple[int, int],
+    kept: Sequence[int] | np.ndarray,
+    count: int,
+) -> Image.Image:
+    """Return a sheet of a video's frames, row by row, each as `show_kept` shows a picture.
+
+    frame_grid: (rows, columns) of one frame's patches. kept: indices into the `count` visual tokens of all
+    frames; those of a frame that are not its patches come before them and are not shown.
+    """
+    indices = np.asarray(kept, dtype=np.int64)
+    each, patches = count // len(frames), frame_grid[0] * frame_grid[1]
+    shown = []
+    for number, frame in enumerate(frames):
+        first = (number + 1) * each - patches
+        own = indices[(indices >= first) & (indices < first + patches)] - first
+        picture = show_kept(frame, spec, frame_grid, own)
+        picture.thumbnail((_SHEET_EDGE, _SHEET_EDGE))
+        shown.append(picture)
+    return _sheet(shown)
+
+
+def _sheet(pictures: Sequence[Image.Image]) -> Image.Image:
+    """Pictures side by side, in about as many rows as columns."""
+    columns = math.ceil(math.sqrt(len(pictures)))
+    width, height = (max(edges) + _SHEET_GAP for edges in zip(*(one.size for one in pictures), strict=True))
+    rows = math.ceil(len(pictures) / columns)
+    sheet = Image.new("RGB", (columns * width - _SHEET_GAP, rows * height - _SHEET_GAP))
+    for place, picture in enumerate(pictures):
+        row, column = divmod(place, columns)
+        sheet.paste(picture, (column * width, row * height))
+    return sheet
 
 
 def check_one_view(spec: ImageSpec) -> None:

@@ -89,12 +89,17 @@ class MethodInfo:
 
 @dataclass(frozen=True)
 class VisualInfo:
-    """N = rows x columns visual tokens before pruning; the keep-counts this bundle holds, and its default."""
+    """N = rows x columns visual tokens before pruning; the keep-counts this bundle holds, and its default.
+
+    frame_grid  of a bundle for videos: (rows, columns) of the patches of one frame. Each frame has as many
+                of the N tokens; where these are more than the patches, the patches are the last ones.
+    """
 
     count: int
     grid: list[int]
     keep: list[int]
     default_keep: int
+    frame_grid: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -184,6 +189,9 @@ def _check(manifest: Manifest) -> None:
     _agree(visual.count == visual.grid[0] * visual.grid[1], "manifest.visual.count is not rows x columns")
     _agree(all(1 <= keep <= visual.count for keep in visual.keep), "manifest.visual.keep is out of range")
     _agree(visual.default_keep in visual.keep, "manifest.visual.default_keep is not one of keep")
+    clips = manifest.image.frames is not None
+    _agree(clips == (manifest.text.media == "video"), "manifest.text.media and manifest.image.frames differ")
+    _agree(len(visual.frame_grid) == 2 * clips, "manifest.visual.frame_grid is for videos: (rows, columns)")
     _agree(TOKENIZER in manifest.files, f"manifest.files lacks {TOKENIZER}")
     for file, graph in manifest.graphs.items():
         _agree(file in manifest.files, f"graph {file} is not one of manifest.files")

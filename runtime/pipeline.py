@@ -25,9 +25,10 @@ from vtp.runtime.result import Result, Timings
 from vtp.runtime.sampling import Sampler
 from vtp.runtime.stages import Seen, StageRunner
 from vtp.runtime.text import Prompt, Prompter, StopStrings
+from vtp.runtime.videos import VideoSource, load_video
 
 Messages = Sequence[dict[str, Any]]
-Images: TypeAlias = "ImageSource | Sequence[ImageSource]"  # of one prompt
+Images: TypeAlias = "ImageSource | VideoSource | Sequence[ImageSource]"  # of one prompt
 DEFAULT_NEW_TOKENS = 128
 
 
@@ -100,13 +101,15 @@ class Pipeline:
         seed: int | None = None,
         stop: str | Sequence[str] | None = None,
     ) -> Result:
-        """Answer a prompt about a picture, or about several.
+        """Answer a prompt about a picture, or about several; with a bundle made for videos, about one.
 
-        image           path, bytes, PIL image or uint8 RGB array [H,W,3]; or a list of such
+        image           path, bytes, PIL image or uint8 RGB array [H,W,3]; or a list of such. A video is a
+                        list of frames, a uint8 array [frames,H,W,3], a folder of pictures or a file (see
+                        `vtp.runtime.videos`); of more frames than the bundle takes, so many are sampled
         prompt          the user's words; or
         messages        several turns, as chat templates take them: {"role": ..., "content": str or a list of
-                        {"type": "image"} and {"type": "text", "text": ...}}; without an image entry
-                        the pictures join the first user turn
+                        {"type": "image"} (or "video") and {"type": "text", "text": ...}}; without an image
+                        entry the pictures join the first user turn
         max_new_tokens  at most so many tokens are generated
         keep_tokens     one of the bundle's keep-counts; None: its default
         budget_ms       instead: the largest keep-count whose time to first token, as vtp-calib measured it
@@ -218,7 +221,7 @@ class Pipeline:
     def warmup(self) -> None:
         """Run every stage once on a blank picture, so that the first answer does not pay for set-up."""
         spec = self.manifest.image
-        blank = Image.new("RGB", (spec.image_width or 64, spec.image_height or 64))
+        blank = [Image.new("RGB", (spec.image_width or 64, spec.image_height or 64))] * (spec.frames or 1)
         for keep in self.manifest.visual.keep:
             self.generate(blank, "warm up", keep_tokens=keep, max_new_tokens=2)
 
@@ -267,14 +270,18 @@ class Pipeline:
         return Answer(request, self.manifest, self._prompter)
 
     def _pictures(self, image: Images, timings: Timings) -> list[np.ndarray]:
-        """pixel_values of every picture of one prompt."""
+        """pixel_values of every picture of one prompt, or of its video."""
+        spec = self.manifest.image
+        if spec.frames is not None:
+            with timings.measure("preprocess"):
+                return [preprocess(load_video(image, spec.frames), spec)]
         sources: Sequence[Any] = image if isinstance(image, list | tuple) else [image]
         if not sources:
             raise UsageError("no picture is given; give one, or a list of at least one")
         if len(sources) > 1:
             self._check_several(len(sources))
         with timings.measure("preprocess"):
-            return [preprocess(load_image(source), self.manifest.image) for source in sources]
+            return [preprocess(load_image(source), spec) for source in sources]
 
     def _check_several(self, count: int) -> None:
         """Refuse several pictures where a graph was made for one."""
@@ -305,7 +312,8 @@ class Pipeline:
             if prompt is not None:
                 return self._prompter.encode(self._prompter.messages_for(prompt, pictures), pictures)
             assert messages is not None  # by the check above
-            return self._prompter.encode(_with_images(messages, pictures), pictures)
+            media = self.manifest.text.media
+            return self._prompter.encode(_with_images(messages, pictures, media), pictures)
 
     def _keep(self, wanted: int | None) -> int:
         visual = self.manifest.visual
@@ -460,12 +468,15 @@ class _Writing:
         return answer.ends(runner.room())
 
 
-def _with_images(messages: Messages, pictures: int) -> Messages:
-    """Put the pictures before the first user turn's words where no turn says where they belong."""
+def _with_images(messages: Messages, pictures: int, media: str) -> Messages:
+    """Put the pictures before the first user turn's words where no turn says where they belong.
+
+    `media` says what messages call them: "image" or "video".
+    """
     if not isinstance(messages, Sequence) or not all(isinstance(turn, dict) for turn in messages):
         return messages  # malformed: the prompter says how
     parts = [part for turn in messages if isinstance(turn.get("content"), list) for part in turn["content"]]
-    if any(isinstance(part, dict) and part.get("type") == "image" for part in parts):
+    if any(isinstance(part, dict) and part.get("type") == media for part in parts):
         return messages
     turns = [dict(turn) for turn in messages]
     for turn in turns:
@@ -473,7 +484,7 @@ def _with_images(messages: Messages, pictures: int) -> Messages:
             content = turn.get("content")
             words = [{"type": "text", "text": content}] if isinstance(content, str) else content
             if isinstance(words, list):  # anything else is malformed, as above
-                turn["content"] = [*({"type": "image"} for _ in range(pictures)), *words]
+                turn["content"] = [*({"type": media} for _ in range(pictures)), *words]
             break
     return turns
 

@@ -1,11 +1,22 @@
-"""A picture and a prompt to check a bundle with, where its user gives none."""
+"""A picture or a clip, and a prompt, to check a bundle with, where its user gives none."""
 
 from __future__ import annotations
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageChops
+
+from vtp.runtime.preprocess import ImageSpec
 
 PROMPT = "What is in the picture?"
+
+
+def sample_for(spec: ImageSpec) -> Image.Image | list[Image.Image]:
+    """What a bundle looks at: `sample_picture` at its size, or a clip through which that picture moves."""
+    picture = sample_picture(spec.image_size if spec.image_height else spec.fixed_size)
+    if spec.frames is None:
+        return picture
+    moves = [picture.width * place // spec.frames for place in range(spec.frames)]
+    return [ImageChops.offset(picture, move, 0) for move in moves]
 
 
 def sample_picture(size: tuple[int, int]) -> Image.Image:

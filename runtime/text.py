@@ -32,6 +32,7 @@ __all__ = ["Detokenizer", "Prompt", "Prompter", "StopStrings", "TextSpec"]
 Message = Mapping[str, Any]
 
 _ROLES = ("system", "user", "assistant")
+_WORDS = {"image": "picture", "video": "video"}  # what users call each kind of media
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ class TextSpec:
     the ids that replace that token in `input_ids`: image_token_id once for every run of visual tokens, and
     the marks around and between the runs, which are text. special_tokens: the template's variables, such as
     {"bos_token": "<s>"}. image_mark: what the template writes for an image where that is another text;
-    image_text, which holds image_token once, takes its place before the text is tokenized.
+    image_text, which holds image_token once, takes its place before the text is tokenized. media: "image",
+    or "video" where all that is said of images here is meant of videos, as messages call their parts.
     """
 
     chat_template: str | None
@@ -55,6 +57,7 @@ class TextSpec:
     special_tokens: dict[str, str] = field(default_factory=dict)
     image_mark: str = ""
     image_text: str = ""
+    media: str = "image"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "placeholder_ids", tuple(self.placeholder_ids))
@@ -63,6 +66,8 @@ class TextSpec:
             raise VtpError("the text section's placeholder_ids is empty; an image needs at least one id")
         if self.image_token_id not in self.placeholder_ids:
             raise VtpError("the text section's placeholder_ids lacks image_token_id; export the bundle again")
+        if self.media not in _WORDS:
+            raise VtpError(f"the text section's media is {self.media!r}; known: {', '.join(_WORDS)}")
         if not self.image_token:
             raise VtpError("the text section's image_token is empty; name the token that marks an image")
 
@@ -123,8 +128,8 @@ class Prompter:
         if not isinstance(prompt, str):
             raise UsageError(f"a prompt must be text, not {type(prompt).__name__}")
         if not prompt.strip():
-            raise UsageError("the prompt is empty; ask something about the picture")
-        marks = [{"type": "image"} for _ in range(images)]
+            raise UsageError(f"the prompt is empty; ask something about the {_WORDS[self.spec.media]}")
+        marks = [{"type": self.spec.media} for _ in range(images)]
         return [{"role": "user", "content": [*marks, {"type": "text", "text": prompt}]}]
 
     def encode(self, messages: Sequence[Message], images: int = 1) -> Prompt:
@@ -133,7 +138,7 @@ class Prompter:
         Raises `UsageError` for messages of another form, for placeholder or other special-token text in them,
         and where the template refuses them.
         """
-        checked = _check_messages(messages, images)
+        checked = _check_messages(messages, images, self.spec.media)
         for message in checked:
             self._refuse_reserved(message)
         text = self._render(checked)
@@ -169,7 +174,7 @@ class Prompter:
             raise UsageError(
                 "this model has no chat template, so it takes one user turn; ask a single question"
             )
-        images = sum(part["type"] == "image" for part in _parts(messages[0]))
+        images = sum(part["type"] == self.spec.media for part in _parts(messages[0]))
         marks = f"{self.spec.image_token}\n" * images
         return f"USER: {marks}{_joined_text(messages[0])} ASSISTANT:"
 
@@ -179,7 +184,7 @@ class Prompter:
             if reserved in text:
                 raise UsageError(
                     f"the {message['role']}'s text holds '{reserved}', a control token of this model; "
-                    "leave it out (the picture's place is added for you)"
+                    f"leave it out (the {_WORDS[self.spec.media]}'s place is added for you)"
                 )
 
     def _place_images(self, text: str, ids: list[int], images: int) -> Prompt:
@@ -222,30 +227,31 @@ def _reserved_texts(spec: TextSpec, tokenizer: Tokenizer) -> list[str]:
     return sorted((text for text in texts if text), key=lambda text: (-len(text), text))
 
 
-def _check_messages(messages: object, wanted: int) -> list[dict[str, Any]]:
+def _check_messages(messages: object, wanted: int, media: str) -> list[dict[str, Any]]:
     """Return plain copies of well-formed messages; the first thing that is wrong becomes one line."""
+    word = _WORDS[media]
     if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
         raise UsageError(f"messages must be a list of turns, not {type(messages).__name__}")
     if not messages:
         raise UsageError("messages is empty; give at least one user turn")
-    checked = [_check_message(message, index) for index, message in enumerate(messages)]
+    checked = [_check_message(message, index, media) for index, message in enumerate(messages)]
     if checked[-1]["role"] != "user":
         raise UsageError(
             f"the last message is the {checked[-1]['role']}'s; end with a user turn to be answered"
         )
-    images = sum(part["type"] == "image" for message in checked for part in _parts(message))
+    images = sum(part["type"] == media for message in checked for part in _parts(message))
     if images != wanted:
-        given = "1 picture is" if wanted == 1 else f"{wanted} pictures are"
+        given = f"1 {word} is" if wanted == 1 else f"{wanted} {word}s are"
         raise UsageError(
-            f'the messages hold {images} images, and {given} given; put one {{"type": "image"}} for each '
+            f'the messages hold {images} {media}s, and {given} given; put one {{"type": "{media}"}} for each '
             "in the user turns"
         )
     if not any(_joined_text(message).strip() for message in checked if message["role"] == "user"):
-        raise UsageError("the prompt is empty; ask something about the picture")
+        raise UsageError(f"the prompt is empty; ask something about the {word}")
     return checked
 
 
-def _check_message(message: object, index: int) -> dict[str, Any]:
+def _check_message(message: object, index: int, media: str) -> dict[str, Any]:
     where = f"message {index}"
     if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
         given = sorted(map(str, message)) if isinstance(message, Mapping) else type(message).__name__
@@ -257,24 +263,27 @@ def _check_message(message: object, index: int) -> dict[str, Any]:
         return {"role": role, "content": str.__str__(content)}
     if not isinstance(content, list | tuple) or not content:
         raise UsageError(f"{where}'s content must be text or a list of parts, not {content!r:.60}")
-    return {"role": role, "content": [_check_part(part, role, where) for part in content]}
+    return {"role": role, "content": [_check_part(part, role, where, media) for part in content]}
 
 
-def _check_part(part: object, role: str, where: str) -> dict[str, str]:
+def _check_part(part: object, role: str, where: str, media: str) -> dict[str, str]:
     kind = part.get("type") if isinstance(part, Mapping) else None
     if kind == "text" and isinstance(part, Mapping):
         if set(part) == {"type", "text"} and isinstance(part["text"], str):
             return {"type": "text", "text": str.__str__(part["text"])}
         raise UsageError(f'{where} has a text part of another form than {{"type": "text", "text": "..."}}')
-    if kind == "image" and isinstance(part, Mapping):
+    if kind == media and isinstance(part, Mapping):
         if set(part) != {"type"}:
             raise UsageError(
-                f'{where}: give the picture as image=, and mark its place by {{"type": "image"}} alone'
+                f"{where}: give the {_WORDS[media]} as image=, and mark its place by "
+                f'{{"type": "{media}"}} alone'
             )
         if role != "user":
-            raise UsageError(f"{where} puts an image into the {role}'s turn; only user turns may hold one")
-        return {"type": "image"}
-    raise UsageError(f"{where} has a part of type {kind!r}; choose text or image")
+            raise UsageError(
+                f"{where} puts a {_WORDS[media]} into the {role}'s turn; only user turns may hold one"
+            )
+        return {"type": media}
+    raise UsageError(f"{where} has a part of type {kind!r}; choose text or {media}")
 
 
 def _parts(message: dict[str, Any]) -> list[dict[str, str]]:

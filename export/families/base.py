@@ -36,6 +36,8 @@ class Family(ABC):
     decoders        kinds of decoder (model_type) that it may have
     template        chat template that stands for what its processor does to a prompt; None: the model's own
     seams           where the reference cuts its transformers model
+    media           what it looks at: "image", or "video" for a family's `clips`
+    clips           the same models as a family that answers about videos, where they can
     """
 
     name: ClassVar[str]
@@ -49,6 +51,8 @@ class Family(ABC):
     decoders: ClassVar[tuple[str, ...]] = DECODERS
     template: ClassVar[str | None] = None
     seams: ClassVar[type[Seams]] = Seams
+    media: ClassVar[str] = "image"
+    clips: ClassVar[type[Family] | None] = None
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -89,8 +93,14 @@ class Family(ABC):
         return None
 
     @property
+    def frame_grid(self) -> tuple[int, int] | None:
+        """(rows, columns) of the patches of a frame, whose last tokens they are; None for pictures."""
+        return None
+
+    @property
     def views(self) -> int:
-        """V: how many tiles of a picture go through the tower; `pixel_values` is then [V,3,H,W]."""
+        """V: how many tiles of a picture, or frames of a video, go through the tower; `pixel_values` is then
+        [V,3,H,W]."""
         return 1
 
     @property
@@ -164,6 +174,10 @@ class Family(ABC):
     @abstractmethod
     def vision_encoder(self, cues: Sequence[str]) -> nn.Module:
         """pixel_values -> image_features [B,P,C], then the cues asked for: attention_scores, vision_keys."""
+
+    def whole_encoder(self) -> nn.Module:
+        """pixel_values -> what `projector(whole=True)` takes, where that is more than the P patches."""
+        return self.vision_encoder(())
 
     @abstractmethod
     def projector(self, whole: bool) -> nn.Module:

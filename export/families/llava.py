@@ -60,12 +60,16 @@ class Llava(Family):
         return self.model.model.vision_tower
 
     def vision_encoder(self, cues: Sequence[str]) -> nn.Module:
-        layers = list(self.tower.encoder.layers)[: self._feature_layer()]
-        return VisionEncoder(_TOWERS[self._vision.model_type](self.tower), layers, self._has_cls(), cues)
+        return self._encoder(cues, leave_cls=self._has_cls())
 
     def projector(self, whole: bool) -> nn.Module:
         del whole  # it has no tokens but its patches
         return Projector(self.model.model.multi_modal_projector)
+
+    def _encoder(self, cues: Sequence[str], leave_cls: bool) -> VisionEncoder:
+        """The tower up to the layer that makes the features, which leaves a CLS token out or passes it on."""
+        layers = list(self.tower.encoder.layers)[: self._feature_layer()]
+        return VisionEncoder(_TOWERS[self._vision.model_type](self.tower), layers, leave_cls, cues)
 
     @property
     def _vision(self) -> Any:

@@ -1,15 +1,23 @@
-"""Video-LLaVA's pictures: LLaVA-1.5 with a tower of its own for pictures beside the one for videos.
+"""Video-LLaVA: LLaVA-1.5 with a tower for pictures, another for the frames of videos, and one projector.
 
-Source: transformers' modeling_video_llava.py (Lin et al., arXiv 2311.10122). Both towers share the projector;
-the video tower and its frames are not exported.
+Source: transformers' modeling_video_llava.py (Lin et al., arXiv 2311.10122). A frame's CLS token is one of
+its visual tokens, whatever `vision_feature_select_strategy` says; a picture's is not. A bundle answers either
+about pictures or about videos, and holds the one tower.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from types import MappingProxyType
 from typing import Any
 
+import torch
+from torch import Tensor, nn
+
 from vtp.export.families.llava import Llava
-from vtp.export.seams import Seams
+from vtp.export.graphs.frames import Frames, FramesEncoder
+from vtp.export.seams import FrameSeams, Seams
+from vtp.runtime.preprocess import ImageSpec
 
 
 class PictureSeams(Seams):
@@ -20,14 +28,82 @@ class PictureSeams(Seams):
         return self.model.model.image_tower
 
 
+class ClipSeams(FrameSeams):
+    """With the video tower, whose CLS tokens go on."""
+
+    @property
+    def tower(self) -> Any:
+        return self.model.model.video_tower
+
+    def tokens(self, pixel_values: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
+        clip = pixel_values.to(self.model.dtype).unsqueeze(0)
+        tokens = self.model.model.get_video_features(clip, return_dict=True).pooler_output  # [F,n,D]
+        more = tokens.shape[1] - patches.shape[1] // len(tokens)
+        places = torch.arange(tokens.shape[0] * tokens.shape[1]).reshape(len(tokens), -1)
+        return tokens.flatten(0, 1).unsqueeze(0), places[:, more:].flatten()
+
+
+class VideoLlavaClips(Llava):
+    """VideoLlavaForConditionalGeneration for videos of F frames."""
+
+    name = "video_llava"
+    architectures = ("VideoLlavaForConditionalGeneration",)
+    several = False
+    lacks = MappingProxyType({"grid": "its tokens lie in several frames"})
+    media = "video"
+    seams = ClipSeams
+
+    def prepare(self, image: ImageSpec) -> None:
+        rows, columns = super().grid
+        self.frames = Frames(image.frames or 1, (rows, columns), self._has_cls())
+
+    @property
+    def tower(self) -> Any:
+        return self.model.model.video_tower
+
+    @property
+    def image_token_id(self) -> int:
+        return self.model.config.video_token_id
+
+    @property
+    def views(self) -> int:
+        return self.frames.count
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return 1, self.frames.tokens
+
+    @property
+    def patch_grid(self) -> tuple[int, int]:
+        return 1, self.frames.patches
+
+    @property
+    def frame_grid(self) -> tuple[int, int]:
+        return self.frames.grid
+
+    def places(self) -> Tensor:
+        return self.frames.places()
+
+    def vision_encoder(self, cues: Sequence[str]) -> nn.Module:
+        return FramesEncoder(super().vision_encoder(cues))
+
+    def whole_encoder(self) -> nn.Module:
+        return FramesEncoder(self._encoder((), leave_cls=False))
+
+
 class VideoLlava(Llava):
     """VideoLlavaForConditionalGeneration."""
 
     name = "video_llava"
     architectures = ("VideoLlavaForConditionalGeneration",)
-    limits = "pictures only, one per prompt: no video; CLIP or SigLIP tower; one vision_feature_layer"
+    limits = (
+        "one picture per prompt or, with --frames, one video; CLIP or SigLIP tower; one "
+        "vision_feature_layer; of a video K is for all frames together, vision and projector sites drop the "
+        "frames' CLS tokens, and methods that need a grid are refused"
+    )
     several = False
     seams = PictureSeams
+    clips = VideoLlavaClips
 
     @property
     def tower(self) -> Any:

@@ -11,6 +11,8 @@ layout (see `vtp.runtime.preprocess.fit`).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from PIL import Image
 
@@ -24,13 +26,25 @@ from vtp.runtime.preprocess.spec import ImageSpec
 __all__ = ["FITS", "Box", "ImageSpec", "preprocess", "source_box", "source_boxes", "spec_from_processor"]
 
 
-def preprocess(image: Image.Image, spec: ImageSpec) -> np.ndarray:
+def preprocess(image: Image.Image | Sequence[Image.Image], spec: ImageSpec) -> np.ndarray:
     """Turn an RGB image (see `vtp.runtime.images.load_image`) into float32 `pixel_values`.
 
     Their shape is `spec.shape`: [1, 3, H, W]; [tiles, 3, H, W] for kinds that cut tiles; [patches, values]
-    for kind "qwen". Raises `VtpError` for another mode, for a picture so long and thin that it cannot be
-    processed, and for one of another layout where the spec's `fit` is "refuse".
+    for kind "qwen"; [frames, 3, H, W] of a clip, which is a list of so many images. Raises `VtpError` for
+    another mode, for a picture so long and thin that it cannot be processed, for one of another layout where
+    the spec's `fit` is "refuse", for a picture in the place of a clip and the other way round.
     """
+    if spec.frames is None:
+        if isinstance(image, Image.Image):
+            return _pixels(image, spec)
+        raise VtpError("this bundle answers about pictures, not videos; export it again with --frames")
+    if isinstance(image, Image.Image) or len(image) != spec.frames:
+        given = "a picture" if isinstance(image, Image.Image) else f"{len(image)} frames"
+        raise VtpError(f"this bundle answers about videos of {spec.frames} frames, not about {given}")
+    return np.concatenate([_pixels(frame, spec) for frame in image])
+
+
+def _pixels(image: Image.Image, spec: ImageSpec) -> np.ndarray:
     if image.mode != "RGB":
         raise VtpError(
             f"preprocess takes RGB images, not mode {image.mode}; open the picture with load_image"

@@ -17,7 +17,10 @@ from vtp.runtime.preprocess.pixels import Box, Size, check_area, mean_colour, pa
 if TYPE_CHECKING:
     from vtp.runtime.preprocess.spec import ImageSpec
 
-FIELDS = ("do_pad", "shortest_edge", "height", "width", "do_center_crop", "crop_height", "crop_width")
+FIELDS = (
+    *("do_pad", "shortest_edge", "height", "width", "do_center_crop", "crop_height", "crop_width"),
+    "frames",
+)
 
 
 def check(spec: ImageSpec) -> None:
@@ -48,8 +51,8 @@ def size(spec: ImageSpec) -> Size:
 
 
 def shape(spec: ImageSpec) -> tuple[int, ...]:
-    """[1, 3, H, W]."""
-    return (1, 3, *size(spec))
+    """[1, 3, H, W]; of a clip [frames, 3, H, W]."""
+    return (spec.frames or 1, 3, *size(spec))
 
 
 def pixels(image: Image.Image, spec: ImageSpec) -> np.ndarray:

@@ -292,10 +292,12 @@ _COMMON = {
     "do_pad": False,
     "crop_size": None,
 }
-# Keys that say who wrote the file or how tensors are handed over, and change no pixel.
+# Keys that say who wrote the file, how tensors are handed over or which frames are taken (which a bundle says
+# itself), and change no pixel.
 _BYSTANDERS = frozenset(
     (
         *("image_processor_type", "feature_extractor_type", "processor_class", "auto_map"),
+        *("video_processor_type", "do_sample_frames", "num_frames", "fps", "return_metadata"),
         *("backend", "device", "data_format", "input_data_format", "return_tensors"),
         *("disable_grouping", "default_to_square", "image_seq_length", "_valid_processor_keys"),
     )
@@ -319,9 +321,10 @@ def _settings(config: Mapping[str, Any], processor: _Processor) -> Settings:
 
 def _find_processor(config: Mapping[str, Any]) -> _Processor:
     """The row for the class that the file names, whichever of transformers' backends and ages it is from."""
-    name = str(config.get("image_processor_type") or config.get("feature_extractor_type") or "")
+    names = ("image_processor_type", "video_processor_type", "feature_extractor_type")
+    name = next((str(config[key]) for key in names if config.get(key)), "")
     stem = name
-    for suffix in ("Fast", "Pil", "ImageProcessor", "FeatureExtractor"):
+    for suffix in ("Fast", "Pil", "ImageProcessor", "VideoProcessor", "FeatureExtractor"):
         stem = stem.removesuffix(suffix)
     if stem not in _PROCESSORS:
         known = ", ".join(f"{key}ImageProcessor" for key in sorted(_PROCESSORS))

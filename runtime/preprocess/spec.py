@@ -19,7 +19,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 _LENGTHS = (
     *("shortest_edge", "height", "width", "crop_height", "crop_width", "image_height", "image_width"),
-    *("longest_edge", "min_tiles", "max_tiles", "patch_size", "temporal_patch_size", "merge_size"),
+    *("longest_edge", "min_tiles", "max_tiles", "patch_size", "temporal_patch_size", "merge_size", "frames"),
 )
 
 
@@ -32,7 +32,8 @@ class ImageSpec:
 
     "clip"      [1, 3, H, W]: `do_pad` to a square in the mean colour; `do_resize` so that the shorter edge is
                 `shortest_edge`, or to exactly `height` x `width`; `do_center_crop` to `crop_height` x
-                `crop_width`, black where the picture is smaller.
+                `crop_width`, black where the picture is smaller. With `frames` the bundle answers about
+                videos: so many frames, [frames, 3, H, W], each of them made as a picture is.
 
     The others are made for one image size, `image_height` x `image_width`; `fit` ("letterbox", "stretch",
     "refuse") says what becomes of a picture that the processor would lay out otherwise.
@@ -77,6 +78,7 @@ class ImageSpec:
     max_tiles: int | None = None
     longest_edge: int | None = None
     do_image_splitting: bool = True
+    frames: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "mean", tuple(self.mean))

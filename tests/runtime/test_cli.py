@@ -200,7 +200,7 @@ def test_bad_batch_files(
 
 def test_a_batch_names_its_own_pictures(ask: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert run([*ask, "--batch", "asked.jsonl"]) == 2
-    assert "leave out --image, --prompt and --show-kept" in capsys.readouterr().err
+    assert "leave out --image, --video, --prompt and --show-kept" in capsys.readouterr().err
 
 
 def spoil_missing(folder: Path) -> None:

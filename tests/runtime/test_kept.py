@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from vtp.engines.errors import UsageError, VtpError
-from vtp.runtime.kept import check_picture_path, save_picture, show_kept
+from vtp.runtime.kept import check_picture_path, save_picture, show_kept, show_kept_frames
 from vtp.runtime.preprocess import ImageSpec, source_box
 
 LLAVA = ImageSpec(shortest_edge=336, do_center_crop=True, crop_height=336, crop_width=336)
@@ -55,6 +55,18 @@ def test_kept_patches_keep_their_pixels_and_no_others(spec: ImageSpec, size: tup
     assert not same[~inside].any()
     assert (after[~inside].sum(axis=1) < 0.6 * before[~inside].sum(axis=1)).all()
     assert (np.ptp(after[~inside], axis=1) == 0).all()  # gray
+
+
+def test_a_video_is_a_sheet_of_its_frames() -> None:
+    """Three frames of a CLS token and 2 x 2 patches each: patch 3 of the second is kept, CLS of the third."""
+    frames = [bright(20, 20) for _ in range(3)]
+    sheet = np.asarray(show_kept_frames(frames, EXACT, (2, 2), [5 + 4, 10], 15)).astype(int)
+    assert sheet.shape == (46, 46, 3)  # two columns, two rows, a gap of 6
+    second = sheet[:20, 26:]
+    coloured = np.ptp(second, axis=2) > 0
+    assert coloured[10:, 10:].all() and not coloured[:10].any() and not coloured[:, :10].any()
+    assert (np.ptp(sheet[:20, :20], axis=2) == 0).all() and (np.ptp(sheet[26:, :20], axis=2) == 0).all()
+    assert (sheet[26:, 26:] == 0).all()  # no fourth frame
 
 
 def test_an_outline_runs_inside_kept_regions_only() -> None:

@@ -1,0 +1,83 @@
+"""Tiny random Video-LLaVAs from transformers' own config and processor classes, with a token for videos."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import (
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+    VideoLlavaConfig,
+    VideoLlavaForConditionalGeneration,
+)
+from transformers.models.video_llava.image_processing_video_llava import VideoLlavaImageProcessor
+
+from .tiny import BOS, END, EOS, IMAGE, PAD, VOCAB, randomize, text_config, tiny_tokenizer, vision_config
+
+COUNT = 16  # visual tokens of a picture; a frame of a video has one more, for CLS
+VIDEO = VOCAB  # the id behind the tokenizer's pieces
+PROCESSOR = VideoLlavaImageProcessor(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})
+# A turn's pictures, then its videos, then its words: the order of the published model's template.
+TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] | upper }}: "
+    "{% for kind in ['image', 'video'] %}"
+    "{% for item in message['content'] | selectattr('type', 'equalto', kind) %}<{{ kind }}>\n{% endfor %}"
+    "{% endfor %}"
+    "{% for item in message['content'] | selectattr('type', 'equalto', 'text') %}{{ item['text'] }}"
+    "{% endfor %}"
+    "{{ eos_token if message['role'] == 'assistant' else ' ' }}"
+    "{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+
+
+def tiny_video_llava() -> Any:
+    """A random model in eval mode, of 16 visual tokens a picture; its two towers differ."""
+    config = VideoLlavaConfig(
+        vision_config=vision_config("clip", 56, 14, 3),
+        text_config=text_config("llama", 4, 2, 3, 8, False, vocab_size=VOCAB + 8),
+        image_token_index=IMAGE,
+        video_token_index=VIDEO,
+        image_seq_length=COUNT,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+        pad_token_id=PAD,
+    )
+    model = VideoLlavaForConditionalGeneration(config)
+    randomize(model, 4)
+    model.generation_config = GenerationConfig(
+        bos_token_id=BOS, eos_token_id=[EOS, END], pad_token_id=PAD, do_sample=False
+    )
+    return model.eval()
+
+
+def video_tokenizer() -> PreTrainedTokenizerFast:
+    """`tiny_tokenizer` with <video> behind its pieces."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<video>"]})
+    assert tokenizer.convert_tokens_to_ids("<video>") == VIDEO
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+def save_video_llava(folder: Path) -> Any:
+    """Write a complete Hugging Face folder, and return the model."""
+    model = tiny_video_llava()
+    model.save_pretrained(folder)
+    PROCESSOR.save_pretrained(folder)
+    video_tokenizer().save_pretrained(folder)
+    return model
+
+
+def clip(frames: int, height: int = 61, width: int = 90, seed: int = 7) -> np.ndarray:
+    """Noise uint8 [frames, height, width, 3]."""
+    return np.random.default_rng(seed).integers(0, 256, (frames, height, width, 3), dtype=np.uint8)
+
+
+def pixels_of(frames: np.ndarray) -> torch.Tensor:
+    """What transformers' own image processor makes of frames [n,H,W,3]: [n,3,56,56]."""
+    given = PROCESSOR([Image.fromarray(frame) for frame in frames], return_tensors="pt")
+    return given["pixel_values_images" if "pixel_values_images" in given else "pixel_values"]

@@ -8,7 +8,7 @@ OLDEST_PYTHON ?= $(PYTHON)
 TRITON_PYTHON ?= /usr/bin/python3
 OLDEST_PINS := numpy==1.24.4 pillow==9.5.0 tokenizers==0.20.0 jinja2==3.1.6
 
-.PHONY: setup demo test test-trtrtx test-oldest test-triton check accuracy methods bench scenes clean
+.PHONY: setup demo test test-trtrtx test-oldest test-triton check accuracy methods bench scaling scenes clean
 
 setup: .venv/.installed  ## make .venv and install vtp into it
 
@@ -63,11 +63,16 @@ methods: setup  ## every method side by side: docs/measured.md, the plot and the
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS),bench]'
 	$(BIN)/python -m vtp.bench.methods --resume
 
-# Peers that cannot be installed are named in the page. BENCH takes flags, such as "--also int8=DIR".
+# Peers that cannot be installed are named in the page. BENCH takes flags, such as "--int8 --int4".
 bench: setup  ## vtp beside its peers on a full-size shape: docs/bench.md and the README's table (ten minutes, idle)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS),bench]'
 	-$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[peers]'
 	$(BIN)/python -m vtp.bench.peers $(BENCH)
+
+# SCALING takes flags, such as "--rounds 2" or "--quick". A run that was ended goes on where it stood.
+scaling: setup  ## what a request costs as it grows: docs/scaling.md, .json and .png (about ten minutes, idle)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS),bench]'
+	$(BIN)/python -m vtp.bench.scaling $(SCALING)
 
 scenes: setup  ## train the built-in model again (about two hours on 2 CPU cores; resumes)
 	$(BIN)/python -m vtp.scenes.train --run build/scenes

@@ -18,10 +18,20 @@ from typing import Any
 _EVERY_MS = 100
 
 
+# The rail that feeds everything, where a board measures it (Orin NX and Nano, Xavier NX; Nano of 2019).
+_INPUTS = ("VDD_IN", "POM_5V_IN")
+# Else the rails whose sum is the module: AGX Orin.
+_SHARES = ("VDD_GPU_SOC", "VDD_CPU_CV", "VIN_SYS_5V0")
+
+
 def _tegra(line: str) -> float | None:
-    """Watts of the whole board; its input rail has one of three names."""
-    found = re.search(r"(?:VDD_IN|POM_5V_IN|VIN_SYS_5V0) (\d+)mW", line)
-    return int(found[1]) / 1e3 if found else None
+    """Watts of the module, from "RAIL now/average" in mW (releases before JetPack 5 leave the unit out)."""
+    rails = {name: int(now) for name, now in re.findall(r"\b(\w+) (\d+)(?:mW)?/\d+(?:mW)?\b", line)}
+    for name in _INPUTS:
+        if name in rails:
+            return rails[name] / 1e3
+    shares = [rails[name] for name in _SHARES if name in rails]
+    return sum(shares) / 1e3 if len(shares) == len(_SHARES) else None
 
 
 def _smi(line: str) -> float | None:
@@ -34,7 +44,7 @@ def _smi(line: str) -> float | None:
 
 Source = tuple[str, list[str], Callable[[str], float | None]]
 SOURCES: tuple[Source, ...] = (
-    ("tegrastats, whole board", ["tegrastats", "--interval", str(_EVERY_MS)], _tegra),
+    ("tegrastats, the module", ["tegrastats", "--interval", str(_EVERY_MS)], _tegra),
     (
         "NVML, first GPU",
         [

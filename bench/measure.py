@@ -64,14 +64,18 @@ class Clock:
 
 @dataclass
 class Shapes:
-    """Sizes of every prefill run's inputs: stage name -> (file, input -> shape), noted while it ran."""
+    """Sizes of every prefill run's inputs: stage name -> (file, input -> shape), noted while it ran.
+
+    seen  the last run of each stage; runs: all of them, in order
+    """
 
     seen: dict[str, tuple[str, dict[str, tuple[int, ...]]]] = field(default_factory=dict)
+    runs: list[tuple[str, str, dict[str, tuple[int, ...]]]] = field(default_factory=list)
 
 
 def measure(task: Task) -> dict[str, Any]:
     """All figures of one bundle; see `vtp.bench.cli` for what they mean. Raises VtpError, UsageError."""
-    bundle = _endless(open_bundle(task.bundle))
+    bundle = endless(open_bundle(task.bundle))
     choice = choose_engine(task.engine, bundle.manifest.dtype, target=bundle.manifest.target)
     before = resident()  # with the engine's library, without any graph
     started = time.perf_counter()
@@ -80,7 +84,7 @@ def measure(task: Task) -> dict[str, Any]:
         opened_ms = (time.perf_counter() - started) * 1e3
         shapes = Shapes()
         for _ in range(WARM_UPS):
-            with _noting(shapes):
+            with noting(shapes):
                 answer = _ask(pipe, task)
         peak = peak_resident()
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -103,7 +107,7 @@ def measure(task: Task) -> dict[str, Any]:
     }
 
 
-def _endless(bundle: Bundle) -> Bundle:
+def endless(bundle: Bundle) -> Bundle:
     """The bundle without end-of-sequence ids, so that every run makes as many tokens as asked for."""
     text = dataclasses.replace(bundle.manifest.text, eos_token_ids=())
     return dataclasses.replace(bundle, manifest=dataclasses.replace(bundle.manifest, text=text))
@@ -114,13 +118,14 @@ def _ask(pipe: Pipeline, task: Task) -> Result:
 
 
 @contextmanager
-def _noting(shapes: Shapes) -> Iterator[None]:
+def noting(shapes: Shapes) -> Iterator[None]:
     """Note the shapes that go into every stage run outside of decoding."""
     run = Stage.run
 
     def noted(stage: Stage, values: dict[str, Any], *more: Any) -> None:
         given = {name: values[source].shape for name, source in stage.info.inputs.items()}
         shapes.seen[stage.info.name] = stage.info.file, given
+        shapes.runs.append((stage.info.name, stage.info.file, given))
         run(stage, values, *more)
 
     with mock.patch.object(Stage, "run", noted):
@@ -186,7 +191,7 @@ def _figures(
     stages = [
         {
             "stage": name,
-            "part": _part(bundle.manifest, name),
+            "part": part_of(bundle.manifest, name),
             "ms": spread(values),
             **_stage_work(bundle, shapes, name, spread(values)["median"], gemm["median"]),
         }
@@ -214,7 +219,7 @@ def _best(rates: Mapping[tuple[str, str], list[float]], kind: str) -> dict[str, 
     return max(found, key=lambda entry: entry["median"])
 
 
-def _part(manifest: Manifest, stage: str) -> str:
+def part_of(manifest: Manifest, stage: str) -> str:
     """Which of preprocess, encoder, pruner and prefill a stage belongs to; host for the rest."""
     if stage == "preprocess":
         return "preprocess"
@@ -236,12 +241,12 @@ def _stage_work(bundle: Bundle, shapes: Shapes, name: str, ms: float, gemm: floa
     if name not in shapes.seen:
         return {"flops": 0}
     file, given = shapes.seen[name]
-    work = flops.count(bundle.path(file), _axes(bundle.manifest, file, given))
+    work = flops.count(bundle.path(file), axes_of(bundle.manifest, file, given))
     rate = work.total / (ms / 1e3)
     return {"flops": work.total, "unknown": work.unknown, "flops_per_s": rate, "share": rate / gemm}
 
 
-def _axes(manifest: Manifest, file: str, given: Mapping[str, Sequence[int]]) -> dict[str, int]:
+def axes_of(manifest: Manifest, file: str, given: Mapping[str, Sequence[int]]) -> dict[str, int]:
     """Sizes of a graph's named axes, from the shapes that went in."""
     graph = manifest.graphs[file]
     axes = {"batch": 1, **({"capacity": graph.kv.capacity} if graph.kv else {})}

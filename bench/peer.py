@@ -115,6 +115,7 @@ PEERS = {
     "transformers-onnx": "vtp.bench.peer_onnx:TransformersOnnx",
     "openvino": "vtp.bench.peer_openvino:TransformersOpenvino",
     "genai": "vtp.bench.peer_genai:Genai",
+    "genai-int4": "vtp.bench.peer_genai:GenaiInt4",
 }
 
 

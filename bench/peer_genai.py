@@ -14,9 +14,25 @@ import numpy as np
 from vtp.bench.peer import Peer, Run, Stopwatch
 from vtp.bench.peer_onnx import EXPORT, decoder_of
 
+# The builder's options for both precisions: logits of the last prompt position only, as everybody has them.
+_LAST = "prune_lm_head=true"
+# Its quantiser's plain rounding, which `vtp.bench.fewer_bits` follows; the embedding stays in float, and int8
+# activations while multiplying are what vtp's own int4 has.
+_INT4 = (
+    "algo_config=default",
+    "block_size=32",
+    "is_symmetric=true",
+    "accuracy_level=4",
+    "op_types_to_quantize=MatMul",
+    "shared_embeddings=false",
+)
+
 
 class Genai(Peer):
     """Its generator loop on given tokens, greedy, float32."""
+
+    folder = "genai-float32"
+    precision: tuple[str, ...] = ("-p", "fp32", "--extra_options", _LAST)
 
     needs = (
         ("onnxruntime_genai", "pip install 'vtp-edge[peers]'"),
@@ -26,22 +42,22 @@ class Genai(Peer):
 
     def made(self) -> Path:
         """Folder of the graph and genai_config.json."""
-        return Path(self.spec.work) / "genai"
+        return Path(self.spec.work) / self.folder
 
     def prepare(self) -> None:
         """Write the decoder as a text model, and let the builder make its graph."""
         import torch
         from transformers import LlavaForConditionalGeneration
 
-        text, aside = Path(self.spec.work) / "genai-model", Path(self.spec.work) / "genai.partial"
+        text, aside = (self.made().with_name(f"{self.folder}{end}") for end in ("-model", ".partial"))
         shutil.rmtree(aside, ignore_errors=True)
         model: Any = LlavaForConditionalGeneration.from_pretrained(self.spec.model, dtype=torch.float32)
         decoder_of(model).save_pretrained(text)
         for name in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copy(Path(self.spec.model) / name, text)
         command = [sys.executable, "-m", "onnxruntime_genai.models.builder"]
-        command += ["-i", str(text), "-o", str(aside), "-p", "fp32", "-e", "cpu", "-c", str(text / "cache")]
-        subprocess.run(command, check=True)
+        command += ["-i", str(text), "-o", str(aside), "-e", "cpu", "-c", str(text / "cache")]
+        subprocess.run([*command, *self.precision], check=True)
         shutil.rmtree(text)
         aside.rename(self.made())
 
@@ -76,3 +92,10 @@ class Genai(Peer):
         generator = self._genai.Generator(self._model, parameters)
         generator.append_tokens(np.array([self.spec.ids], np.int32))
         return generator
+
+
+class GenaiInt4(Genai):
+    """The same with int4 weights, the head's included."""
+
+    folder = "genai-int4"
+    precision = ("-p", "int4", "--extra_options", _LAST, *_INT4)

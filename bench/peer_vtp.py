@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 
+from vtp.bench.measure import endless
 from vtp.bench.peer import Peer, Run, Stopwatch
 from vtp.engines import Choice, open_graph
 from vtp.runtime import Pipeline
@@ -24,10 +23,7 @@ class Whole(Peer):
 
     def open(self) -> None:
         """Open the bundle on ONNX Runtime's CPU provider, without end-of-sequence ids."""
-        bundle = open_bundle(self.spec.bundle)
-        text = dataclasses.replace(bundle.manifest.text, eos_token_ids=())
-        endless = dataclasses.replace(bundle, manifest=dataclasses.replace(bundle.manifest, text=text))
-        self._pipe = Pipeline(endless, Choice(CPU), self.spec.threads)
+        self._pipe = Pipeline(endless(open_bundle(self.spec.bundle)), Choice(CPU), self.spec.threads)
 
     def run(self) -> Run:
         """Answer at the bundle's default keep-count."""

@@ -1,6 +1,6 @@
 """vtp beside what one would use instead: the same weights, picture and question, in one run, in turns.
 
-    python -m vtp.bench.peers [--shape llava-ov-0.5b | --model DIR] [--also NAME=BUNDLE] [--out DIR]
+    python -m vtp.bench.peers [--shape llava-ov-0.5b | --model DIR] [--int8] [--int4] [--also NAME=BUNDLE]
 
 Every peer has a process of its own. Its first logits and tokens are held against the others' before anything
 is timed; then it and vtp answer in turns, so that a slow moment of the machine meets both, and their ratio is
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -25,13 +26,13 @@ from vtp.bench.cli import PROMPT, stamp, whole
 from vtp.bench.figures import ratio, spread
 from vtp.bench.measure import Task, in_child
 from vtp.bench.peer import Spec, missing
-from vtp.bench.peers_report import write_report
+from vtp.bench.peers_report import ROUNDS, write_report
 from vtp.bench.resident import peak_resident
 from vtp.bench.shape import Wanted, check, free_disk, run_export
 from vtp.bench.worker import Worker, prepare
 from vtp.engines import UsageError, VtpError
 from vtp.export.cli import quiet_libraries
-from vtp.runtime.bundle import MANIFEST
+from vtp.runtime.bundle import MANIFEST, open_bundle
 from vtp.runtime.console import Parser, Progress, run_command
 from vtp.runtime.machine import look
 from vtp.scenes import examples_dir
@@ -40,7 +41,8 @@ ROOT = Path(__file__).resolve().parents[1]
 BASE = "vtp vispruner"
 UNPRUNED = ("torch", "transformers-onnx", "openvino")
 # Whose answers are equal: of each line the first that has answered is the measure for the others.
-SAME = ((*UNPRUNED, "vtp none"), (BASE, "torch-vispruner"), ("genai", "vtp decoder"))
+INT4_DECODERS = ("genai-int4", "vtp decoder int4")
+SAME = ((*UNPRUNED, "vtp none"), (BASE, "torch-vispruner"), ("genai", "vtp decoder"), INT4_DECODERS)
 CLOSE = 1e-3  # of the largest logit: float32 in another order of sums stays well below it
 _DECODER_TOKENS = 16  # text tokens beside the kept ones, in the decoder-only comparison
 
@@ -55,10 +57,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("--shape", default="llava-ov-0.5b", help="full-size shape, random weights (default: %(default)s)")
     add("--model", metavar="DIR", help="instead: a LLaVA in Hugging Face layout")
+    add("--int8", action="store_true", help="also vispruner with an int8 encoder")
+    add("--int4", action="store_true", help="also the int4 decoder, against onnxruntime-genai's")
     add("--also", action="append", default=[], metavar="NAME=DIR", help="one more bundle of the same model")
     add("--peers", default="all", help="names, or all (default: %(default)s)")
     add("--keep", default="64", help="visual tokens kept (default: %(default)s)")
-    add("--rounds", default="10", help="turns of every pair (default: %(default)s)")
+    add("--rounds", default=ROUNDS, help="turns of every pair (default: %(default)s)")
     add("--tokens", default="16", help="tokens of every answer (default: %(default)s)")
     add("--threads", help="CPU threads of everybody (default: all cores)")
     add("--work", default=str(ROOT / "build/bench"), help="folder for what is made (default: %(default)s)")
@@ -95,8 +99,12 @@ class Contest:
         self.wanted = Wanted(args.shape, "none", None, "float32", "ort-cpu", self.work)
         self.model = Path(args.model) if args.model else self.work / "model"
         self.bundles = {f"vtp {name}": self.work / name for name in ("none", "vispruner", "adaptprune")}
-        self.extra = dict(_named(text) for text in args.also)
+        self.fewer = _fewer(args.int8, args.int4)
+        self.extra = {f"vtp {name}": self.work / name.replace(" ", "-") for name in self.fewer}
+        self.extra |= dict(_named(text) for text in args.also)
         self.chosen = _chosen(args.peers)
+        if args.int4 and "genai" in self.chosen:
+            self.chosen.append("genai-int4")
         self.spec = Spec(
             model=str(self.model),
             work=str(self.work),
@@ -116,6 +124,8 @@ class Contest:
             "tokens": self.spec.tokens,
             "threads": self.spec.threads,
             "decoder_tokens": len(self.spec.ids),
+            "flags": _flags(args),
+            "fewer_bits": {},
             "machine": {},
             "peers": {},
             "pairs": [],
@@ -141,6 +151,8 @@ class Contest:
                 method = folder.name
                 keep = [] if method == "none" else ["--keep-tokens", str(self.keep)]
                 run_export(["--model", str(self.model), "--method", method, *keep, "-o", str(folder)])
+        for name, (vision, decoder) in self.fewer.items():
+            self._quantise(f"vtp {name}", ["--vision", vision, "--decoder", decoder])
         for name in self.chosen:
             self._aside(name, lambda name=name: self._prepare(name))  # type: ignore[misc]
 
@@ -157,8 +169,26 @@ class Contest:
                 self._aside(name, lambda name=name: self._pair(fastest, name))  # type: ignore[misc]
         if self._able(("genai",)):
             self._aside("genai", lambda: self._pair("genai", "vtp decoder"))
+        if self._able(("genai-int4",)):
+            self._aside("genai-int4", lambda: self._pair(*INT4_DECODERS))
         for name in (BASE, "vtp adaptprune", *self.extra):
             self._aside(f"{name}, stages", lambda name=name: self._stages(name))  # type: ignore[misc]
+
+    def _quantise(self, name: str, flags: Sequence[str]) -> None:
+        """A bundle in fewer bits, in a process of its own; notes how many layers are."""
+        folder = self.extra[name]
+        if not (folder / MANIFEST).exists():
+            self.progress.step(f"quantise {name}")
+            command = [sys.executable, "-m", "vtp.bench.fewer_bits", str(self.bundles[BASE]), str(folder)]
+            command += [*flags, "--threads", str(self.spec.threads)]
+            code = subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode
+            if code:
+                raise VtpError(f"{name} could not be quantised: {command[2]} left with {code}, see above")
+        record = open_bundle(folder).manifest.quantization
+        self.results["fewer_bits"][name] = {
+            "layers": len(record["layers"]),
+            "left": len(record["left_in_float"]),
+        }
 
     def _prepare(self, name: str) -> None:
         line = missing(name)
@@ -188,6 +218,9 @@ class Contest:
             kind, spec = "vtp", dataclasses.replace(spec, bundle=str({**self.bundles, **self.extra}[name]))
         elif name == "vtp decoder":
             kind, spec = "vtp-decoder", dataclasses.replace(spec, bundle=str(self.bundles[BASE]))
+        elif name == "vtp decoder int4":
+            made = next(f"vtp {one}" for one, (_, decoder) in self.fewer.items() if decoder == "int4")
+            kind, spec = "vtp-decoder", dataclasses.replace(spec, bundle=str(self.extra[made]))
         return Worker(kind, spec, self.log)
 
     def _pair(self, theirs: str, ours: str, mine: Worker | None = None) -> None:
@@ -283,6 +316,20 @@ def _chosen(text: str) -> list[str]:
         if name not in known:
             raise UsageError(f"unknown peer '{name}'; peers: {', '.join(known)}")
     return names
+
+
+def _fewer(int8: bool, int4: bool) -> dict[str, tuple[str, str]]:
+    """Bundles to make in fewer bits: name -> (vision, decoder)."""
+    found = {"vispruner int8": ("int8", "none")} if int8 else {}
+    if int4:
+        found["vispruner int8 int4" if int8 else "vispruner int4"] = ("int8" if int8 else "none", "int4")
+    return found
+
+
+def _flags(args: argparse.Namespace) -> list[str]:
+    """What the report's command line says of this run, for it to be repeated."""
+    flags = [f"--{name}" for name in ("int8", "int4") if getattr(args, name)]
+    return [*flags, *([] if args.rounds == ROUNDS else ["--rounds", args.rounds])]
 
 
 def _named(text: str) -> tuple[str, Path]:

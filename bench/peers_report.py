@@ -14,7 +14,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
 COMMAND = "make bench"
-ROUNDS = 10  # what the command takes unless told otherwise
+ROUNDS = "10"  # what the command takes unless told otherwise
 # A share of the machine's rate above this says that the rate was measured too low, and so nothing else.
 POSSIBLE = 1.05
 VERDICT = {True: "met", False: "**missed**", None: "**not known**: above the machine's rate as measured"}
@@ -27,10 +27,19 @@ WHAT = {
     "vtp none": "vtp, all tokens",
     "vtp vispruner": "vtp, vispruner",
     "vtp adaptprune": "vtp, adaptprune",
+    "vtp vispruner int8": "vtp, vispruner, int8 encoder",
+    "vtp vispruner int4": "vtp, vispruner, int4 decoder",
+    "vtp vispruner int8 int4": "vtp, vispruner, int8 encoder, int4 decoder",
     "genai": "onnxruntime-genai",
     "vtp decoder": "vtp's decoder graph",
+    "genai-int4": "onnxruntime-genai",
+    "vtp decoder int4": "vtp's decoder graph",
 }
-DECODERS = ("genai", "vtp decoder")
+DECODERS = {"float32": ("genai", "vtp decoder"), "int4": ("genai-int4", "vtp decoder int4")}
+_SAME_CODES = (
+    "int4: symmetric, blocks of 32, rounded to the nearest by the same rule, the head included and the "
+    "embedding not; both multiply with activations in int8 (accuracy level 4)."
+)
 _INTRODUCTION = """\
 Made by `{command}` at {time}: {processor}, {cores} cores, {memory} GB; {system}; Python {python}; {versions}.
 
@@ -85,7 +94,7 @@ def page(results: Mapping[str, Any]) -> str:
         "command": _command(results),
     }
     parts = ["# vtp beside its peers", _INTRODUCTION.format(**known), _whole(results)]
-    parts += _variants(results) + _decoder(results) + _aims(results)
+    parts += _variants(results) + _fewer_bits(results) + _decoders(results) + _aims(results)
     for name, found in results["stages"].items():
         parts += [f"## Where the time of {name} goes", _stages(found), _notes(found)]
     parts += _absent(results)
@@ -93,14 +102,17 @@ def page(results: Mapping[str, Any]) -> str:
 
 
 def _command(results: Mapping[str, Any]) -> str:
-    rounds = results["rounds"]
-    return COMMAND if rounds == ROUNDS else f'{COMMAND} BENCH="--rounds {rounds}"'
+    rounds = [] if str(results["rounds"]) == ROUNDS else ["--rounds", str(results["rounds"])]
+    flags = results.get("flags", rounds)
+    return f'{COMMAND} BENCH="{" ".join(flags)}"' if flags else COMMAND
 
 
 def _timed(results: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
     """Everybody who answered a picture, slowest first."""
     rows = [
-        (name, found) for name, found in results["peers"].items() if "ttft" in found and name not in DECODERS
+        (name, found)
+        for name, found in results["peers"].items()
+        if "ttft" in found and not any(name in pair for pair in DECODERS.values())
     ]
     return sorted(rows, key=lambda row: -row[1]["ttft"]["median"])
 
@@ -144,10 +156,28 @@ def _variants(results: Mapping[str, Any]) -> list[str]:
     return ["## The fastest unpruned peer", said, _table(["than", "first token", "each further"], rows)]
 
 
-def _decoder(results: Mapping[str, Any]) -> list[str]:
-    pair = _pair(results, *DECODERS)
-    if pair is None:
-        return []
+def _fewer_bits(results: Mapping[str, Any]) -> list[str]:
+    lines = [
+        f"- {WHAT[name]}: {found['layers']} layers in fewer bits, {found['left']} left in float"
+        for name, found in results.get("fewer_bits", {}).items()
+    ]
+    said = (
+        "Made by `vtp-calib quantize`'s machinery on the built-in pictures. The weights are random, so this "
+        "says what fewer bits save and nothing of what they cost (docs/calibration.md has that, on a trained "
+        "model)."
+    )
+    return ["## Fewer bits", said, "\n".join(lines)] if lines else []
+
+
+def _decoders(results: Mapping[str, Any]) -> list[str]:
+    found = [(name, pair) for name, pair in DECODERS.items() if _pair(results, *pair)]
+    parts = [part for name, pair in found for part in _decoder(results, name, pair)]
+    return ["## onnxruntime-genai", *parts] if parts else []
+
+
+def _decoder(results: Mapping[str, Any], precision: str, names: tuple[str, str]) -> list[str]:
+    pair = _pair(results, *names)
+    assert pair is not None  # asked for where there is one
     rows = [
         [
             WHAT[name],
@@ -155,15 +185,17 @@ def _decoder(results: Mapping[str, Any]) -> list[str]:
             _spread(results["peers"][name]["tpot"]),
             f"{results['peers'][name]['peak'] / 1e6:.0f}",
         ]
-        for name in DECODERS
+        for name in names
     ]
     rows.append(["times vtp's", _ratio(pair["ttft"]), _ratio(pair["tpot"]), ""])
     said = (
-        f"The decoder alone on {results['decoder_tokens']} text tokens, float32, the same weights; equal "
-        f"answers: {_equal(results['peers'][DECODERS[1]].get('equal'))}."
+        f"The decoder alone on {results['decoder_tokens']} text tokens, {precision}, the same weights; equal "
+        f"answers: {_equal(results['peers'][names[1]].get('equal'))}."
     )
+    if precision == "int4":
+        said += f" {_SAME_CODES}"
     header = ["", "prompt, ms (quartiles)", "each further, ms", "peak memory, MB"]
-    return ["## onnxruntime-genai", said, _table(header, rows)]
+    return [said, _table(header, rows)]
 
 
 def _aims(results: Mapping[str, Any]) -> list[str]:
@@ -178,10 +210,13 @@ def _aims(results: Mapping[str, Any]) -> list[str]:
 def aims(results: Mapping[str, Any]) -> list[tuple[str, str, str, bool | None]]:
     """(what, aim, found, met) for every aim whose figures are there; met is None where they cannot tell."""
     rows: list[tuple[str, str, str, bool | None]] = []
+    fastest = results.get("fastest")
     for what, theirs, ours, key, least in (
-        ("first token, fastest unpruned peer", results.get("fastest"), BASE, "ttft", 1.75),
+        ("first token, fastest unpruned peer", fastest, BASE, "ttft", 1.75),
         ("first token, PyTorch unpruned", "torch", BASE, "ttft", 4.3),
-        ("each further token, onnxruntime-genai", *DECODERS, "tpot", 1.0),
+        ("first token, int8 encoder, fastest unpruned peer", fastest, f"{BASE} int8", "ttft", 2.5),
+        ("each further token, onnxruntime-genai", *DECODERS["float32"], "tpot", 1.0),
+        ("each further token, onnxruntime-genai, int4", *DECODERS["int4"], "tpot", 1.0),
     ):
         pair = _pair(results, str(theirs), ours)
         if pair:

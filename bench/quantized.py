@@ -21,15 +21,15 @@ from typing import Any
 
 import numpy as np
 
-from vtp.calib.data import Sample
+from vtp.bench.fewer_bits import write_quantised
 from vtp.calib.layers import load_graph
-from vtp.calib.quantizer import Quantizer, Wish
+from vtp.calib.quantizer import Wish
 from vtp.engines import Engine, UsageError, open_graph
 from vtp.export.cli import quiet_libraries
 from vtp.export.exporter import Request, export
-from vtp.runtime.bundle import MANIFEST, Bundle, open_bundle, whole_bundle
+from vtp.runtime.bundle import MANIFEST, Bundle, open_bundle
 from vtp.runtime.console import Parser, Progress, run_command, table
-from vtp.scenes import examples_dir, model_dir
+from vtp.scenes import model_dir
 
 ENCODER, ENGINE = "vision_encoder.onnx", "ort-cpu"
 DRAWS = 10_000
@@ -112,12 +112,8 @@ def save_model(folder: Path, layers: int = 24) -> None:
 
 def _int8_bundle(bundle: Bundle, folder: Path, args: argparse.Namespace) -> tuple[Bundle, dict[str, Any]]:
     """The quantised bundle, and how many matrices it has in int8."""
-    quantizer = Quantizer(bundle, Wish("int8", "none", activations=args.activations))
-    pictures = sorted(examples_dir().glob("*.png"))
-    samples = [Sample(pictures[number % len(pictures)], "what ?") for number in range(args.pictures)]
-    with whole_bundle(folder, overwrite=True) as aside:
-        quantizer.observe(aside / "probe", samples, ENGINE, args.threads, lambda _: None)
-        quantizer.write(aside, set())
+    wish = Wish("int8", "none", activations=args.activations)
+    quantizer = write_quantised(bundle, folder, wish, args.pictures, args.threads)
     ours = [one for one in quantizer.judged if one.layer.file == ENCODER]
     nodes = [node.op_type for node in load_graph(folder / ENCODER).graph.node]
     return open_bundle(folder), {

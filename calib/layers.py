@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from vtp.calib.rounding import INT8, Blocks, Range, int4_blocks, int8_channels
+from vtp.calib.rounding import INT8, Blocks, Range, int4_blocks, int8_channels, nearest_blocks
 from vtp.calib.weights import Store, place_of, read
 
 _FLOATS: dict[int, str] = {TensorProto.FLOAT: "float32", TensorProto.FLOAT16: "float16"}
@@ -98,15 +98,21 @@ class Int8:
 
 @dataclass(frozen=True)
 class Int4:
-    """A layer with int4 weights in blocks; `energy` [K] are the sums of squares of what goes in."""
+    """A layer with int4 weights in blocks; `energy` [K] are the sums of squares of what goes in.
+
+    nearest  round to the nearest, instead of searching each block's scale by the energy
+    """
 
     layer: Layer
     energy: np.ndarray
     block: int
     target: str
+    nearest: bool = False
 
     def blocks(self, weight: np.ndarray) -> Blocks:
-        """The codes of the layer's weight [K,N]."""
+        """The codes of the layer's weight [K,N], or of some of its columns."""
+        if self.nearest:
+            return nearest_blocks(weight, self.block, self.layer.dtype)
         return int4_blocks(weight, self.energy, self.block, self.layer.dtype, self.target != "ort")
 
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 _TARGETS = ("ort", "tensorrt")
 _VISION, _DECODER, _ACTIVATIONS = ("int8", "none"), ("int4", "none"), ("auto", "uint8", "int8")
+_HEADS = ("float", "int4")
 _BLOCKS = (32, 64, 128)
 _ELSEWHERE = ("fp8", "int4-awq", "nvfp4")  # NVIDIA ModelOpt's, which pins other versions of everything
 _MORE_FLOAT = (0.0, 0.1, 0.25, 0.5)  # shares of the layers, noisiest first, that stay in float, in this order
@@ -52,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--activations", default="auto", help="auto, uint8 or int8: how int8 is stored (default: %(default)s)"
     )
+    add("--head", default="float", help="a head tied to the embedding: float, or int4 (default: %(default)s)")
     shared_arguments(parser)
 
 
@@ -104,7 +106,8 @@ def split(samples: Sequence[Sample], pictures: int) -> tuple[list[Sample], list[
 
 
 def _check_flags(args: argparse.Namespace) -> None:
-    for name, known in (("vision", _VISION), ("decoder", _DECODER), ("activations", _ACTIVATIONS)):
+    known_values = {"vision": _VISION, "decoder": _DECODER, "activations": _ACTIVATIONS, "head": _HEADS}
+    for name, known in known_values.items():
         value = getattr(args, name)
         if value in _ELSEWHERE:
             raise UsageError(
@@ -151,7 +154,7 @@ def _quantizer(bundle: Bundle, args: argparse.Namespace) -> Quantizer:
         if error.name != "onnx":
             raise
         raise UsageError("vtp-calib quantize needs onnx: pip install 'vtp-edge[calib]'") from error
-    return Quantizer(bundle, Wish(args.vision, args.decoder, args.block, args.activations))
+    return Quantizer(bundle, Wish(args.vision, args.decoder, args.block, args.activations, args.head))
 
 
 # -- measuring -----------------------------------------------------------------------------------------------

@@ -118,6 +118,27 @@ def int4_blocks(weight: np.ndarray, importance: np.ndarray, block: int, dtype: s
     return Blocks(codes, scales)
 
 
+def nearest_blocks(weight: np.ndarray, block: int, dtype: str) -> Blocks:
+    """Codes of a weight [K,N] as ONNX Runtime's own quantiser gives them (symmetric, no search): the largest
+    weight of a block, whatever its sign, gets code -8, and all are rounded to the nearest, halves up.
+    """
+    rows, columns = weight.shape
+    count = -(-rows // block)
+    codes = np.empty((columns, count, block), np.uint8)
+    scales = np.empty((columns, count), dtype)
+    step = max(1, _CHUNK // (count * block))
+    for start in range(0, columns, step):
+        part = np.zeros((min(step, columns - start), count * block), np.float32)
+        part[:, :rows] = weight[:, start : start + step].T
+        part = part.reshape(len(part), count, block)
+        place = np.abs(part).argmax(axis=-1)[..., None]
+        scale = np.take_along_axis(part, place, axis=-1)[..., 0] / np.float32(-8)
+        inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale != 0)
+        codes[start : start + step] = np.clip(np.floor(part * inverse[..., None] + 8.5), 0, 15)
+        scales[start : start + step] = scale
+    return Blocks(codes, scales)
+
+
 def _search(
     blocks: np.ndarray, importance: np.ndarray, dtype: str, positive: bool
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -12,7 +12,7 @@ import pytest
 
 from vtp.bench import cli, measure, report
 from vtp.bench.ceiling import open_ceilings
-from vtp.bench.energy import Meter
+from vtp.bench.energy import SOURCES, Meter
 from vtp.bench.flops import count
 from vtp.bench.resident import peak_resident, resident
 from vtp.bench.shape import Wanted, check
@@ -178,18 +178,47 @@ def test_ceilings_do_the_work_that_they_claim(tmp_path: Path) -> None:
     assert product.work == count(tmp_path / f"gemm_{1024}.onnx", {"rows": rows, "inner": inner}).total
 
 
-def test_energy_is_read_from_the_first_source_there_is() -> None:
-    script = "import time\nwhile True: print('VDD_IN 5000mW/4000mW', flush=True); time.sleep(0.01)"
-    sources = (
-        ("absent", ["no-such-command"], float),
-        ("board", [sys.executable, "-c", script], lambda line: int(line.split()[1].split("mW")[0]) / 1e3),
+@pytest.mark.parametrize(
+    ("rails", "watts"),
+    [
+        # The same line of tegrastats as four kinds of boards end it: now/average, in mW.
+        ("VDD_IN 4970mW/4800mW VDD_CPU_GPU_CV 560mW/560mW VDD_SOC 1484mW/1484mW", 4.97),
+        ("VDD_GPU_SOC 2777mW/2700mW VDD_CPU_CV 396mW/400mW VIN_SYS_5V0 3842mW/3800mW", 7.015),
+        ("POM_5V_IN 2532/2532 POM_5V_GPU 121/121 POM_5V_CPU 403/403", 2.532),
+        ("VDD_CPU_GPU_CV 560mW/560mW VDD_SOC 1484mW/1484mW", None),
+    ],
+)
+def test_tegrastats_lines_are_read(rails: str, watts: float | None) -> None:
+    line = (
+        "11-21-2026 12:00:00 RAM 1488/7620MB (lfb 105x4MB) SWAP 253/12002MB (cached 2MB) CPU "
+        "[0%@1036,off] EMC_FREQ 0%@2133 GR3D_FREQ 26%@[306] cpu@46.4C gpu@46.03C "
     )
+    assert SOURCES[0][2](line + rails) == (None if watts is None else pytest.approx(watts))
+
+
+def test_nvml_lines_are_read() -> None:
+    """As nvidia-smi --query-gpu=power.draw --format=csv,noheader,nounits prints them."""
+    assert [SOURCES[1][2](line) for line in ("72.34", "[N/A]", "[Not Supported]", "")] == [
+        72.34,
+        None,
+        None,
+        None,
+    ]
+
+
+def test_recorded_output_becomes_joules(tmp_path: Path) -> None:
+    """From the first source whose command is there: a stand-in that prints a line of tegrastats."""
+    tool = tmp_path / "tegrastats"
+    tool.write_text("#!/bin/sh\nwhile :; do echo 'GR3D_FREQ 0% VDD_IN 5000mW/4000mW'; sleep 0.01; done\n")
+    tool.chmod(0o755)
+    name, command, read = SOURCES[0]
+    sources = [("absent", ["no-such-command"], read), (name, [str(tool), *command[1:]], read)]
     with Meter(sources) as meter:
         while "watts" not in meter.report():
             with meter.counting():
                 sum(range(100_000))
     found = meter.report()
-    assert found["source"] == "board" and found["watts"] == 5.0 and found["joules"] > 0
+    assert found["source"] == "tegrastats, the module" and found["watts"] == 5.0 and found["joules"] > 0
 
 
 def test_a_device_without_a_meter_says_so() -> None:

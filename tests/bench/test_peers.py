@@ -6,16 +6,22 @@ import argparse
 import copy
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from vtp.bench import peer, peers, peers_report, worker
+from vtp.bench import fewer_bits, peer, peers, peers_report, worker
 from vtp.bench.figures import ratio, spread
 from vtp.bench.peer import Spec, Stopwatch
+from vtp.calib.layers import load_graph
 from vtp.engines import UsageError, VtpError
+from vtp.export.exporter import Request, export
+from vtp.runtime.bundle import open_bundle
 from vtp.runtime.console import Progress
+
+from ..export.tiny import save_tiny
 
 
 def test_spread_is_median_and_quartiles() -> None:
@@ -228,8 +234,55 @@ def test_the_report_is_written_between_the_readmes_marks(tmp_path: Path) -> None
 
 def contest(tmp_path: Path, **changes: Any) -> peers.Contest:
     flags = {"model": str(tmp_path), "shape": "x", "also": [], "peers": "all", "keep": "3", "rounds": "2"}
-    flags |= {"tokens": "5", "threads": "1", "work": str(tmp_path), **changes}
+    flags |= {"int8": False, "int4": False, "tokens": "5", "threads": "1", "work": str(tmp_path), **changes}
     return peers.Contest(argparse.Namespace(**flags), Progress())
+
+
+def test_fewer_bits_are_asked_for_by_flags(tmp_path: Path) -> None:
+    one = contest(tmp_path, int8=True, int4=True)
+    assert one.fewer == {"vispruner int8": ("int8", "none"), "vispruner int8 int4": ("int8", "int4")}
+    assert one.extra["vtp vispruner int8"] == one.work / "vispruner-int8"
+    assert one.chosen[-1] == "genai-int4" and one.results["flags"] == ["--int8", "--int4", "--rounds", "2"]
+    alone = contest(tmp_path, int4=True, peers="torch")
+    assert alone.fewer == {"vispruner int4": ("none", "int4")} and alone.chosen == ["torch"]
+
+
+def test_an_int4_bundle_of_a_tied_model_runs_with_its_head_in_int4(
+    model_folder: Any, picture_file: Path, tmp_path: Path
+) -> None:
+    """What `--int4` makes: every layer of the decoder and the tied head, by the peer's own rounding."""
+    source, made = tmp_path / "vispruner", tmp_path / "int4"
+    export(Request(source, str(model_folder("tied")), "vispruner", "6", max_length=128, verify="none"))
+    arguments = [str(source), str(made), "--vision", "none", "--decoder", "int4", "--threads", "1"]
+    assert fewer_bits.main(arguments) == 0
+    record = open_bundle(made).manifest.quantization
+    layers = [node.op_type for node in load_graph(made / "decoder.onnx").graph.node]
+    assert not record["left_in_float"] and layers.count("MatMulNBits") == len(record["layers"])
+    assert "MatMul" not in layers and "Gemm" not in layers
+    told = spec(SimpleNamespace(model=source, folder=made), picture_file, tmp_path)
+    decoder = peer.peer_class("vtp-decoder")(told)
+    decoder.open()
+    assert len(decoder.run().tokens) == 5
+    assert fewer_bits.main([str(source), str(made), "--vision", "int2"]) == 2
+
+
+@pytest.mark.slow
+def test_int8_and_int4_take_part_beside_the_peers(tmp_path: Path) -> None:
+    """One command from a tiny model to the page: bundles in fewer bits, both decoders, equal answers."""
+    pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
+    save_tiny(tmp_path / "tiny", tied=True, head_dim=16, vision_layers=2)
+    arguments = ["--model", str(tmp_path / "tiny"), "--int8", "--int4", "--peers", "torch,genai"]
+    arguments += ["--keep", "6", "--rounds", "1", "--tokens", "5", "--threads", "1"]
+    arguments += ["--work", str(tmp_path / "work"), "--out", str(tmp_path)]
+    assert peers.main(arguments) == 0
+    results = json.loads((tmp_path / "docs/bench.json").read_text())
+    assert results["failed"] == {}
+    pairs = {(pair["theirs"], pair["ours"]) for pair in results["pairs"]}
+    wanted = {("torch", f"vtp vispruner {bits}") for bits in ("int8", "int8 int4")}
+    assert wanted | {("genai", "vtp decoder"), ("genai-int4", "vtp decoder int4")} <= pairs
+    text = (tmp_path / "docs/bench.md").read_text()
+    assert "| vtp, vispruner, int8 encoder |" in text and "int4, the same weights" in text
+    assert "first token, int8 encoder, fastest unpruned peer | at least 2.5 times" in text
 
 
 def test_bad_flags_are_refused(tmp_path: Path) -> None:

@@ -278,6 +278,7 @@ def test_a_gemm_keeps_its_bias(tmp_path: Path, bits: str, target: str) -> None:
         (["--decoder", "int4-awq"], 2, "NVIDIA ModelOpt"),
         (["--vision", "int4"], 2, "--vision int4 is not known; choose one of int8, none"),
         (["--vision", "none", "--decoder", "none"], 2, "leaves nothing to quantise"),
+        (["--head", "int2"], 2, "--head int2 is not known; choose one of float, int4"),
         (["--block", "16"], 2, "--block 16 is not one of 32, 64, 128"),
         (["--samples", "0"], 2, "--samples 0"),
         (["--max-drop", "-1"], 2, "outside 0 to 100"),

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
-from vtp.calib.rounding import INT8, Blocks, Range, decibels, int4_blocks, int8_channels
+from vtp.calib.rounding import INT8, Blocks, Range, decibels, int4_blocks, int8_channels, nearest_blocks
 
 
 def rounded(values: np.ndarray, step: float) -> np.ndarray:
@@ -136,3 +136,16 @@ def test_decibels() -> None:
     assert decibels(1, 0) == decibels(0, 0) == 120
     assert decibels(0, 1) < -200
     assert decibels(1, 100) == pytest.approx(-20)
+
+
+@pytest.mark.parametrize("rows", [32, 96])
+def test_plain_rounding_is_that_of_onnx_runtimes_quantiser(rows: int) -> None:
+    """The codes that onnxruntime-genai's builder gets: so both decoders hold the same weights."""
+    quantiser = pytest.importorskip("onnxruntime.quantization.matmul_nbits_quantizer")
+    weight = np.random.default_rng(rows).standard_normal((rows, 40)).astype(np.float32)
+    weight[:32, 3] = 0
+    config = quantiser.DefaultWeightOnlyQuantConfig(block_size=32, is_symmetric=True)
+    packed, scales, _ = quantiser.DefaultWeightOnlyQuantizer(config).qbits_block_quant(weight)
+    found = nearest_blocks(weight, 32, "float32")
+    np.testing.assert_array_equal(found.packed(), packed)
+    np.testing.assert_array_equal(found.scales.ravel(), scales.ravel())

@@ -78,13 +78,13 @@ def check(wanted: Wanted, room: int, disk: int) -> None:
 
     if wanted.dtype not in DTYPES:
         raise UsageError(f"unknown dtype '{wanted.dtype}'; choose one of {', '.join(DTYPES)}")
-    stored = find_shape(wanted.shape).bytes(wanted.dtype)
-    widened = _WIDENED if wanted.dtype == "float16" and wanted.engine in ("auto", "ort-cpu") else 1
-    needed = int(_BESIDE * widened * stored) + PROCESS
+    stored, needed = find_shape(wanted.shape).bytes(wanted.dtype), _needed(wanted, wanted.dtype)
     if room and needed > room:
+        wide = _needed(wanted, "float32")
+        other = f", or --dtype float32, which needs {wide / 1e9:.1f} GB" if wide <= room else ""
         raise VtpError(
             f"shape {wanted.shape} in {wanted.dtype} needs about {needed / 1e9:.1f} GB of memory on "
-            f"{wanted.engine}; {room / 1e9:.1f} GB are free here: choose a smaller shape"
+            f"{wanted.engine}; {room / 1e9:.1f} GB are free here: choose a smaller shape{other}"
         )
     missing = sum(
         0 if (folder / file).exists() else stored
@@ -95,6 +95,14 @@ def check(wanted: Wanted, room: int, disk: int) -> None:
             f"shape {wanted.shape} in {wanted.dtype} takes {missing / 1e9:.1f} GB of disk for the model and "
             f"its bundle; {disk / 1e9:.1f} GB are free for {wanted.cache}: choose another --cache"
         )
+
+
+def _needed(wanted: Wanted, dtype: str) -> int:
+    """Bytes of memory that running the shape in `dtype` takes, at least."""
+    from vtp.export.shapes import find_shape
+
+    widened = _WIDENED if dtype == "float16" and wanted.engine in ("auto", "ort-cpu") else 1
+    return int(_BESIDE * widened * find_shape(wanted.shape).bytes(dtype)) + PROCESS
 
 
 def free_disk(folder: Path) -> int:

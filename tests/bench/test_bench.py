@@ -158,6 +158,17 @@ def test_a_shape_too_large_is_refused_with_figures(tmp_path: Path) -> None:
         check(wanted(tmp_path, dtype="int2"), room=0, disk=0)
 
 
+def test_float16_on_a_cpu_is_refused_with_what_would_fit(tmp_path: Path) -> None:
+    """ONNX Runtime's CPU provider widens float16 and keeps both: float32 takes less there."""
+    large = {"shape": "qwen2.5-vl-3b", "engine": "auto"}
+    said = r"qwen2\.5-vl-3b in float16 needs about 26\.0 GB .* 21\.0 GB are free here: choose a smaller shape"
+    with pytest.raises(VtpError, match=f"{said}, or --dtype float32, which needs 17\\.4 GB$"):
+        check(wanted(tmp_path, **large, dtype="float16"), room=21 * 10**9, disk=0)
+    check(wanted(tmp_path, **large), room=21 * 10**9, disk=0)
+    with pytest.raises(VtpError, match=r"choose a smaller shape$"):
+        check(wanted(tmp_path, **large, dtype="float16"), room=8 * 10**9, disk=0)
+
+
 def test_a_shape_that_is_there_needs_no_disk(tmp_path: Path) -> None:
     here = wanted(tmp_path)
     for folder, file in ((here.model, "config.json"), (here.bundle, "manifest.json")):

@@ -151,7 +151,7 @@ class _Planner:
         self._add(GraphSpec("embed_tokens", embedding, [ids], ["inputs_embeds"]))
 
     def _text_cues(self) -> None:
-        length = GraphInput("text_length", torch.full((_B,), _T, dtype=torch.int64), {0: BATCH})
+        length = GraphInput("text_length", torch.full((_B,), self._text(), dtype=torch.int64), {0: BATCH})
         inputs = [self._embeds_input(), self._start_input(), length]
         outputs = ["text_embeds", "text_mask", "text_rows"]
         axes = {name: {0: PICTURES, 1: ROWS} for name in outputs[:2]} | {"text_rows": {1: ROWS}}
@@ -340,18 +340,21 @@ class _Planner:
         return numbers if axes == 1 else numbers.unsqueeze(2).repeat(1, 1, axes)
 
     def _embeds_input(self) -> GraphInput:
-        return GraphInput(
-            "inputs_embeds", self._float(_B, _T, self.family.decoder.wide(0)), _axes("inputs_embeds")
-        )
+        prompts = self._float(_B, self._text(), self.family.decoder.wide(0))
+        return GraphInput("inputs_embeds", prompts, _axes("inputs_embeds"))
 
     def _start_input(self) -> GraphInput:
         several = {1: IMAGES} if self.family.several else {}
-        start = torch.arange(self._images()).repeat(_B, 1)
+        start = torch.arange(self._images()).repeat(_B, 1) * self.family.placeholders
         return GraphInput("image_start", start, {0: BATCH, **several})
 
     def _images(self) -> int:
         """Pictures of a prompt while tracing."""
         return _I if self.family.several else 1
+
+    def _text(self) -> int:
+        """Ids of a prompt while tracing, its pictures' among them."""
+        return _T + self._images() * (self.family.placeholders - 1)
 
     def _text_examples(self) -> dict[str, Tensor]:
         return {

@@ -30,7 +30,8 @@ class ReferenceAnswer:
     """A greedy answer.
 
     token_ids     the new tokens; the last one is an EOS if one came.
-    keep_indices  int64 [K], the kept visual tokens (0 to N-1, ascending); all N without a pruner.
+    keep_indices  int64 [K], the kept visual tokens (0 to N-1, ascending); all N without a pruner. Of several
+                  pictures one after the other, the second's from N on.
     step_logits   per new token, the logits float32 [V] that chose it.
     cache_lengths tokens in the cache of every decoder layer at the end.
     """
@@ -50,7 +51,7 @@ def reference_generate(
     model: Any,
     pruner: Pruner | Sequence[Pruner] | None,
     input_ids: Tensor,
-    pixel_values: Tensor,
+    pixel_values: Tensor | Sequence[Tensor],
     max_new_tokens: int = 32,
     eos_ids: Collection[int] = (),
     positions: str = "compact",
@@ -60,55 +61,72 @@ def reference_generate(
     """Answer one prompt greedily, in the model's dtype.
 
     pruner        a method's pruner, or one for every site in turn, or None
-    input_ids     int64 [1,T] with N image placeholders.
+    input_ids     int64 [1,T] with N image placeholders for every picture.
     pixel_values  float [1,3,H,W], or what the family's tower takes ([F,3,H,W] of a clip's frames); cast to
-                  the model's dtype.
+                  the model's dtype. A list of such for several pictures, each of which is pruned by itself.
     positions     "compact" (pruned tokens never existed) or "original" (kept tokens keep their places and new
                   ones go on from T). Decoder sites always keep the original ones.
     image_size    (height, width) of the picture, for models that see it in several views: pixel_values are
                   then [V,3,H,W], and what a vision or projector site chooses from are the P patches.
     seams         the family's
 
-    Raises VtpError where the model cannot serve the pruner's site, UsageError for an unknown `positions`.
+    Raises VtpError where the model cannot serve the pruner's site, or a decoder site several pictures, and
+    UsageError for an unknown `positions`.
     """
     if positions not in ("compact", "original"):
         raise UsageError(f"positions is '{positions}'; choose compact or original")
     chain = [pruner] if isinstance(pruner, Pruner) else list(pruner or [])
     site = parse_site(chain[0].site)[0] if chain else "none"
+    pictures = [pixel_values] if isinstance(pixel_values, Tensor) else list(pixel_values)
+    if site == "decoder" and len(pictures) > 1:
+        raise VtpError(f"site {chain[0].site} takes one picture per prompt, not {len(pictures)}")
     parts = seams(model, image_size)
     with torch.no_grad(), parts.eager():
-        cues = parts.vision(pixel_values, _tower_cues(chain) if site in ("vision", "projector") else ())
-        cues["image_embeds"] = parts.project(cues["image_features"])
         decoder = _Decoder(parts, input_ids, site == "decoder" or positions == "original")
-        cues.update(decoder.text_cues())
-        embeds, places = parts.tokens(pixel_values, cues["image_embeds"])
-        if site in ("vision", "projector"):
-            keep, rows = _select(chain[0], cues)
-            keep = places[keep]
-            if rows is not None:
-                rows = parts.project(rows.to(cues["image_features"].dtype)) if site == "vision" else rows
-                rows = rows[..., : embeds.shape[-1]]  # a bundle's may have streams beside them
-                embeds = embeds.index_copy(1, keep, rows.to(embeds.dtype))
-            decoder.start(embeds)
-            decoder.cut(keep)
-        else:
-            cues["image_embeds"] = embeds
-            decoder.start(embeds)
-        decoder.prefill(chain if site == "decoder" else [], cues)
+        text, first = decoder.text_cues(), chain[0] if site in ("vision", "projector") else None
+        looks = [_look(parts, pixels, first, text) for pixels in pictures]
+        decoder.start(torch.cat([look.embeds for look in looks], dim=1))
+        if first is not None:
+            size = looks[0].embeds.shape[1]
+            decoder.cut(torch.cat([number * size + look.keep for number, look in enumerate(looks)]))
+        decoder.prefill(chain if site == "decoder" else [], looks[0].cues)
         tokens, logits = decoder.answer(max_new_tokens, eos_ids)
     return ReferenceAnswer(tokens, decoder.kept, logits, decoder.cache_lengths())
 
 
-def _tower_cues(chain: Sequence[Pruner]) -> set[str]:
-    return {"attention_scores", "vision_keys"} & set(chain[0].needs)
+@dataclass(frozen=True)
+class _Look:
+    """One picture: what methods see of it, its N tokens [1,N,D], and which of them go into the prompt."""
+
+    cues: dict[str, Tensor]
+    embeds: Tensor
+    keep: Tensor
+
+
+def _look(parts: Seams, pixel_values: Tensor, pruner: Pruner | None, text: dict[str, Tensor]) -> _Look:
+    """Look at one picture, with the pruner of a vision or projector site if there is one."""
+    wanted = {"attention_scores", "vision_keys"} & set(pruner.needs if pruner else ())
+    cues = {**text, **parts.vision(pixel_values, wanted)}
+    cues["image_embeds"] = parts.project(cues["image_features"])
+    embeds, places = parts.tokens(pixel_values, cues["image_embeds"])
+    if pruner is None:
+        return _Look({**cues, "image_embeds": embeds}, embeds, torch.arange(embeds.shape[1]))
+    chosen, rows = _select(pruner, cues)
+    keep = places[chosen]
+    if rows is not None:
+        at_tower = parse_site(pruner.site)[0] == "vision"
+        rows = parts.project(rows.to(cues["image_features"].dtype)) if at_tower else rows
+        rows = rows[..., : embeds.shape[-1]]  # a bundle's may have streams beside them
+        embeds = embeds.index_copy(1, keep, rows.to(embeds.dtype))
+    return _Look(cues, embeds, keep)
 
 
 class _Decoder:
     """The decoder's own layers, run one by one over a prompt that shrinks on the way.
 
     hidden [1,S,D] holds the tokens that are left; `numbers` [S] are their positions, `image` and `other` the
-    places among them of visual and of text tokens, `kept` the visual tokens' numbers within the picture.
-    Positions with A axes are [A,S].
+    places among them of visual and of text tokens, `kept` the visual tokens' numbers within the picture (the
+    second's from N on). Positions with A axes are [A,S].
     """
 
     hidden: Tensor
@@ -126,7 +144,7 @@ class _Decoder:
         self.cache = DynamicCache()
 
     def text_cues(self) -> dict[str, Tensor]:
-        """text_embeds [1,R,D], and text_mask float32 [1,R]: 1 after the picture."""
+        """text_embeds [1,R,D], and text_mask float32 [1,R]: 1 after the first picture."""
         embeds = self.parts.embed(self.ids[:, self.other])
         return {"text_embeds": embeds, "text_mask": (self.other > self.image[0]).float().unsqueeze(0)}
 

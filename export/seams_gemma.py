@@ -82,9 +82,9 @@ class Gemma3Seams(SiglipSeams):
         place, column = torch.arange(past, past + size)[:, None], torch.arange(past + size)[None]
         seen = column <= place
         if size > 1:
-            visual = torch.zeros(size, dtype=torch.bool)
-            visual[image] = True
-            seen = seen | (visual[:, None] & visual[None])
+            picture = torch.zeros(size, dtype=torch.int64)  # 0 for text; marks of text lie between pictures
+            picture[image] = 1 + (image.diff(prepend=image[:1]) > 1).cumsum(0)
+            seen = seen | ((picture[:, None] == picture[None]) & (picture > 0)[:, None])
         if self.text.config.layer_types[layer] == "sliding_attention":
             seen = seen & (column > place - self.text.config.sliding_window)
         lowest = torch.finfo(hidden.dtype).min

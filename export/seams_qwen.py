@@ -80,7 +80,8 @@ class PatchSeams(Seams):
 
     def numbers(self, input_ids: Tensor) -> tuple[Tensor, int]:
         kinds = (input_ids == self.model.config.image_token_id).int()
-        numbers, _ = self.model.model.get_rope_index(input_ids, kinds, image_grid_thw=self.grid)
+        grids = self.grid.repeat(int(kinds.sum()) // len(self.order()), 1)  # one for every picture
+        numbers, _ = self.model.model.get_rope_index(input_ids, kinds, image_grid_thw=grids)
         return numbers[:, 0], int(numbers.max()) + 1
 
 
@@ -100,7 +101,7 @@ class WindowSeams(PatchSeams):
 class DeepSeams(PatchSeams):
     """Qwen3-VL's: features of earlier tower blocks are added to visual tokens after the first layers."""
 
-    deep: list[Tensor]
+    deep: list[Tensor]  # by decoder layer: of every picture looked at, one after the other
 
     @property
     def mlp(self) -> Any:
@@ -113,7 +114,8 @@ class DeepSeams(PatchSeams):
 
     def tokens(self, pixel_values: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
         tokens = self.model.model.get_image_features(pixel_values, self.grid, return_dict=True)
-        self.deep = [block[0] for block in tokens.deepstack_features]
+        own, before = [block[0] for block in tokens.deepstack_features], getattr(self, "deep", [])
+        self.deep = [torch.cat(pair) for pair in zip(before, own, strict=True)] if before else own
         return tokens.pooler_output[0][None], torch.arange(patches.shape[1])
 
     def after(self, layer: int, hidden: Tensor, image: Tensor, kept: Tensor) -> Tensor:

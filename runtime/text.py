@@ -149,9 +149,11 @@ class Prompter:
         return self._place_images(text, ids, images)
 
     def _has_bos(self, text: str) -> bool:
-        """Whether BOS is there already: at the start, or right after an image at the start."""
+        """Whether BOS is there already: at the start, or right after the images at the start."""
         bos = self.spec.special_tokens.get("bos_token")
-        return bos is not None and text.removeprefix(self.spec.image_token).startswith(bos)
+        while text.startswith(self.spec.image_token):
+            text = text.removeprefix(self.spec.image_token)
+        return bos is not None and text.startswith(bos)
 
     def _render(self, messages: list[dict[str, Any]]) -> str:
         if self._template is None:

@@ -27,10 +27,7 @@ class Gemma3(PaliGemma):
     name = "gemma3"
     architectures = ("Gemma3ForConditionalGeneration",)
     decoders = ("gemma3_text",)
-    limits = (
-        "one picture per prompt, without pan and scan; attention in single operators, since "
-        "GroupQueryAttention is causal"
-    )
+    limits = "without pan and scan; attention in single operators, since GroupQueryAttention is causal"
     seams = Gemma3Seams
     template = None
 

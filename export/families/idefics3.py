@@ -34,9 +34,10 @@ class Idefics3(Family):
     name = "idefics3"
     architectures = ("Idefics3ForConditionalGeneration",)
     sites = ("vision", "projector", "decoder")
+    several = True
     limits = (
-        "one picture per prompt, one image size per bundle; K is for the whole picture, all tiles together; "
-        "the marks between tiles stay; methods that need a grid only at one tile; no video"
+        "one image size per bundle; K is for the whole picture, all tiles together; the marks between tiles "
+        "stay; methods that need a grid only at one tile; no video"
     )
     image_kinds = ("idefics3",)
     seams = Idefics3Seams

@@ -31,9 +31,10 @@ class InternVL(Family):
     name = "internvl"
     architectures = ("InternVLForConditionalGeneration",)
     sites = ("vision", "projector", "decoder")
+    several = True
     limits = (
-        "one picture per prompt, one image size per bundle; K is for the whole picture, all tiles together; "
-        "methods that need a grid only at one tile; no video"
+        "one image size per bundle; K is for the whole picture, all tiles together; methods that need a "
+        "grid only at one tile; no video"
     )
     image_kinds = ("internvl", "clip")  # the second at an image size of one tile
     seams = InternVLSeams

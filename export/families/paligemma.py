@@ -2,7 +2,7 @@
 
 Source: transformers' modeling_paligemma.py (Beyer et al., arXiv 2407.07726). The prompt, picture and question
 alike, is read in both directions; the answer from left to right. Positions count from 1. The processor writes
-`<image>` tokens, BOS, the question and a line's end; there is no conversation.
+the `<image>` tokens of all pictures, BOS, the question and a line's end; there is no conversation.
 """
 
 from __future__ import annotations
@@ -27,15 +27,17 @@ class PaliGemma(Family):
     architectures = ("PaliGemmaForConditionalGeneration",)
     sites = ("vision", "projector", "decoder")
     decoders: ClassVar[tuple[str, ...]] = ("gemma", "gemma2")
+    several = True
     limits = (
-        "one picture and one question, no conversation; a prompt no longer than Gemma 2's window; attention "
-        "in single operators, since GroupQueryAttention is causal"
+        "one question, no conversation; a prompt no longer than Gemma 2's window; attention in single "
+        "operators, since GroupQueryAttention is causal"
     )
     seams: ClassVar[type[Seams]] = PaliGemmaSeams
     template: ClassVar[str | None] = (
         "{% if messages | length > 1 %}{{ raise_exception('it takes one question, and no conversation') }}"
-        "{% endif %}<image>{{ bos_token }}{% for part in messages[0]['content'] %}"
-        "{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}{{ '\\n' }}"
+        "{% endif %}{% set parts = messages[0]['content'] %}"
+        "{% for part in parts if part['type'] == 'image' %}<image>{% endfor %}{{ bos_token }}"
+        "{% for part in parts if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}{{ '\\n' }}"
     )
 
     @classmethod

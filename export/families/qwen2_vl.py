@@ -27,7 +27,8 @@ class Qwen2VL(Family):
     name = "qwen2_vl"
     architectures = ("Qwen2VLForConditionalGeneration",)
     sites = ("vision", "projector", "decoder")
-    limits = "one picture per prompt, one image size per bundle; kept tokens keep their positions; no video"
+    several = True
+    limits = "one image size per bundle; kept tokens keep their positions; no video"
     image_kinds = ("qwen",)
     positions = ("original",)
     seams = PatchSeams

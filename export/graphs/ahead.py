@@ -5,17 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vtp.export.graphs.layout import lay_out, widened
 from vtp.export.graphs.modules import DecoderPruner, Splice
 
 
-def looking_ahead(length: int, image_start: Tensor, visual: int) -> Tensor:
+def looking_ahead(length: int, starts: Tensor, visual: int) -> Tensor:
     """How many tokens after itself each of a prompt's S = `length` tokens sees, int64 [B,S].
 
-    To the picture's end from inside it, else none. image_start int64 [B,1]: where its `visual` tokens begin.
+    To its picture's end from inside it, else none. starts int64 [B,I]: where pictures of `visual` tokens
+    begin in that prompt.
     """
-    place, start = torch.arange(length).unsqueeze(0), image_start
-    inside = (place >= start) & (place < start + visual)
-    return torch.where(inside, start + visual - 1 - place, torch.zeros_like(place))
+    at = lay_out(length, starts, visual)
+    return torch.where(at.inside, (at.passed + 1) * visual - 1 - at.seen, 0)
 
 
 class AheadSplice(Splice):
@@ -29,7 +30,9 @@ class AheadSplice(Splice):
         keep_indices: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         answer = super().forward(inputs_embeds, image_embeds, image_start, keep_indices)
-        return *answer, looking_ahead(answer[0].shape[1], image_start, image_embeds.shape[1])
+        visual = image_embeds.shape[1]
+        starts = widened(image_start, visual - self.placeholders)
+        return *answer, looking_ahead(answer[0].shape[1], starts, visual)
 
 
 class AheadPruner(DecoderPruner):

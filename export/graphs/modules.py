@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vtp.export.graphs.attention import Cache, Lengths, Peek, TowerProbe, Watch, active, softcapped
+from vtp.export.graphs.layout import Layout, lay_out, widened
 from vtp.export.graphs.rotary import AxesRotary
 from vtp.export.pruners.base import Pruner
 from vtp.export.pruners.ops import gather_rows
@@ -158,27 +159,37 @@ class Splice(nn.Module):
         image_start: Tensor,
         keep_indices: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
+        at, prompt = self._merged(inputs_embeds, image_embeds, image_start)
+        total, same = prompt.shape[1], torch.zeros_like(image_start[:, 0])
+        if not self.original:
+            return prompt, torch.arange(total).unsqueeze(0) + same.unsqueeze(1), same + total
+        assert keep_indices is not None
+        visual, images = image_embeds.shape[1], image_start.shape[1]
+        position_ids = at.words + at.passed * self.count + self._tokens(at, keep_indices, images)
+        return prompt, position_ids, same + (total + images * (self.count - visual))
+
+    def _merged(
+        self, inputs_embeds: Tensor, image_embeds: Tensor, image_start: Tensor
+    ) -> tuple[Layout, Tensor]:
+        """How the prompt is laid out, and its embeddings [B,S,D]."""
         batch, text, width = inputs_embeds.shape
         images, visual = image_start.shape[1], image_embeds.shape[1]
         wider = visual - self.placeholders
-        place = torch.arange(text + images * wider).unsqueeze(0)  # [1,S]
-        since = place.unsqueeze(2) - (image_start + torch.arange(images) * wider).unsqueeze(1)  # [B,S,I]
-        passed = (since >= visual).to(torch.int64).sum(dim=2)  # whole pictures before every place, [B,S]
-        inside = (since >= 0).to(torch.int64).sum(dim=2) > passed
-        seen = since.clamp(0, visual).sum(dim=2)  # their tokens before every place
-        words = place - seen
+        at = lay_out(text + images * wider, widened(image_start, wider), visual)
         row = torch.arange(batch).unsqueeze(1)
-        image = batch * text + row * (images * visual) + seen
-        source = torch.where(inside, image, row * text + words + passed * self.placeholders)
+        image = batch * text + row * (images * visual) + at.seen
+        source = torch.where(at.inside, image, row * text + at.words + at.passed * self.placeholders)
         rows = torch.cat([inputs_embeds.reshape(-1, width), image_embeds.reshape(-1, width)])
-        prompt, same = functional.embedding(source, rows), torch.zeros_like(image_start[:, 0])
-        if not self.original:
-            return prompt, place + same.unsqueeze(1), same + (text + images * wider)
-        assert keep_indices is not None
-        slot = torch.where(inside, row * (images * visual) + seen, 0)
+        return at, functional.embedding(source, rows)
+
+    def _tokens(self, at: Layout, keep_indices: Tensor, images: int) -> Tensor:
+        """int64 [B,S]: which of the N tokens stands at each place, where keep_indices [B*I,M] are there; 0
+        for text."""
+        batch, visual = at.inside.shape[0], keep_indices.shape[1]
+        row = torch.arange(batch).unsqueeze(1)
+        slot = torch.where(at.inside, row * (images * visual) + at.seen, 0)
         kept = functional.embedding(slot, keep_indices.reshape(-1, 1)).squeeze(2)
-        position_ids = words + passed * self.count + torch.where(inside, kept, 0)
-        return prompt, position_ids, same + (text + images * (self.count - self.placeholders))
+        return torch.where(at.inside, kept, 0)
 
 
 class TextCues(nn.Module):
@@ -205,7 +216,7 @@ class TextCues(nn.Module):
         source = place + passed * self.placeholders
         mask = asked(source, passed > 0, text_length)
         embeds = gather_rows(inputs_embeds, source)
-        return _for_each(embeds, images), _for_each(mask, images), place + passed * self.count
+        return for_each(embeds, images), for_each(mask, images), place + passed * self.count
 
 
 def asked(source: Tensor, after: Tensor, text_length: Tensor) -> Tensor:
@@ -216,7 +227,7 @@ def asked(source: Tensor, after: Tensor, text_length: Tensor) -> Tensor:
     return torch.where(follows.sum(dim=1, keepdim=True) > 0, follows, real)
 
 
-def _for_each(tensor: Tensor, images: int) -> Tensor:
+def for_each(tensor: Tensor, images: int) -> Tensor:
     """Every row of [B,...] once for each of its `images`: [B*images,...]."""
     batch, *rest = tensor.shape
     return tensor.unsqueeze(1).expand(batch, images, *rest).reshape(batch * images, *rest)

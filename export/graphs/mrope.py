@@ -13,14 +13,15 @@ from vtp.export.graphs.modules import Splice
 
 
 class GridSplice(Splice):
-    """Put M image tokens in the place of a prompt's placeholder; number rows and columns of their grid.
+    """Put M image tokens in the place of each of a prompt's I pictures; number their rows and columns.
 
-    inputs_embeds [B,T,D], image_embeds [B,M,D], image_start int64 [B,1] (and keep_indices int64 [B,M],
-    without which all N tokens come) -> prompt_embeds [B,S,D], position_ids int64 [B,S,3], next_position int64
-    [B], where S = T - placeholders + M.
+    inputs_embeds [B,T,D], image_embeds [B*I,M,D], image_start int64 [B,I] ascending (and keep_indices int64
+    [B*I,M], without which all N tokens come) -> prompt_embeds [B,S,D], position_ids int64 [B,S,3],
+    next_position int64 [B], where S = T + I * (M - placeholders).
 
-    The token in row r and column c of the grid has the position start + (0, r, c), kept or not; the text
-    after the picture goes on from start + the longer edge of the grid.
+    The token in row r and column c of a grid has the position start + (0, r, c), kept or not, where start
+    comes right after whatever stands in front of the picture; what follows goes on from start + the longer
+    edge of the grid.
     """
 
     steps: Tensor
@@ -40,12 +41,13 @@ class GridSplice(Splice):
         image_start: Tensor,
         keep_indices: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        prompt, place, total = super().forward(inputs_embeds, image_embeds, image_start)
-        visual, start = image_embeds.shape[1], image_start
-        token = (place - start).clamp(0, visual - 1)
-        if keep_indices is not None:
-            token = torch.gather(keep_indices, 1, token)
-        inside = start.unsqueeze(2) + functional.embedding(token, self.steps)
-        place, start = place.unsqueeze(2), start.unsqueeze(2)
-        after = torch.where(place < start + visual, inside, place - visual + self.edge)
-        return prompt, torch.where(place < start, place, after), total - visual + self.edge
+        at, prompt = self._merged(inputs_embeds, image_embeds, image_start)
+        visual, images = image_embeds.shape[1], image_start.shape[1]
+        if keep_indices is None:
+            token = torch.where(at.inside, at.seen - at.passed * visual, 0)
+        else:
+            token = self._tokens(at, keep_indices, images)
+        start = at.words + at.passed * self.edge  # and text is at step 0 of itself
+        position_ids = start.unsqueeze(2) + functional.embedding(token, self.steps)
+        after = inputs_embeds.shape[1] + images * (self.edge - self.placeholders)
+        return prompt, position_ids, torch.zeros_like(image_start[:, 0]) + after

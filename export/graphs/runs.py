@@ -12,8 +12,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from vtp.export.graphs.modules import DecoderPruner, Splice, TextCues, asked
+from vtp.export.graphs.layout import lay_out, widened
+from vtp.export.graphs.modules import DecoderPruner, Splice, TextCues, asked, for_each
 from vtp.export.pruners.base import Pruner
 from vtp.export.pruners.ops import gather_rows
 
@@ -140,28 +142,31 @@ class RunsSplice(Splice):
         image_start: Tensor,
         keep_indices: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        start, text, same = image_start, inputs_embeds.shape[1], torch.zeros_like(image_start[:, 0])
+        each = image_start.reshape(-1, 1)  # [B*I,1]
         tokens = keep_indices
         if tokens is None:
-            tokens = torch.arange(self.count) + torch.zeros_like(start)
-        kept, visual = self.order.keep(tokens), tokens.shape[1]
-        block = visual + self.order.marked
-        total = text - self.placeholders + block
-        place = torch.arange(total).unsqueeze(0)
-        before, inside = place < start, place < start + block
-        slot = (place - start).clamp(0, block - 1)
-        within = kept.pick(start + self.order.in_ids, text + torch.arange(visual) + torch.zeros_like(start))
-        source = torch.where(inside, torch.gather(within, 1, slot), place - block + self.placeholders)
-        prompt = gather_rows(
-            torch.cat([inputs_embeds, image_embeds], dim=1), torch.where(before, place, source)
+            tokens = torch.arange(self.count) + torch.zeros_like(each)
+        kept, (batch, text, width) = self.order.keep(tokens), inputs_embeds.shape
+        images, visual, size = image_start.shape[1], tokens.shape[1], tokens.shape[1] + self.order.marked
+        wider = size - self.placeholders
+        total, row = text + images * wider, torch.arange(batch).unsqueeze(1)
+        at = lay_out(total, widened(image_start, wider), size)
+        slot = torch.where(at.inside, row * (images * size) + at.seen, 0)
+        marks = (row * text + image_start).reshape(-1, 1) + self.order.in_ids
+        rows = batch * text + torch.arange(batch * images).unsqueeze(1) * visual + torch.arange(visual)
+        within = look_up(kept.pick(marks, rows).flatten(), slot)
+        source = torch.where(at.inside, within, row * text + at.words + at.passed * self.placeholders)
+        prompt = functional.embedding(
+            source, torch.cat([inputs_embeds.reshape(-1, width), image_embeds.reshape(-1, width)])
         )
+        same = torch.zeros_like(image_start[:, 0])
         if not self.original:
-            return prompt, place + torch.zeros_like(start), same + total
-        missing = self.count - visual
-        marks = self.order.full_marks() + torch.zeros_like(start)
-        original = start + torch.gather(kept.pick(marks, self.order.full_places(tokens)), 1, slot)
-        position_ids = torch.where(before, place, torch.where(inside, original, place + missing))
-        return prompt, position_ids, same + (total + missing)
+            return prompt, torch.arange(total).unsqueeze(0) + same.unsqueeze(1), same + total
+        marks = self.order.full_marks() + torch.zeros_like(each)
+        places = look_up(kept.pick(marks, self.order.full_places(tokens)).flatten(), slot)
+        position_ids = at.words + at.passed * (self.count + self.order.marked)
+        position_ids = position_ids + torch.where(at.inside, places, 0)
+        return prompt, position_ids, same + (total + images * (self.count - visual))
 
 
 class RunsTextCues(TextCues):
@@ -174,14 +179,18 @@ class RunsTextCues(TextCues):
     def forward(
         self, inputs_embeds: Tensor, image_start: Tensor, text_length: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        place = torch.arange(inputs_embeds.shape[1] - self.runs).unsqueeze(0)
-        start, marked = image_start, self.order.marked
-        after, past = place >= start, place >= start + marked
-        mark = (place - start).clamp(0, marked - 1)
-        ids, full = (start + look_up(table, mark) for table in (self.order.in_ids, self.order.full_marks()))
-        source = torch.where(past, place + self.runs, torch.where(after, ids, place))
-        rows = torch.where(past, place + self.count, torch.where(after, full, place))
-        return gather_rows(inputs_embeds, source), asked(source, after, text_length), rows
+        text, images, marked = inputs_embeds.shape[1], image_start.shape[1], self.order.marked
+        length = text - images * self.runs
+        at = lay_out(length, widened(image_start, -self.runs), marked)
+        place = torch.arange(length).unsqueeze(0)
+        mark = torch.where(at.inside, at.seen - at.passed * marked, 0)
+        ids, tokens = (
+            torch.where(at.inside, look_up(table, mark), 0)
+            for table in (self.order.in_ids - torch.arange(marked), self.order.to_mark)
+        )
+        source, rows = place + at.passed * self.runs + ids, place + at.passed * self.count + tokens
+        mask = asked(source, at.inside | (at.passed > 0), text_length)
+        return for_each(gather_rows(inputs_embeds, source), images), for_each(mask, images), rows
 
 
 class RunsDecoderPruner(DecoderPruner):

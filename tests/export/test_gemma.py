@@ -32,6 +32,7 @@ from vtp.runtime.result import Timings
 from vtp.runtime.stages import StageRunner
 from vtp.runtime.text import Prompter
 
+from .several import TALK, Turns, asked, check_answers, check_batch
 from .test_trtrtx import ENGINE, MISSING, build
 from .tiny_gemma import processor_of, save_gemma, tiny_gemma3, tiny_paligemma
 
@@ -121,23 +122,26 @@ def noise(height: int, width: int, seed: int = 0) -> Image.Image:
 
 @settings(max_examples=100, deadline=None)
 @given(
-    st.integers(1, 9),
-    st.integers(0, 4),
-    st.integers(0, 9),
+    st.lists(st.integers(0, 6), min_size=2, max_size=4),
+    st.integers(1, 4),
     st.integers(1, 12),
     st.none() | st.integers(1, 12),
 )
-def test_what_a_prompt_sees(before: int, visual: int, after: int, end: int, window: int | None) -> None:
-    """Place by place: itself and those before it within the window, the rest of the picture, no padding."""
-    total = before + visual + after
+def test_what_a_prompt_sees(texts: list[int], visual: int, end: int, window: int | None) -> None:
+    """Place by place: itself and those before it within the window, the rest of its picture, no padding."""
+    starts, picture = list[int](), [-1] * texts[0]
+    for number, after in enumerate(texts[1:]):
+        starts.append(len(picture))
+        picture += [number] * visual + [-1] * after
+    total = len(picture)
     end = min(end, total)
-    place, ahead = torch.arange(total).unsqueeze(0), looking_ahead(total, torch.tensor([before]), visual)
+    place, ahead = torch.arange(total).unsqueeze(0), looking_ahead(total, torch.tensor([starts]), visual)
     lengths = Lengths(torch.tensor([end - 1], dtype=torch.int32), torch.tensor(total, dtype=torch.int32))
     seen = lengths.seen(place, total + 3, Rule(1.0, window=window), ahead)[0]
-    image = range(before, before + visual)
+    own = [*picture, -2, -2, -2]
     for query in range(end):
         for key in range(total + 3):
-            allowed = key <= query or (query in image and key in image)
+            allowed = key <= query or (own[query] >= 0 and own[query] == own[key])
             near = window is None or key > query - window
             assert bool(seen[query, key]) == (allowed and near and key < end), (query, key)
     assert seen.any(dim=1).all()
@@ -199,15 +203,14 @@ def test_scores_of_a_large_tower_are_read_head_by_head(monkeypatch: pytest.Monke
 # -- generation ----------------------------------------------------------------------------------------------
 
 
-def processed(model: Any, picture: Image.Image, words: str) -> dict[str, Any]:
-    """What transformers' own processor makes of a picture and a question."""
+def processed(model: Any, pictures: list[Image.Image], turns: Turns) -> dict[str, Any]:
+    """What transformers' own processor makes of pictures and a talk (of a single turn for PaliGemma)."""
     processor = processor_of(model)
-    text = f"<image>{words}"
     if model.config.model_type == "gemma3":
-        content = [{"type": "image"}, {"type": "text", "text": words}]
-        turns = [{"role": "user", "content": content}]
         text = processor.apply_chat_template(turns, add_generation_prompt=True)
-    given = processor(images=picture, text=text, return_tensors="pt")
+    else:
+        text = "<image>" * len(pictures) + turns[0]["content"][-1]["text"]
+    given = processor(images=[pictures], text=[text], return_tensors="pt")
     assert "token_type_ids" in given
     return {name: value for name, value in given.items() if name not in ("labels", "num_crops")}
 
@@ -216,7 +219,7 @@ def processed(model: Any, picture: Image.Image, words: str) -> dict[str, Any]:
 def test_unpruned_equals_transformers(bundle: Callable[[str], Made], name: str) -> None:
     """From the picture and the words on: 24 tokens and their logits, of the bundle and of the reference."""
     made = bundle(name)
-    given = processed(made.model, noise(40, 70, seed=3), WORDS)
+    given = processed(made.model, [noise(40, 70, seed=3)], asked(WORDS, 1))
     made.model.generation_config.eos_token_id = None
     with torch.no_grad():
         answer = made.model.generate(
@@ -263,6 +266,30 @@ def test_pruned_equals_the_torch_reference(bundle: Callable[[str], Made], name: 
             result = pipe.generate(noise(31, 90), WORDS, max_new_tokens=4, keep_tokens=keep)
             assert (result.visual_tokens.before, result.visual_tokens.after) == (COUNT, keep)
             assert len(set(result.kept)) == keep and result.kept == sorted(result.kept)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
+        for name, (_, method, _, wishes) in BUNDLES.items()
+        if method not in ("fastv", "adaptprune", "sparsevlm") and wishes not in (HALF, TENSORRT)
+    ],
+)
+def test_several_pictures(bundle: Callable[[str], Made], name: str) -> None:
+    """Each sees itself (Gemma 3), or all are read together (PaliGemma); transformers' way, and torch's."""
+    made = bundle(name)
+
+    def processing(pictures: list[Image.Image], turns: Turns) -> dict[str, Any]:
+        return processed(made.model, pictures, turns)
+
+    talks = [asked(WORDS, 2), TALK if made.kind == "gemma3" else asked(WORDS, 3)]
+    check_answers(made.folder, made.model, processing, (40, 70), talks)
+
+
+@pytest.mark.parametrize("name", ["pali-vispruner", pytest.param("gemma3-vispruner", marks=pytest.mark.slow)])
+def test_batches_of_several_pictures(bundle: Callable[[str], Made], name: str) -> None:
+    check_batch(bundle(name).folder, (40, 70))
 
 
 @pytest.mark.slow

@@ -43,6 +43,7 @@ from vtp.runtime.preprocess import preprocess
 from vtp.runtime.result import Timings
 from vtp.runtime.stages import StageRunner
 
+from .several import TALK, WORDS, asked, check_answers, check_batch
 from .tiny_qwen import (
     CHAT_TEMPLATE,
     IMAGE,
@@ -50,6 +51,7 @@ from .tiny_qwen import (
     MERGE,
     PATCH,
     image_processor,
+    processed,
     qwen_tokenizer,
     save_qwen,
     tiny_qwen,
@@ -97,6 +99,8 @@ QUICK = {"2-none", "2-fastv", "2.5-vispruner", "3-none", "3-fastv"}
 NAMES = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in BUNDLES]
 UNPRUNED = [item for name, item in zip(BUNDLES, NAMES, strict=True) if name.endswith("none")]
 PRUNED = [item for name, item in zip(BUNDLES, NAMES, strict=True) if not name.endswith("none")]
+# Least number of text tokens before, between and after pictures: marks stand between any two.
+BETWEEN = [(0, 1), (0, 1, 1), (0, 2, 1, 1)]
 BEFORE, AFTER = [11, 20, 30, 3], [4, 40, 50, 60, 70]
 
 
@@ -159,23 +163,30 @@ def plain() -> Any:
 def test_positions_are_transformers(plain: Any, data: st.DataObject) -> None:
     """Kept tokens have the positions that they have among all; the text around them has its own."""
     grid = data.draw(st.tuples(st.integers(1, 5), st.integers(1, 5)))
-    before, after = data.draw(st.integers(0, 4)), data.draw(st.integers(1, 4))
-    count = grid[0] * grid[1]
-    keep = sorted(data.draw(st.sets(st.integers(0, count - 1), min_size=1)))
-    ids = torch.tensor([[9] * before + [IMAGE] * count + [9] * after])
-    wanted, deltas = plain.model.get_rope_index(
-        ids, (ids == IMAGE).int(), image_grid_thw=torch.tensor([[1, MERGE * grid[0], MERGE * grid[1]]])
-    )
-    stay = [*range(before), *(before + token for token in keep), *range(before + count, ids.shape[1])]
-    text = torch.rand(2, before + 1 + after, 3)
-    rows = torch.rand(2, len(keep), 3)
-    start = torch.tensor([[before], [before]])
-    splice = GridSplice(1, grid)
-    prompt, positions, following = splice(text, rows, start, torch.tensor([keep, keep]))
+    texts = [data.draw(st.integers(least, 4)) for least in data.draw(st.sampled_from(BETWEEN))]
+    count, images = grid[0] * grid[1], len(texts) - 1
+    among = st.permutations(range(count))
+    size = data.draw(st.integers(1, count))
+    keep = [sorted(data.draw(among)[:size]) for _ in range(images)]
+    ids, stay, starts = [9] * texts[0], list(range(texts[0])), list[int]()
+    for number, after in enumerate(texts[1:]):
+        starts.append(len(ids) - number * (count - 1))
+        stay += [*(len(ids) + token for token in keep[number])]
+        ids += [IMAGE] * count
+        stay += range(len(ids), len(ids) + after)
+        ids += [9] * after
+    kinds = torch.tensor([ids]) == IMAGE
+    thw = torch.tensor([[1, MERGE * grid[0], MERGE * grid[1]]] * images)
+    wanted, deltas = plain.model.get_rope_index(torch.tensor([ids]), kinds.int(), image_grid_thw=thw)
+    text, rows = torch.rand(2, sum(texts) + images, 3), torch.rand(2 * images, size, 3)
+    start, kept, splice = torch.tensor([starts] * 2), torch.tensor(keep * 2), GridSplice(1, grid)
+    prompt, positions, following = splice(text, rows, start, kept)
     assert torch.equal(positions[1], wanted[:, 0, stay].T)
-    assert following.tolist() == [int(deltas) + ids.shape[1]] * 2
-    assert torch.equal(prompt[1], torch.cat([text[1, :before], rows[1], text[1, before + 1 :]]))
-    if len(keep) == count:
+    assert following.tolist() == [int(deltas) + len(ids)] * 2
+    pieces = text[1].tensor_split([edge for place in starts for edge in (place, place + 1)])
+    parts = [part for pair in zip(pieces[0::2], [*rows[images:], text[:0, 0]], strict=True) for part in pair]
+    assert torch.equal(prompt[1], torch.cat(parts))
+    if size == count:
         assert torch.equal(splice(text, rows, start)[1], positions)
 
 
@@ -328,6 +339,29 @@ def test_the_whole_way_equals_transformers_prompt(bundle: Callable[[str], Made])
     assert result.prompt_tokens == len(ids) - 1
 
 
+SEVERAL = {"2-none", "2.5-vispruner", "3-none"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in SEVERAL else pytest.param(name, marks=pytest.mark.slow)
+        for name, (_, _, wishes) in BUNDLES.items()
+        if wishes["method"] not in ("fastv", "adaptprune", "sparsevlm") and "dtype" not in wishes
+    ],
+)
+def test_several_pictures(bundle: Callable[[str], Made], name: str) -> None:
+    """Against transformers and, pruned, against torch: positions, windows and streams of each picture."""
+    made, talks = bundle(name), [asked(WORDS[0], 2), TALK]
+    check_answers(made.folder, made.model, processed, made.image_size, talks)
+
+
+@pytest.mark.parametrize("name", ["2.5-vispruner", pytest.param("3-cdpruner", marks=pytest.mark.slow)])
+def test_batches_of_several_pictures(bundle: Callable[[str], Made], name: str) -> None:
+    made = bundle(name)
+    check_batch(made.folder, made.image_size)
+
+
 def test_the_gate_walks_positions_of_three_axes(bundle: Callable[[str], Made]) -> None:
     """What built engines are compared on: the prompt, and the step after it."""
     opened = open_bundle(bundle("2-none").folder)
@@ -359,7 +393,7 @@ def test_refused_in_one_line(
     assert re.search(message, error), error
 
 
-def test_videos_and_several_pictures_are_refused(bundle: Callable[[str], Made]) -> None:
+def test_videos_and_other_counts_of_pictures_are_refused(bundle: Callable[[str], Made]) -> None:
     with Pipeline.load(bundle("2-none").folder) as pipe:
         for kind, message in (("video", "type 'video'; choose text or image"), ("image", "hold 2 images")):
             content = [{"type": "image"}, {"type": kind}, {"type": "text", "text": "what ?"}]

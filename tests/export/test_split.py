@@ -29,6 +29,7 @@ from vtp.runtime.result import Timings
 from vtp.runtime.stages import StageRunner
 from vtp.runtime.text import Prompter
 
+from .several import TALK, Turns, asked, check_answers, check_batch
 from .tensorrt_10_3 import refused
 from .tiny_split import idefics3_processor, internvl_processor, save_idefics3, save_internvl
 
@@ -149,13 +150,11 @@ def noise(height: int, width: int, seed: int = 0) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def processed(made: Made, picture: Image.Image) -> Any:
-    """transformers' own processing of a picture and WORDS: tiles, chat template, marks, placeholders."""
-    content = [{"type": "image"}, {"type": "text", "text": WORDS}]
-    turns = [{"role": "user", "content": content}]
+def processed(made: Made, pictures: list[Image.Image], turns: Turns) -> Any:
+    """transformers' own processing of pictures and a talk: tiles, chat template, marks, placeholders."""
     text = made.processor.apply_chat_template(turns, add_generation_prompt=True)
     more = not text.startswith("<s>")  # as `apply_chat_template(tokenize=True)` does it
-    return made.processor(images=picture, text=text, add_special_tokens=more, return_tensors="pt")
+    return made.processor(images=pictures, text=text, add_special_tokens=more, return_tensors="pt")
 
 
 def transformers_answer(made: Made, given: Any, steps: int) -> Any:
@@ -176,7 +175,7 @@ def test_unpruned_equals_transformers(bundle: Callable[[str], Made], name: str) 
     """From picture and words on: preprocessing, prompt, tower, decoder; 24 greedy tokens, their logits."""
     made = bundle(name)
     picture = noise(*made.image_size, seed=3)
-    given = processed(made, picture)
+    given = processed(made, [picture], asked(WORDS, 1))
     answer = transformers_answer(made, given, 24)
     opened = open_bundle(made.folder)
     prompter = Prompter(opened.manifest.text, opened.path("tokenizer.json"))
@@ -205,7 +204,7 @@ def test_unpruned_equals_transformers(bundle: Callable[[str], Made], name: str) 
 def test_the_reference_equals_transformers(bundle: Callable[[str], Made], name: str) -> None:
     """What pruned bundles are held against is the model itself where nothing is pruned."""
     made = bundle(name)
-    given = processed(made, noise(*made.image_size, seed=4))
+    given = processed(made, [noise(*made.image_size, seed=4)], asked(WORDS, 1))
     wanted = transformers_answer(made, given, 8).sequences[0, -8:].tolist()
     pixels = given["pixel_values"].flatten(0, -4)
     seams = find_family(made.model.config.to_dict()).seams
@@ -229,6 +228,33 @@ def test_pruned_equals_the_torch_reference(bundle: Callable[[str], Made], name: 
                 assert (result.visual_tokens.before, result.visual_tokens.after) == (visual.count, keep)
                 assert len(result.kept) == len(set(result.kept)) == keep
                 assert result.kept == sorted(result.kept) and result.kept[-1] < visual.count
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in SMALL else pytest.param(name, marks=pytest.mark.slow)
+        for name, (_, _, wishes) in BUNDLES.items()
+        if wishes["method"] in ("none", "vispruner", "divprune", "visionzip", "cdpruner")
+        and "target" not in wishes
+    ],
+)
+def test_several_pictures(bundle: Callable[[str], Made], name: str) -> None:
+    """Tiles of each, marks between them and around; against transformers and, pruned, against torch."""
+    made = bundle(name)
+
+    def processing(pictures: list[Image.Image], turns: Turns) -> Any:
+        return processed(made, pictures, turns)
+
+    check_answers(made.folder, made.model, processing, made.image_size, [asked(WORDS, 2), TALK])
+
+
+@pytest.mark.parametrize(
+    "name", ["idefics3-vispruner", pytest.param("internvl-vispruner", marks=pytest.mark.slow)]
+)
+def test_batches_of_several_pictures(bundle: Callable[[str], Made], name: str) -> None:
+    made = bundle(name)
+    check_batch(made.folder, made.image_size)
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -170,3 +171,20 @@ def transformers_answer(model: Any, picture: Any, before: list[int], after: list
         output_logits=True,
         return_dict_in_generate=True,
     )
+
+
+def processed(pictures: list[Any], turns: list[dict[str, Any]]) -> dict[str, Any]:
+    """What transformers' own parts make of pictures and a conversation, for `generate`: its processor as a
+    whole needs torchvision."""
+    given, tokenizer = image_processor()(pictures, return_tensors="pt"), qwen_tokenizer()
+    text = tokenizer.apply_chat_template(
+        turns, chat_template=CHAT_TEMPLATE, add_generation_prompt=True, tokenize=False
+    )
+    counts = iter((given["image_grid_thw"].prod(dim=1) // MERGE**2).tolist())
+    ids = torch.tensor([[item for piece in tokenizer(text)["input_ids"] for item in _wide(piece, counts)]])
+    kinds = {"attention_mask": torch.ones_like(ids), "mm_token_type_ids": (ids == IMAGE).int()}
+    return {**given, "input_ids": ids, **kinds}
+
+
+def _wide(piece: int, counts: Iterator[int]) -> list[int]:
+    return [IMAGE] * next(counts) if piece == IMAGE else [piece]

@@ -22,8 +22,8 @@ class LlavaOnevision(LlavaNext):
     architectures = ("LlavaOnevisionForConditionalGeneration",)
     several = False  # its processor does not tile the pictures of a prompt that has more than one
     limits = (
-        "as llava_next; one picture per prompt; no image size that the model would resample (anyres_max_9); "
-        "no video"
+        "as llava_next; one picture per prompt, since its processor tiles no more than one; no image size "
+        "that the model would resample (anyres_max_9); no video"
     )
 
     def prepare(self, image: ImageSpec) -> None:

@@ -401,6 +401,14 @@ def test_videos_and_other_counts_of_pictures_are_refused(bundle: Callable[[str],
                 pipe.generate(noise(32, 48), messages=[{"role": "user", "content": content}])
         with pytest.raises(UsageError, match=r"holds '<\|video_pad\|>', a control token"):
             pipe.generate(noise(32, 48), "what is <|video_pad|> ?")
+        with pytest.raises(UsageError, match="the messages hold 3 images, and 2 pictures are given"):
+            pipe.generate([noise(32, 48)] * 2, messages=TALK)
+
+
+def test_a_decoder_site_takes_one_picture(bundle: Callable[[str], Made]) -> None:
+    refused = pytest.raises(UsageError, match="method fastv chooses inside the decoder and takes one picture")
+    with Pipeline.load(bundle("2-fastv").folder) as pipe, refused:
+        pipe.generate([noise(32, 48)] * 2, "which ?")
 
 
 @pytest.mark.parametrize(("key", "own"), [("patch_size", PATCH), ("merge_size", MERGE)])

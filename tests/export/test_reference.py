@@ -283,6 +283,8 @@ def test_refusals():
     model = tiny_llava()
     with pytest.raises(UsageError, match="choose compact or original"):
         reference_generate(model, None, IDS, pixels(), positions="dense")
+    with pytest.raises(VtpError, match="decoder:2 takes one picture per prompt, not 2"):
+        reference_generate(model, make("fastv", 2), IDS, [pixels(), pixels(seed=1)])
     with pytest.raises(VtpError, match="made for 4 visual tokens"):
         reference_generate(model, find_method("uniform")((2, 2), 2), IDS, pixels())
     with pytest.raises(VtpError, match="9 placeholders for 16 tokens"):

@@ -1,7 +1,7 @@
-"""Reads an .onnx file without the onnx package: its tensors, nodes and weights, as far as memory needs them.
+"""Reads an .onnx file without the onnx package: its tensors, nodes and weights, as far as engines need them.
 
 A graph file is a protocol buffer; this walks the few fields wanted (numbers from onnx.proto) and skips the
-rest. Weights in external data are counted, not read.
+rest. Weights are counted, not read, but for small ones within the file.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ _DTYPES = {
     22: ("int4", 4),
 }
 _BITS = dict(_DTYPES.values())
+_SMALL = 64  # bytes of a constant that is kept
 
 Field = tuple[int, int | bytes]
 
@@ -47,11 +48,15 @@ class TensorShape:
 
 @dataclass(frozen=True)
 class Weight:
-    """A constant of the graph. `place` is (file, offset) in external data, None inside the graph file."""
+    """A constant of the graph. `place` is (file, offset) in external data, None inside the graph file.
+
+    `raw` is the content of a small one inside the file, as it is stored.
+    """
 
     dtype: str
     shape: tuple[int, ...]
     place: tuple[str, int] | None
+    raw: bytes = b""
 
     @property
     def bytes(self) -> int:
@@ -61,7 +66,7 @@ class Weight:
 
 @dataclass(frozen=True)
 class Node:
-    """One operator; `ints` holds its whole-number attributes."""
+    """One operator; `ints` holds its whole-number attributes, `texts` those that are words."""
 
     op: str
     domain: str
@@ -69,6 +74,7 @@ class Node:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     ints: dict[str, int] = field(default_factory=dict)
+    texts: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -102,8 +108,11 @@ def read_graph(path: str | Path) -> GraphFile:
         raise VtpError(f"{path} is no ONNX graph; export the bundle again") from error
 
 
-def _fields(data: bytes) -> Iterator[Field]:
-    """Field numbers and values of one message: an int for numbers, bytes for everything with a length."""
+def fields(data: bytes) -> Iterator[Field]:
+    """Field numbers and values of one message: an int for numbers, bytes for everything with a length.
+
+    Raises ValueError or IndexError for what is no protocol buffer.
+    """
     place = 0
     while place < len(data):
         key, place = _varint(data, place)
@@ -143,11 +152,11 @@ def _signed(number: int) -> int:
 def _model(data: bytes) -> GraphFile:
     opsets: dict[str, int] = {}
     graph: bytes | None = None
-    for number, value in _fields(data):
+    for number, value in fields(data):
         if number == 7:
             graph = bytes(value)
         elif number == 8:
-            parts = dict(_fields(bytes(value)))
+            parts = dict(fields(bytes(value)))
             opsets[_text(parts.get(1, b""))] = int(parts.get(2, 0))
     if graph is None:
         raise ValueError("no graph")
@@ -159,7 +168,7 @@ def _graph(data: bytes, opsets: dict[str, int]) -> GraphFile:
     weights: dict[str, Weight] = {}
     named: dict[int, list[str]] = {11: [], 12: [], 13: []}  # inputs, outputs, inner tensors
     tensors: dict[str, TensorShape] = {}
-    for number, value in _fields(data):
+    for number, value in fields(data):
         if number == 1:
             nodes.append(_node(bytes(value)))
         elif number == 5:
@@ -174,34 +183,39 @@ def _graph(data: bytes, opsets: dict[str, int]) -> GraphFile:
 
 
 def _node(data: bytes) -> Node:
-    texts: dict[int, list[str]] = {1: [], 2: [], 3: [], 4: [], 7: []}
+    said: dict[int, list[str]] = {1: [], 2: [], 3: [], 4: [], 7: []}
     ints: dict[str, int] = {}
-    for number, value in _fields(data):
-        if number in texts:
-            texts[number].append(_text(value))
+    texts: dict[str, str] = {}
+    for number, value in fields(data):
+        if number in said:
+            said[number].append(_text(value))
         elif number == 5:
-            attribute = dict(_fields(bytes(value)))
+            attribute = dict(fields(bytes(value)))
             if attribute.get(20) == 2:  # AttributeProto.INT
                 ints[_text(attribute[1])] = _signed(int(attribute.get(3, 0)))
-    first = {number: "".join(texts[number][:1]) for number in (3, 4, 7)}
-    return Node(first[4], first[7], first[3], tuple(texts[1]), tuple(texts[2]), ints)
+            elif attribute.get(20) == 3:  # STRING
+                texts[_text(attribute[1])] = _text(attribute.get(4, b""))
+    first = {number: "".join(said[number][:1]) for number in (3, 4, 7)}
+    return Node(first[4], first[7], first[3], tuple(said[1]), tuple(said[2]), ints, texts)
 
 
 def _weight(data: bytes) -> tuple[str, Weight]:
     shape: list[int] = []
-    name, kind, outside = "", 0, dict[str, str]()
-    for number, value in _fields(data):
+    name, kind, raw, outside = "", 0, b"", dict[str, str]()
+    for number, value in fields(data):
         if number == 1:
             shape += _packed(value)
         elif number == 2:
             kind = int(value)
         elif number == 8:
             name = _text(value)
+        elif number in (4, 9) and not isinstance(value, int) and len(value) <= _SMALL:
+            raw = bytes(value)  # packed floats lie as raw ones do
         elif number == 13:
-            pair = dict(_fields(bytes(value)))
+            pair = dict(fields(bytes(value)))
             outside[_text(pair[1])] = _text(pair[2])
     place = (outside["location"], int(outside.get("offset", 0))) if outside else None
-    return name, Weight(_dtype(kind), tuple(shape), place)
+    return name, Weight(_dtype(kind), tuple(shape), place, raw)
 
 
 def _packed(value: int | bytes) -> list[int]:
@@ -216,18 +230,18 @@ def _packed(value: int | bytes) -> list[int]:
 
 
 def _value_info(data: bytes) -> tuple[str, TensorShape | None]:
-    parts = dict(_fields(data))
+    parts = dict(fields(data))
     name = _text(parts.get(1, b""))
-    kind = dict(_fields(bytes(parts.get(2, b"")))).get(1)  # TypeProto.tensor_type
+    kind = dict(fields(bytes(parts.get(2, b"")))).get(1)  # TypeProto.tensor_type
     if kind is None:
         return name, None
-    tensor = dict(_fields(bytes(kind)))
+    tensor = dict(fields(bytes(kind)))
     if 2 not in tensor:
         return name, None
     axes: list[int | str] = []
-    for number, value in _fields(bytes(tensor[2])):
+    for number, value in fields(bytes(tensor[2])):
         if number == 1:
-            axis = dict(_fields(bytes(value)))
+            axis = dict(fields(bytes(value)))
             axes.append(_text(axis[2]) if 2 in axis else int(axis.get(1, 0)))
     return name, TensorShape(_dtype(int(tensor.get(1, 0))), tuple(axes))
 

@@ -37,10 +37,12 @@ class BuildOptions:
 
     workspace   bytes that one layer may use beside weights and tensors
     level       the builder's optimization level, 0 (quick to build) to 5; None: the library's default
+    plugin      name of the plugin that takes the place of some nodes (`vtp.engines.plugins`); "": none
     """
 
     workspace: int = 1 << 30
     level: int | None = None
+    plugin: str = ""
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ def build_engine(
     log = library_log(engine)
     log.clear()
     builder = trt.Builder(log)
-    network, parser = _parse(trt, builder, log, path)
+    network, parser = _parse(trt, builder, log, path, options.plugin)
     config = builder.create_builder_config()
     _configure(trt, config, options)
     for one in profile_list(profile):
@@ -118,12 +120,18 @@ def profile_list(given: Profiles | None) -> list[Profile]:
     return list(given)
 
 
-def _parse(trt: Any, builder: Any, log: Any, path: Path) -> tuple[Any, Any]:
+def _parse(trt: Any, builder: Any, log: Any, path: Path, plugin: str) -> tuple[Any, Any]:
     if not path.is_file():
         raise VtpError(f"no graph at {path}: no such file")
     network = _network(trt, builder)
     parser = trt.OnnxParser(network, log)
-    if parser.parse_from_file(str(path)):
+    if plugin:
+        from vtp.engines.plugins.greedy import prepare_graph
+
+        parsed = parser.parse(prepare_graph(trt, path), str(path))
+    else:
+        parsed = parser.parse_from_file(str(path))
+    if parsed:
         return network, parser
     errors = _parse_errors(parser)
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""

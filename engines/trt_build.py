@@ -27,6 +27,7 @@ from vtp.engines.errors import VtpError
 from vtp.engines.files import sha256
 from vtp.engines.graph_file import read_graph
 from vtp.engines.graph_memory import graph_memory
+from vtp.engines.plugins.greedy import SOURCE
 from vtp.engines.trt import BuildOptions, Profiles, Step, build_engine, load_library, profile_list
 
 PLAN, STAMP = ".plan", ".json"
@@ -117,11 +118,14 @@ def store_engine(
     """
     path, folder, options = Path(path), Path(folder), options or BuildOptions()
     version = load_library(engine).__version__
-    settings = _digest([_plain(profile), dataclasses.asdict(options)])
+    settings = settings_hash(profile, options)
     wanted = Stamp(engine, version, device_sm(engine, cuda), graph_hash(path), settings, 0, "")
     target = folder / f"{path.stem}-{wanted.key}{PLAN}"
     with contextlib.suppress(VtpError):  # not there, or not whole: a build that was interrupted
-        return StoredEngine(target, read_stamp(target), False)
+        stored = StoredEngine(target, read_stamp(target), False)
+        with contextlib.suppress(OSError):  # a folder that cannot be written holds what it holds
+            os.utime(target)  # of several engines of a graph the one that was asked for last is run
+        return stored
     if room is not None:
         _check_room(path.name, estimate_build(path, engine, profile, options), room)
     folder.mkdir(parents=True, exist_ok=True)
@@ -243,6 +247,12 @@ def device_sm(engine: str, cuda: Callable[[], CudaProbe] = probe_cuda) -> str:
             "build on the device, or with --engine tensorrt-rtx"
         )
     return found.devices[0].sm
+
+
+def settings_hash(profile: Profiles | None, options: BuildOptions) -> str:
+    """sha256 over what changes an engine beside its graph: profile, options, and a plugin's kernel."""
+    parts = [_plain(profile), dataclasses.asdict(options)]
+    return _digest([*parts, sha256(SOURCE)] if options.plugin else parts)
 
 
 def graph_hash(path: str | Path, known: Mapping[str, str] | None = None) -> str:

@@ -13,7 +13,10 @@ from typing import Any
 
 from vtp.engines import choose_engine, open_graph
 from vtp.engines.errors import UsageError, VtpError
-from vtp.engines.trt import LIBRARIES, BuildOptions, Profile
+from vtp.engines.plugins import PLUGINS
+from vtp.engines.plugins.greedy import check_plugin
+from vtp.engines.plugins.rewrite import find_greedy
+from vtp.engines.trt import LIBRARIES, BuildOptions, Profile, load_library
 from vtp.engines.trt_build import Room, StoredEngine, set_gate, store_engine
 from vtp.runtime.bundle import Bundle, open_bundle
 from vtp.runtime.console import Parser, Progress, run_command, table
@@ -33,11 +36,16 @@ _QUIET = 2.0  # seconds between two lines about one build
 
 @dataclass(frozen=True)
 class BuiltGraph:
-    """One graph's engine, and the seconds it took (0 where it was there already)."""
+    """One graph's engine, and the seconds it took (0 where it was there already).
+
+    `plugin` names the plugin within; `note` says why one that was asked for is not.
+    """
 
     file: str
     engine: StoredEngine
     seconds: float
+    plugin: str = ""
+    note: str = ""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -49,6 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--triton", metavar="DIR", help="write a model repository for NVIDIA's Triton server instead")
     add("-o", "--output", metavar="DIR", help=f"where engines are kept (default: BUNDLE/{ENGINES})")
     add("--workspace-mb", metavar="N", default="1024", help="memory for one layer (default: %(default)s)")
+    add("--plugin", metavar="NAME", help=f"kernel to use where it answers as ONNX Runtime: {PLUGINS[0]}")
     add("--image", metavar="FILE", help="picture to compare engines on (default: one that is drawn)")
     add("--prompt", metavar="TEXT", default=PROMPT, help="prompt to compare engines on")
     add("--again", action="store_true", help="compare engines again that were compared on this GPU")
@@ -72,17 +81,23 @@ def _run(args: argparse.Namespace) -> None:
         raise UsageError(f"unknown engine '{args.engine}'; choose one of {', '.join(LIBRARIES)}")
     if not (args.workspace_mb.isascii() and args.workspace_mb.isdecimal()):
         raise UsageError(f"workspace-mb '{args.workspace_mb}' is not a whole number")
+    options = BuildOptions(workspace=int(args.workspace_mb) << 20, plugin=_plugin(args))
     bundle, machine = open_bundle(args.bundle), look()
     if args.image and bundle.manifest.image.frames is not None:
         raise UsageError("this bundle answers about videos; leave out --image: a clip of its own will do")
     picture = load_image(args.image) if args.image else None
     folder = Path(args.output) if args.output else bundle.folder / ENGINES
-    options, progress = BuildOptions(workspace=int(args.workspace_mb) << 20), Progress()
-    try:
-        made = build_bundle(bundle, args.engine, folder, options, _room(machine), progress.step)
-        made = compare_bundle(
+    room, progress = _room(machine), Progress()
+
+    def compare(made: list[BuiltGraph]) -> list[BuiltGraph]:
+        return compare_bundle(
             bundle, args.engine, made, machine, progress.step, picture, args.prompt, args.again
         )
+
+    try:
+        made = compare(build_bundle(bundle, args.engine, folder, options, room, progress.step))
+        if any(map(_is_unequal, made)):
+            made = compare(without_unequal(bundle, args.engine, folder, made, options, room, progress.step))
     finally:
         progress.end()
     rows = [_row(one) for one in made]
@@ -92,6 +107,16 @@ def _run(args: argparse.Namespace) -> None:
     if failed:
         reason = failed[0]["gate"]["note"]
         raise VtpError(f"the engine of {failed[0]['graph']} does not answer as ONNX Runtime does: {reason}")
+
+
+def _plugin(args: argparse.Namespace) -> str:
+    """The plugin that was asked for, "" for none; refused here, before anything is built, if it cannot be."""
+    if args.plugin is None:
+        return ""
+    if args.plugin not in PLUGINS:
+        raise UsageError(f"unknown plugin '{args.plugin}'; choose {' or '.join(PLUGINS)}")
+    check_plugin(args.engine, load_library(args.engine).__version__)
+    return args.plugin
 
 
 def _write_triton(args: argparse.Namespace) -> None:
@@ -113,6 +138,8 @@ def _row(one: BuiltGraph) -> dict[str, Any]:
         "built": one.engine.built,
         "seconds": round(one.seconds, 1),
         "gate": one.engine.stamp.gate,
+        "plugin": one.plugin,
+        "note": one.note,
     }
 
 
@@ -126,7 +153,9 @@ def build_bundle(
 ) -> list[BuiltGraph]:
     """Build every graph that `folder` does not hold yet; `say` is told what is being done.
 
-    Raises VtpError for a bundle of another target, and for whatever `store_engine` refuses.
+    A plugin goes into the graphs that have the nodes it takes the place of; one that cannot be built with it
+    is built without. Raises VtpError for a bundle of another target, for a plugin without such a graph, and
+    for whatever `store_engine` refuses.
     """
     if bundle.manifest.target not in TARGETS:
         raise VtpError(
@@ -134,15 +163,72 @@ def build_bundle(
             "does not take; export it again with: vtp-export --target tensorrt (TensorRT 10.15 or newer, "
             "TensorRT-RTX) or --target jetpack6 (TensorRT 10.3 or newer)"
         )
+    options = options or BuildOptions()
+    plugged = _plugged(bundle) if options.plugin else ()
     made = []
-    for file, graph in bundle.manifest.graphs.items():
-        say(f"build {file}")
-        started = time.monotonic()
-        stored = store_engine(
-            bundle.path(file), engine, folder, profiles_of(graph), options, room, _Teller(file, say)
-        )
-        made.append(BuiltGraph(file, stored, time.monotonic() - started if stored.built else 0.0))
+    for file in bundle.manifest.graphs:
+        one = options if file in plugged else replace(options, plugin="")
+        try:
+            made.append(_build(bundle, engine, folder, file, one, room, say))
+        except VtpError as error:
+            if not one.plugin:
+                raise
+            plain = _build(bundle, engine, folder, file, replace(one, plugin=""), room, say)
+            made.append(replace(plain, note=str(error)))
     return made
+
+
+def _plugged(bundle: Bundle) -> list[str]:
+    """The graphs with a greedy selection."""
+    files = [file for file in bundle.manifest.graphs if find_greedy(bundle.path(file))]
+    if not files:
+        raise VtpError(
+            f"no graph of {bundle.folder} (method {bundle.manifest.method.name}) has the greedy selection "
+            "that the plugin takes the place of; leave out --plugin"
+        )
+    return files
+
+
+def _build(
+    bundle: Bundle,
+    engine: str,
+    folder: Path,
+    file: str,
+    options: BuildOptions,
+    room: Room | None,
+    say: Callable[[str], None],
+) -> BuiltGraph:
+    say(f"build {file}" + (f" with plugin {options.plugin}" if options.plugin else ""))
+    started, profiles = time.monotonic(), profiles_of(bundle.manifest.graphs[file])
+    stored = store_engine(bundle.path(file), engine, folder, profiles, options, room, _Teller(file, say))
+    seconds = time.monotonic() - started if stored.built else 0.0
+    return BuiltGraph(file, stored, seconds, options.plugin)
+
+
+def without_unequal(
+    bundle: Bundle,
+    engine: str,
+    folder: Path,
+    made: list[BuiltGraph],
+    options: BuildOptions,
+    room: Room | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> list[BuiltGraph]:
+    """Engines without their plugin in the place of those that were compared and are not equal with it."""
+    plain = replace(options, plugin="")
+    return [
+        replace(
+            _build(bundle, engine, folder, one.file, plain, room, say), note=one.engine.stamp.gate["note"]
+        )
+        if _is_unequal(one)
+        else one
+        for one in made
+    ]
+
+
+def _is_unequal(one: BuiltGraph) -> bool:
+    gate = one.engine.stamp.gate
+    return bool(one.plugin and gate and not gate["passed"])
 
 
 def compare_bundle(
@@ -172,6 +258,7 @@ def compare_bundle(
         picture,
         prompt,
         say,
+        exact={one.file for one in made if one.plugin},
     )
     return [
         replace(one, engine=replace(one.engine, stamp=set_gate(one.engine.path, gate)))
@@ -251,6 +338,11 @@ def _report(rows: list[dict], folder: Path) -> str:
     ]
     header = ["graph", "MB", "seconds", "cosine", "difference", "usable"]
     text = f"{table(header, lines)}\n\nengines are in {folder}"
+    for row in rows:
+        if row["plugin"]:
+            text += f"\n{row['graph']} has plugin {row['plugin']}"
+        elif row["note"]:
+            text += f"\n{row['graph']} was built without the plugin: {row['note']}"
     if not all(row["gate"] for row in rows):
         text += (
             "\nnot compared: no GPU here to run them; an engine runs only after this command has held it "

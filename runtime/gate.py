@@ -7,7 +7,7 @@ compared. An engine that was not compared on this device, or differs, is not run
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,8 +44,10 @@ class Verdict:
 
     cosine, difference   the least and the largest of all float outputs
     overlap              least share of kept indices in common
+    exact                whether all of them must be in common
     """
 
+    exact: bool = False
     cosine: float = 1.0
     difference: float = 0.0
     overlap: float = 1.0
@@ -72,12 +74,16 @@ def run_gate(
     picture: Image.Image | None = None,
     prompt: str = PROMPT,
     say: Callable[[str], None] = lambda line: None,
+    exact: Collection[str] = (),
 ) -> dict[str, Verdict]:
-    """Compare the built engine of every graph; `open_built` opens one by its graph's file name."""
+    """Compare the built engine of every graph; `open_built` opens one by its graph's file name.
+
+    Those of the graphs in `exact` must keep ONNX Runtime's tokens, one and all.
+    """
     verdicts: dict[str, Verdict] = {}
     for case in cases(bundle, picture, prompt):
         say(f"compare {case.file} with ONNX Runtime")
-        verdict = verdicts.setdefault(case.file, Verdict())
+        verdict = verdicts.setdefault(case.file, Verdict(exact=case.file in exact))
         try:
             engine = open_built(case.file)
             try:
@@ -206,7 +212,9 @@ def compare(case: Case, found: Mapping[str, np.ndarray], verdict: Verdict) -> No
 def _compare_kept(mine: np.ndarray, wanted: np.ndarray, verdict: Verdict) -> None:
     share = len(set(mine.ravel().tolist()) & set(wanted.ravel().tolist())) / wanted.size
     verdict.overlap = min(verdict.overlap, share)
-    if share < OVERLAP:
+    if verdict.exact and share < 1:
+        verdict.problems.append(f"keeps other tokens: {share:.1%} are ONNX Runtime's, and all must be")
+    elif share < OVERLAP:
         verdict.problems.append(f"keeps {share:.0%} of the same tokens, less than {OVERLAP:.0%}")
 
 

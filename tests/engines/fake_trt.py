@@ -24,6 +24,7 @@ import numpy as np
 import onnxruntime
 
 from vtp.engines.graph_file import read_graph
+from vtp.engines.trt import BuildOptions
 
 STREAM = 7
 VERSION = "10.3.0"
@@ -111,10 +112,12 @@ class FakeEngine:
         aliases: dict[str, str],
         host: list[str],
         scale: float,
+        other_token: bool,
     ) -> None:
         self.read = read_graph(graph)
         self.session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
         self.profiles, self.aliases, self.host, self.scale = profiles, aliases, host, scale
+        self.other_token = other_token
         self.names = [*self.read.inputs, *self.read.outputs]
         self.num_io_tensors, self.num_optimization_profiles = len(self.names), len(profiles)
 
@@ -209,6 +212,8 @@ class FakeContext:
             assert sharing == ([alias] if alias else []), f"{name} lies on {sharing}"
         for name, array in outputs.items():
             changed = array * array.dtype.type(self.engine.scale) if array.dtype.kind == "f" else array
+            if name == "keep_indices" and self.engine.other_token:
+                changed = with_another(array)
             fresh = np.ascontiguousarray(changed)
             ctypes.memmove(self.addresses[name], fresh.ctypes.data, fresh.nbytes)
         self.runs += 1
@@ -225,14 +230,24 @@ class FakeContext:
         return feeds
 
 
+def with_another(kept: np.ndarray) -> np.ndarray:
+    """Kept tokens [1,K] with the last one exchanged for one that was dropped."""
+    spare = next(token for token in range(kept.size + 1) if token not in kept)
+    return np.sort(np.append(kept[0, :-1], spare)).reshape(1, -1).astype(kept.dtype)
+
+
 def plan(
     graph: Path,
     profiles: list[Mapping[str, Any]],
     aliases: Mapping[str, str] | None = None,
     host: list[str] | None = None,
     scale: float = 1.0,
+    other_token: bool = False,
 ) -> bytes:
-    """The bytes of an "engine"; its float answers come out `scale` times too large."""
+    """The bytes of an "engine".
+
+    Its float answers come out `scale` times too large; with `other_token` it keeps one that it should not.
+    """
     wide = [{name: [list(shape) for shape in shapes] for name, shapes in one.items()} for one in profiles]
     said = {
         "graph": str(graph),
@@ -240,6 +255,7 @@ def plan(
         "aliases": aliases or {},
         "host": host or [],
         "scale": scale,
+        "other_token": other_token,
     }
     return json.dumps(said).encode()
 
@@ -250,14 +266,14 @@ def store(
     profiles: list[Any],
     engine: str = "tensorrt",
     version: str = VERSION,
+    options: BuildOptions | None = None,
     **said: Any,
 ) -> Path:
-    """Put an "engine" and its stamp where a build with default options would."""
+    """Put an "engine" and its stamp where a build would."""
     from vtp.engines import trt_build
-    from vtp.engines.trt import BuildOptions
 
     content = plan(graph, profiles, **said)
-    settings = trt_build._digest([trt_build._plain(profiles), dataclasses.asdict(BuildOptions())])
+    settings = trt_build.settings_hash(profiles, options or BuildOptions())
     content_hash = hashlib.sha256(content).hexdigest()
     hashed = trt_build.graph_hash(graph)
     stamp = trt_build.Stamp(engine, version, "8.7", hashed, settings, len(content), content_hash)

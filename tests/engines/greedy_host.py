@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import os
 import shutil
 import subprocess
 import tempfile
@@ -16,8 +15,8 @@ import pytest
 from vtp.engines.plugins.greedy import SOURCE
 
 HERE = Path(__file__).parent
-COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
-needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler: install g++, or set CXX")
+COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler: install g++")
 
 
 @functools.cache
@@ -29,8 +28,6 @@ def kernel() -> ctypes.CDLL:
         flags = [
             "-O2",
             "-std=c++17",
-            "-Wall",
-            "-Werror",
             "-shared",
             "-fPIC",
             f"-I{SOURCE.parent}",

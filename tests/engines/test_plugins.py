@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import inspect
 import re
 import shutil
@@ -14,7 +15,8 @@ import numpy as np
 import pytest
 
 from vtp.engines import UsageError, VtpError
-from vtp.engines.cuda import CudaDevice, CudaProbe
+from vtp.engines.cuda import CudaDevice, CudaProbe, probe_cuda
+from vtp.engines.cuda_memory import CudaMemory, cuda_memory
 from vtp.engines.plugins import greedy, nvcc
 from vtp.engines.plugins.rewrite import Greedy
 
@@ -117,6 +119,46 @@ def test_a_missing_compiler_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.setattr(nvcc, "_HOME", str(tmp_path))
     with pytest.raises(VtpError, match=r"install the CUDA toolkit .* or build without --plugin"):
         greedy.check_plugin("tensorrt", "10.13.2")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["any", "ties", "twins", "faint"])
+def test_the_kernel_picks_the_same_on_a_gpu(kind: str) -> None:
+    """PTX and driver alone, without TensorRT."""
+    cuda = probe_cuda()
+    if not cuda.devices:
+        pytest.skip(cuda.reason)
+    try:
+        ptx = nvcc.compile_ptx(greedy.SOURCE, cuda.devices[0].sm, cuda.driver)
+    except VtpError as error:
+        pytest.skip(str(error))
+    rng = np.random.default_rng(len(kind))
+    for count, keep in [(576, 57), (576, 576), (1, 1), (16, 7), (255, 64), (2880, 160)]:
+        scores, factors = tables(rng, kind, 3, count)
+        found = launch(cuda_memory(), ptx, scores, factors, keep)
+        np.testing.assert_array_equal(found, by_numpy(scores, factors, keep))
+
+
+def launch(memory: CudaMemory, ptx: str, scores: np.ndarray, factors: np.ndarray, keep: int) -> np.ndarray:
+    """The picks of one launch, as TensorRT is told to make it."""
+    batch, count = scores.shape
+    picks = np.full((batch, keep), -7, np.int64)
+    module, function = ctypes.c_void_p(), ctypes.c_void_p()
+    memory._call("cuModuleLoadData", ctypes.byref(module), ptx.encode())
+    memory._call("cuModuleGetFunction", ctypes.byref(function), module, greedy.KERNEL.encode())
+    arrays = [np.ascontiguousarray(one) for one in (scores, factors, picks)]
+    places = [ctypes.c_uint64(memory.alloc(one.nbytes)) for one in arrays]
+    for place, array in zip(places, arrays, strict=True):
+        memory.to_device(place.value, array)
+    given: list[Any] = [*places[:2], ctypes.c_int(count), ctypes.c_int(keep), places[2]]
+    pointers = (ctypes.c_void_p * 5)(*(ctypes.addressof(one) for one in given))
+    sizes = [batch, 1, 1, greedy.THREADS, 1, 1, greedy.shared_bytes(count)]
+    memory._call("cuLaunchKernel", function, *map(ctypes.c_uint, sizes), memory._on, pointers, None)
+    memory.to_host(picks, places[2].value)
+    memory._call("cuModuleUnload", module)
+    for place in places:
+        memory.free(place.value)
+    return picks
 
 
 # -- what TensorRT is told -----------------------------------------------------------------------------------

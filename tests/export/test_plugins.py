@@ -1,4 +1,4 @@
-"""The greedy plugin in real pruner graphs: found, put in the place of the unrolled steps, and the same picks."""
+"""The greedy plugin in real pruner graphs: found, put in the place of the steps, and the same picks."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import pytest
 
 from vtp.engines import VtpError
 from vtp.engines.cuda import probe_cuda
-from vtp.engines.trt_build import read_stamp, set_gate
+from vtp.engines.trt import BuildOptions
+from vtp.engines.trt_build import find_engine, read_stamp, set_gate
 from vtp.runtime import Pipeline, build, cli
 from vtp.runtime.bundle import Bundle, open_bundle
 from vtp.runtime.gate import Case, Verdict, cases, compare
@@ -189,6 +191,112 @@ def test_a_bundle_for_onnx_runtime_is_refused_by_name(
         Pipeline.load(exported("none").folder, ENGINE)
 
 
+# -- a plugin ------------------------------------------------------------------------------------------------
+
+NEWER = "10.13.0"
+PLUGGED = BuildOptions(plugin="greedy")
+
+
+@pytest.fixture
+def plugged(
+    bundle: Bundle, memory: FakeMemory, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Callable[..., Path]:
+    """Puts "engines" of every graph into a folder, those of pruners with the plugin as well."""
+    monkeypatch.setattr("tensorrt.__version__", NEWER)
+    monkeypatch.setattr("vtp.engines.plugins.nvcc.find_nvcc", lambda: "nvcc")
+    monkeypatch.setattr("vtp.engines.plugins.greedy.find_nvcc", lambda: "nvcc")
+    folder = tmp_path / "engines"
+
+    def make(**said: Any) -> Path:
+        build_all(bundle, folder, version=NEWER)
+        for file, graph in bundle.manifest.graphs.items():
+            if file.startswith("pruner"):
+                profiles = build.profiles_of(graph)
+                store(folder, bundle.path(file), profiles, version=NEWER, options=PLUGGED, **said)
+        return folder
+
+    return make
+
+
+def ask(bundle: Bundle, folder: Path, capsys: pytest.CaptureFixture[str], *more: str) -> dict[str, Any]:
+    capsys.readouterr()
+    assert run(bundle.folder, "--engine", ENGINE, "-o", folder, "--json", *more) == 0
+    return {row["graph"]: row for row in json.loads(capsys.readouterr().out)["engines"]}
+
+
+def test_a_plugin_that_keeps_the_same_tokens_is_used_and_one_can_go_back(
+    bundle: Bundle, plugged: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = plugged()
+    for more, wanted in ((["--plugin", "greedy"], "greedy"), ([], ""), (["--plugin", "greedy"], "greedy")):
+        rows = ask(bundle, folder, capsys, *more)
+        with load(bundle, folder):  # every engine may run
+            pass
+        for file, row in rows.items():
+            assert row["plugin"] == (wanted if file.startswith("pruner") else "") and not row["note"]
+            assert row["gate"]["passed"] and row["gate"]["kept_in_common"] == 1.0
+            found, _ = find_engine(bundle.path(file), ENGINE, folder, "")
+            assert str(found) == row["engine"]  # what was asked for last
+
+
+def test_a_plugin_that_keeps_another_token_is_left_out(
+    bundle: Bundle, plugged: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = plugged(other_token=True)
+    for _ in range(2):  # the second time from what was compared before
+        rows = ask(bundle, folder, capsys, "--plugin", "greedy")
+        for file, row in rows.items():
+            assert row["gate"]["passed"] and not row["plugin"]
+            assert row["note"].startswith("keeps other tokens: ") == file.startswith("pruner")
+            assert str(find_engine(bundle.path(file), ENGINE, folder, "")[0]) == row["engine"]
+    assert run(bundle.folder, "--engine", ENGINE, "-o", folder, "--plugin", "greedy") == 0
+    assert "was built without the plugin: keeps other tokens: " in capsys.readouterr().out
+
+
+def test_a_plugin_that_cannot_be_built_is_left_out(
+    bundle: Bundle, plugged: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = plugged()
+    plain = set(build_all(bundle, folder, version=NEWER).values())
+    for plan in set(folder.glob("*.plan")) - plain:
+        plan.unlink()  # so it would have to be built, by a child process that finds no library
+    rows = ask(bundle, folder, capsys, "--plugin", "greedy")
+    assert {row["note"] for file, row in rows.items() if file.startswith("pruner")} == {
+        "tensorrt is not installed: install TensorRT 10.3 or newer (JetPack brings it; elsewhere: "
+        "pip install tensorrt)"
+    }
+    assert all(row["gate"]["passed"] and not row["plugin"] for row in rows.values())
+
+
+@pytest.mark.parametrize(
+    ("engine", "plugin", "message"),
+    [
+        (ENGINE, "greed", "unknown plugin 'greed'; choose greedy"),
+        ("tensorrt-rtx", "greedy", "--plugin is for --engine tensorrt: tensorrt-rtx "),
+    ],
+)
+def test_plugins_that_cannot_be_used_are_refused(
+    bundle: Bundle,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    engine: str,
+    plugin: str,
+    message: str,
+) -> None:
+    install(monkeypatch, engine.replace("-", "_"))
+    assert run(bundle.folder, "--engine", engine, "--plugin", plugin) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_bundle_without_greedy_selection_takes_no_plugin(
+    exported: Callable[[str], Any], memory: FakeMemory
+) -> None:
+    other = open_bundle(exported("none").folder)
+    other = replace(other, manifest=replace(other.manifest, target="tensorrt"))
+    with pytest.raises(VtpError, match=r"\(method none\) has the greedy selection .* leave out --plugin"):
+        build.build_bundle(other, ENGINE, Path("unused"), PLUGGED)
+
+
 # -- the comparison ------------------------------------------------------------------------------------------
 
 
@@ -238,6 +346,16 @@ def test_answers_are_compared(wanted: dict, found: dict, problem: str) -> None:
     gate = verdict.to_gate("Orin")
     assert gate["passed"] == (not problem)
     assert re.search(problem or "^$", gate["note"])
+
+
+def test_with_a_plugin_every_kept_token_counts() -> None:
+    wanted, found = np.arange(100).reshape(1, -1), np.arange(1, 101).reshape(1, -1)
+    for exact, passes in ((False, True), (True, False)):
+        verdict = Verdict(exact=exact)
+        compare(case_of(keep_indices=wanted), {"keep_indices": found}, verdict)
+        gate = verdict.to_gate("Orin")
+        assert gate["passed"] == passes
+        assert ("keeps other tokens: 99.0% are ONNX Runtime's" in gate["note"]) == exact
 
 
 def test_an_engine_that_was_never_tried_has_not_passed() -> None:

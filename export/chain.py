@@ -59,7 +59,8 @@ def _check_served(method: type[Pruner], family: Family) -> None:
     kind, layer = parse_site(method.site)
     if kind not in family.sites:
         raise UsageError(
-            f"method {method.name} acts at {method.site}, which family {family.name} does not serve; "
+            f"method {method.name} acts at {method.site}, which family {family.name} does not serve"
+            f"{' for videos' if family.media == 'video' else ''}; "
             f"its sites: {', '.join(family.sites)}{_instead(method, family)}"
         )
     for cue in _wants(method):

@@ -12,11 +12,12 @@ import onnx
 from vtp.export.chain import Chain, site_of
 from vtp.export.checkpoint import Checkpoint
 from vtp.export.graphs.emit import GraphSpec
+from vtp.export.graphs.frames import Frames
 from vtp.export.graphs.modules import DecoderPart, DecoderPruner
 from vtp.export.plan import Plan
 from vtp.export.pruners import NONE
 from vtp.runtime.bundle import describe_files
-from vtp.runtime.manifest import GraphInfo, Manifest, MethodInfo, ModelInfo, TensorInfo, VisualInfo
+from vtp.runtime.manifest import FrameInfo, GraphInfo, Manifest, MethodInfo, ModelInfo, TensorInfo, VisualInfo
 
 BATCH = 8  # prompts that run together, or pictures, at most
 TYPICAL_TEXT = 64  # tokens of a usual prompt: what engines should be tuned for
@@ -51,7 +52,7 @@ def describe(
         target=target,
         dtype=dtype,
         visual=VisualInfo(
-            count, list(family.grid), keep, _default_keep(chains, keep, count), list(family.frame_grid or ())
+            count, list(family.grid), keep, _default_keep(chains, keep, count), _frame_info(family.layout)
         ),
         image=model.image,
         text=model.text,
@@ -63,6 +64,10 @@ def describe(
         files=describe_files(folder),
         versions=_versions(),
     )
+
+
+def _frame_info(frames: Frames | None) -> FrameInfo | None:
+    return None if frames is None else FrameInfo(list(frames.grid), frames.before, frames.step)
 
 
 def _default_keep(chains: Sequence[Chain], keep: list[int], count: int) -> int:

@@ -102,15 +102,8 @@ class _Planner:
         self._stage("vision_encoder", "image", ["pixel_values"], outputs)
         if self.site == "vision":
             self._feature_pruners("image", "image_features", "kept_features")
-        features = self._float(_B, self.patches, self._features)
-        self._add(
-            GraphSpec(
-                "projector",
-                self.family.projector(whole=not chosen),
-                [GraphInput("image_features", features, {0: BATCH, 1: VISUAL})],
-                ["image_embeds"],
-            )
-        )
+        projector = self.family.projector(whole=not chosen)
+        self._add(GraphSpec("projector", projector, [self._features_input()], ["image_embeds"]))
         source = "kept_features" if self.site == "vision" else "image_features"
         self._stage("projector", "image", {"image_features": source}, ["image_embeds"])
         if self.site == "projector" and not self.reads_text:
@@ -328,6 +321,13 @@ class _Planner:
         views, size = self.family.views, self.family.image_size
         batch: dict[int, str] = {0: BATCH} if views == 1 else {}
         return GraphInput("pixel_values", self._float(_B if views == 1 else views, 3, *size), batch)
+
+    def _features_input(self) -> GraphInput:
+        """A batch of patches, some or all; where the projector makes fewer of them, those of one clip."""
+        if self.family.pooled:
+            return GraphInput("image_features", self._float(1, self.family.pooled, self._features))
+        features = self._float(_B, self.patches, self._features)
+        return GraphInput("image_features", features, {0: BATCH, 1: VISUAL})
 
     @property
     def _features(self) -> int:

@@ -248,7 +248,8 @@ class _Decoder:
 
 def _select(pruner: Pruner, cues: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
     """keep_indices [K] among the tokens that arrive, and the rows [1,K,.] of a method that merges."""
-    count = cues["hidden_states" if "hidden_states" in cues else "image_features"].shape[1]
+    whole = "image_embeds" if pruner.site == "projector" else "image_features"
+    count = cues["hidden_states" if "hidden_states" in cues else whole].shape[1]
     if pruner.count != count:
         raise VtpError(f"the pruner was made for {pruner.count} visual tokens; this model has {count}")
     answer = pruner(**{name: cues[name] for name in pruner.needs})

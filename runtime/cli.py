@@ -150,10 +150,11 @@ def _answer_one(pipe: Pipeline, args: argparse.Namespace) -> None:
 def _shown(images: Sequence[Image.Image], manifest: Manifest, kept: Sequence[int]) -> Image.Image:
     """The picture, or the frames of the video, with the kept tokens in colour."""
     visual, spec = manifest.visual, manifest.image
-    if spec.frames is None:
+    frame = visual.frame
+    if frame is None:
         return show_kept(images[0], spec, (visual.grid[0], visual.grid[1]), kept)
-    rows, columns = visual.frame_grid
-    return show_kept_frames(images, spec, (rows, columns), kept, visual.count)
+    firsts = [frame.first + number * frame.step for number in range(len(images))]
+    return show_kept_frames(images, spec, (frame.grid[0], frame.grid[1]), firsts, kept)
 
 
 def _answer_lines(pipe: Pipeline, lines: Sequence[Line], args: argparse.Namespace) -> None:

@@ -56,22 +56,20 @@ def show_kept(
 def show_kept_frames(
     frames: Sequence[Image.Image],
     spec: ImageSpec,
-    frame_grid: tuple[int, int],
+    grid: tuple[int, int],
+    firsts: Sequence[int],
     kept: Sequence[int] | np.ndarray,
-    count: int,
 ) -> Image.Image:
     """Return a sheet of a video's frames, row by row, each as `show_kept` shows a picture.
 
-    frame_grid: (rows, columns) of one frame's patches. kept: indices into the `count` visual tokens of all
-    frames; those of a frame that are not its patches come before them and are not shown.
+    grid: (rows, columns) of a frame's patches. kept: indices into the visual tokens of all frames, of which
+    `firsts` are the first patches of each frame; tokens that are no patches are not shown.
     """
     indices = np.asarray(kept, dtype=np.int64)
-    each, patches = count // len(frames), frame_grid[0] * frame_grid[1]
     shown = []
-    for number, frame in enumerate(frames):
-        first = (number + 1) * each - patches
-        own = indices[(indices >= first) & (indices < first + patches)] - first
-        picture = show_kept(frame, spec, frame_grid, own)
+    for frame, first in zip(frames, firsts, strict=True):
+        own = indices[(indices >= first) & (indices < first + grid[0] * grid[1])] - first
+        picture = show_kept(frame, spec, grid, own)
         picture.thumbnail((_SHEET_EDGE, _SHEET_EDGE))
         shown.append(picture)
     return _sheet(shown)

@@ -88,18 +88,29 @@ class MethodInfo:
 
 
 @dataclass(frozen=True)
+class FrameInfo:
+    """The visual tokens of a video: patch i of frame f is number first + f * step + i of them.
+
+    grid  (rows, columns) of the patches of a frame, in whose order i counts
+    """
+
+    grid: list[int]
+    first: int
+    step: int
+
+
+@dataclass(frozen=True)
 class VisualInfo:
     """N = rows x columns visual tokens before pruning; the keep-counts this bundle holds, and its default.
 
-    frame_grid  of a bundle for videos: (rows, columns) of the patches of one frame. Each frame has as many
-                of the N tokens; where these are more than the patches, the patches are the last ones.
+    `frame` says where the frames of a video lie; null for pictures.
     """
 
     count: int
     grid: list[int]
     keep: list[int]
     default_keep: int
-    frame_grid: list[int] = field(default_factory=list)
+    frame: FrameInfo | None = None
 
 
 @dataclass(frozen=True)
@@ -191,7 +202,8 @@ def _check(manifest: Manifest) -> None:
     _agree(visual.default_keep in visual.keep, "manifest.visual.default_keep is not one of keep")
     clips = manifest.image.frames is not None
     _agree(clips == (manifest.text.media == "video"), "manifest.text.media and manifest.image.frames differ")
-    _agree(len(visual.frame_grid) == 2 * clips, "manifest.visual.frame_grid is for videos: (rows, columns)")
+    _agree(clips == (visual.frame is not None), "manifest.visual.frame and manifest.image.frames differ")
+    _check_frame(visual, manifest.image.frames or 0)
     _agree(TOKENIZER in manifest.files, f"manifest.files lacks {TOKENIZER}")
     for file, graph in manifest.graphs.items():
         _agree(file in manifest.files, f"graph {file} is not one of manifest.files")
@@ -200,6 +212,16 @@ def _check(manifest: Manifest) -> None:
         _check_stage(stage, manifest)
     for keep in visual.keep:
         _check_flow(manifest, keep)
+
+
+def _check_frame(visual: VisualInfo, frames: int) -> None:
+    if visual.frame is None:
+        return
+    grid, first, step = visual.frame.grid, visual.frame.first, visual.frame.step
+    _agree(len(grid) == 2 and min(grid) > 0, "manifest.visual.frame.grid is not (rows, columns)")
+    patches = grid[0] * grid[1]
+    fits = first >= 0 and step >= patches and first + (frames - 1) * step + patches <= visual.count
+    _agree(fits, "manifest.visual.frame does not fit the visual tokens")
 
 
 def _check_cache(file: str, graph: GraphInfo, longest: int) -> None:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from vtp.engines import VtpError
+from vtp.export.graphs.frames import Frames
 from vtp.export.graphs.modules import Decoder, DecoderPruner, Splice, TextCues
 from vtp.export.pruners.base import Pruner
 from vtp.export.seams import Seams
@@ -93,9 +94,14 @@ class Family(ABC):
         return None
 
     @property
-    def frame_grid(self) -> tuple[int, int] | None:
-        """(rows, columns) of the patches of a frame, whose last tokens they are; None for pictures."""
+    def layout(self) -> Frames | None:
+        """How the tokens of a video's frames lie; None for pictures."""
         return None
+
+    @property
+    def pooled(self) -> int:
+        """How many features of a clip the projector takes, where it makes fewer patches of them; else 0."""
+        return 0
 
     @property
     def views(self) -> int:

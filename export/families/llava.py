@@ -8,7 +8,7 @@ attention of the layer that *produces* those hidden states.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -22,7 +22,7 @@ class Llava(Family):
 
     name = "llava"
     architectures = ("LlavaForConditionalGeneration",)
-    sites = ("vision", "projector", "decoder")
+    sites: ClassVar[tuple[str, ...]] = ("vision", "projector", "decoder")
     several = True
     limits = "CLIP or SigLIP tower; one vision_feature_layer"
 

@@ -7,13 +7,12 @@ about pictures or about videos, and holds the one tower.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from vtp.export.clips import Clips
 from vtp.export.families.llava import Llava
 from vtp.export.graphs.frames import Frames, FramesEncoder
 from vtp.export.seams import FrameSeams, Seams
@@ -38,54 +37,24 @@ class ClipSeams(FrameSeams):
     def tokens(self, pixel_values: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
         clip = pixel_values.to(self.model.dtype).unsqueeze(0)
         tokens = self.model.model.get_video_features(clip, return_dict=True).pooler_output  # [F,n,D]
-        more = tokens.shape[1] - patches.shape[1] // len(tokens)
+        more = tokens.shape[1] - patches.shape[1] // len(tokens)  # in front of a frame's patches
         places = torch.arange(tokens.shape[0] * tokens.shape[1]).reshape(len(tokens), -1)
         return tokens.flatten(0, 1).unsqueeze(0), places[:, more:].flatten()
 
 
-class VideoLlavaClips(Llava):
-    """VideoLlavaForConditionalGeneration for videos of F frames."""
+class VideoLlavaClips(Clips):
+    """VideoLlavaForConditionalGeneration for videos."""
 
     name = "video_llava"
     architectures = ("VideoLlavaForConditionalGeneration",)
-    several = False
-    lacks = MappingProxyType({"grid": "its tokens lie in several frames"})
-    media = "video"
     seams = ClipSeams
 
     def prepare(self, image: ImageSpec) -> None:
-        rows, columns = super().grid
-        self.frames = Frames(image.frames or 1, (rows, columns), self._has_cls())
+        self.frames = Frames(image.frames or 1, self.seen, before=int(self._has_cls()))
 
     @property
     def tower(self) -> Any:
         return self.model.model.video_tower
-
-    @property
-    def image_token_id(self) -> int:
-        return self.model.config.video_token_id
-
-    @property
-    def views(self) -> int:
-        return self.frames.count
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        return 1, self.frames.tokens
-
-    @property
-    def patch_grid(self) -> tuple[int, int]:
-        return 1, self.frames.patches
-
-    @property
-    def frame_grid(self) -> tuple[int, int]:
-        return self.frames.grid
-
-    def places(self) -> Tensor:
-        return self.frames.places()
-
-    def vision_encoder(self, cues: Sequence[str]) -> nn.Module:
-        return FramesEncoder(super().vision_encoder(cues))
 
     def whole_encoder(self) -> nn.Module:
         return FramesEncoder(self._encoder((), leave_cls=False))

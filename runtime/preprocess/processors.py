@@ -281,6 +281,14 @@ _PROCESSORS: dict[str, _Processor] = {
     "SmolVLM": _IDEFICS3,
 }
 
+# Processors of videos, where they do something else with a frame than the model's image processor.
+_FRAMES: dict[str, _Processor] = {
+    "LlavaOnevision": _Processor(
+        _read_clip,
+        {"size": {"height": 384, "width": 384}, "image_mean": CLIP_MEAN, "image_std": CLIP_STD},
+    ),
+}
+
 _COMMON = {
     "do_convert_rgb": True,
     "do_resize": True,
@@ -326,6 +334,8 @@ def _find_processor(config: Mapping[str, Any]) -> _Processor:
     stem = name
     for suffix in ("Fast", "Pil", "ImageProcessor", "VideoProcessor", "FeatureExtractor"):
         stem = stem.removesuffix(suffix)
+    if name.removesuffix("Fast").endswith("VideoProcessor") and stem in _FRAMES:
+        return _FRAMES[stem]
     if stem not in _PROCESSORS:
         known = ", ".join(f"{key}ImageProcessor" for key in sorted(_PROCESSORS))
         raise VtpError(f"image processor '{name or 'without a type'}' is not supported; supported: {known}")

@@ -1,7 +1,8 @@
-"""Tiny random Video-LLaVAs from transformers' own config and processor classes, with a token for videos."""
+"""Tiny random models that answer about videos, from transformers' own config and processor classes."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,16 @@ import numpy as np
 import torch
 from PIL import Image
 from transformers import (
+    CLIPImageProcessor,
     GenerationConfig,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
     PreTrainedTokenizerFast,
     VideoLlavaConfig,
     VideoLlavaForConditionalGeneration,
+)
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
+    LlavaOnevisionImageProcessorPil,
 )
 from transformers.models.video_llava.image_processing_video_llava import VideoLlavaImageProcessor
 
@@ -34,6 +41,11 @@ TEMPLATE = (
 )
 
 
+SIDE = 35  # of a LLaVA-OneVision's frame, of 5 x 5 patches, which become 3 x 3 tokens
+# What LlavaOnevisionVideoProcessor does to a frame; with torchvision alone can that class itself be made.
+ONEVISION = CLIPImageProcessor(size={"height": SIDE, "width": SIDE}, do_center_crop=False)
+
+
 def tiny_video_llava() -> Any:
     """A random model in eval mode, of 16 visual tokens a picture; its two towers differ."""
     config = VideoLlavaConfig(
@@ -46,7 +58,25 @@ def tiny_video_llava() -> Any:
         eos_token_id=EOS,
         pad_token_id=PAD,
     )
-    model = VideoLlavaForConditionalGeneration(config)
+    return _filled(VideoLlavaForConditionalGeneration(config))
+
+
+def tiny_onevision() -> Any:
+    """A random LLaVA-OneVision in eval mode, of 9 visual tokens a frame."""
+    config = LlavaOnevisionConfig(
+        vision_config=vision_config("siglip", SIDE, 7, 2),
+        text_config=text_config("qwen2", 4, 2, 3, 8, False, vocab_size=VOCAB + 8),
+        image_token_index=IMAGE,
+        video_token_index=VIDEO,
+        image_grid_pinpoints=[[SIDE, SIDE]],
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+        pad_token_id=PAD,
+    )
+    return _filled(LlavaOnevisionForConditionalGeneration(config))
+
+
+def _filled(model: Any) -> Any:
     randomize(model, 4)
     model.generation_config = GenerationConfig(
         bos_token_id=BOS, eos_token_id=[EOS, END], pad_token_id=PAD, do_sample=False
@@ -72,12 +102,30 @@ def save_video_llava(folder: Path) -> Any:
     return model
 
 
+def save_onevision(folder: Path) -> Any:
+    """The same for a LLaVA-OneVision; its files name the processor of videos as transformers writes it."""
+    model = tiny_onevision()
+    model.save_pretrained(folder)
+    LlavaOnevisionImageProcessorPil(
+        size={"height": SIDE, "width": SIDE}, image_grid_pinpoints=model.config.image_grid_pinpoints
+    ).save_pretrained(folder)
+    videos = {
+        "size": {"height": SIDE, "width": SIDE},
+        "do_sample_frames": False,
+        "return_metadata": False,
+        "video_processor_type": "LlavaOnevisionVideoProcessor",
+    }
+    (folder / "video_preprocessor_config.json").write_text(json.dumps(videos))
+    video_tokenizer().save_pretrained(folder)
+    return model
+
+
 def clip(frames: int, height: int = 61, width: int = 90, seed: int = 7) -> np.ndarray:
     """Noise uint8 [frames, height, width, 3]."""
     return np.random.default_rng(seed).integers(0, 256, (frames, height, width, 3), dtype=np.uint8)
 
 
-def pixels_of(frames: np.ndarray) -> torch.Tensor:
-    """What transformers' own image processor makes of frames [n,H,W,3]: [n,3,56,56]."""
-    given = PROCESSOR([Image.fromarray(frame) for frame in frames], return_tensors="pt")
+def pixels_of(frames: np.ndarray, processor: Any = PROCESSOR) -> torch.Tensor:
+    """What one of transformers' own image processors makes of frames [n,H,W,3]: [n,3,H,W]."""
+    given = processor([Image.fromarray(frame) for frame in frames], return_tensors="pt")
     return given["pixel_values_images" if "pixel_values_images" in given else "pixel_values"]

@@ -60,7 +60,7 @@ def test_kept_patches_keep_their_pixels_and_no_others(spec: ImageSpec, size: tup
 def test_a_video_is_a_sheet_of_its_frames() -> None:
     """Three frames of a CLS token and 2 x 2 patches each: patch 3 of the second is kept, CLS of the third."""
     frames = [bright(20, 20) for _ in range(3)]
-    sheet = np.asarray(show_kept_frames(frames, EXACT, (2, 2), [5 + 4, 10], 15)).astype(int)
+    sheet = np.asarray(show_kept_frames(frames, EXACT, (2, 2), [1, 6, 11], [6 + 3, 10])).astype(int)
     assert sheet.shape == (46, 46, 3)  # two columns, two rows, a gap of 6
     second = sheet[:20, 26:]
     coloured = np.ptp(second, axis=2) > 0

@@ -105,12 +105,12 @@ def test_missing_keys_are_refused_at_every_level(data: Data) -> None:
         "parity",
         "calibration",
         "quantization",
-    }  # sections with defaults of their own; frame_grid is of bundles for videos
+    }  # sections with defaults of their own; frame is of bundles for videos
     for path in sections(data):
         if path and path[0] in optional:
             continue
         for key in at(data, path):
-            if key in ("schema", "parity", "calibration", "quantization", "frame_grid"):
+            if key in ("schema", "parity", "calibration", "quantization", "frame"):
                 continue
             changed = copy.deepcopy(data)
             del at(changed, path)[key]

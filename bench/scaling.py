@@ -24,12 +24,12 @@ from vtp.bench.cli import stamp, whole
 from vtp.bench.report import check_plot
 from vtp.bench.scaling_report import write_report
 from vtp.bench.scaling_run import ENGINE, Point, streams, together
-from vtp.bench.shape import Wanted, check, free_disk, run_export
+from vtp.bench.shape import BESIDE, Wanted, check, free_disk, run_export
 from vtp.engines import UsageError
 from vtp.runtime.bundle import MANIFEST, Bundle, open_bundle
 from vtp.runtime.console import Parser, Progress, run_command
 from vtp.runtime.machine import look
-from vtp.runtime.memory import bundle_memory
+from vtp.runtime.memory import PROCESS
 from vtp.scenes import examples_dir
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,6 +37,8 @@ KEEPS = (16, 32, 64, 128, 192, 288, 432)
 KEEP = 64  # where other axes vary
 MOST = {"pictures": 5, "batch": 8, "streams": 4}
 TEXTS = (32, 64, 128, 256, 512, 1024)
+SEVERAL = "LlavaForConditionalGeneration"  # the shapes that take several pictures, of 576 tokens
+COUNT = 576
 MAX_LENGTH = 4096  # five pictures of 576, the longest text and an answer fit
 
 
@@ -55,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--tokens", default="9", help="tokens of every answer (default: %(default)s)")
     add("--threads", help="CPU threads of one stream (default: all cores)")
     add("--work", default=str(ROOT / "build/bench"), help="folder for what is made (default: %(default)s)")
+    add("--make-only", action="store_true", help="make the bundle, and measure nothing yet")
     add("--out", help="checkout whose docs/ are written (default: this one; of --quick: the work folder)")
     add("--debug", action="store_true", help="show tracebacks")
     args = parser.parse_args(argv)
@@ -68,6 +71,9 @@ def _run(args: argparse.Namespace) -> None:
     check_plot("scaling.png")
     progress, work = Progress(), Path(args.work)
     bundle = open_bundle(args.bundle or _make(args, work, progress.step))
+    if args.make_only:
+        progress.end()
+        return
     study = Study(bundle, rounds, tokens, threads, args.quick)
     study.measure(work / f"scaling-{bundle.folder.name}.jsonl", progress.step)
     progress.end()
@@ -86,15 +92,20 @@ def _make(args: argparse.Namespace, work: Path, progress: Callable[[str], None])
         return folder
     source: list[str] = []
     if not args.quick:
+        from vtp.export.shapes import find_shape, write_shape
+
+        if find_shape(name).architecture != SEVERAL:
+            raise UsageError(
+                f"shape {name} takes one picture a prompt, by which visual tokens are to grow here; choose "
+                "llava-ov-0.5b or llava-1.5-7b, or give a BUNDLE of your own for the other axes"
+            )
         check(Wanted(name, "none", None, "float32", ENGINE, work), look().memory.usable, free_disk(work))
         if not model.exists():
-            from vtp.export.shapes import write_shape
-
             progress(f"make a {name} with random weights")
             write_shape(name, model, "float32")
         source = ["--model", str(model), "--max-length", str(MAX_LENGTH)]
     progress(f"export {name} with vispruner")
-    keeps = ",".join(map(str, (*KEEPS, 576)))
+    keeps = ",".join(map(str, (*KEEPS, COUNT)))
     run_export([*source, "--method", "vispruner", "--keep-tokens", keeps, "-o", str(folder)])
     return folder
 
@@ -163,12 +174,13 @@ class Study:
 
     def _fit_streams(self) -> None:
         """Drop points whose processes would not fit in memory."""
-        room, each = look().memory.usable, bundle_memory(self.bundle, ENGINE).total
+        weights = sum(info.bytes for info in self.bundle.manifest.files.values())
+        room, each = look().memory.usable, int(BESIDE * weights) + PROCESS
         fits = [point for point in self.axes["streams"] if not room or point.streams * each <= room]
         for point in self.axes["streams"]:
             if point not in fits:
                 self.dropped.append(
-                    f"{point.streams} streams take up to {point.streams * each / 1e9:.1f} GB of memory; "
+                    f"{point.streams} streams take about {point.streams * each / 1e9:.1f} GB of memory; "
                     f"{room / 1e9:.1f} GB are free"
                 )
         self.axes["streams"] = fits
@@ -201,7 +213,8 @@ def axes(bundle: Bundle, tokens: int, quick: bool) -> tuple[dict[str, list[Point
     room = manifest.model.max_length - tokens - 1
     base = Point(keep=few)
     texts = [text for text in TEXTS if count + text + 16 <= room]  # a word may be several tokens
-    pictures = [number for number in range(1, MOST["pictures"] + 1) if number * count + TEXTS[0] + 16 <= room]
+    most = 1 if manifest.single_picture_stages else MOST["pictures"]
+    pictures = [number for number in range(1, most + 1) if number * count + TEXTS[0] + 16 <= room]
     if not texts or not pictures:
         raise UsageError(
             f"{bundle.folder} holds {manifest.model.max_length} positions, which {count} visual and "
@@ -220,8 +233,10 @@ def axes(bundle: Bundle, tokens: int, quick: bool) -> tuple[dict[str, list[Point
         ],
     }
     dropped = [f"{text} text tokens: longer than the bundle" for text in TEXTS if text not in texts]
-    if len(pictures) < MOST["pictures"]:
+    if len(pictures) < most:
         dropped.append(f"more than {pictures[-1] * count} visual tokens: longer than the bundle")
+    if most == 1:
+        dropped.append(f"more than {count} visual tokens: the bundle takes one picture a prompt")
     return found, dropped
 
 

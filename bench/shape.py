@@ -17,7 +17,7 @@ from vtp.runtime.memory import PROCESS
 DTYPES = ("float32", "float16")
 # On the CPU, ONNX Runtime widens float16 weights to float32 and keeps the originals.
 _WIDENED = 3
-_BESIDE = 1.15  # cache and activations
+BESIDE = 1.15  # cache and activations, as a share of the weights
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def _needed(wanted: Wanted, dtype: str) -> int:
     from vtp.export.shapes import find_shape
 
     widened = _WIDENED if dtype == "float16" and wanted.engine in ("auto", "ort-cpu") else 1
-    return int(_BESIDE * widened * find_shape(wanted.shape).bytes(dtype)) + PROCESS
+    return int(BESIDE * widened * find_shape(wanted.shape).bytes(dtype)) + PROCESS
 
 
 def free_disk(folder: Path) -> int:

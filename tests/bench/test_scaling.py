@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from vtp.bench import scaling, scaling_report
 from vtp.bench.scaling_run import Bench, Point
 from vtp.engines import UsageError, VtpError
 from vtp.runtime.bundle import open_bundle
+from vtp.runtime.memory import PROCESS
 
 ROOT = Path(__file__).parents[2]
 
@@ -109,11 +111,29 @@ def test_what_the_bundle_has_no_room_for_is_named(exported: Any) -> None:
         scaling.axes(bundle, 100, False)
 
 
+def test_streams_that_do_not_fit_in_memory_are_left_out(
+    exported: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room = SimpleNamespace(memory=SimpleNamespace(usable=3 * PROCESS))
+    monkeypatch.setattr(scaling, "look", lambda: room)
+    study = scaling.Study(open_bundle(exported("vispruner").folder), 1, 3, 1, False)
+    assert [point.streams for point in study.axes["streams"]] == [2]
+    assert "4 streams take about" in study.dropped[-1]
+
+
+def test_a_method_of_one_picture_a_prompt_leaves_the_other_axes(exported: Any) -> None:
+    found, dropped = scaling.axes(open_bundle(exported("adaptprune").folder), 9, False)
+    assert len(found["visual tokens"]) == 1 and len(found["batch"]) == 4
+    assert "more than 16 visual tokens: the bundle takes one picture a prompt" in dropped
+
+
 def test_bad_flags_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert scaling.main([str(tmp_path), "--rounds", "no", "--work", str(tmp_path)]) == 2
     assert scaling.main([str(tmp_path), "--work", str(tmp_path)]) == 1
+    assert scaling.main(["--shape", "smolvlm-256m", "--work", str(tmp_path)]) == 2
     said = capsys.readouterr().err.splitlines()
-    assert "rounds 'no' is not a whole number" in said[0] and "is not a bundle" in said[-1] and len(said) == 2
+    assert "rounds 'no' is not a whole number" in said[0] and "is not a bundle" in said[1] and len(said) == 3
+    assert "shape smolvlm-256m takes one picture a prompt" in said[2]
 
 
 def test_the_committed_page_is_that_of_the_committed_figures() -> None:

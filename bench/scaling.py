@@ -37,8 +37,8 @@ KEEPS = (16, 32, 64, 128, 192, 288, 432)
 KEEP = 64  # where other axes vary
 MOST = {"pictures": 5, "batch": 8, "streams": 4}
 TEXTS = (32, 64, 128, 256, 512, 1024)
-SEVERAL = "LlavaForConditionalGeneration"  # the shapes that take several pictures, of 576 tokens
-COUNT = 576
+SHAPED = "LlavaForConditionalGeneration"  # the shapes with
+COUNT = 576  # visual tokens a picture
 MAX_LENGTH = 4096  # five pictures of 576, the longest text and an answer fit
 
 
@@ -94,10 +94,10 @@ def _make(args: argparse.Namespace, work: Path, progress: Callable[[str], None])
     if not args.quick:
         from vtp.export.shapes import find_shape, write_shape
 
-        if find_shape(name).architecture != SEVERAL:
+        if find_shape(name).architecture != SHAPED:
             raise UsageError(
-                f"shape {name} takes one picture a prompt, by which visual tokens are to grow here; choose "
-                "llava-ov-0.5b or llava-1.5-7b, or give a BUNDLE of your own for the other axes"
+                f"shape {name} has no {COUNT} visual tokens a picture, from which the axes are made; choose "
+                "llava-ov-0.5b or llava-1.5-7b, or give a BUNDLE with keep-counts of your own"
             )
         check(Wanted(name, "none", None, "float32", ENGINE, work), look().memory.usable, free_disk(work))
         if not model.exists():

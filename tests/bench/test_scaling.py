@@ -133,7 +133,7 @@ def test_bad_flags_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert scaling.main(["--shape", "smolvlm-256m", "--work", str(tmp_path)]) == 2
     said = capsys.readouterr().err.splitlines()
     assert "rounds 'no' is not a whole number" in said[0] and "is not a bundle" in said[1] and len(said) == 3
-    assert "shape smolvlm-256m takes one picture a prompt" in said[2]
+    assert "shape smolvlm-256m has no 576 visual tokens a picture" in said[2]
 
 
 def test_the_committed_page_is_that_of_the_committed_figures() -> None:

@@ -312,7 +312,7 @@ def _disagreement(figures: dict[str, Any]) -> str:
 def accuracy(job: Job, device: Device) -> dict[str, Any]:
     """Right answers of the built-in model's exam, with the 95 % interval."""
     items = list(held_out(job.exam))
-    with Pipeline.load(job.bundle, job.engine, reuse_image=True, opening=opening()) as pipe:
+    with Pipeline.load(job.bundle, job.engine, image_cache=1, opening=opening()) as pipe:
         right = sum(
             is_right(pipe.generate(one.image, one.prompt, max_new_tokens=ANSWER_TOKENS).text, one.answer)
             for one in items

@@ -59,6 +59,7 @@ def _begin(runner: StageRunner, keep: int, answers: Sequence[Answer]) -> np.ndar
     each = len(requests[0].pictures)
     for row, answer in enumerate(answers):
         answer.result.timings.stages.update(timings.stages)
+        answer.result.timings.reused_tokens = timings.reused_tokens
         own = None if kept is None else kept[row * each : (row + 1) * each]
         answer.begin(own, int(positions[row]))
     return values["logits"].numpy()[:, 0]

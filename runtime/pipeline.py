@@ -22,8 +22,9 @@ from vtp.runtime.images import ImageSource, load_image
 from vtp.runtime.opening import Opening
 from vtp.runtime.preprocess import preprocess
 from vtp.runtime.result import Result, Timings
+from vtp.runtime.reuse import ImageCache, Prefix, check_prefix
 from vtp.runtime.sampling import Sampler
-from vtp.runtime.stages import Seen, StageRunner
+from vtp.runtime.stages import StageRunner
 from vtp.runtime.text import Prompt, Prompter, StopStrings
 from vtp.runtime.videos import VideoSource, load_video
 
@@ -45,20 +46,22 @@ class Pipeline:
         bundle: Bundle,
         choice: Choice,
         threads: int | None = None,
-        reuse_image: bool = False,
+        image_cache: int = 0,
+        reuse_prompt: bool = False,
         opening: Opening | None = None,
     ) -> None:
         """Open every graph of a verified bundle; most users call `Pipeline.load`."""
+        if reuse_prompt:
+            check_prefix(bundle)
         self.bundle = bundle
         self.manifest = bundle.manifest
         self.engine = choice.engine
         self.decisions = choice.decisions
         self._prompter = Prompter(self.manifest.text, bundle.path("tokenizer.json"))
-        self._runner: StageRunner | None = StageRunner(bundle, choice.engine, threads, opening)
+        prefix = Prefix() if reuse_prompt else None
+        self._runner: StageRunner | None = StageRunner(bundle, choice.engine, threads, opening, prefix)
         self._busy = threading.Lock()
-        self._reuse_image = reuse_image
-        self._last_pictures: list[np.ndarray] = []
-        self._seen: Seen = {}
+        self._images = ImageCache(image_cache)
 
     @classmethod
     def load(
@@ -67,7 +70,8 @@ class Pipeline:
         engine: str = AUTO,
         threads: int | None = None,
         check_hashes: bool = False,
-        reuse_image: bool = False,
+        image_cache: int = 0,
+        reuse_prompt: bool = False,
         opening: Opening | None = None,
     ) -> Pipeline:
         """Open a bundle folder.
@@ -75,17 +79,24 @@ class Pipeline:
         engine        "auto" (the best that can run here), or one by name, such as "ort-cpu"
         threads       CPU threads of one operator; None: all cores
         check_hashes  also compare every file's sha256 with the manifest (reads all weights)
-        reuse_image   keep what the image stages gave, for a next prompt about the very same picture (their
-                      timings are then near 0; off by default, so that timings mean what they say)
+        image_cache   keep what the image stages gave for the pictures of so many prompts, for a next prompt
+                      about the same; `image_cache_bytes` says how much memory that takes
+        reuse_prompt  read a prompt on from what it shares with the one before (and its answer): a picture and
+                      the turns of a conversation are then read once
         opening       where TensorRT's engines lie, and what CUDA may do (see `Opening`)
+
+        `image_cache` and `reuse_prompt` change timings, and the latter the last bits of logits: both are off
+        unless asked for.
 
         Raises VtpError for a bundle that is damaged or cannot run here, UsageError for a bad argument.
         """
         threads = None if threads is None else _whole("threads", threads)
+        if not _is_whole(image_cache) or image_cache < 0:
+            raise UsageError(f"image_cache {image_cache!r} is not a number of prompts; give 0 (off) or more")
         opened = open_bundle(bundle, check_hashes)
         manifest = opened.manifest
         choice = choose_engine(engine, manifest.dtype, target=manifest.target)
-        return cls(opened, choice, threads, reuse_image, opening)
+        return cls(opened, choice, threads, image_cache, reuse_prompt, opening)
 
     def generate(
         self,
@@ -218,6 +229,11 @@ class Pipeline:
         """Most pictures whose prompts go through the bundle's graphs together."""
         return self._open_runner().rows_together
 
+    @property
+    def image_cache_bytes(self) -> int:
+        """Memory that the image cache takes now; each entry is of one prompt's pictures."""
+        return self._images.bytes
+
     def warmup(self) -> None:
         """Run every stage once on a blank picture, so that the first answer does not pay for set-up."""
         spec = self.manifest.image
@@ -230,6 +246,7 @@ class Pipeline:
         if self._runner is not None:
             self._runner.close()
             self._runner = None
+            self._images.clear()
 
     def __enter__(self) -> Pipeline:
         return self
@@ -358,16 +375,6 @@ class Pipeline:
                 f"shorten it{fewer}, or export with a larger --max-length"
             )
 
-    def _seen_of(self, pictures: list[np.ndarray]) -> Seen | None:
-        """What the image stages gave for these pictures, to be read and added to; None when not asked for."""
-        if not self._reuse_image:
-            return None
-        before = self._last_pictures
-        same = len(before) == len(pictures) and all(map(np.array_equal, before, pictures))
-        if not same:
-            self._last_pictures, self._seen = pictures, {}
-        return self._seen
-
     @contextmanager
     def _claimed(self) -> Iterator[StageRunner]:
         """The stages, for one generation alone."""
@@ -453,7 +460,7 @@ class _Writing:
     def _prefill(self, runner: StageRunner, answer: Answer) -> np.ndarray:
         """Run the image and prompt stages; returns the first logits [V]."""
         request = self._request
-        seen = self._pipeline._seen_of(request.pictures)
+        seen = self._pipeline._images.find(request.pictures)
         values = runner.prefill_rows(request.keep, request.pictures, [request.row], request.timings, seen)
         kept = values["keep_indices"].numpy() if "keep_indices" in values else None
         answer.begin(kept, int(values["next_position"].numpy()[0]))

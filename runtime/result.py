@@ -21,13 +21,17 @@ class Timings:
     """Milliseconds per stage of one generation.
 
     `stages` sums every run up to the first token; `ttft` is the time from the call to the first token, `tpot`
-    the mean time of every further token, `total` all of it.
+    the mean time of every further token, `total` all of it. Of a pipeline that keeps something of earlier
+    answers, `reused_stages` names the image stages whose outputs were taken from its image cache, and
+    `reused_tokens` counts the prompt's tokens, visual ones among them, that were not read again.
     """
 
     stages: dict[str, float] = field(default_factory=dict)
     ttft: float = 0.0
     tpot: float = 0.0
     total: float = 0.0
+    reused_stages: list[str] = field(default_factory=list)
+    reused_tokens: int = 0
 
     @contextmanager
     def measure(self, stage: str) -> Iterator[None]:

@@ -13,11 +13,9 @@ from vtp.runtime.bundle import Bundle
 from vtp.runtime.manifest import GraphInfo, KvInfo, StageInfo, TensorInfo
 from vtp.runtime.opening import Opening, open_stage
 from vtp.runtime.result import Timings
+from vtp.runtime.reuse import Prefix, Seen, rest_of
 
 _PADDING = 0  # an id that stands where a row has no token: what is there is never looked at
-
-# What image stages gave for one picture: (file, keep-count or None) -> pipeline name -> value.
-Seen = dict[tuple[str, int | None], dict[str, Value]]
 
 
 class KvCache:
@@ -67,7 +65,12 @@ class KvCache:
 
     def reset(self) -> None:
         """Forget every token; the buffers stay as they are, for lengths bound what is read."""
-        self.lengths, self.length = np.zeros(self._seqlens.shape, np.int32), 0
+        self.lengths = np.zeros(self._seqlens.shape, np.int32)
+        self.length = 0
+
+    def go_on(self, tokens: int) -> None:
+        """Count only the first `tokens` of every row as filled."""
+        self.lengths, self.length = np.full_like(self.lengths, tokens), tokens
 
     def advance(self, tokens: int | np.ndarray) -> None:
         """Make room for `tokens` more, or int32 [B] for every row its own.
@@ -89,26 +92,39 @@ class KvCache:
 
 @dataclass
 class Stage:
-    """A stage ready to run: its declaration, its opened graph and, for decoders, its cache."""
+    """A stage ready to run: its declaration, its opened graph and, for decoders, its cache.
+
+    `prefix` knows what fills the cache, where prompts are read on from what they share with the last one.
+    """
 
     info: StageInfo
     graph: GraphInfo
     engine: Engine
     cache: KvCache | None
+    prefix: Prefix | None = None
 
     def run(self, values: dict[str, Value], padding: int | np.ndarray = 0) -> None:
         """Run once, reading and writing `values` under the pipeline's names.
 
         Of every row [B] the last `padding` tokens are none.
         """
-        feeds = self._feeds(values)
+        feeds = self.feeds(values)
         if self.cache is None:
             outputs = self.engine.run(feeds)
         else:
+            if self.prefix is not None:
+                self.cache.go_on(known := self.prefix.begin(feeds))
+                feeds = rest_of(feeds, known, self.engine)
             self.cache.advance(self._sequence(feeds) - padding)
             outputs = self.cache.run(feeds)
+            self.note(feeds)
         for name, target in self.info.outputs.items():
             values[target] = outputs[name]
+
+    def note(self, feeds: Mapping[str, Value]) -> None:
+        """Tell the prefix, if there is one, what has joined the cache."""
+        if self.prefix is not None:
+            self.prefix.add(feeds)
 
     def bind(self, values: dict[str, Value], batch: int = 1) -> Binding:
         """Fix the stage for single steps of one token a row; its outputs join `values`."""
@@ -120,10 +136,11 @@ class Stage:
             if name not in into:  # a cue that only prefill reads
                 tensor = self.graph.outputs[name]
                 into[name] = self.engine.zeros(_single(tensor, batch), tensor.dtype)
-        feeds = {**self._feeds(values), **(self.cache.feeds if self.cache else {})}
+        feeds = {**self.feeds(values), **(self.cache.feeds if self.cache else {})}
         return self.engine.bind(feeds, into)
 
-    def _feeds(self, values: Mapping[str, Value]) -> dict[str, Value]:
+    def feeds(self, values: Mapping[str, Value]) -> dict[str, Value]:
+        """What the graph takes beside its cache, by its own names."""
         return {name: values[source] for name, source in self.info.inputs.items()}
 
     def _sequence(self, feeds: Mapping[str, Value]) -> int:
@@ -149,9 +166,15 @@ class StageRunner:
     """All stages of an opened bundle: graphs opened once, one cache per decoder graph, bindings per keep."""
 
     def __init__(
-        self, bundle: Bundle, engine: str, threads: int | None, opening: Opening | None = None
+        self,
+        bundle: Bundle,
+        engine: str,
+        threads: int | None,
+        opening: Opening | None = None,
+        prefix: Prefix | None = None,
     ) -> None:
         self._bundle = bundle
+        self._prefix = prefix
         self._engine = engine
         self._threads = threads
         self._opening = opening or Opening()
@@ -206,6 +229,7 @@ class StageRunner:
                     stage.run(values, padding)
                 else:
                     values.update(known)
+                    timings.reused_stages.append(stage.info.name)
             if seen is not None:
                 seen[stage.info.file, owner] = {name: values[name] for name in stage.info.outputs.values()}
 
@@ -248,6 +272,7 @@ class StageRunner:
         values["image_start"] = put(np.array([row.image_starts for row in rows], np.int64))
         values["text_length"] = put(lengths.astype(np.int64))
         self.run("prefill", keep, values, timings, padding=padding)
+        timings.reused_tokens = self._prefix.reused if self._prefix else 0
         if padding.any():  # graphs count it
             values["next_position"] = put(values["next_position"].numpy() - padding)
         return values
@@ -278,6 +303,8 @@ class StageRunner:
             if stage.cache is not None:
                 stage.cache.advance(more)
             binding.run()
+            if stage.cache is not None:
+                stage.note(stage.feeds(values))
         return values["logits"].view()[:, 0]
 
     def room(self) -> int:
@@ -352,7 +379,13 @@ class StageRunner:
     def _stages(self, when: str, keep: int) -> list[Stage]:
         manifest = self._bundle.manifest
         return [
-            Stage(info, manifest.graphs[info.file], self._engines[info.file], self._caches.get(info.file))
+            Stage(
+                info,
+                manifest.graphs[info.file],
+                self._engines[info.file],
+                self._caches.get(info.file),
+                self._prefix if info.file in self._caches else None,
+            )
             for info in manifest.stages_for(when, keep)
         ]
 

@@ -342,7 +342,7 @@ def test_a_list_of_one_is_one_picture(pipe: Pipeline) -> None:
 
 
 def test_pictures_are_reused_together(exported: Callable[[str], Any], pipe: Pipeline) -> None:
-    with Pipeline.load(exported("vispruner").folder, threads=1, reuse_image=True) as reusing:
+    with Pipeline.load(exported("vispruner").folder, threads=1, image_cache=1) as reusing:
         for images in (PICTURES, PICTURES, PICTURES[::-1], PICTURES[0], PICTURES[:2], PICTURES[:2]):
             wanted = pipe.generate(images, PROMPTS[0], max_new_tokens=4)
             assert said(reusing.generate(images, PROMPTS[0], max_new_tokens=4)) == said(wanted)

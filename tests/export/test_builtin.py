@@ -52,7 +52,7 @@ def encode(processor: Any, item: Item) -> Any:
 def test_unpruned_tokens_equal_transformers_on_held_out_questions(
     bundles: dict[str, Path], model: LlavaForConditionalGeneration, processor: Any
 ) -> None:
-    with Pipeline.load(bundles["none"], reuse_image=True) as pipe:
+    with Pipeline.load(bundles["none"], image_cache=1) as pipe:
         for item in held_out(52, seed=7):
             inputs = encode(processor, item)
             with torch.no_grad():

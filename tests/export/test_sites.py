@@ -170,7 +170,7 @@ def test_several_sites_answer_in_the_pipeline(bundles, picture):
 
 def test_a_method_that_reads_the_prompt_keeps_other_tokens_for_other_prompts(bundles, picture):
     prompts = ["what is it ?", "the red star on the left of two blue circles", "0123456789"]
-    with Pipeline.load(bundles("CuriousProjector"), threads=1, reuse_image=True) as pipe:
+    with Pipeline.load(bundles("CuriousProjector"), threads=1, image_cache=1) as pipe:
         kept = [tuple(pipe.generate(picture, prompt, max_new_tokens=1).kept) for prompt in prompts]
         again = tuple(pipe.generate(picture, prompts[0], max_new_tokens=1).kept)
     assert len(set(kept)) > 1

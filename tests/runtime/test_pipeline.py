@@ -257,7 +257,7 @@ def test_reused_pictures_give_the_same_answers(exported: Callable[[str], Any], p
     other = Image.new("RGB", (60, 60), "green")
     for name in ("vispruner", "adaptprune"):
         folder = exported(name).folder
-        with Pipeline.load(folder, threads=1) as plain, Pipeline.load(folder, reuse_image=True) as reusing:
+        with Pipeline.load(folder, threads=1) as plain, Pipeline.load(folder, image_cache=1) as reusing:
             for image, keep in product((picture, picture, other, picture), plain.manifest.visual.keep):
                 wanted = plain.generate(image, PROMPT, keep_tokens=keep, max_new_tokens=6)
                 found = reusing.generate(image, PROMPT, keep_tokens=keep, max_new_tokens=6)

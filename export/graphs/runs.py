@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vtp.export.graphs.layout import lay_out, widened
+from vtp.export.graphs.layout import Layout, lay_out, widened
 from vtp.export.graphs.modules import DecoderPruner, Splice, TextCues, asked, for_each
 from vtp.export.pruners.base import Pruner
 from vtp.export.pruners.ops import gather_rows
@@ -142,35 +142,46 @@ class RunsSplice(Splice):
         image_start: Tensor,
         keep_indices: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        each = image_start.reshape(-1, 1)  # [B*I,1]
         tokens = keep_indices
         if tokens is None:
-            tokens = torch.arange(self.count) + torch.zeros_like(each)
-        kept, (batch, text, width) = self.order.keep(tokens), inputs_embeds.shape
-        images, visual, size = image_start.shape[1], tokens.shape[1], tokens.shape[1] + self.order.marked
+            tokens = torch.arange(self.count) + torch.zeros_like(image_start.reshape(-1, 1))
+        (batch, text, _), images = inputs_embeds.shape, image_start.shape[1]
+        kept, size = self.order.keep(tokens), tokens.shape[1] + self.order.marked
         wider = size - self.placeholders
-        total, row = text + images * wider, torch.arange(batch).unsqueeze(1)
-        at = lay_out(total, widened(image_start, wider), size)
-        slot = torch.where(at.inside, row * (images * size) + at.seen, 0)
-        marks = (row * text + image_start).reshape(-1, 1) + self.order.in_ids
-        rows = batch * text + torch.arange(batch * images).unsqueeze(1) * visual + torch.arange(visual)
-        within = look_up(kept.pick(marks, rows).flatten(), slot)
-        source = torch.where(at.inside, within, row * text + at.words + at.passed * self.placeholders)
-        prompt = functional.embedding(
-            source, torch.cat([inputs_embeds.reshape(-1, width), image_embeds.reshape(-1, width)])
-        )
-        same = torch.zeros_like(image_start[:, 0])
+        at = lay_out(text + images * wider, widened(image_start, wider), size)
+        slot = torch.where(at.inside, torch.arange(batch).unsqueeze(1) * (images * size) + at.seen, 0)
+        prompt = self._embeds(inputs_embeds, image_embeds, image_start, at, kept, slot)
+        total, same = prompt.shape[1], torch.zeros_like(image_start[:, 0])
         if not self.original:
             return prompt, torch.arange(total).unsqueeze(0) + same.unsqueeze(1), same + total
-        marks = self.order.full_marks() + torch.zeros_like(each)
+        marks = self.order.full_marks() + torch.zeros_like(tokens[:, :1])
         places = look_up(kept.pick(marks, self.order.full_places(tokens)).flatten(), slot)
-        position_ids = at.words + at.passed * (self.count + self.order.marked)
-        position_ids = position_ids + torch.where(at.inside, places, 0)
-        return prompt, position_ids, same + (total + images * (self.count - visual))
+        before = at.words + at.passed * (self.count + self.order.marked)
+        missing = self.count - tokens.shape[1]
+        return prompt, before + torch.where(at.inside, places, 0), same + (total + images * missing)
+
+    def _embeds(
+        self,
+        inputs_embeds: Tensor,
+        image_embeds: Tensor,
+        image_start: Tensor,
+        at: Layout,
+        kept: Kept,
+        slot: Tensor,
+    ) -> Tensor:
+        """The prompt's embeddings [B,S,D]; slot int64 [B,S] counts through the slots of all B*I pictures."""
+        (batch, text, width), (pictures, visual, _) = inputs_embeds.shape, image_embeds.shape
+        row = torch.arange(batch).unsqueeze(1)
+        marks = (row * text + image_start).reshape(-1, 1) + self.order.in_ids
+        tokens = batch * text + torch.arange(pictures).unsqueeze(1) * visual + torch.arange(visual)
+        inside = look_up(kept.pick(marks, tokens).flatten(), slot)
+        source = torch.where(at.inside, inside, row * text + at.words + at.passed * self.placeholders)
+        rows = torch.cat([inputs_embeds.reshape(-1, width), image_embeds.reshape(-1, width)])
+        return functional.embedding(source, rows)
 
 
 class RunsTextCues(TextCues):
-    """`TextCues` of a prompt in which the marks are text: R = T - runs tokens."""
+    """`TextCues` of a prompt in which the marks are text: R = T - I * runs tokens."""
 
     def __init__(self, placeholders: int, runs: Runs) -> None:
         super().__init__(placeholders, runs.count)

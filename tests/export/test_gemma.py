@@ -34,7 +34,7 @@ from vtp.runtime.text import Prompter
 
 from .several import TALK, Turns, asked, check_answers, check_batch
 from .test_trtrtx import ENGINE, MISSING, build
-from .tiny_gemma import processor_of, save_gemma, tiny_gemma3, tiny_paligemma
+from .tiny_gemma import BOS, processor_of, save_gemma, tiny_gemma3, tiny_paligemma
 
 COUNT, MAX_LENGTH, WORDS = 16, 128, "what shape is it ?"
 MODELS: dict[str, Callable[[], Any]] = {
@@ -309,6 +309,11 @@ def test_paligemma_takes_one_question(bundle: Callable[[str], Made]) -> None:
     prompter = Prompter(opened.manifest.text, opened.path("tokenizer.json"))
     turns = prompter.messages_for("what ?")
     assert prompter.encode(turns).text == "<image><bos>what ?\n"
+    image = {"type": "image"}
+    parts = [{"type": "text", "text": "is "}, image, {"type": "text", "text": "it ?"}, image]
+    between = prompter.encode([{"role": "user", "content": parts}], 2)
+    assert between.text == "<image><image><bos>is it ?\n" and between.image_starts == (0, 1)
+    assert between.ids.count(BOS) == 1  # BOS comes once
     later = [*turns, {"role": "assistant", "content": "that"}, {"role": "user", "content": "and ?"}]
     with pytest.raises(UsageError, match="it takes one question, and no conversation"):
         prompter.encode(later)

@@ -23,6 +23,7 @@ from vtp.export.families import find_family
 from vtp.export.parity import STEPS
 from vtp.export.reference import reference_generate
 from vtp.runtime import Pipeline
+from vtp.runtime.build import profile_of
 from vtp.runtime.bundle import open_bundle
 from vtp.runtime.preprocess import preprocess
 from vtp.runtime.result import Timings
@@ -264,16 +265,8 @@ def test_batches_of_several_pictures(bundle: Callable[[str], Made], name: str) -
 def test_every_graph_builds_with_tensorrt(bundle: Callable[[str], Made], name: str) -> None:
     opened = open_bundle(bundle(name).folder)
     for file, graph in opened.manifest.graphs.items():
-        axes = {**graph.axes, "batch": [1, 1, 1]}
-        shapes = {
-            tensor: tuple(
-                tuple(axes[axis][at] if isinstance(axis, str) else axis for axis in info.shape)
-                for at in range(3)
-            )
-            for tensor, info in graph.inputs.items()
-        }
         assert refused_nodes(opened.path(file), ENGINE) == []
-        assert build_engine(opened.path(file), ENGINE, shapes).plan.nbytes, file
+        assert build_engine(opened.path(file), ENGINE, profile_of(graph)).plan.nbytes, file
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from vtp.engines import Value
 from vtp.export.families import find_family
 from vtp.export.pruners import find_method
 from vtp.export.reference import ReferenceAnswer, reference_generate
@@ -74,18 +75,28 @@ def check_answers(
                 result = pipe.generate(pictures, messages=turns, keep_tokens=keep, max_new_tokens=STEPS)
                 wanted = in_torch(pipe, model, given["input_ids"], pixels, keep, size)
                 _check(pipe, result, wanted, given["input_ids"], count)
+                steps = wanted.step_logits
                 if pipe.manifest.method.name == "none":
-                    assert result.token_ids == by_transformers(model, given)
-                logits, turned = (first_logits(pipe, some, turns, keep) for some in (pixels, pixels[::-1]))
-                assert np.abs(logits - wanted.first_logits.numpy()).max() < 1e-3
-                assert np.abs(logits - turned).max() > 1e-2  # which picture is which matters
+                    tokens, steps = by_transformers(model, given)
+                    assert result.token_ids == tokens
+                found = logits_of(pipe, pixels, turns, keep, wanted.token_ids)
+                for ours, theirs in zip(found, steps, strict=True):
+                    assert np.abs(ours - theirs.numpy()).max() < 1e-3
+                turned = logits_of(pipe, pixels[::-1], turns, keep, wanted.token_ids[:1])
+                assert np.abs(found[0] - turned[0]).max() > 1e-2  # which picture is which matters
 
 
-def first_logits(pipe: Pipeline, pixels: list[np.ndarray], turns: Turns, keep: int) -> np.ndarray:
-    """What the bundle's decoder says after the prompt, [V]."""
-    prompt = pipe._prompter.encode(turns, len(pixels))
-    rows = [Row(prompt.ids, prompt.image_starts)]
-    return pipe._open_runner().prefill_rows(keep, pixels, rows, Timings())["logits"].numpy()[0, 0]
+def logits_of(
+    pipe: Pipeline, pixels: list[np.ndarray], turns: Turns, keep: int, tokens: list[int]
+) -> list[np.ndarray]:
+    """What the bundle's decoder says, [V], where each of `tokens` comes next: a model may say one token over
+    and over whatever it sees, its logits tell."""
+    prompt, runner = pipe._prompter.encode(turns, len(pixels)), pipe._open_runner()
+    values = runner.prefill_rows(keep, pixels, [Row(prompt.ids, prompt.image_starts)], Timings())
+    found, position = [values["logits"].numpy()[0, 0].copy()], int(values["next_position"].numpy()[0])
+    for number, token in enumerate(tokens[:-1]):
+        found.append(runner.step(keep, token, position + number).copy())
+    return found
 
 
 def _check(pipe: Pipeline, result: Result, wanted: ReferenceAnswer, ids: torch.Tensor, count: int) -> None:
@@ -123,12 +134,13 @@ def in_torch(
     )
 
 
-def by_transformers(model: Any, given: dict[str, Any]) -> list[int]:
-    """transformers' own greedy tokens."""
+def by_transformers(model: Any, given: dict[str, Any]) -> tuple[list[int], list[torch.Tensor]]:
+    """transformers' own greedy tokens, and the logits [V] behind each."""
     model.generation_config.eos_token_id = None
+    options = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True}
     with torch.no_grad():
-        answer = model.generate(**given, max_new_tokens=STEPS, do_sample=False)
-    return answer[0, -STEPS:].tolist()
+        answer = model.generate(**given, max_new_tokens=STEPS, **options)
+    return answer.sequences[0, -STEPS:].tolist(), [logits[0] for logits in answer.logits]
 
 
 def check_batch(folder: Path, size: tuple[int, int]) -> None:
@@ -143,4 +155,19 @@ def check_batch(folder: Path, size: tuple[int, int]) -> None:
         assert [(found.token_ids, found.kept) for found in batch] == [
             (found.token_ids, found.kept) for found in alone
         ]
-        assert len({tuple(found.token_ids) for found in batch}) == 3
+        pixels = [[preprocess(picture, pipe.manifest.image) for picture in pair] for pair in pictures[:2]]
+        prompts = [pipe._prompter.encode(asked(said, 2), 2) for said in WORDS]
+        rows = [Row(prompt.ids, prompt.image_starts) for prompt in prompts]
+        runner, keep = pipe._open_runner(), pipe.manifest.visual.default_keep
+        single = [
+            first_of(runner.prefill_rows(keep, pair, [row], Timings()))
+            for pair, row in zip(pixels, rows, strict=True)
+        ]
+        both = first_of(runner.prefill_rows(keep, [*pixels[0], *pixels[1]], rows, Timings()))
+        np.testing.assert_allclose(both, np.concatenate(single), atol=1e-3)
+        assert np.abs(both[0] - both[1]).max() > 1e-2
+
+
+def first_of(values: dict[str, Value]) -> np.ndarray:
+    """Logits after the prompts and the next positions, [B,V+1]."""
+    return np.column_stack([values["logits"].numpy()[:, 0], values["next_position"].numpy()])

@@ -123,6 +123,7 @@ class Study:
             "tokens": tokens,
             "threads": threads,
             "quick": quick,
+            "versions": stamp()["versions"],
         }
         self.runs: list[dict[str, Any]] = []
         self.journal = Path()
@@ -165,12 +166,14 @@ class Study:
 
     def _resume(self) -> None:
         """Read what an ended run left; begin anew where it measured something else."""
-        lines = self.journal.read_text(encoding="utf-8").splitlines() if self.journal.exists() else []
+        text = self.journal.read_text(encoding="utf-8") if self.journal.exists() else ""
+        lines = text.split("\n")[:-1]  # what follows the last end of line was not written whole
         if lines and json.loads(lines[0]) == self.settings:
             self.runs = [json.loads(line) for line in lines[1:]]
-            return
+        else:
+            lines = [json.dumps(self.settings)]
         self.journal.parent.mkdir(parents=True, exist_ok=True)
-        self.journal.write_text(json.dumps(self.settings) + "\n", encoding="utf-8")
+        self.journal.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
     def _fit_streams(self) -> None:
         """Drop points whose processes would not fit in memory."""

@@ -75,6 +75,8 @@ def test_a_run_that_was_ended_goes_on(exported: Any, tmp_path: Path, monkeypatch
     monkeypatch.setattr(scaling, "streams", Opened)
     with pytest.raises(VtpError, match="ended"):
         scaling.Study(bundle, 2, 3, 1, False).measure(tmp_path / "j", lambda _: None)
+    with (tmp_path / "j").open("a") as journal:
+        journal.write('{"point": {"pic')  # ended while it was written
     whole = scaling.Study(bundle, 2, 3, 1, False)
     whole.measure(tmp_path / "j", lambda _: None)
     points = {point for line in whole.axes.values() for point in line}

@@ -132,12 +132,12 @@ def load(
     """
     family_class = check(folder, frames)
     image = spec_from_processor(_processor_config(folder, family_class.media), image_size, fit)
-    image = replace(image, frames=frames)
     if image.kind not in family_class.image_kinds:
         raise VtpError(
             f"the image processor cuts pictures as kind '{image.kind}', family {family_class.name} takes "
             f"{', '.join(family_class.image_kinds)}; mend preprocessor_config.json"
         )
+    image = replace(image, frames=frames)
     family = family_class(_load_model(folder, family_class.architectures[0], DTYPES[dtype]))
     family.prepare(image)
     tokenizer = _load_tokenizer(folder)

@@ -156,14 +156,8 @@ def test_a_pruned_video_equals_the_torch_reference(
         assert pipe.manifest.parity["generation"]["6"]["tokens"] == 16
         result = pipe.generate(video, ASKED, max_new_tokens=12)
         assert (result.visual_tokens.before, result.visual_tokens.after) == (TOKENS, 6)
-        assert (
-            pipe.generate(
-                list(video),
-                messages=[{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": ASKED}]}],
-                max_new_tokens=12,
-            ).text
-            == result.text
-        )
+        turn = {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": ASKED}]}
+        assert pipe.generate(list(video), messages=[turn], max_new_tokens=12).text == result.text
     frames = pixels_of(video)
     pruner = VisPruner((1, FRAMES * COUNT), 6)
     answer = reference_generate(
@@ -173,6 +167,15 @@ def test_a_pruned_video_equals_the_torch_reference(
     assert not any(place % (COUNT + 1) == 0 for place in result.kept)  # CLS tokens are not chosen from
     ours = result.token_ids
     assert ours == answer.token_ids[: len(ours)]
+
+
+def test_videos_in_a_batch_are_answered_as_alone(bundle: Callable[..., Path]) -> None:
+    videos, asked = [clip(9, seed=3), clip(FRAMES)], ["how many red stars ?", ASKED]
+    with Pipeline.load(bundle("vispruner"), engine="ort-cpu") as pipe:
+        pairs = zip(videos, asked, strict=True)
+        alone = [pipe.generate(video, words, max_new_tokens=8) for video, words in pairs]
+        together = pipe.generate_batch(videos, asked, max_new_tokens=8)
+    assert [(one.token_ids, one.kept) for one in together] == [(one.token_ids, one.kept) for one in alone]
 
 
 @pytest.mark.slow

@@ -238,6 +238,7 @@ def test_pruned_equals_the_torch_reference(bundle: Callable[[str], Made], name: 
         for name, (_, _, wishes) in BUNDLES.items()
         if wishes["method"] in ("none", "vispruner", "divprune", "visionzip", "cdpruner")
         and "target" not in wishes
+        and name != "idefics3-odd-none"  # two of its pictures, of 169 tokens each, outgrow its cache
     ],
 )
 def test_several_pictures(bundle: Callable[[str], Made], name: str) -> None:

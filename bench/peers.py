@@ -44,6 +44,9 @@ UNPRUNED = ("torch", "transformers-onnx", "openvino")
 INT4_DECODERS = ("genai-int4", "vtp decoder int4")
 SAME = ((*UNPRUNED, "vtp none"), (BASE, "torch-vispruner"), ("genai", "vtp decoder"), INT4_DECODERS)
 CLOSE = 1e-3  # of the largest logit: float32 in another order of sums stays well below it
+# Activations are rounded to int8 in every product, so an order of sums decides codes of what follows: the
+# same int4 weights were seen 0.023 apart after 24 layers (all tokens equal), and 3e-7 after two.
+CLOSE_INT4 = 0.05
 _DECODER_TOKENS = 16  # text tokens beside the kept ones, in the decoder-only comparison
 
 
@@ -241,7 +244,8 @@ class Contest:
         same = next((one for one in group if one in self.answers and one != name), None)
         if same is None:
             return
-        equal = agreement(self.answers[same], self.answers[name])
+        limit = CLOSE_INT4 if name in INT4_DECODERS else CLOSE
+        equal = agreement(self.answers[same], self.answers[name], limit)
         self.results["peers"][name]["equal"] = {"to": same, **equal}
         if not equal["close"]:
             share = f"{equal['difference']:.2g} of the largest"
@@ -294,9 +298,11 @@ class Contest:
         self.results["stages"][name] = in_child(task)
 
 
-def agreement(wanted: tuple[list[int], np.ndarray], found: tuple[list[int], np.ndarray]) -> dict[str, Any]:
+def agreement(
+    wanted: tuple[list[int], np.ndarray], found: tuple[list[int], np.ndarray], limit: float = CLOSE
+) -> dict[str, Any]:
     """Two answers (tokens, first logits): `difference` of the logits as a share of the largest, whether that
-    is `close`, and how many `tokens` are equal from the first on, of how many."""
+    is `close` (at most `limit`), and how many `tokens` are equal from the first on, of how many."""
     (tokens, logits), (other_tokens, other) = wanted, found
     if logits.shape != other.shape:
         return {"close": False, "difference": float("inf"), "tokens": 0, "of": len(tokens)}
@@ -305,7 +311,7 @@ def agreement(wanted: tuple[list[int], np.ndarray], found: tuple[list[int], np.n
     equal = next(
         (at for at, (one, two) in enumerate(pairs) if one != two), min(len(tokens), len(other_tokens))
     )
-    close = bool(difference <= CLOSE and equal > 0)
+    close = bool(difference <= limit and equal > 0)
     return {"close": close, "difference": difference, "tokens": equal, "of": len(tokens)}
 
 

@@ -51,6 +51,8 @@ def test_agreement_counts_tokens_up_to_the_first_that_differs() -> None:
     assert same["close"] and same["tokens"] == 2 and same["of"] == 3
     assert same["difference"] == pytest.approx(1e-4 / 4, rel=1e-2)
     assert not peers.agreement(([1], logits), ([1], logits + 0.1))["close"]
+    assert peers.agreement(([1], logits), ([1], logits + 0.1), peers.CLOSE_INT4)["close"]
+    assert not peers.agreement(([1], logits), ([2], logits), peers.CLOSE_INT4)["close"]
     assert not peers.agreement(([1], logits), ([2], logits))["close"]
     assert not peers.agreement(([1], logits), ([1], logits[:2]))["close"]
 

@@ -120,6 +120,7 @@ class Prompter:
                 f"the tokenizer gives image token '{spec.image_token}' the id {found}, the bundle says "
                 f"{spec.image_token_id}; export it again"
             )
+        self.decoding = _Decoding.of(self.tokenizer)
         self._reserved = _reserved_texts(spec, self.tokenizer)
         self._template = None if spec.chat_template is None else _compile(spec.chat_template)
 
@@ -222,10 +223,15 @@ def _load_tokenizer(path: Path) -> Tokenizer:
     return tokenizer
 
 
+def _special_texts(tokenizer: Tokenizer) -> set[str]:
+    return {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
+
+
 def _reserved_texts(spec: TextSpec, tokenizer: Tokenizer) -> list[str]:
     """Texts that would turn into control tokens inside a prompt, longest first."""
-    special = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
-    texts = special | {spec.image_token, spec.image_mark} | set(spec.special_tokens.values())
+    texts = (
+        _special_texts(tokenizer) | {spec.image_token, spec.image_mark} | set(spec.special_tokens.values())
+    )
     return sorted((text for text in texts if text), key=lambda text: (-len(text), text))
 
 
@@ -398,6 +404,20 @@ _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _GROWING = {"ByteLevel", "ByteFallback", "Fuse", "Strip", "Replace", "Metaspace", "WordPiece", "BPEDecoder"}
 
 
+@dataclass(frozen=True)
+class _Decoding:
+    """How a tokenizer decodes: read once, since vocabularies may have thousands of added tokens."""
+
+    special: frozenset[str]
+    byte_tokens: bool
+    grows: bool  # more tokens only ever add to the text
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> _Decoding:
+        steps = _decoder_steps(tokenizer)
+        return cls(frozenset(_special_texts(tokenizer)), "ByteFallback" in steps, _text_grows(steps))
+
+
 class Detokenizer:
     """Streams an answer's text; all pieces together equal `tokenizer.decode(ids, skip_special_tokens=True)`.
 
@@ -410,24 +430,18 @@ class Detokenizer:
     _CONTEXT = 8  # tokens kept when it is full: more than the 3 bytes that a cut character can reach back
 
     def __init__(self, source: Prompter | Tokenizer) -> None:
-        tokenizer = source.tokenizer if isinstance(source, Prompter) else source
-        self._tokenizer = tokenizer
-        self._special = {
-            token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special
-        }
-        steps = _decoder_steps(tokenizer)
-        self._byte_tokens = "ByteFallback" in steps
-        self._grows = _text_grows(steps)
+        self._tokenizer = source.tokenizer if isinstance(source, Prompter) else source
+        self._decoding = source.decoding if isinstance(source, Prompter) else _Decoding.of(source)
         self._window: list[int] = []
         self._sent = 0  # characters of the window's text that were handed out
 
     def push(self, token_id: int) -> str:
         """Add a token; return the text that is certain now, "" while a character is incomplete."""
         token = self._tokenizer.id_to_token(token_id)
-        if token is None or token in self._special:
+        if token is None or token in self._decoding.special:
             return ""
         self._window.append(token_id)
-        if not self._grows or (self._byte_tokens and _BYTE_TOKEN.fullmatch(token)):
+        if not self._decoding.grows or (self._decoding.byte_tokens and _BYTE_TOKEN.fullmatch(token)):
             return ""
         text = _certain(self._decode())
         piece, self._sent = text[self._sent :], max(self._sent, len(text))

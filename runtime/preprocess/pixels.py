@@ -15,6 +15,7 @@ from vtp.runtime.images import MAX_PIXELS
 if TYPE_CHECKING:
     from vtp.runtime.preprocess.spec import ImageSpec
 
+_ROWS = 16  # looked up at a time: numpy widens the pixels to indices, and a picture of those is fresh memory
 Size = tuple[int, int]  # (height, width), in pixels, as transformers writes sizes
 
 
@@ -41,8 +42,10 @@ def values_of(image: Image.Image, spec: ImageSpec) -> np.ndarray:
     """Rescale and normalise an RGB image: float32 [3, H, W]."""
     values, table = np.asarray(image), _value_table(spec)  # [H, W, 3] uint8, [3, 256]
     result = np.empty((3, *values.shape[:2]), np.float32)
-    for channel in range(3):  # "clip", which no value needs, writes into the result without a buffer
-        np.take(table[channel], values[:, :, channel], out=result[channel], mode="clip")
+    for top in range(0, len(values), _ROWS):
+        rows = slice(top, top + _ROWS)
+        for channel in range(3):  # "clip", which no value needs, writes into the result without a buffer
+            np.take(table[channel], values[rows, :, channel], out=result[channel, rows], mode="clip")
     return result
 
 

@@ -23,6 +23,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from vtp.bench.gpu_beside import SHAPE_CHECKS
 from vtp.bench.gpu_checks import CHECKS, CPU, Job, checks_for
 from vtp.bench.gpu_device import CUDA, device_for, load_cuda_libraries, slug
 from vtp.bench.gpu_report import markdown
@@ -48,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--engine", default=CUDA, help="default: %(default)s; tensorrt builds first; ort-cpu needs no GPU")
     add("--json", metavar="FILE", help="result, with a .md beside it (default: bench/results/HARDWARE.json)")
     add("--quick", action="store_true", help="few questions and rounds: does it run at all?")
+    add("--resume", action="store_true", help="leave out bundles that the result holds without a failure")
     add("--limit", type=float, default=180, metavar="S", help="seconds of one check (default: %(default)s)")
     add("--child", nargs=3, metavar=("JOB", "CHECKS", "LOG"), help=argparse.SUPPRESS)
     add("--debug", action="store_true", help="show tracebacks")
@@ -62,17 +64,20 @@ def _run(args: argparse.Namespace) -> None:
         raise UsageError(f"engine '{args.engine}' is not one of {', '.join(engine_names()[1:])}; name one")
     jobs, progress, machine = _jobs(args), Progress(), look()
     results: dict[str, Any] = {
-        "name": _name(machine, args.engine),
+        "name": hardware(machine, args.engine),
         "engine": args.engine,
         "time": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "quick": args.quick,
-        "machine": _stamp(machine),
+        "machine": stamp(machine),
         "bundles": {},
     }
     print("\n".join(f"{key}: {value}" for key, value in results["machine"].items() if value))
     target = Path(args.json) if args.json else ROOT / "bench/results" / f"{slug(results['name'])}.json"
     examined = _examined(jobs)
+    results["bundles"] = _measured(target, args.quick) if args.resume else {}
     for name, job in jobs.items():
+        if name in results["bundles"]:
+            continue
         checks = [check for check in checks_for(args.engine) if check != "accuracy" or name in examined]
         progress.step(f"{name}: {', '.join(checks)}")
         found = run_checks(job, checks, args.limit)
@@ -82,6 +87,20 @@ def _run(args: argparse.Namespace) -> None:
     progress.end()
     print("\n" + markdown(results))
     print(f"{target} and {target.with_suffix('.md').name} written")
+
+
+def _measured(target: Path, quick: bool) -> dict[str, Any]:
+    """Bundles that an earlier run of the same kind measured, every check of them."""
+    if not target.is_file():
+        return {}
+    before = json.loads(target.read_text(encoding="utf-8"))
+    if before["quick"] != quick:
+        return {}
+    return {
+        name: one
+        for name, one in before["bundles"].items()
+        if all(check["status"] != "failed" for check in one["checks"].values())
+    }
 
 
 def _jobs(args: argparse.Namespace) -> dict[str, Job]:
@@ -96,7 +115,7 @@ def _jobs(args: argparse.Namespace) -> dict[str, Job]:
             continue  # the engine takes none: it is here as a reference
         if folder.name in jobs:
             raise UsageError(f"two bundles are called '{folder.name}'; results go by the folder's name")
-        sizes = _QUICK if args.quick else {}
+        sizes: dict[str, Any] = _QUICK if args.quick else {}
         jobs[folder.name] = Job(str(folder), args.engine, _reference(manifest, manifests), **sizes)
     if not jobs:
         raise UsageError("every bundle given is float32, which ort-cuda does not take; add float16 ones")
@@ -169,7 +188,7 @@ def _child(job_text: str, checks: str, log: str) -> int:
     for check in checks.split(","):
         try:
             load_cuda_libraries(job.engine)
-            found = CHECKS[check](job, device_for(job.engine))
+            found = {**CHECKS, **SHAPE_CHECKS}[check](job, device_for(job.engine))
             line = {"check": check, "status": "noted" if found["note"] else "ok", **found}
         except Exception as error:  # whatever it is, it is this check's result
             kind = "" if isinstance(error, VtpError) else f"{type(error).__name__}: "
@@ -181,13 +200,13 @@ def _child(job_text: str, checks: str, log: str) -> int:
     return DONE
 
 
-def _name(machine: Machine, engine: str) -> str:
+def hardware(machine: Machine, engine: str) -> str:
     if engine in (CUDA, *LIBRARIES):
         return machine.cuda.devices[0].name if machine.cuda.devices else "no GPU"
     return machine.processor or platform.machine()
 
 
-def _stamp(machine: Machine) -> dict[str, Any]:
+def stamp(machine: Machine) -> dict[str, Any]:
     """Hardware and versions, for the result."""
     devices = [f"{one.name} (SM {one.sm}, {one.memory / 2**30:.0f} GiB)" for one in machine.cuda.devices]
     return {

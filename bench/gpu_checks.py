@@ -29,7 +29,7 @@ from vtp.runtime.opening import ENGINES, Opening
 from vtp.runtime.preprocess import preprocess
 from vtp.runtime.result import Timings
 from vtp.runtime.stages import StageRunner
-from vtp.runtime.text import Prompter
+from vtp.runtime.text import Prompt, Prompter
 from vtp.scenes.exam import Item, held_out, is_right, wilson
 
 CPU = "ort-cpu"
@@ -44,6 +44,8 @@ class Job:
 
     reference   the same method's bundle in float32, to compare with as well; None: there is none
     questions   for `agreement`; `exam` for `accuracy`; `rounds` timed runs, `steps` tokens each
+    keep        keep-count of `beside`; None: the default
+    cuda_graph  whether `beside` replays what it can
     """
 
     bundle: str
@@ -53,6 +55,8 @@ class Job:
     exam: int = 100
     rounds: int = 20
     steps: int = 32
+    keep: int | None = None
+    cuda_graph: bool = True
 
 
 @dataclass(frozen=True)
@@ -83,10 +87,25 @@ class Opened:
         self.stages = StageRunner(self.bundle, engine, None, opening(cuda_graph))
         self._prompter = Prompter(self.manifest.text, self.bundle.path("tokenizer.json"))
 
+    def encode(self, prompt: str) -> Prompt:
+        """A question as token ids."""
+        return self._prompter.encode(self._prompter.messages_for(prompt))
+
+    @property
+    def lengths(self) -> dict[str, int]:
+        """Decoder graph -> tokens in its cache."""
+        caches = self.stages._caches  # nothing public shows them
+        return {file: kept.length for file, kept in caches.items()}
+
+    @property
+    def notes(self) -> list[str]:
+        """What the engine could not do as asked."""
+        return self.stages.notes
+
     def prefill(self, item: Item, timings: Timings | None = None) -> dict[str, Value]:
         """Everything up to the first logits."""
         pixels = preprocess(load_image(item.image), self.manifest.image)
-        prompt = self._prompter.encode(self._prompter.messages_for(item.prompt))
+        prompt = self.encode(item.prompt)
         return self.stages.prefill(self.keep, pixels, prompt.ids, prompt.image_start, timings or Timings())
 
     def answer(self, item: Item) -> Answer:
@@ -235,7 +254,7 @@ def cache(job: Job, device: Device) -> dict[str, Any]:
         values = opened.prefill(next(iter(held_out(1))))
         position = int(values["next_position"].numpy()[0])
         caches = opened.stages._caches  # the buffers themselves: nothing public shows them
-        lengths = {file: kept.length for file, kept in caches.items()}
+        lengths = opened.lengths
         before = _buffers(caches)
         opened.stages.step(opened.keep, 0, position)
         device.wait()

@@ -14,10 +14,10 @@ def markdown(results: Mapping[str, Any]) -> str:
         f"Made by `python -m vtp.bench.gpu` at {results['time']}.",
         "\n".join(f"- {key}: {value}" for key, value in machine.items() if value),
         "## Checks",
-        _table(
+        table(
             ["bundle", "check", "outcome"],
             [
-                [name, check, _outcome(found)]
+                [name, check, outcome(found)]
                 for name, bundle in bundles.items()
                 for check, found in bundle["checks"].items()
             ],
@@ -31,7 +31,8 @@ def markdown(results: Mapping[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _outcome(found: Mapping[str, Any]) -> str:
+def outcome(found: Mapping[str, Any]) -> str:
+    """A check's status, with its note where there is one."""
     reason = str(found.get("note") or "").replace("|", "/")
     return f"{found['status']}: {reason}" if reason else found["status"]
 
@@ -56,7 +57,7 @@ def _times(bundles: Mapping[str, Any]) -> list[str]:
     if not rows:
         return []
     said = "Milliseconds, batch 1; stages and decode steps each timed on an idle device."
-    return ["## Times", said, _table(["bundle", "stage", "median", "quartiles"], rows)]
+    return ["## Times", said, table(["bundle", "stage", "median", "quartiles"], rows)]
 
 
 def _agreement(bundles: Mapping[str, Any]) -> list[str]:
@@ -75,7 +76,7 @@ def _agreement(bundles: Mapping[str, Any]) -> list[str]:
         for against, one in found["against"].items()
     ]
     header = ["bundle", "against", "equal answers", "least cosine", "largest difference"]
-    return ["## Agreement", _table([*header, "equal selections", "least overlap"], rows)] if rows else []
+    return ["## Agreement", table([*header, "equal selections", "least overlap"], rows)] if rows else []
 
 
 def _accuracy(bundles: Mapping[str, Any]) -> list[str]:
@@ -87,7 +88,7 @@ def _accuracy(bundles: Mapping[str, Any]) -> list[str]:
         ]
         for name, found in _ran(bundles, "accuracy")
     ]
-    return ["## Accuracy", _table(["bundle", "right", "95 % interval, %"], rows)] if rows else []
+    return ["## Accuracy", table(["bundle", "right", "95 % interval, %"], rows)] if rows else []
 
 
 def _engines(bundles: Mapping[str, Any]) -> list[str]:
@@ -104,7 +105,7 @@ def _engines(bundles: Mapping[str, Any]) -> list[str]:
         for file, gate in found["gates"].items()
     ]
     header = ["bundle", "graph", "least cosine", "largest difference", "usable", "seconds to build"]
-    return ["## Engines against ONNX Runtime", _table(header, rows)] if rows else []
+    return ["## Engines against ONNX Runtime", table(header, rows)] if rows else []
 
 
 def _nodes(bundles: Mapping[str, Any]) -> list[str]:
@@ -114,13 +115,14 @@ def _nodes(bundles: Mapping[str, Any]) -> list[str]:
         for file, graph in found["graphs"].items()
     ]
     header = ["bundle", "graph", "nodes by provider", "left to the CPU", "copies"]
-    return ["## Where nodes run", _table(header, rows)] if rows else []
+    return ["## Where nodes run", table(header, rows)] if rows else []
 
 
 def _counts(found: Mapping[str, int]) -> str:
     return ", ".join(f"{key} {count}" for key, count in found.items()) or "none"
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

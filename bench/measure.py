@@ -261,23 +261,33 @@ def _decode(
     bundle: Bundle, keep: int, shapes: Shapes, tpot: Sequence[float], memory: float, engine: str
 ) -> dict[str, Any]:
     """Operations and bytes of one step, and what of the memory's rate that is."""
-    manifest, read, work = bundle.manifest, 0, 0
-    for info in manifest.stages_for("step", keep):
-        graph = manifest.graphs[info.file]
-        sizes = {axis: 1 for shape in graph.inputs.values() for axis in shape.shape if isinstance(axis, str)}
-        past = 0
-        if graph.kv is not None:
-            past = shapes.seen[info.name][1]["position_ids"][1]
-            sizes["capacity"] = graph.kv.capacity
-            token = 2 * len(graph.kv.layers) * graph.kv.heads * graph.kv.head_dim
-            read += token * past * _SIZES.get(graph.kv.dtype, 4)
-        found = flops.count(bundle.path(info.file), sizes, past)
-        widened = 2 if engine == "ort-cpu" and manifest.dtype == "float16" else 1
-        read, work = read + found.weights * widened, work + found.total
+    past = {file: given["position_ids"][1] for file, given in shapes.seen.values() if "position_ids" in given}
+    read, work = step_work(bundle, keep, past, engine)
     if not tpot:
         return {"bytes": read, "flops": work}
     rate = read / (spread(tpot)["median"] / 1e3)
     return {"bytes": read, "flops": work, "bytes_per_s": rate, "share": rate / memory}
+
+
+def step_work(bundle: Bundle, keep: int, past: Mapping[str, int], engine: str) -> tuple[int, int]:
+    """Bytes that one step reads (weights, keys, values) and its operations.
+
+    past  decoder graph -> tokens in its cache
+    """
+    manifest, read, work = bundle.manifest, 0, 0
+    for info in manifest.stages_for("step", keep):
+        graph = manifest.graphs[info.file]
+        sizes = {axis: 1 for shape in graph.inputs.values() for axis in shape.shape if isinstance(axis, str)}
+        held = 0
+        if graph.kv is not None:
+            held = past[info.file]
+            sizes["capacity"] = graph.kv.capacity
+            token = 2 * len(graph.kv.layers) * graph.kv.heads * graph.kv.head_dim
+            read += token * held * _SIZES.get(graph.kv.dtype, 4)
+        found = flops.count(bundle.path(info.file), sizes, held)
+        widened = 2 if engine == "ort-cpu" and manifest.dtype == "float16" else 1
+        read, work = read + found.weights * widened, work + found.total
+    return read, work
 
 
 def _memory(bundle: Bundle, engine: str, before: int, peak: int) -> dict[str, Any]:

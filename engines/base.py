@@ -65,8 +65,12 @@ class Held:
 
 
 class Engine(ABC):
-    """One opened graph. Not safe for use from several threads at once."""
+    """One opened graph. Not safe for use from several threads at once.
 
+    notes  what was asked for and could not be done, a line each; may grow while the engine runs
+    """
+
+    notes: Sequence[str] = ()
     inputs: dict[str, TensorSpec]
     outputs: dict[str, TensorSpec]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -65,15 +65,26 @@ class OrtValue:
 
 
 class OrtBinding(Binding):
-    """A session with all inputs and outputs bound; `run` does nothing but run."""
+    """A session with all inputs and outputs bound; `run` does nothing but run.
+
+    With a `graph` number the first run is recorded as that CUDA graph and later ones replay it. Where the
+    recording fails, `refused` is told why, and this binding runs without one.
+    """
 
     def __init__(
-        self, session: Any, io: Any, outputs: dict[str, Value], hosted: Mapping[str, Any], options: Any
+        self,
+        session: Any,
+        io: Any,
+        outputs: dict[str, Value],
+        hosted: Mapping[str, Any],
+        graph: int | None = None,
+        refused: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._session = session
         self._io = io
         self._hosted = hosted
-        self._options = options
+        self._options = None if graph is None else _run_options(graph)
+        self._refused = refused if graph is not None else None  # until the first run is over
         self.outputs = outputs
 
     def run(self) -> None:
@@ -81,7 +92,15 @@ class OrtBinding(Binding):
         # What lies on the GPU and is read on the host was copied when it was bound: bind what it holds now.
         for name, raw in self._hosted.items():
             self._io.bind_ortvalue_input(name, raw)
-        _run(self._session, self._io, self._options)
+        try:
+            _run(self._session, self._io, self._options)
+        except VtpError as error:
+            if self._refused is None:
+                raise
+            self._refused(str(error))
+            self._options = _run_options(_NO_GRAPH)
+            _run(self._session, self._io, self._options)
+        self._refused = None
 
 
 class OrtHeld(Held):
@@ -130,13 +149,22 @@ class OrtEngine(Engine):
         """Open `path`; `threads` limits the CPU threads of one operator (None: all cores).
 
         On "ort-cuda" nodes that are left to the CPU are refused unless `allow_cpu_nodes`, and with
-        `cuda_graph` a binding's first run is recorded and its later ones replayed.
+        `cuda_graph` a binding's first run is recorded and its later ones replayed. Where ONNX Runtime refuses
+        that, the graph runs without, and `notes` says so.
 
         Raises VtpError when the file cannot be loaded by this ONNX Runtime.
         """
-        self._device = _DEVICES[name]
+        self._device, self._file = _DEVICES[name], Path(path).name
+        self.notes: list[str] = []
         self._graphs = count() if cuda_graph and name == CUDA else None
-        self._session = _open_session(Path(path), name, threads, self._graphs is not None)
+        try:
+            self._session = _open_session(Path(path), name, threads, self._graphs is not None)
+        except VtpError as error:
+            if self._graphs is None:
+                raise
+            self._note_refusal(str(error))
+            self._graphs = None
+            self._session = _open_session(Path(path), name, threads)
         if name == CUDA and not allow_cpu_nodes:
             refuse_cpu_nodes(Path(path), self._session, _PROVIDERS[CUDA])
         self.inputs = {arg.name: _spec(arg) for arg in self._session.get_inputs()}
@@ -159,9 +187,9 @@ class OrtEngine(Engine):
         self._bind_inputs(io, self.inputs, feeds)
         self._bind_outputs(io, into)
         hosted = {name: feeds[name].raw for name in self._read_on_host()}  # type: ignore[attr-defined]
-        options = None if self._graphs is None else _run_options(next(self._graphs))
+        graph = None if self._graphs is None else next(self._graphs)
         outputs = {name: into[name] for name in self.outputs}
-        return OrtBinding(self._session, io, outputs, hosted, options)
+        return OrtBinding(self._session, io, outputs, hosted, graph, self._note_refusal)
 
     def run(self, feeds: Mapping[str, Value], into: Mapping[str, Value] | None = None) -> dict[str, Value]:
         """Run once; outputs that are not in `into` are allocated by ONNX Runtime on the device."""
@@ -182,6 +210,9 @@ class OrtEngine(Engine):
         raw = ort.OrtValue.ortvalue_from_numpy(array, self._device, 0)
         shared = self._device == "cpu" and raw.data_ptr() == array.__array_interface__["data"][0]
         return OrtValue(raw, array if shared else None)
+
+    def _note_refusal(self, why: str) -> None:
+        self.notes.append(f"{self._file} runs without a CUDA graph: {why}")
 
     def _read_on_host(self) -> list[str]:
         """Inputs that a GPU session reads on the host, such as GroupQueryAttention's total length."""

@@ -50,8 +50,12 @@ class Request:
     overwrite: bool = False
 
 
-def export(request: Request, progress: Callable[[str], None] = lambda _: None) -> Bundle:
-    """Export a bundle and return it opened.
+def export(
+    request: Request,
+    progress: Callable[[str], None] = lambda _: None,
+    store: Callable[[Path], WeightStore] = WeightStore,
+) -> Bundle:
+    """Export a bundle and return it opened. `store` takes the weights (see `vtp.export.hollow`).
 
     Raises UsageError for a bad request, VtpError when the model cannot be served or a fidelity check fails;
     in every such case the output folder is as it was.
@@ -73,7 +77,7 @@ def export(request: Request, progress: Callable[[str], None] = lambda _: None) -
     with whole_bundle(request.output, request.overwrite) as folder:
         (folder / TOKENIZER).write_text(model.tokenizer_json, encoding="utf-8")
         _check_prompt(model, folder)
-        _emit_graphs(model, plan, target, folder, progress)
+        _emit_graphs(model, plan, target, store(folder), progress)
         manifest = describe(
             folder,
             model,
@@ -219,9 +223,8 @@ def _check_prompt(model: Checkpoint, folder: Path) -> None:
 
 
 def _emit_graphs(
-    model: Checkpoint, plan: Plan, target: Target, folder: Path, progress: Callable[[str], None]
+    model: Checkpoint, plan: Plan, target: Target, store: WeightStore, progress: Callable[[str], None]
 ) -> None:
-    store = WeightStore(folder)
     with emitting(model.family.decoder.model, model.family.tower, target.attending):
         for spec in plan.graphs:
             progress(f"export {spec.name}")

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 
 from vtp.engines import UsageError, VtpError
 from vtp.export.grouping import grouped
+from vtp.export.recipe import draw_small, is_small
 
 BYTES = {"float16": 2, "float32": 4}
 SHARD_BYTES = 4 * 10**9
@@ -123,22 +124,53 @@ def write_weights(config: Any, architecture: str, folder: Path, dtype: str, seed
 
 def tensor_shapes(config: Any, architecture: str) -> dict[str, tuple[int, ...]]:
     """Every tensor of a checkpoint, under the name that transformers saves it, without its values."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    model, state = _without_values(config, architecture)
+    return {name: tuple(tensor.shape) for name, tensor in revert_weight_conversion(model, state).items()}
+
+
+def write_hollow(name: str, folder: Path, dtype: str = "float16") -> Path:
+    """Write the folder of a shape with the numbers of small tensors alone: the rest of the file is a hole.
+
+    For exports that write no weights (`vtp.export.hollow`). Exporters look at small tensors, to fold equal
+    ones into one: these are what they will be when the bundle is filled (`vtp.export.recipe`). Weights have
+    the names of the model's own state_dict. Raises UsageError for an unknown shape or dtype.
+    """
+    shape = find_shape(name)
+    shape.bytes(dtype)
+    parts = shape.parts()
+    folder.mkdir(parents=True)
+    _write_words(parts, folder)
+    _, state = _without_values(parts.config, shape.architecture)
+    parts.config.architectures, parts.config.dtype = [shape.architecture], dtype
+    parts.config.save_pretrained(folder)
+    with (folder / "model.safetensors").open("wb") as out:
+        end = _write_header(out, {key: tuple(tensor.shape) for key, tensor in state.items()}, dtype)
+        place = out.tell()
+        out.truncate(place + end)
+        for key, tensor in state.items():
+            if is_small(tensor.shape):
+                out.seek(place)
+                out.write(draw_small(key, tensor.shape).astype(dtype))
+            place += tensor.numel() * BYTES[dtype]
+    return folder
+
+
+def _without_values(config: Any, architecture: str) -> tuple[Any, dict[str, Any]]:
+    """A model of no memory, and what of its state a checkpoint holds: a tied weight once."""
     import torch
     import transformers
-    from transformers.core_model_loading import revert_weight_conversion
 
     with torch.device("meta"):
         model = getattr(transformers, architecture)(config)
     model.tie_weights()
     own = {name for name, _ in model.named_parameters()} | {name for name, _ in model.named_buffers()}
-    state = {name: tensor for name, tensor in model.state_dict().items() if name in own}
-    return {name: tuple(tensor.shape) for name, tensor in revert_weight_conversion(model, state).items()}
+    return model, {name: tensor for name, tensor in model.state_dict().items() if name in own}
 
 
-def _write_shard(out: BinaryIO, sizes: Mapping[str, tuple[int, ...]], dtype: str, seed: int) -> None:
-    """The safetensors format: length of the header, the header, then the tensors one after the other."""
-    import torch
-
+def _write_header(out: BinaryIO, sizes: Mapping[str, tuple[int, ...]], dtype: str) -> int:
+    """How a safetensors file begins: the header's length, then the header; returns the tensors' bytes."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, size in sizes.items():
@@ -147,6 +179,14 @@ def _write_shard(out: BinaryIO, sizes: Mapping[str, tuple[int, ...]], dtype: str
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     out.write(len(text).to_bytes(8, "little") + text)
+    return end
+
+
+def _write_shard(out: BinaryIO, sizes: Mapping[str, tuple[int, ...]], dtype: str, seed: int) -> None:
+    """The safetensors format: a header, then the tensors one after the other."""
+    import torch
+
+    _write_header(out, sizes, dtype)
     generator = torch.Generator().manual_seed(seed)
     for name, size in sizes.items():
         for piece in _draw(generator, name, size):

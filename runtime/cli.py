@@ -65,7 +65,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--threads", metavar="N", help="CPU threads (default: all cores)")
     add("--engines", metavar="DIR", help="where vtp-build -o put TensorRT engines (default: in the bundle)")
     add("--allow-cpu-nodes", action="store_true", help="on CUDA, go on where nodes are left to the CPU")
-    add("--cuda-graph", action="store_true", help="on CUDA, replay single steps as a CUDA graph")
+    add(
+        "--cuda-graph",
+        action="store_true",
+        help="on CUDA, replay image stages and single steps as CUDA graphs",
+    )
     add("--show-kept", metavar="OUT.png", help="write the picture (or frames) with dropped patches dimmed")
     add("--check-hashes", action="store_true", help="compare every file's sha256 with the manifest first")
     add("--json", action="store_true", help="print one JSON object")
@@ -94,6 +98,8 @@ def _run(args: argparse.Namespace) -> None:
             _answer_lines(pipe, lines, args)
         else:
             _answer_one(pipe, args)
+        for note in pipe.notes:
+            print(f"{PROG}: note: {note}", file=sys.stderr)
 
 
 def _check_flags(args: argparse.Namespace) -> None:

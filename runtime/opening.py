@@ -25,7 +25,7 @@ class Opening:
 
     engines           folder of built TensorRT engines; None: within the bundle
     allow_cpu_nodes   on CUDA, go on where nodes are left to the CPU
-    cuda_graph        on CUDA, record single steps as a CUDA graph and replay it
+    cuda_graph        on CUDA, record image stages and single steps as CUDA graphs and replay them
     image             who else runs the image stages: keep-count and pixel_values -> tensors by the
                       pipeline's names; their graphs are then not opened here
     """

@@ -234,6 +234,11 @@ class Pipeline:
         """Memory that the image cache takes now; each entry is of one prompt's pictures."""
         return self._images.bytes
 
+    @property
+    def notes(self) -> list[str]:
+        """What was asked for and could not be done on this machine, a line each: CUDA graphs refused."""
+        return self._open_runner().notes
+
     def warmup(self) -> None:
         """Run every stage once on a blank picture, so that the first answer does not pay for set-up."""
         spec = self.manifest.image

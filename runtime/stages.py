@@ -139,6 +139,21 @@ class Stage:
         feeds = {**self.feeds(values), **(self.cache.feeds if self.cache else {})}
         return self.engine.bind(feeds, into)
 
+    def bind_whole(self, feeds: Mapping[str, Value]) -> Binding | None:
+        """Fix the stage for runs on these very inputs; None where theirs do not tell its outputs' sizes."""
+        sizes = {
+            axis: size
+            for name, value in feeds.items()
+            for axis, size in zip(self.graph.inputs[name].shape, value.shape, strict=True)
+        }
+        into = {}
+        for name, tensor in self.graph.outputs.items():
+            shape = [axis if isinstance(axis, int) else sizes.get(axis) for axis in tensor.shape]
+            if None in shape:
+                return None
+            into[name] = self.engine.zeros([size for size in shape if size is not None], tensor.dtype)
+        return self.engine.bind(feeds, into)
+
     def feeds(self, values: Mapping[str, Value]) -> dict[str, Value]:
         """What the graph takes beside its cache, by its own names."""
         return {name: values[source] for name, source in self.info.inputs.items()}
@@ -182,6 +197,9 @@ class StageRunner:
         self._caches: dict[str, KvCache] = {}
         self._batch = 1
         self._steps: dict[int, tuple[dict[str, Value], list[tuple[Stage, Binding]]]] = {}
+        # Of image stages that are replayed: pixel_values by shape; bindings by graph and inputs.
+        self._pixels: dict[tuple[int, ...], Value] = {}
+        self._whole: dict[tuple[str, tuple[int, ...]], Binding | None] = {}
         image = self._opening.image
         stages = [stage for stage in bundle.manifest.stages if image is None or stage.when != "image"]
         for file in sorted(dict.fromkeys(stage.file for stage in stages), key=self._bytes, reverse=True):
@@ -191,6 +209,11 @@ class StageRunner:
     def any_engine(self) -> Engine:
         """An engine that can make values for any stage: all of a bundle run on one device."""
         return next(iter(self._engines.values()))
+
+    @property
+    def notes(self) -> list[str]:
+        """What engines could not do as asked, a line each."""
+        return [note for engine in self._engines.values() for note in engine.notes]
 
     def dtype_of(self, name: str) -> str:
         """The dtype in which the first stage that reads a pipeline tensor wants it."""
@@ -340,6 +363,8 @@ class StageRunner:
     def close(self) -> None:
         """Free every graph and cache."""
         self._steps.clear()
+        self._whole.clear()
+        self._pixels.clear()
         self._caches.clear()
         for engine in self._engines.values():
             engine.close()
@@ -362,8 +387,10 @@ class StageRunner:
         runs: list[dict[str, Value]] = []
         for first in range(0, len(pictures), most):
             some = pictures[first : first + most]
-            pixels = some[0] if len(some) == 1 else np.concatenate(some)
-            values = {"pixel_values": put(pixels.astype(dtype, copy=False))}
+            pixels = (some[0] if len(some) == 1 else np.concatenate(some)).astype(dtype, copy=False)
+            if self._replaying and seen is None and len(pictures) <= most:
+                return self._replay(keep, pixels, timings)
+            values = {"pixel_values": put(pixels)}
             if self._opening.image is None:
                 self.run("image", keep, values, timings, seen if len(pictures) <= most else None)
             else:
@@ -375,6 +402,38 @@ class StageRunner:
             return runs[0]
         names = [name for name in runs[0] if name != "pixel_values"]
         return {name: put(np.concatenate([values[name].numpy() for values in runs])) for name in names}
+
+    @property
+    def _replaying(self) -> bool:
+        """Whether image stages run at fixed places. What they give is overwritten by the next picture."""
+        how = self._opening
+        return how.cuda_graph and how.image is None and self._engine not in LIBRARIES
+
+    def _replay(self, keep: int, pixels: np.ndarray, timings: Timings) -> dict[str, Value]:
+        """Run the image stages on buffers that stay, each recorded at its first run (on CUDA)."""
+        if pixels.shape not in self._pixels:
+            self._pixels[pixels.shape] = self.any_engine.zeros(pixels.shape, str(pixels.dtype))
+        values = {"pixel_values": self._pixels[pixels.shape]}
+        values["pixel_values"].update(pixels)
+        staying = True
+        for stage in self._stages("image", keep):
+            with timings.measure(stage.info.name):
+                binding = self._bound(stage, values) if staying else None
+                if binding is None:
+                    staying = False  # nor do the inputs of those that follow
+                    stage.run(values)
+                    continue
+                binding.run()
+                values |= {target: binding.outputs[name] for name, target in stage.info.outputs.items()}
+        return values
+
+    def _bound(self, stage: Stage, values: Mapping[str, Value]) -> Binding | None:
+        """The binding of a stage to inputs that stay: one for each graph and set of inputs."""
+        feeds = stage.feeds(values)
+        place = stage.info.file, tuple(map(id, feeds.values()))
+        if place not in self._whole:
+            self._whole[place] = stage.bind_whole(feeds)
+        return self._whole[place]
 
     def _stages(self, when: str, keep: int) -> list[Stage]:
         manifest = self._bundle.manifest

@@ -93,12 +93,17 @@ class WeightStore:
         """Write buffers one after the other; where they start, and the sha256 of them all."""
         digest = hashlib.sha256()
         with (self.folder / file).open("ab") as out:
-            offset = -(-out.tell() // _ALIGNMENT) * _ALIGNMENT
+            offset = aligned(out.tell())
             out.write(b"\0" * (offset - out.tell()))
             for piece in pieces:
                 digest.update(piece)
                 out.write(piece)
         return offset, digest.hexdigest()
+
+
+def aligned(offset: int) -> int:
+    """Where the next tensor of a data file begins when the one before ends at `offset`."""
+    return -(-offset // _ALIGNMENT) * _ALIGNMENT
 
 
 def emit(spec: GraphSpec, store: WeightStore, opset: int = OPSET) -> Path:

@@ -83,10 +83,10 @@ def test_a_binding_binds_again_what_a_gpu_session_reads_on_the_host() -> None:
     calls: list[tuple[str, Any]] = []
     io = SimpleNamespace(bind_ortvalue_input=lambda name, raw: calls.append((name, raw)))
     session = SimpleNamespace(run_with_iobinding=lambda given, options: calls.append(("run", options)))
-    binding = OrtBinding(session, io, {}, {"total": "value"}, "options")
+    binding = OrtBinding(session, io, {}, {"total": "value"})
     binding.run()
     binding.run()
-    assert calls == [("total", "value"), ("run", "options")] * 2
+    assert calls == [("total", "value"), ("run", None)] * 2
 
 
 @pytest.mark.parametrize("places", [["Cuda", "CudaPinned", "Cpu"], None])
@@ -130,6 +130,74 @@ def test_every_binding_records_its_own_cuda_graph_and_single_runs_none(graph: Pa
         binding.run()
     engine.run(feeds)
     assert given == ["0", "0", "1", "1", "-1"]
+
+
+def test_a_binding_whose_recording_fails_goes_on_without_and_says_so(graph: Path) -> None:
+    engine = OrtEngine(graph)
+    engine._graphs = iter(range(3))  # type: ignore[assignment]
+    given: list[str] = []
+    real = engine._session
+
+    class Session:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(real, name)
+
+        def run_with_iobinding(self, io: Any, options: Any) -> None:
+            given.append(options.get_run_config_entry("gpu_graph_id"))
+            if given[-1] == "0":
+                raise RuntimeError("operation not permitted when stream is capturing")
+            real.run_with_iobinding(io)
+
+    engine._session = Session()
+    feeds = {"x": engine.put(np.full((2, 3), 2, np.float32))}
+    into = {"y": engine.zeros((2, 3), "float32"), "twice": engine.zeros((2,), "int64")}
+    binding = engine.bind(feeds, {**into, "best": engine.zeros((2, 1), "int64")})
+    binding.run()
+    binding.run()
+    assert given == ["0", "-1", "-1"] and (binding.outputs["y"].numpy() == 2).all()
+    (note,) = engine.notes
+    assert note.startswith("g.onnx runs without a CUDA graph: ") and "is capturing" in note
+
+
+def test_a_failure_after_the_recording_is_one_of_the_graph(graph: Path) -> None:
+    """What ran once with a graph was recorded: a later failure is no refusal, and is raised."""
+    engine = OrtEngine(graph)
+    runs = iter([None, RuntimeError("illegal address")])
+
+    def run(io: Any, options: Any) -> None:
+        if error := next(runs):
+            raise error
+
+    binding = OrtBinding(SimpleNamespace(run_with_iobinding=run), None, {}, {}, 0, engine._note_refusal)
+    binding.run()
+    with pytest.raises(VtpError, match="illegal address"):
+        binding.run()
+    assert engine.notes == []
+
+
+def test_a_session_that_takes_no_cuda_graph_is_opened_without(
+    graph: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a stand-in that takes the CUDA provider's options and refuses to capture graphs."""
+    asked: list[Any] = []
+    real = ort.InferenceSession
+
+    def session(path: str, options: Any, providers: list[Any]) -> Any:
+        asked.append(providers[0])
+        if providers[0][1].get("enable_cuda_graph"):
+            raise RuntimeError("This session cannot use the graph capture feature as requested by the user")
+        made = real(path, options, providers=["CPUExecutionProvider"])
+        made.get_providers = lambda: [CUDA]
+        return made
+
+    monkeypatch.setattr(ort, "InferenceSession", session)
+    engine = OrtEngine(graph, "ort-cuda", allow_cpu_nodes=True, cuda_graph=True)
+    assert asked == [(CUDA, {"enable_cuda_graph": "1"}), (CUDA, {})]
+    assert engine._graphs is None
+    assert engine.notes[0].startswith("g.onnx runs without a CUDA graph: ")
+    assert "cannot use the graph capture feature" in engine.notes[0]
+    plain = OrtEngine(graph, "ort-cuda", allow_cpu_nodes=True)
+    assert plain.notes == [] and asked[2:] == [(CUDA, {})]
 
 
 def test_run_options_are_real_ones() -> None:

@@ -110,7 +110,7 @@ class Shape:
             part = part_of(manifest, stage)
             found[part] = found.get(part, 0.0) + ms
         found["first token"] = _timed(lambda: self.start()["logits"].numpy(), self._device)
-        steps = [_timed(lambda at=at: self.step(at, 0), self._device) for at in range(self.steps)]
+        steps = [_timed(partial(self.step, at, 0), self._device) for at in range(self.steps)]
         return {**found, "decode step": float(np.median(steps))}
 
     def start(self, timings: Timings | None = None) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from vtp.bench.gpu import ROOT, hardware, run_checks, stamp
+from vtp.bench.gpu_beside import SHAPE_CHECKS
 from vtp.bench.gpu_checks import Job
 from vtp.bench.gpu_device import CUDA, slug
 from vtp.bench.gpu_shape_report import markdown
@@ -30,7 +31,6 @@ from vtp.runtime.console import Parser, Progress, run_command
 from vtp.runtime.machine import look
 
 WORK = "build/gpu-shape"
-FILL_LIMIT_S = 400
 _QUICK: dict[str, Any] = {"rounds": 3, "steps": 4}
 _FULL: dict[str, Any] = {"rounds": 20, "steps": 32}
 _PREFILL_CUT, _PRUNER_MS, _BANDWIDTH, _AT = 0.75, 0.5, 0.85, 64
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--json", metavar="FILE", help="result, with a .md beside it (default: in bench/results)")
     add("--quick", action="store_true", help="few rounds: does it run at all?")
     add("--no-cuda-graph", action="store_true", help="record nothing on vtp's side")
-    add("--limit", type=float, default=200, metavar="S", help="seconds of one bundle (default: %(default)s)")
+    add("--limit", type=float, default=250, metavar="S", help="seconds of one check (default: %(default)s)")
     add("--again", action="store_true", help="measure again what the result holds already")
     add("--debug", action="store_true", help="show tracebacks")
     args = parser.parse_args(argv)
@@ -73,8 +73,7 @@ def _run(args: argparse.Namespace) -> None:
             progress.step(f"{label}: measured before")
             continue
         progress.step(f"{label}: weights, then beside PyTorch")
-        found = run_checks(job, ["weights"], FILL_LIMIT_S)
-        found |= run_checks(job, ["beside"], args.limit) if found["weights"]["status"] == "ok" else {}
+        found = run_checks(job, list(SHAPE_CHECKS), args.limit)
         results["bundles"][label] = {
             "method": job.bundle.rsplit("/", 1)[-1],
             "keep": job.keep,

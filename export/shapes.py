@@ -152,7 +152,7 @@ def write_hollow(name: str, folder: Path, dtype: str = "float16") -> Path:
         for key, tensor in state.items():
             if is_small(tensor.shape):
                 out.seek(place)
-                out.write(draw_small(key, tensor.shape).astype(dtype))
+                out.write(draw_small(key, tensor.shape).astype(dtype).tobytes())
             place += tensor.numel() * BYTES[dtype]
     return folder
 

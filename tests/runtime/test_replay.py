@@ -43,7 +43,7 @@ def test_replayed_image_stages_answer_as_plain_ones(reuse: bool, exported: Calla
     folder = exported("vispruner").folder
     with Pipeline.load(folder, "ort-cpu", 1) as plain:
         wanted = answers(plain)
-    with Pipeline.load(folder, "ort-cpu", 1, reuse_image=reuse, opening=Opening(cuda_graph=True)) as pipe:
+    with Pipeline.load(folder, "ort-cpu", 1, image_cache=2 * reuse, opening=Opening(cuda_graph=True)) as pipe:
         assert answers(pipe) == wanted and pipe.notes == []
 
 

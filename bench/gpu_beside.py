@@ -124,7 +124,8 @@ class Shape:
 
     def step(self, number: int, token: int) -> np.ndarray:
         """Logits after one token more, the `number`-th since the prompt."""
-        return self.opened.stages.step(self.opened.keep, token, self._position + number)
+        # A copy: the next step writes into the same place.
+        return np.array(self.opened.stages.step(self.opened.keep, token, self._position + number))
 
     def close(self) -> None:
         """Free the graphs."""

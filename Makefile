@@ -8,7 +8,7 @@ OLDEST_PYTHON ?= $(PYTHON)
 TRITON_PYTHON ?= /usr/bin/python3
 OLDEST_PINS := numpy==1.24.4 pillow==9.5.0 tokenizers==0.20.0 jinja2==3.1.6
 
-.PHONY: setup demo test test-trtrtx test-oldest test-triton check accuracy methods bench scaling scenes clean
+.PHONY: setup demo test test-trtrtx test-oldest test-triton test-ray check accuracy methods bench scaling scenes clean
 
 setup: .venv/.installed  ## make .venv and install vtp into it
 
@@ -50,6 +50,11 @@ test-triton: setup  ## a bundle on the real Triton server of nvidia-pytriton, in
 	build/triton/bin/python -m pip install --quiet --disable-pip-version-check --no-deps .
 	$(BIN)/vtp-export --verify none -o build/triton/bundle --overwrite
 	build/triton/bin/python tests/triton_server.py build/triton/bundle
+
+test-ray: setup  ## calibration on a local Ray with two workers, one of which is killed, in build/ray
+	test -x build/ray/bin/python || $(PYTHON) -m venv build/ray
+	build/ray/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS),ray]'
+	OMP_NUM_THREADS=1 build/ray/bin/python -m pytest tests/calib/test_ray.py
 
 check: setup  ## format, lint, types
 	$(BIN)/ruff format --check .

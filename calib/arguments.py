@@ -7,12 +7,14 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+from vtp.calib.cluster import Ray
 from vtp.calib.data import FORMATS, Sample, load_samples
 from vtp.calib.examiner import NEW_TOKENS, Examiner
 from vtp.calib.journal import Journal
 from vtp.calib.metrics import METRICS, choose_metric
-from vtp.engines import UsageError
-from vtp.runtime import Pipeline
+from vtp.calib.workers import Local, Workers
+from vtp.engines import UsageError, choose_engine
+from vtp.runtime.bundle import open_bundle
 
 
 def shared_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +28,9 @@ def shared_arguments(parser: argparse.ArgumentParser) -> None:
     add("--metric", default="auto", help=f"{', '.join(METRICS)} (default: %(default)s)")
     add("--max-new-tokens", type=int, default=NEW_TOKENS, metavar="N", help="default: %(default)s")
     add("--engine", default="auto", help="engine (default: %(default)s)")
-    add("--threads", type=int, metavar="N", help="CPU threads of one operator (default: all cores)")
+    add("--threads", type=int, metavar="N", help="CPU threads of one operator (all cores; 1 on Ray)")
+    add("--ray", metavar="ADDRESS", help="work on a Ray cluster: HOST:PORT of its head, auto, or local")
+    add("--workers", type=int, metavar="N", help="workers on Ray at most (default: by the cluster's cores)")
     add("--out", metavar="DIR", help="folder of the journal and the report (default: beside the bundle)")
     add("--json", action="store_true", help="print the result as JSON")
     add("--debug", action="store_true", help="show tracebacks")
@@ -36,7 +40,7 @@ def read_samples(args: argparse.Namespace) -> tuple[list[Sample], str]:
     """The questions and the metric they allow."""
     paths = [None if path is None else Path(path) for path in (args.images, args.annotations)]
     samples = load_samples(Path(args.data), args.format, *paths)
-    for name in ("limit", "max_new_tokens"):
+    for name in ("limit", "max_new_tokens", "threads", "workers"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UsageError(f"--{name.replace('_', '-')} {value} is not a whole number of at least 1")
@@ -44,14 +48,38 @@ def read_samples(args: argparse.Namespace) -> tuple[list[Sample], str]:
     return samples, choose_metric(args.metric, samples[0].answers)
 
 
+def open_workers(stack: ExitStack, args: argparse.Namespace) -> Workers:
+    """Who does the work, until `stack` closes: this process, or a Ray cluster."""
+    if args.ray is None and args.workers is not None:
+        raise UsageError("--workers is of --ray; without it this process does the work")
+    workers: Workers = Local() if args.ray is None else Ray(args.ray, args.workers, threads_of(args) or 1)
+    stack.callback(workers.close)
+    return workers
+
+
 def open_examiner(
-    stack: ExitStack,
     args: argparse.Namespace,
     bundle: str,
     samples: Sequence[Sample],
     journal: Journal,
+    workers: Workers,
     progress: Callable[[str], None],
 ) -> Examiner:
-    """Open a bundle as the flags say, until `stack` closes."""
-    pipe = stack.enter_context(Pipeline.load(bundle, args.engine, args.threads))
-    return Examiner(pipe, samples, journal, max_new_tokens=args.max_new_tokens, progress=progress)
+    """A bundle to examine as the flags say."""
+    opened = open_bundle(bundle)
+    engine = choose_engine(args.engine, opened.manifest.dtype, target=opened.manifest.target).engine
+    return Examiner(
+        opened,
+        engine,
+        threads_of(args),
+        samples,
+        journal,
+        workers,
+        max_new_tokens=args.max_new_tokens,
+        progress=progress,
+    )
+
+
+def threads_of(args: argparse.Namespace) -> int | None:
+    """CPU threads of one operator; None: all cores."""
+    return args.threads if args.ray is None else args.threads or 1

@@ -13,9 +13,10 @@ from typing import Any
 from vtp.calib import keep as search
 from vtp.calib import quantize as quantizing
 from vtp.calib import report, stats
-from vtp.calib.arguments import open_examiner, read_samples, shared_arguments
-from vtp.calib.examiner import Examiner, Marks, median_ttft, score
+from vtp.calib.arguments import open_examiner, open_workers, read_samples, shared_arguments
+from vtp.calib.examiner import Examiner, Marks, score
 from vtp.calib.journal import Answer, Journal
+from vtp.calib.workers import Workers
 from vtp.engines import UsageError
 from vtp.runtime.bundle import set_calibration
 from vtp.runtime.console import Parser, Progress, run_command, table
@@ -71,10 +72,11 @@ def _keep(args: argparse.Namespace) -> None:
     with ExitStack() as stack:
         journal = Journal(out / "answers.jsonl")
         stack.callback(journal.close)
-        examiner = open_examiner(stack, args, args.bundle, samples, journal, progress.step)
-        unpruned = _unpruned(stack, args, examiner, journal, progress.step)
-        reference = Marks(0, score(unpruned, samples, metric, unpruned), median_ttft(unpruned))
-        manifest = examiner.pipe.manifest
+        workers = open_workers(stack, args)
+        examiner = open_examiner(args, args.bundle, samples, journal, workers, progress.step)
+        unpruned = _unpruned(args, examiner, journal, workers, progress.step)
+        reference = score(unpruned, samples, metric, unpruned)
+        manifest = examiner.bundle.manifest
         trials = search.Trials(lambda keep: examiner.marks(keep, metric, unpruned), reference)
         if floor is not None:
             found = search.smallest_holding(manifest.visual.keep, floor, trials)
@@ -84,7 +86,7 @@ def _keep(args: argparse.Namespace) -> None:
         else:
             found = search.best_within(manifest.visual.keep, args.budget_ms, trials)
         progress.end()
-    record = _record(found, goal, metric, len(samples), examiner.pipe.engine, stats.mean(reference.scores))
+    record = _record(found, goal, metric, len(samples), examiner.engine, stats.mean(reference))
     report.write_csv(out / "keep.csv", found, floor)
     drawn = report.draw(out / "keep.png", found, f"{manifest.method.name} on {Path(args.data).name}")
     if not args.dry_run:
@@ -95,7 +97,7 @@ def _keep(args: argparse.Namespace) -> None:
     print(report.text(found, floor))
     chosen, done = found.chosen, "left as it is" if args.dry_run else "now the bundle's default"
     print(f"\nkeep {chosen.keep} of {manifest.visual.count} visual tokens: {done}")
-    print(f"{len(samples)} questions, metric {metric}; unpruned {stats.mean(reference.scores)}")
+    print(f"{len(samples)} questions, metric {metric}; unpruned {stats.mean(reference)}")
     print(f"report: {out / 'keep.csv'}" + (f", {out / 'keep.png'}" if drawn else " (for a picture: [calib])"))
     line = report.finer(manifest, manifest.visual.keep, chosen.keep)
     if line:
@@ -110,24 +112,23 @@ def _goal(args: argparse.Namespace) -> dict[str, Any]:
 
 def _needs_mb(examiner: Examiner) -> dict[int, float]:
     """Keep-count -> an upper bound of the memory that a pipeline which uses it takes, in MB."""
-    bundle, engine = examiner.pipe.bundle, examiner.pipe.engine
-    return {
-        keep: bundle_memory(bundle, engine, keep).total / 1e6 for keep in examiner.pipe.manifest.visual.keep
-    }
+    bundle = examiner.bundle
+    keeps = bundle.manifest.visual.keep
+    return {keep: bundle_memory(bundle, examiner.engine, keep).total / 1e6 for keep in keeps}
 
 
 def _unpruned(
-    stack: ExitStack,
     args: argparse.Namespace,
     examiner: Examiner,
     journal: Journal,
+    workers: Workers,
     progress: Callable[[str], None],
 ) -> list[Answer]:
     """Answers with every visual token: of the bundle itself if it holds that keep-count, or of another."""
-    visual = examiner.pipe.manifest.visual
+    visual = examiner.bundle.manifest.visual
     if args.reference is not None:
-        other = open_examiner(stack, args, args.reference, examiner.samples, journal, progress)
-        held = other.pipe.manifest
+        other = open_examiner(args, args.reference, examiner.samples, journal, workers, progress)
+        held = other.bundle.manifest
         if held.visual.count not in held.visual.keep:
             raise UsageError(
                 f"--reference {args.reference} prunes; give a bundle of vtp-export --method none"
@@ -174,12 +175,12 @@ def _score(args: argparse.Namespace) -> None:
     with ExitStack() as stack:
         journal = Journal(out / "answers.jsonl")
         stack.callback(journal.close)
+        workers = open_workers(stack, args)
         for text in args.bundles:
             bundle, keep = _at(text)
-            with ExitStack() as one:
-                examiner = open_examiner(one, args, bundle, samples, journal, progress.step)
-                count = _keep_of(examiner, text, keep)
-                rows.append((f"{Path(bundle).name}:{count}", examiner.marks(count, metric)))
+            examiner = open_examiner(args, bundle, samples, journal, workers, progress.step)
+            count = _keep_of(examiner, text, keep)
+            rows.append((f"{Path(bundle).name}:{count}", examiner.marks(count, metric)))
     progress.end()
     found = [_compared(name, marks, rows[0][1]) for name, marks in rows]
     if args.json:
@@ -199,7 +200,7 @@ def _at(text: str) -> tuple[str, int | None]:
 
 
 def _keep_of(examiner: Examiner, text: str, keep: int | None) -> int:
-    visual = examiner.pipe.manifest.visual
+    visual = examiner.bundle.manifest.visual
     if keep is not None and keep not in visual.keep:
         raise UsageError(f"{text}: this bundle holds {', '.join(map(str, visual.keep))}; choose one of them")
     return visual.default_keep if keep is None else keep

@@ -13,15 +13,15 @@ from vtp.engines import VtpError
 
 @dataclass(frozen=True)
 class Answer:
-    """What a bundle answered: text, tokens, and milliseconds to the first token."""
+    """What a bundle answered: text, tokens, and ms to the first token (None: answered elsewhere)."""
 
     text: str
     tokens: list[int]
-    ttft: float
+    ttft: float | None
 
 
 class Journal:
-    """An append-only JSONL file of answers by (bundle, keep-count, question)."""
+    """An append-only JSONL file of answers by (bundle, keep-count, question); a later line counts."""
 
     def __init__(self, file: Path) -> None:
         """Open `file`, reading what an earlier run left; a line that a kill cut short is dropped."""

@@ -7,7 +7,7 @@ the interval does not tell from none is called that.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from vtp.calib import stats
@@ -47,9 +47,9 @@ class Search:
 
 
 class Trials:
-    """Keep-counts tried so far, each once."""
+    """Keep-counts tried so far, each once; `reference` are the unpruned scores per question."""
 
-    def __init__(self, marks: Callable[[int], Marks], reference: Marks) -> None:
+    def __init__(self, marks: Callable[[int], Marks], reference: Sequence[float]) -> None:
         self._marks = marks
         self._reference = reference
         self.done: dict[int, Tried] = {}
@@ -58,7 +58,7 @@ class Trials:
         """Try a keep-count, or recall it."""
         if keep not in self.done:
             marks = self._marks(keep)
-            share = stats.ratio(marks.scores, self._reference.scores)
+            share = stats.ratio(marks.scores, self._reference)
             self.done[keep] = Tried(marks, stats.mean(marks.scores), share)
         return self.done[keep]
 

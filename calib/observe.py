@@ -9,8 +9,10 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +22,11 @@ from onnx import TensorProto, helper, numpy_helper
 from vtp.calib.data import Sample
 from vtp.calib.layers import Layer, load_graph
 from vtp.calib.rounding import Range
-from vtp.engines import Value
+from vtp.calib.workers import Job, Local, Workers
+from vtp.engines import open_graph
 from vtp.runtime.bundle import Bundle
 from vtp.runtime.images import load_image
-from vtp.runtime.manifest import TOKENIZER, GraphInfo, StageInfo, TensorInfo
+from vtp.runtime.manifest import TOKENIZER, StageInfo, TensorInfo
 from vtp.runtime.preprocess import preprocess
 from vtp.runtime.result import Timings
 from vtp.runtime.stages import StageRunner
@@ -46,6 +49,17 @@ class Seen:
     energy: np.ndarray | None = None
     signal: float = 0.0
 
+    def merge(self, later: Seen) -> None:
+        """Add what was seen after this; sums of floats and the rows' order want the data's order."""
+        self.range.merge(later.range)
+        self.rows.extend(later.rows)
+        if later.energy is not None:
+            self.energy = later.energy if self.energy is None else self.energy + later.energy
+            self.signal = float(self.energy.sum())
+
+
+Sights = dict[tuple[str, str], Seen]  # by (graph file, tensor)
+
 
 @dataclass(frozen=True)
 class Tap:
@@ -61,9 +75,9 @@ class Tap:
         return f"{_SIGN}{'sum' if self.summed else 'rows'}:{self.tensor}"
 
     @property
-    def info(self) -> TensorInfo:
-        """What the manifest says of the output."""
-        return TensorInfo("float32", [self.columns] if self.summed else [f"{self.name} rows", self.columns])
+    def shape(self) -> list[int | str]:
+        """Of the output, as the graph declares it."""
+        return [self.columns] if self.summed else [f"{self.name} rows", self.columns]
 
 
 def taps_of(layer: Layer, summed: bool) -> list[Tap]:
@@ -71,6 +85,43 @@ def taps_of(layer: Layer, summed: bool) -> list[Tap]:
     if not summed:
         return [Tap(layer.source, layer.shape[0], False)]
     return [Tap(layer.source, layer.shape[0], True), Tap(layer.output, layer.shape[1], True)]
+
+
+@dataclass(frozen=True)
+class Watch(Job[tuple[Path, str], Sights]):
+    """A probe that runs one question, (picture, prompt), at a time and tells what flowed through its taps."""
+
+    probe: Bundle
+    taps: dict[str, list[Tap]]
+    keep: int
+    rows: int  # of an input that are kept from one question
+    engine: str
+    threads: int | None
+    pictures: tuple[Path, ...]
+
+    def files(self) -> Sequence[Path]:
+        """The probe's graphs and weights, and the pictures."""
+        return [*(self.probe.path(file) for file in self.probe.manifest.files), *self.pictures]
+
+    @contextmanager
+    def open(self) -> Iterator[Callable[[tuple[Path, str]], Sights]]:
+        """The pipeline's own stages."""
+        prompter = Prompter(self.probe.manifest.text, self.probe.path(TOKENIZER))
+        with closing(StageRunner(self.probe, self.engine, self.threads)) as runner:
+            yield partial(self._see, runner, prompter)
+
+    def _see(self, runner: StageRunner, prompter: Prompter, question: tuple[Path, str]) -> Sights:
+        image, text = question
+        prompt = prompter.encode(prompter.messages_for(text))
+        pixels = preprocess(load_image(image), self.probe.manifest.image)
+        values = runner.prefill(self.keep, pixels, prompt.ids, prompt.image_start, Timings())
+        found: Sights = {}
+        for file, taps in self.taps.items():
+            for tap in taps:
+                value = values.get(f"{file}:{tap.name}")
+                if value is not None:
+                    _note(found.setdefault((file, tap.tensor), Seen()), tap, value.numpy(), self.rows)
+        return found
 
 
 def observe(
@@ -83,54 +134,44 @@ def observe(
     engine: str,
     threads: int | None,
     progress: Callable[[str], None],
-) -> dict[tuple[str, str], Seen]:
+    workers: Workers | None = None,
+) -> Sights:
     """Run the samples' prompts; returns what was seen by (graph file, tensor).
 
-    full    layers whose inputs are looked at value by value; summed: those of which sums of squares do
-    folder  an empty one on the bundle's disk, for the copy with more outputs
+    full     layers whose inputs are looked at value by value; summed: those of which sums of squares do
+    folder   an empty one on the bundle's disk, for the copy with more outputs
+    workers  who runs them (default: this process); the result is the same
     """
     taps: dict[str, dict[str, Tap]] = {}
     for layers, is_summed in ((full, False), (summed, True)):
         for layer in layers:
             taps.setdefault(layer.file, {}).update({tap.name: tap for tap in taps_of(layer, is_summed)})
-    probe = _probe(bundle, folder, {file: list(found.values()) for file, found in taps.items()})
-    found: dict[tuple[str, str], Seen] = {}
-    each = max(1, _ROWS // len(samples))
-    runner = StageRunner(probe, engine, threads)
+    wanted = {file: list(found.values()) for file, found in taps.items()}
+    probe = _probe(bundle, folder.absolute(), wanted, engine, threads)
+    questions = [(sample.image.absolute(), sample.prompt) for sample in samples]
+    pictures = tuple(image for image, _ in questions)
+    watch = Watch(probe, wanted, keep, max(1, _ROWS // len(samples)), engine, threads, pictures)
     progress(f"calibrate on {len(samples)} pictures")
-    try:
-        for values in _values(probe, runner, samples, keep):
-            for file, wanted in taps.items():
-                for tap in wanted.values():
-                    value = values.get(f"{file}:{tap.name}")
-                    if value is not None:
-                        _note(found.setdefault((file, tap.tensor), Seen()), tap, value.numpy(), each)
-    finally:
-        runner.close()
+    workers = workers or Local()
+    found: Sights = {}
+    for sights in workers.run(watch, questions):
+        for place, seen in sights.items():
+            found.setdefault(place, Seen()).merge(seen)
+    workers.release()  # the probe's files go now
     return found
 
 
 def _note(seen: Seen, tap: Tap, values: np.ndarray, rows: int) -> None:
     if tap.summed:
-        seen.energy = values if seen.energy is None else seen.energy + values
-        seen.signal = float(seen.energy.sum())
+        seen.energy, seen.signal = values, float(values.sum())
         return
     seen.range.add(values)
     seen.rows.append(values[np.linspace(0, len(values) - 1, min(rows, len(values))).astype(int)])
 
 
-def _values(
-    probe: Bundle, runner: StageRunner, samples: Sequence[Sample], keep: int
-) -> Iterable[dict[str, Value]]:
-    """What flows, prompt by prompt; one prompt's tensors at a time."""
-    prompter = Prompter(probe.manifest.text, probe.path(TOKENIZER))
-    for sample in samples:
-        prompt = prompter.encode(prompter.messages_for(sample.prompt))
-        pixels = preprocess(load_image(sample.image), probe.manifest.image)
-        yield runner.prefill(keep, pixels, prompt.ids, prompt.image_start, Timings())
-
-
-def _probe(bundle: Bundle, folder: Path, taps: dict[str, list[Tap]]) -> Bundle:
+def _probe(
+    bundle: Bundle, folder: Path, taps: dict[str, list[Tap]], engine: str, threads: int | None
+) -> Bundle:
     """A copy of the bundle, sharing its weights, whose graphs have these outputs as well."""
     folder.mkdir()
     manifest = bundle.manifest
@@ -142,7 +183,10 @@ def _probe(bundle: Bundle, folder: Path, taps: dict[str, list[Tap]]) -> Bundle:
         for tap in wanted:
             _add(model, tap)
         onnx.save(model, folder / file)
-    graphs = {file: _told(graph, taps.get(file, [])) for file, graph in manifest.graphs.items()}
+    graphs = dict(manifest.graphs)
+    for file, wanted in taps.items():
+        more = _infos(folder / file, wanted, engine, threads)
+        graphs[file] = dataclasses.replace(graphs[file], outputs={**graphs[file].outputs, **more})
     stages = [_named(stage, taps.get(stage.file, [])) for stage in manifest.stages]
     return Bundle(folder, dataclasses.replace(manifest, graphs=graphs, stages=stages))
 
@@ -155,8 +199,12 @@ def _link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def _told(graph: GraphInfo, taps: Sequence[Tap]) -> GraphInfo:
-    return dataclasses.replace(graph, outputs={**graph.outputs, **{tap.name: tap.info for tap in taps}})
+def _infos(file: Path, taps: Sequence[Tap], engine: str, threads: int | None) -> dict[str, TensorInfo]:
+    """What the manifest says of the taps: rows are a number where the engine finds their count fixed."""
+    if all(tap.summed for tap in taps):
+        return {tap.name: TensorInfo("float32", tap.shape) for tap in taps}
+    found = open_graph(file, engine, threads).outputs
+    return {tap.name: TensorInfo("float32", list(found[tap.name].shape)) for tap in taps}
 
 
 def _named(stage: StageInfo, taps: Sequence[Tap]) -> StageInfo:
@@ -180,4 +228,4 @@ def _add(model: onnx.ModelProto, tap: Tap) -> None:
         graph.node.append(
             helper.make_node("ReduceSumSquare", [rows, f"{name}:axes"], [name], name, keepdims=0)
         )
-    graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, tap.info.shape))
+    graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, tap.shape))

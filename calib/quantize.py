@@ -14,10 +14,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vtp.calib import stats
-from vtp.calib.arguments import open_examiner, read_samples, shared_arguments
+from vtp.calib.arguments import (
+    open_examiner,
+    open_workers,
+    read_samples,
+    shared_arguments,
+    threads_of,
+)
 from vtp.calib.data import Sample
 from vtp.calib.examiner import score
 from vtp.calib.journal import Answer, Journal
+from vtp.calib.workers import Workers
 from vtp.engines import UsageError, VtpError, choose_engine
 from vtp.runtime import Pipeline
 from vtp.runtime.bundle import MANIFEST, Bundle, check_output, open_bundle, whole_bundle
@@ -27,7 +34,7 @@ from vtp.runtime.manifest import Manifest
 if TYPE_CHECKING:
     from vtp.calib.quantizer import Quantizer
 
-_TARGETS = ("ort", "tensorrt")
+_TARGETS = ("ort", "tensorrt", "jetpack6")
 _VISION, _DECODER, _ACTIVATIONS = ("int8", "none"), ("int4", "none"), ("auto", "uint8", "int8")
 _HEADS = ("float", "int4")
 _BLOCKS = (32, 64, 128)
@@ -70,10 +77,11 @@ def run(args: argparse.Namespace) -> None:
     quantizer = _quantizer(bundle, args)
     with whole_bundle(output, args.overwrite) as aside, ExitStack() as stack:
         engine = choose_engine(args.engine, bundle.manifest.dtype, target=bundle.manifest.target).engine
-        quantizer.observe(aside / "probe", chosen, engine, args.threads, progress.step)
+        workers = open_workers(stack, args)
+        quantizer.observe(aside / "probe", chosen, engine, threads_of(args), progress.step, workers)
         journal = Journal(out / "answers.jsonl")
         stack.callback(journal.close)
-        trial = _Trial(args, bundle.folder, aside, held_out, metric, journal, progress.step)
+        trial = _Trial(args, bundle.folder, aside, held_out, metric, journal, workers, progress.step)
         compared, left = _lower(quantizer, trial, args)
         timed = trial.time()
         figures = _figures(bundle, aside, compared, timed, metric, len(held_out) < len(samples))
@@ -138,9 +146,14 @@ def _check_bundle(bundle: Bundle, output: Path, args: argparse.Namespace) -> Non
     if manifest.target not in _TARGETS:
         raise UsageError(
             f"{bundle.folder} was made for target '{manifest.target}'; vtp-calib quantize serves "
-            f"{' and '.join(_TARGETS)}: export it with --target {_TARGETS[0]} or {_TARGETS[1]}"
+            f"{', '.join(_TARGETS)}: export it with --target and one of them"
         )
-    if args.activations == "uint8" and manifest.target == "tensorrt":
+    if args.decoder == "int4" and manifest.target == "jetpack6":
+        raise UsageError(
+            f"{bundle.folder} was made for jetpack6, whose TensorRT 10.3 reads opset 20; int4 came "
+            "with 21: add --decoder none"
+        )
+    if args.activations == "uint8" and manifest.target != "ort":
         raise UsageError("--activations uint8 is nothing that TensorRT takes; leave it at auto")
     if output.resolve() == bundle.folder.resolve():
         raise UsageError(f"--output {output} is the bundle itself; choose another folder")
@@ -197,10 +210,12 @@ class _Trial:
         samples: Sequence[Sample],
         metric: str,
         journal: Journal,
+        workers: Workers,
         progress: Callable[[str], None],
     ) -> None:
         self._args, self._samples, self._metric = args, samples, metric
         self._folders, self._journal, self._progress = (before, after), journal, progress
+        self._workers = workers
         self._before: list[Answer] | None = None
 
     def compare(self) -> Compared:
@@ -228,10 +243,12 @@ class _Trial:
         return Timed(*times)
 
     def _answers(self, folder: Path) -> list[Answer]:
-        with ExitStack() as stack:
-            name = str(folder)
-            one = open_examiner(stack, self._args, name, self._samples, self._journal, self._progress)
-            return one.answers(one.pipe.manifest.visual.default_keep)
+        one = open_examiner(
+            self._args, str(folder), self._samples, self._journal, self._workers, self._progress
+        )
+        answers = one.answers(one.bundle.manifest.visual.default_keep)
+        self._workers.release()  # the next round writes other files there
+        return answers
 
 
 def _lower(quantizer: Quantizer, trial: _Trial, args: argparse.Namespace) -> tuple[Compared, set[str]]:

@@ -19,9 +19,10 @@ import onnx
 
 from vtp.calib.data import Sample
 from vtp.calib.layers import Change, Int4, Int8, Layer, find_layers, load_graph, rewrite, weight_of
-from vtp.calib.observe import Seen, observe
+from vtp.calib.observe import Sights, observe
 from vtp.calib.rounding import INT8, Range, decibels, int8_channels
 from vtp.calib.weights import Store, place_of
+from vtp.calib.workers import Workers
 from vtp.engines import VtpError
 from vtp.runtime.bundle import MANIFEST, Bundle, describe_files
 from vtp.runtime.manifest import TOKENIZER, Manifest
@@ -74,7 +75,7 @@ class Quantizer:
         }
         if not any(self._layers.values()):
             raise VtpError("this bundle has no layer to quantise: its graphs hold no constant matrix")
-        self._seen: dict[tuple[str, str], Seen] = {}
+        self._seen: Sights = {}
         self.judged: list[Judged] = []
 
     def observe(
@@ -84,12 +85,15 @@ class Quantizer:
         engine: str,
         threads: int | None,
         progress: Callable[[str], None],
+        workers: Workers | None = None,
     ) -> None:
         """Run the samples and judge every layer by them. `folder` must not exist; it is removed again."""
         full, summed = self._of("int8"), self._of("int4")
         keep = self.bundle.manifest.visual.default_keep
         try:
-            self._seen = observe(self.bundle, folder, full, summed, samples, keep, engine, threads, progress)
+            self._seen = observe(
+                self.bundle, folder, full, summed, samples, keep, engine, threads, progress, workers
+            )
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         progress("judge the layers")

@@ -5,19 +5,25 @@ Everything is symmetric: zero stays zero, and TensorRT takes nothing else.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 
 INT8, INT4 = 127, 7  # largest code; int4 has -8 as well
 _BINS = 2048
+_LEAST = 2.0**-100  # of a histogram's upper end, far above what float32 divides by
 _CLIPS = np.geomspace(0.05, 1.0, 60)  # of the largest value seen, tried as limits of a range
 _FACTORS = np.geomspace(5.5, 14, 16)  # of a block's largest weight that a step may be, as a divisor
 _CHUNK = 1 << 22  # weights searched at once: bounds the memory of the search
 
 
 class Range:
-    """How large one tensor's values are, from a histogram of their magnitudes that grows with them."""
+    """How large one tensor's values are, from a histogram of their magnitudes that grows with them.
+
+    The histogram's upper end is a power of two, so that parts merge without a rounding: any order of values,
+    in any parts, gives the same histogram.
+    """
 
     def __init__(self) -> None:
         self.counts = np.zeros(_BINS, np.int64)
@@ -28,11 +34,21 @@ class Range:
         """Count more values, of any shape."""
         magnitudes = np.abs(values.astype(np.float32, copy=False)).ravel()
         top = float(magnitudes.max(initial=0))
-        if top > self.limit:
+        if top and top >= self.limit:
             self._grow(top)
         self.top = max(self.top, top)
-        bins = np.minimum(magnitudes * (_BINS / self.limit if self.limit else 0), _BINS - 1).astype(np.int64)
+        bins = (magnitudes * (_BINS / self.limit if self.limit else 0)).astype(np.int64)
         self.counts += np.bincount(bins, minlength=_BINS)
+
+    def merge(self, other: Range) -> None:
+        """Count what another counted as well."""
+        counts, limit = other.counts, other.limit
+        if limit > self.limit:
+            self._grow(limit / 2)
+        while 0 < limit < self.limit:
+            counts, limit = _halved(counts), limit * 2
+        self.counts += counts
+        self.top = max(self.top, other.top)
 
     def scale(self, codes: int = INT8) -> float:
         """Step of `codes` symmetric codes with the least expected squared error; 1 where all values were 0.
@@ -52,13 +68,17 @@ class Range:
         return float((error * self.counts).sum())
 
     def _grow(self, top: float) -> None:
-        """Double the limit until `top` fits, joining pairs of bins."""
+        """Double the limit until it is above `top`, joining pairs of bins."""
         if not self.limit:
-            self.limit = top
-            return
-        while self.limit < top:
+            self.limit = max(_LEAST, 2.0 ** math.frexp(top)[1])
+        while self.limit <= top:
             self.limit *= 2
-            self.counts = np.concatenate([self.counts.reshape(-1, 2).sum(1), np.zeros(_BINS // 2, np.int64)])
+            self.counts = _halved(self.counts)
+
+
+def _halved(counts: np.ndarray) -> np.ndarray:
+    """A histogram with pairs of bins joined, as one with twice the upper end."""
+    return np.concatenate([counts.reshape(-1, 2).sum(1), np.zeros(_BINS // 2, np.int64)])
 
 
 @dataclass(frozen=True)

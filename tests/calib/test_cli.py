@@ -5,14 +5,17 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+import socket
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from vtp.calib import cli, examiner
+from vtp.calib import cli, cluster, examiner
 from vtp.engines import UsageError, VtpError
 from vtp.runtime import Pipeline
 from vtp.runtime.bundle import open_bundle, set_calibration
@@ -83,18 +86,18 @@ def test_a_killed_run_goes_on_and_chooses_alike(exported, data, tmp_path, monkey
     assert calib("keep", bundles[0], *goal) == 0
     whole = json.loads(capsys.readouterr().out)
     asked: list[int] = []
-    ask = examiner.Examiner._ask
+    write = examiner._write
 
-    def dying(self: Any, sample: Any, keep: int) -> Any:
+    def dying(pipe: Any, paper: Any) -> Any:
         if len(asked) == 8:
             raise KeyboardInterrupt
-        asked.append(keep)
-        return ask(self, sample, keep)
+        asked.append(paper.keep)
+        return write(pipe, paper)
 
-    monkeypatch.setattr(examiner.Examiner, "_ask", dying)
+    monkeypatch.setattr(examiner, "_write", dying)
     assert calib("keep", bundles[1], *goal, "--out", out) == 130
     assert not open_bundle(bundles[1]).manifest.calibration
-    monkeypatch.setattr(examiner.Examiner, "_ask", ask)
+    monkeypatch.setattr(examiner, "_write", write)
     capsys.readouterr()
     assert calib("keep", bundles[1], *goal, "--out", out) == 0
     resumed = json.loads(capsys.readouterr().out)
@@ -183,6 +186,8 @@ def test_score_compares_bundles_on_the_same_questions(exported, data, tmp_path, 
         (["--floor", "0.9", "--limit", "0"], "--limit 0"),
         (["--floor", "0.9", "--metric", "bleu"], "unknown metric 'bleu'"),
         (["--reference", "PRUNED"], "prunes; give a bundle"),
+        (["--workers", "2"], "--workers is of --ray"),
+        (["--threads", "0"], "--threads 0"),
     ],
 )
 def test_bad_input_is_one_line(bundle, data, exported, capsys, arguments, problem) -> None:
@@ -190,6 +195,45 @@ def test_bad_input_is_one_line(bundle, data, exported, capsys, arguments, proble
     assert calib("keep", bundle, "--data", data, *wishes) == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert problem in said and said.startswith("vtp-calib keep: error: ")
+
+
+def test_ray_that_is_missing_is_one_line(bundle, data, monkeypatch, capsys) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert calib("keep", bundle, "--data", data, "--ray", "local") == 2
+    assert capsys.readouterr().err == (
+        "vtp-calib keep: error: --ray needs Ray: pip install 'vtp-edge[ray]'\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("address", "code", "problem"),
+    [
+        ("somewhere", 2, "is no address; give HOST:PORT"),
+        ("ray://127.0.0.1:10001", 2, "is no address; give HOST:PORT"),
+        ("127.0.0.1:CLOSED", 1, "no Ray cluster answers at --ray 127.0.0.1:"),
+    ],
+)
+def test_a_cluster_that_is_not_there_is_one_line(
+    bundle, data, monkeypatch, capsys, address, code, problem
+) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))  # nobody listens on it
+        port = str(free.getsockname()[1])
+        monkeypatch.setitem(sys.modules, "ray", ModuleType("ray"))  # asked only once somebody listens
+        assert calib("keep", bundle, "--data", data, "--ray", address.replace("CLOSED", port)) == code
+    said = capsys.readouterr().err
+    assert problem in said and said.count("\n") == 1
+
+
+def test_a_worker_says_what_it_does_not_see(bundle) -> None:
+    seals = cluster._seals([bundle / "manifest.json", bundle / "decoder.onnx"])
+    worker = cluster.Worker()
+    assert worker.look(cluster._version(), seals) == ""
+    assert "install the same on both" in worker.look("0.0.0", seals)
+    (bundle / "decoder.onnx").unlink()
+    assert "does not see" in worker.look(cluster._version(), seals)
+    (bundle / "manifest.json").write_text("{}")
+    assert "has another file at" in worker.look(cluster._version(), seals)
 
 
 def test_score_refuses_what_it_cannot_compare(exported, data, tmp_path, capsys) -> None:

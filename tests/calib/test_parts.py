@@ -209,7 +209,7 @@ def trials(rates: dict[int, float], count: int = 400) -> search.Trials:
         right = round(rates[keep] * count)
         return Marks(keep, [1.0] * right + [0.0] * (count - right), 10.0 + keep)
 
-    return search.Trials(marks, Marks(0, [1.0] * count, 600.0))
+    return search.Trials(marks, [1.0] * count)
 
 
 @given(st.integers(0, len(ALL) - 1), st.integers(1, len(ALL)))

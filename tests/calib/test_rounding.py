@@ -149,3 +149,21 @@ def test_plain_rounding_is_that_of_onnx_runtimes_quantiser(rows: int) -> None:
     found = nearest_blocks(weight, 32, "float32")
     np.testing.assert_array_equal(found.packed(), packed)
     np.testing.assert_array_equal(found.scales.ravel(), scales.ravel())
+
+
+@given(
+    st.lists(st.lists(st.floats(0, 1e6, width=32), min_size=1, max_size=8), min_size=1, max_size=6),
+    st.randoms(use_true_random=False),
+)
+def test_parts_of_a_range_merge_in_any_order(parts: list[list[float]], random: Any) -> None:
+    """One pass over all values, and parts merged in any order: the same histogram, bin by bin."""
+    whole, merged = Range(), Range()
+    whole.add(np.array([value for part in parts for value in part], np.float32))
+    random.shuffle(parts)
+    for part in parts:
+        one = Range()
+        one.add(np.array(part, np.float32))
+        merged.merge(one)
+    assert (merged.limit, merged.top) == (whole.limit, whole.top)
+    assert np.array_equal(merged.counts, whole.counts) and whole.counts.sum() == sum(map(len, parts))
+    assert merged.scale() == whole.scale()

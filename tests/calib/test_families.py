@@ -1,0 +1,139 @@
+"""vtp-calib quantize on bundles of every family and target: the bits it says, and answers like float's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from PIL import Image
+
+from vtp.calib import cli
+from vtp.engines import open_graph
+from vtp.export.exporter import Request, export
+from vtp.runtime import Pipeline
+from vtp.runtime.bundle import open_bundle
+from vtp.runtime.images import load_image
+from vtp.runtime.preprocess import preprocess
+
+from ..export.tensorrt_10_3 import refused
+from ..export.tiny import save_tiny
+from ..export.tiny_families import save_anyres
+from ..export.tiny_gemma import save_gemma, tiny_gemma3, tiny_paligemma
+from ..export.tiny_qwen import save_qwen
+from ..export.tiny_split import save_idefics3, save_internvl
+
+Save = Callable[[Path], Any]
+MODELS: dict[str, tuple[Save, tuple[int, int] | None]] = {
+    "llava": (lambda path: save_tiny(path, layers=3), None),
+    "next": (lambda path: save_anyres(path, "llava_next"), (56, 56)),
+    "onevision": (
+        lambda path: save_anyres(path, "llava_onevision", decoder="qwen2", vision="siglip"),
+        (56, 56),
+    ),
+    "qwen2": (lambda path: save_qwen(path, "qwen2_vl"), (32, 48)),
+    "qwen2.5": (lambda path: save_qwen(path, "qwen2_5_vl", seed=2, tied=True), (32, 48)),
+    "qwen3": (lambda path: save_qwen(path, "qwen3_vl", seed=4, layers=4, depth=4), (32, 48)),
+    "internvl": (lambda path: save_internvl(path), (56, 28)),
+    "smolvlm": (lambda path: save_idefics3(path, kind="smolvlm", tied=True, seed=7), (56, 28)),
+    "gemma3": (lambda path: save_gemma(path, tiny_gemma3(seed=3)), None),
+    "paligemma": (lambda path: save_gemma(path, tiny_paligemma()), None),
+}
+# Model, method, keep-count, target; the first few in the default tier.
+CASES = [
+    ("qwen2.5", "vispruner", "5", "ort"),
+    ("gemma3", "fastv", "3", "tensorrt"),
+    ("internvl", "divprune", "5", "jetpack6"),
+    *[
+        pytest.param(model, method, "3", target, marks=pytest.mark.slow)
+        for model in MODELS
+        for method, target in (
+            ("vispruner", "ort"),
+            ("fastv", "ort"),
+            ("fastv", "tensorrt"),
+            ("fastv", "jetpack6"),
+        )
+    ],
+]
+
+
+@pytest.fixture(scope="module")
+def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Folder of a tiny model; written at the first call."""
+    root = tmp_path_factory.mktemp("families")
+
+    def get(name: str) -> Path:
+        if not (root / name).exists():
+            MODELS[name][0](root / name)
+        return root / name
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three questions without answers, about three pictures of unequal shape."""
+    folder = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(3)
+    with (folder / "d.jsonl").open("w") as out:
+        for number, size in enumerate([(60, 80, 3), (90, 50, 3), (64, 64, 3)]):
+            Image.fromarray(rng.integers(0, 256, size, dtype=np.uint8)).save(folder / f"{number}.png")
+            out.write(json.dumps({"image": f"{number}.png", "prompt": "what is the red ?"}) + "\n")
+    return folder / "d.jsonl"
+
+
+@pytest.mark.parametrize(("model", "method", "keep", "target"), CASES)
+def test_a_family_is_quantised(
+    folder_of: Callable[[str], Path],
+    data: Path,
+    tmp_path: Path,
+    capsys: Any,
+    model: str,
+    method: str,
+    keep: str,
+    target: str,
+) -> None:
+    wish = Request(
+        tmp_path / "float",
+        str(folder_of(model)),
+        method,
+        keep,
+        target=target,
+        dtype="float32",
+        image_size=MODELS[model][1],
+        max_length=256,
+        verify="none",
+    )
+    source = export(wish).folder
+    decoder = "none" if target == "jetpack6" else "int4"
+    given = ["quantize", source, "--data", data, "--decoder", decoder, "--output", tmp_path / "small"]
+    given += ["--force", "--samples", 2, "--max-new-tokens", 3, "--threads", 1, "--json"]
+    capsys.readouterr()
+    assert cli.main([str(word) for word in given]) == 0, capsys.readouterr().err
+    record = json.loads(capsys.readouterr().out)["quantization"]
+    assert {label.split("/")[0] for label in record["layers"]} >= {"vision_encoder"}
+    assert ("int4" in {one["to"] for one in record["layers"].values()}) == (decoder == "int4")
+    assert len(record["left_in_float"]) <= 0.3 * len(record["layers"]), record["left_in_float"]
+    small = open_bundle(tmp_path / "small", check_hashes=True)
+    for file in small.manifest.graphs:
+        onnx.checker.check_model(str(small.path(file))) if target != "ort" else None
+        if target == "jetpack6":
+            assert not refused(small.path(file))
+    near(source, small.folder, data.parent / "1.png")
+    with Pipeline.load(small.folder, "ort-cpu", threads=1) as pipe:
+        assert pipe.generate(data.parent / "0.png", "what ?", max_new_tokens=2).visual_tokens[1] == int(keep)
+
+
+def near(source: Path, small: Path, picture: Path) -> None:
+    """Image features in int8 are those in float, with little noise."""
+    file, name = "vision_encoder.onnx", "image_features"
+    pixels = preprocess(load_image(picture), open_bundle(source).manifest.image)
+    found = []
+    for folder in (source, small):
+        engine = open_graph(folder / file, "ort-cpu", 1)
+        found.append(engine.run({"pixel_values": engine.put(pixels)})[name].numpy())
+    assert 0 < np.square(found[0] - found[1]).mean() < 0.02 * np.square(found[0]).mean()

@@ -187,7 +187,7 @@ def test_score_compares_bundles_on_the_same_questions(exported, data, tmp_path, 
         (["--floor", "0.9", "--metric", "bleu"], "unknown metric 'bleu'"),
         (["--reference", "PRUNED"], "prunes; give a bundle"),
         (["--workers", "2"], "--workers is of --ray"),
-        (["--threads", "0"], "--threads 0"),
+        (["--ray", "local", "--workers", "0"], "--workers 0"),
     ],
 )
 def test_bad_input_is_one_line(bundle, data, exported, capsys, arguments, problem) -> None:

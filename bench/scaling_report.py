@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from vtp.bench.figures import spread
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -213,7 +215,7 @@ def _table(header: Sequence[str], table: Sequence[Sequence[str]]) -> str:
 
 
 def plot(results: Mapping[str, Any], path: Path) -> None:
-    """Five small plots, both axes logarithmic; dashed: proportional to the first point."""
+    """Five small plots; dashed: the straight line that fits best."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -224,8 +226,8 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
     for panel, names in zip(panels, drawn, strict=True):
         for colour, axis in enumerate(names):
             _draw(panel, rows(results, axis), "wall" if axis == "streams" else "ttft", f"C{colour}", axis)
-        panel.set(xscale="log", yscale="log", xlabel=names[0])
-        panel.set_title("all answered, ms" if names == ["streams"] else "first token, ms", fontsize=9)
+        panel.set(xlabel=names[0], ylim=(0, None))
+        panel.set_title("all answered, s" if names == ["streams"] else "first token, s", fontsize=9)
         if len(names) > 1:
             panel.legend(fontsize=7)
     figure.tight_layout()
@@ -236,12 +238,14 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
 def _draw(panel: Any, lines: Sequence[Mapping[str, Any]], what: str, colour: str, label: str) -> None:
     if not lines:
         return
-    xs, middle = [row["x"] for row in lines], [row[what]["median"] for row in lines]
-    away = [[row[what][end] for row in lines] for end in ("low", "high")]
-    low = [m - value for m, value in zip(middle, away[0], strict=True)]
-    high = [value - m for m, value in zip(middle, away[1], strict=True)]
-    panel.errorbar(xs, middle, yerr=[low, high], color=colour, marker="o", ms=3, capsize=2, label=label)
-    panel.plot(xs, [middle[0] * x / xs[0] for x in xs], color=colour, ls="--", lw=0.8)
+    xs = np.array([row["x"] for row in lines], float)
+    low, middle, high = (
+        np.array([row[what][end] for row in lines]) / 1e3 for end in ("low", "median", "high")
+    )
+    away = [middle - low, high - middle]
+    panel.errorbar(xs, middle, yerr=away, color=colour, marker="o", ms=3, ls="", capsize=2, label=label)
+    line = np.polyfit(xs, middle, min(1, len(xs) - 1))
+    panel.plot(xs, np.polyval(line, xs), color=colour, ls="--", lw=0.8)
 
 
 def main() -> int:

@@ -8,7 +8,7 @@ OLDEST_PYTHON ?= $(PYTHON)
 TRITON_PYTHON ?= /usr/bin/python3
 OLDEST_PINS := numpy==1.24.4 pillow==9.5.0 tokenizers==0.20.0 jinja2==3.1.6
 
-.PHONY: setup demo test test-trtrtx test-oldest test-triton test-ray check accuracy methods bench scaling scenes clean
+.PHONY: setup demo test trtrtx test-trtrtx test-oldest test-triton test-ray check accuracy methods bench scaling scenes clean
 
 setup: .venv/.installed  ## make .venv and install vtp into it
 
@@ -27,8 +27,10 @@ demo: setup  ## the main job on the built-in model: export with AdaptPrune, ask,
 test: setup  ## the tests (CPU, no network), a file per process and core
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
-test-trtrtx: setup  ## every pruner graph built with TensorRT-RTX (installs it: 250 MB; needs no GPU)
+trtrtx: setup  ## install TensorRT-RTX (250 MB, no GPU needed): `make test` then runs its tests, too
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[trtrtx]'
+
+test-trtrtx: trtrtx  ## only what is built with TensorRT-RTX, the long ones included
 	$(BIN)/python -m pytest -m trtrtx
 
 test-oldest: setup  ## the runtime on the oldest versions it serves, in build/oldest (OLDEST_PYTHON=python3.10 for JetPack 6's)

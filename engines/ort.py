@@ -286,8 +286,8 @@ def _open_session(path: Path, name: str, threads: int | None, cuda_graph: bool =
     options.log_severity_level = 4  # what goes wrong is raised; a log line as well would be said twice
     # A bundle is several sessions in turn: threads that went on spinning would take the next one's cores.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    # int8 activations stay as they are written. Made uint8 for x86, they fall out with the `output_dtype` that
-    # ONNX Runtime itself gives to those it moves past a Reshape, and the graph is refused (its issue 25526).
+    # int8 activations stay as they are written. Made uint8 for x86, they fall out with the `output_dtype`
+    # that ONNX Runtime gives to those it moves past a Reshape, and it refuses the graph (its issue 25526).
     options.add_session_config_entry("session.qdqisint8allowed", "1")
     if threads:
         options.intra_op_num_threads = threads

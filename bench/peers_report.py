@@ -79,7 +79,18 @@ def summary(results: Mapping[str, Any]) -> str:
     title = f"first token, against vtp at {results['keep']} (95 %)"
     lines = _table(["", "first token, ms", "each further, ms", title], rows)
     where = f"{results['model']}, float32, {machine['processor']}, {results['threads']} threads"
-    return f"{lines}\n\n{where}, {machine['time'][:10]}. More in [docs/bench.md](docs/bench.md)."
+    where += f", {machine['time'][:10]}. More in [docs/bench.md](docs/bench.md)."
+    return "\n\n".join([lines, *_fewer_bits_in_short(results), where])
+
+
+def _fewer_bits_in_short(results: Mapping[str, Any]) -> list[str]:
+    """How far ahead of the fastest unpruned peer the int8 encoder is, where it took part."""
+    fastest = str(results.get("fastest"))
+    pair = _pair(results, fastest, f"{BASE} int8")
+    if pair is None:
+        return []
+    times = _ratio(pair["ttft"])
+    return [f"To the first token, {WHAT[fastest]} takes {times} times as long as vtp with an int8 encoder."]
 
 
 def page(results: Mapping[str, Any]) -> str:

@@ -26,6 +26,7 @@ from .tensorrt_10_3 import refused
 from .tiny import save_tiny
 from .tiny_families import save_anyres
 from .tiny_split import save_idefics3, save_internvl
+from .tiny_video import save_onevision, save_video_llava
 
 ENGINE = "tensorrt-rtx"
 MISSING = util.find_spec("tensorrt_rtx") is None
@@ -138,7 +139,10 @@ def test_the_built_in_model_is_in_the_list(tmp_path: Path) -> None:
 # Family: how a tiny model of it is saved, and the picture it is exported for.
 FAMILIES: dict[str, tuple[Callable[[Path], Any], tuple[int, int]]] = {
     "llava_next": (lambda path: save_anyres(path, kind="llava_next"), (56, 28)),
-    "llava_onevision": (lambda path: save_anyres(path, kind="llava_onevision"), (56, 28)),
+    "llava_onevision": (
+        lambda path: save_anyres(path, kind="llava_onevision", decoder="qwen2", vision="siglip"),
+        (56, 28),
+    ),
     "internvl": (save_internvl, (28, 56)),
     "internvl_normed": (lambda path: save_internvl(path, decoder="qwen3", norm_type="rms_norm"), (28, 56)),
     "idefics3": (save_idefics3, (56, 56)),
@@ -223,6 +227,38 @@ def test_several_sites_and_the_attention_operator_build(tmp_path: Path) -> None:
     bundle = export(wish)
     assert {"Attention", "TensorScatter"} <= _operators(bundle)
     _build(bundle)
+
+
+@pytest.mark.slow
+@pytest.mark.trtrtx
+@with_library
+@pytest.mark.parametrize(
+    ("save", "more"),
+    [
+        pytest.param(FAMILIES[kind][0], {"image_size": FAMILIES[kind][1]}, id=kind)
+        for kind in ("llava_next", "llava_onevision", "idefics3")
+    ]
+    + [
+        pytest.param(save_video_llava, {}, id="video_llava"),
+        pytest.param(save_video_llava, {"frames": 2}, id="video_llava-videos"),
+        pytest.param(save_onevision, {"frames": 2}, id="llava_onevision-videos"),
+    ],
+)
+def test_families_whose_own_tests_build_nothing_do_build(
+    tmp_path: Path, save: Callable[[Path], Any], more: dict[str, Any]
+) -> None:
+    save(tmp_path / "model")
+    wish = Request(
+        tmp_path / "bundle",
+        str(tmp_path / "model"),
+        "divprune",
+        "3",
+        target="tensorrt",
+        max_length=192,
+        verify="none",
+        **more,
+    )
+    _build(open_bundle(export(wish).folder))
 
 
 def _operators(bundle: Bundle) -> set[str]:

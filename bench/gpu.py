@@ -26,7 +26,7 @@ from typing import Any
 from vtp.bench.gpu_beside import SHAPE_CHECKS
 from vtp.bench.gpu_checks import CHECKS, CPU, Job, checks_for
 from vtp.bench.gpu_device import CUDA, device_for, load_cuda_libraries, slug
-from vtp.bench.gpu_report import markdown
+from vtp.bench.gpu_report import markdown, measured_before, write_results
 from vtp.engines import UsageError, VtpError, engine_names
 from vtp.engines.trt import LIBRARIES
 from vtp.runtime.bundle import open_bundle
@@ -83,7 +83,7 @@ def _run(args: argparse.Namespace) -> None:
         found = run_checks(job, checks, args.limit)
         results["bundles"][name] = {**dataclasses.asdict(job), "bundle": name, "checks": found}
         results["bundles"][name]["reference"] = job.reference and Path(job.reference).name
-        _write(target, results)
+        write_results(target, results, markdown(results))
     progress.end()
     print("\n" + markdown(results))
     print(f"{target} and {target.with_suffix('.md').name} written")
@@ -91,14 +91,10 @@ def _run(args: argparse.Namespace) -> None:
 
 def _measured(target: Path, quick: bool) -> dict[str, Any]:
     """Bundles that an earlier run of the same kind measured, every check of them."""
-    if not target.is_file():
-        return {}
-    before = json.loads(target.read_text(encoding="utf-8"))
-    if before["quick"] != quick:
-        return {}
+    before = measured_before(target, quick)
     return {
         name: one
-        for name, one in before["bundles"].items()
+        for name, one in before.items()
         if all(check["status"] != "failed" for check in one["checks"].values())
     }
 
@@ -234,12 +230,6 @@ def _version(name: str) -> str:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return ""
-
-
-def _write(target: Path, results: Mapping[str, Any]) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    target.with_suffix(".md").write_text(markdown(results), encoding="utf-8")
 
 
 if __name__ == "__main__":

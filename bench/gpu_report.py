@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 
@@ -14,14 +16,7 @@ def markdown(results: Mapping[str, Any]) -> str:
         f"Made by `python -m vtp.bench.gpu` at {results['time']}.",
         "\n".join(f"- {key}: {value}" for key, value in machine.items() if value),
         "## Checks",
-        table(
-            ["bundle", "check", "outcome"],
-            [
-                [name, check, outcome(found)]
-                for name, bundle in bundles.items()
-                for check, found in bundle["checks"].items()
-            ],
-        ),
+        outcomes(bundles),
         *_times(bundles),
         *_agreement(bundles),
         *_accuracy(bundles),
@@ -29,6 +24,31 @@ def markdown(results: Mapping[str, Any]) -> str:
         *_nodes(bundles),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def outcomes(bundles: Mapping[str, Any]) -> str:
+    """A row for every check of every bundle."""
+    rows = [
+        [name, check, outcome(found)]
+        for name, bundle in bundles.items()
+        for check, found in bundle["checks"].items()
+    ]
+    return table(["bundle", "check", "outcome"], rows)
+
+
+def write_results(target: Path, results: Mapping[str, Any], page: str) -> None:
+    """Write the results as JSON to `target`, and the page about them beside it."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    target.with_suffix(".md").write_text(page, encoding="utf-8")
+
+
+def measured_before(target: Path, quick: bool) -> dict[str, Any]:
+    """What an earlier run of the same kind wrote to `target` of its bundles; nothing without one."""
+    if not target.is_file():
+        return {}
+    before = json.loads(target.read_text(encoding="utf-8"))
+    return dict(before["bundles"]) if before["quick"] == quick else {}
 
 
 def outcome(found: Mapping[str, Any]) -> str:

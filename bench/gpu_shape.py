@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -23,6 +22,7 @@ from vtp.bench.gpu import ROOT, hardware, run_checks, stamp
 from vtp.bench.gpu_beside import SHAPE_CHECKS
 from vtp.bench.gpu_checks import Job
 from vtp.bench.gpu_device import CUDA, slug
+from vtp.bench.gpu_report import measured_before, write_results
 from vtp.bench.gpu_shape_report import markdown
 from vtp.engines import UsageError, engine_names
 from vtp.export.recipe import RECIPE
@@ -80,10 +80,10 @@ def _run(args: argparse.Namespace) -> None:
             "checks": found,
         }
         results["aims"] = aims(results["bundles"])
-        _write(target, results)
+        write_results(target, results, markdown(results))
     progress.end()
     results["aims"] = aims(results["bundles"])
-    _write(target, results)
+    write_results(target, results, markdown(results))
     print("\n" + markdown(results))
     print(f"{target} and {target.with_suffix('.md').name} written")
 
@@ -106,12 +106,8 @@ def _jobs(args: argparse.Namespace) -> dict[str, Job]:
 
 def _measured(target: Path, quick: bool) -> dict[str, Any]:
     """What an earlier run of the same kind measured without a failure."""
-    if not target.is_file():
-        return {}
-    before = json.loads(target.read_text(encoding="utf-8"))
-    if before["quick"] != quick:
-        return {}
-    return {label: one for label, one in before["bundles"].items() if "ms" in one["checks"].get("beside", {})}
+    before = measured_before(target, quick)
+    return {label: one for label, one in before.items() if "ms" in one["checks"].get("beside", {})}
 
 
 def aims(bundles: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -140,12 +136,6 @@ def _median(bundle: Mapping[str, Any], part: str) -> float:
 def _aim(label: str, what: str, found: float | None, aim: float, most: bool = False) -> dict[str, Any]:
     met = None if found is None else found <= aim if most else found >= aim
     return {"bundle": label, "what": what, "aim": aim, "most": most, "found": found, "met": met}
-
-
-def _write(target: Path, results: Mapping[str, Any]) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    target.with_suffix(".md").write_text(markdown(results), encoding="utf-8")
 
 
 if __name__ == "__main__":

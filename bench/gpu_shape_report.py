@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from vtp.bench.gpu_report import outcome, table
+from vtp.bench.gpu_report import outcomes, table
 
 _MET = {True: "met", False: "missed", None: "not measured"}
 
@@ -23,14 +23,7 @@ def markdown(results: Mapping[str, Any]) -> str:
         "`static` with a fixed one, recorded as CUDA graphs on a GPU. Batch 1.",
         "\n".join(f"- {key}: {value}" for key, value in results["machine"].items() if value),
         "## Checks",
-        table(
-            ["bundle", "check", "outcome"],
-            [
-                [label, check, outcome(found)]
-                for label, one in bundles.items()
-                for check, found in one["checks"].items()
-            ],
-        ),
+        outcomes(bundles),
         *(f"- {label}: {note}" for label, one in ran.items() for note in one["decisions"]),
     ]
     if ran:

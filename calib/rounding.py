@@ -6,6 +6,7 @@ Everything is symmetric: zero stays zero, and TensorRT takes nothing else.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +17,8 @@ _LEAST = 2.0**-100  # of a histogram's upper end, far above what float32 divides
 _CLIPS = np.geomspace(0.05, 1.0, 60)  # of the largest value seen, tried as limits of a range
 _FACTORS = np.geomspace(5.5, 14, 16)  # of a block's largest weight that a step may be, as a divisor
 _CHUNK = 1 << 22  # weights searched at once: bounds the memory of the search
+
+Rounding = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]  # float blocks -> (codes, scales)
 
 
 class Range:
@@ -122,26 +125,29 @@ def int4_blocks(weight: np.ndarray, importance: np.ndarray, block: int, dtype: s
     Every block tries 16 scales (32 with signs), then takes the least-squares one for the codes found. K is
     padded with zeros to whole blocks.
     """
-    rows, columns = weight.shape
-    count = -(-rows // block)
-    counts = np.zeros(count * block, np.float32)
-    counts[:rows] = importance / max(float(importance.mean()), 1e-30) + 1e-4
-    counts = counts.reshape(count, block)
-    codes = np.empty((columns, count, block), np.uint8)
-    scales = np.empty((columns, count), dtype)
-    step = max(1, _CHUNK // (count * block))
-    for start in range(0, columns, step):
-        part = np.zeros((min(step, columns - start), count * block), np.float32)
-        part[:, :rows] = weight[:, start : start + step].T
-        found = _search(part.reshape(len(part), count, block), counts, dtype, positive)
-        codes[start : start + step], scales[start : start + step] = found
-    return Blocks(codes, scales)
+    rows, count = len(weight), -(-len(weight) // block)
+    counts = np.zeros((count, block), np.float32)
+    counts.reshape(-1)[:rows] = importance / max(float(importance.mean()), 1e-30) + 1e-4
+    return _in_blocks(weight, block, dtype, lambda part: _search(part, counts, dtype, positive))
 
 
 def nearest_blocks(weight: np.ndarray, block: int, dtype: str) -> Blocks:
     """Codes of a weight [K,N] as ONNX Runtime's own quantiser gives them (symmetric, no search): the largest
     weight of a block, whatever its sign, gets code -8, and all are rounded to the nearest, halves up.
     """
+    return _in_blocks(weight, block, dtype, _nearest)
+
+
+def _nearest(part: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(codes, scales) of columns in blocks [columns,blocks,block]."""
+    place = np.abs(part).argmax(axis=-1)[..., None]
+    scale = np.take_along_axis(part, place, axis=-1)[..., 0] / np.float32(-8)
+    inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale != 0)
+    return np.clip(np.floor(part * inverse[..., None] + 8.5), 0, 15), scale
+
+
+def _in_blocks(weight: np.ndarray, block: int, dtype: str, rounded: Rounding) -> Blocks:
+    """Blocks of a weight [K,N], some columns at a time: K is padded with zeros to whole blocks."""
     rows, columns = weight.shape
     count = -(-rows // block)
     codes = np.empty((columns, count, block), np.uint8)
@@ -150,12 +156,8 @@ def nearest_blocks(weight: np.ndarray, block: int, dtype: str) -> Blocks:
     for start in range(0, columns, step):
         part = np.zeros((min(step, columns - start), count * block), np.float32)
         part[:, :rows] = weight[:, start : start + step].T
-        part = part.reshape(len(part), count, block)
-        place = np.abs(part).argmax(axis=-1)[..., None]
-        scale = np.take_along_axis(part, place, axis=-1)[..., 0] / np.float32(-8)
-        inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale != 0)
-        codes[start : start + step] = np.clip(np.floor(part * inverse[..., None] + 8.5), 0, 15)
-        scales[start : start + step] = scale
+        found = rounded(part.reshape(len(part), count, block))
+        codes[start : start + step], scales[start : start + step] = found
     return Blocks(codes, scales)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import numpy as np
 
 from vtp.bench.peer import Peer, Run, Stopwatch
 from vtp.bench.peer_onnx import EXPORT, decoder_of
+from vtp.engines.child import python_command
 
 # The builder's options for both precisions: logits of the last prompt position only, as everybody has them.
 _LAST = "prune_lm_head=true"
@@ -55,7 +55,7 @@ class Genai(Peer):
         decoder_of(model).save_pretrained(text)
         for name in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copy(Path(self.spec.model) / name, text)
-        command = [sys.executable, "-m", "onnxruntime_genai.models.builder"]
+        command = python_command("onnxruntime_genai.models.builder")
         command += ["-i", str(text), "-o", str(aside), "-e", "cpu", "-c", str(text / "cache")]
         subprocess.run([*command, *self.precision], check=True)
         shutil.rmtree(text)

@@ -16,6 +16,7 @@ import numpy as np
 
 from vtp.bench.peer import Peer, Run, Stopwatch
 from vtp.bench.peer_torch import processor, prompt
+from vtp.engines.ort_library import load_onnxruntime
 
 EXPORT = "pip install 'vtp-edge[export]'"
 
@@ -109,7 +110,7 @@ class TransformersOnnx(TwoParts):
 
     def open_graphs(self) -> None:
         """See `TwoParts`."""
-        import onnxruntime as ort
+        ort = load_onnxruntime()
 
         options = ort.SessionOptions()
         options.intra_op_num_threads = self.spec.threads

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vtp.engines.child import python_command
 from vtp.engines.cuda import CudaProbe, probe_cuda
 from vtp.engines.errors import VtpError
 from vtp.engines.files import sha256
@@ -335,7 +336,7 @@ def _run_child(job: Mapping[str, Any], step: Step) -> dict[str, Any]:
     # What TensorRT itself prints goes aside: the last of it is the reason when nothing else tells one.
     with tempfile.TemporaryFile() as aside:
         child = subprocess.Popen(
-            [sys.executable, "-m", "vtp.engines.trt_build"],
+            python_command("vtp.engines.trt_build"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=aside,

@@ -4,14 +4,29 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 from typing import NoReturn
 
 from vtp.engines import VtpError
 
 DONE, FAILED, BAD_USAGE, INTERRUPTED = 0, 1, 2, 130
+LEFT = "nothing was left behind"
+_ENDING = ("SIGTERM", "SIGHUP")  # what asks a process to end, beside Ctrl-C
+
+
+class Terminated(KeyboardInterrupt):
+    """A signal asked the process to end: whatever cleans up after Ctrl-C does so now."""
+
+    def __init__(self, number: int) -> None:
+        """Keep the signal's number, from which the exit code follows."""
+        super().__init__(number)
+        self.number = number
 
 
 class Parser(argparse.ArgumentParser):
@@ -23,18 +38,24 @@ class Parser(argparse.ArgumentParser):
         raise SystemExit(BAD_USAGE)
 
 
-def run_command(name: str, work: Callable[[], None], debug: bool = False) -> int:
+def run_command(name: str, work: Callable[[], None], debug: bool = False, interrupted: str = LEFT) -> int:
     """Run a command's work and turn what goes wrong into one line and an exit code.
 
-    0 done, 1 failed, 2 bad usage, 130 interrupted. With `debug` the traceback comes through.
+    0 done, 1 failed, 2 bad usage, 130 interrupted (128 + the signal's number where another signal than
+    Ctrl-C's asked it to end). With `debug` the traceback comes through. `interrupted` ends the line that
+    tells of an interruption: what is left and how to go on.
     """
     try:
-        work()
-        sys.stdout.flush()
+        with _signals_raise():
+            work()
+            sys.stdout.flush()
     except VtpError as error:
         return _fail(name, str(error), error.exit_code, debug)
+    except Terminated as error:
+        said = f"ended by {signal.Signals(error.number).name}; {interrupted}"
+        return _fail(name, said, 128 + error.number, debug)
     except KeyboardInterrupt:
-        return _fail(name, "interrupted; nothing was left behind", INTERRUPTED, debug)
+        return _fail(name, f"interrupted; {interrupted}", INTERRUPTED, debug)
     except BrokenPipeError:  # the reader left, as in `vtp-run ... | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the flush at exit fails too
         return FAILED
@@ -51,6 +72,34 @@ def _fail(name: str, message: str, code: int, debug: bool) -> int:
         raise
     print(f"{name}: error: {message}", file=sys.stderr)
     return code
+
+
+@contextmanager
+def _signals_raise() -> Iterator[None]:
+    """While this holds, signals that would end the process on the spot raise `Terminated` instead.
+
+    Signals that somebody else handles or ignores are let be, and so are those of other threads than the main.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    owner, numbers = os.getpid(), [getattr(signal, name) for name in _ENDING if hasattr(signal, name)]
+
+    def end(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != owner:  # a forked child, which has nothing to clean up
+            os._exit(128 + number)
+        for one in taken:  # cleaning up is not interrupted
+            signal.signal(one, signal.SIG_IGN)
+        raise Terminated(number)
+
+    taken = [number for number in numbers if signal.getsignal(number) == signal.SIG_DFL]
+    for number in taken:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
 
 
 class Progress:

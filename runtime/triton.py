@@ -14,13 +14,13 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vtp.engines import UsageError, VtpError
+from vtp.engines import UsageError
 from vtp.engines.graph_file import read_graph
+from vtp.engines.whole import whole_folder
 from vtp.runtime.bundle import MANIFEST, Bundle
 from vtp.runtime.manifest import StageInfo, TensorInfo
 
@@ -59,20 +59,13 @@ def write_repository(bundle: Bundle, folder: Path, name: str = "vtp", engine: st
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
         raise UsageError(f"'{name}' is no name for a Triton model; use letters, digits, - and _")
+    with whole_folder(folder, lambda: _check_free(folder)) as aside:
+        return _write(bundle, aside, name, engine)
+
+
+def _check_free(folder: Path) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"{folder} exists; choose a folder that does not exist for the model repository")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        try:
-            models = _write(bundle, aside, name, engine)
-            aside.chmod(0o755)
-            aside.replace(folder)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
-    except OSError as error:
-        raise VtpError(f"cannot write {folder}: {error.strerror or error}") from error
-    return models
 
 
 def image_outputs(bundle: Bundle, keep: int) -> dict[str, TensorInfo]:

@@ -15,8 +15,7 @@ from typing import Any
 
 import pytest
 
-from vtp.engines import UsageError, VtpError
-from vtp.runtime import bundle as bundle_module
+from vtp.engines import UsageError, VtpError, whole
 from vtp.runtime.bundle import MANIFEST, check_output, is_inside, open_bundle, whole_bundle
 
 
@@ -173,7 +172,7 @@ def test_appears_at_the_end(tmp_path: Path) -> None:
     with whole_bundle(target) as aside:
         (aside / MANIFEST).write_text("{}")
         assert not target.exists()
-        assert aside.parent == target.parent  # the same disk, so that the swap is one rename
+        assert aside.parent.parent == target.parent  # the same disk, so that the swap is one rename
     assert names(target) == {MANIFEST}
     assert names(tmp_path) == {"out"}
     assert target.stat().st_mode & 0o777 == 0o755
@@ -222,7 +221,7 @@ def test_no_room_for_the_first_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     def full(*_: object, **__: object) -> str:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(bundle_module.tempfile, "mkdtemp", full)
+    monkeypatch.setattr(whole.tempfile, "mkdtemp", full)
     with pytest.raises(VtpError, match=r"cannot write to .*No space left"):
         write(tmp_path / "deep" / "out")
     assert names(tmp_path) == set()
@@ -309,11 +308,12 @@ def test_a_swap_that_fails_puts_the_old_bundle_back(tmp_path: Path, monkeypatch:
     rename = Path.rename
 
     def fail(self: Path, target: Path) -> Path:
-        if self.name.startswith(".out.partial-"):
+        if self.name == "new":
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", fail)
+    monkeypatch.setattr(whole, "exchange", lambda one, other: False)  # a disk that cannot
     with pytest.raises(VtpError, match="Input/output error"):
         write(tmp_path / "out", "new", overwrite=True)
     assert (tmp_path / "out" / "weights").read_text() == "old"
@@ -366,22 +366,32 @@ def test_a_running_export_to_the_same_output_is_left_alone(tmp_path: Path) -> No
         process.stdout.close()
 
 
-def test_a_run_killed_in_the_middle_of_the_swap_gives_the_old_bundle_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write(tmp_path / "out", "old")
+def die_between_two_renames(target: Path) -> None:
+    """On a disk that cannot exchange folders: the old one is away, the new one is not there yet."""
     script = (
-        "import os, signal, sys; from pathlib import Path; from vtp.runtime.bundle import *\n"
+        "import os, signal, sys; from pathlib import Path; from vtp.engines import whole\n"
+        "from vtp.runtime.bundle import *\n"
         "rename = Path.rename\n"
         "def die(self, target):\n"
-        "    if self.name.startswith('.out.partial-'): os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    if self.name == 'new' and not target.exists(): os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return rename(self, target)\n"
-        "Path.rename = die\n"
+        "Path.rename, whole.exchange = die, lambda one, other: False\n"
         "with whole_bundle(Path(sys.argv[1]), overwrite=True) as aside: (aside / MANIFEST).write_text('{}')\n"
     )
-    done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "out")], check=False)
+    done = subprocess.run([sys.executable, "-c", script, str(target)], check=False)
     assert done.returncode == -signal.SIGKILL
-    assert not (tmp_path / "out").exists()
+    assert not target.exists()
+
+
+def test_what_opens_a_bundle_gets_the_old_one_after_a_kill_between_two_renames(bundle: Path) -> None:
+    before = open_bundle(bundle).manifest
+    die_between_two_renames(bundle)
+    assert open_bundle(bundle, check_hashes=True).manifest == before
+
+
+def test_a_run_killed_in_the_middle_of_the_swap_gives_the_old_bundle_back(tmp_path: Path) -> None:
+    write(tmp_path / "out", "old")
+    die_between_two_renames(tmp_path / "out")
     with pytest.raises(UsageError, match="exists"):
         write(tmp_path / "out", "new")
     assert (tmp_path / "out" / "weights").read_text() == "old"

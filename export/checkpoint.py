@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from vtp.engines import UsageError, VtpError
+from vtp.export import settings
 from vtp.export.families import families, find_family
 from vtp.export.families.base import Family
+from vtp.export.generation import Generation, read_generation
 from vtp.export.weights import Weights
 from vtp.runtime.preprocess import ImageSpec, spec_from_processor
 from vtp.runtime.text import TextSpec
@@ -33,6 +35,7 @@ class Checkpoint:
     text: TextSpec
     tokenizer_json: str
     max_positions: int
+    generation: Generation
 
 
 def resolve(model: str | None) -> Path:
@@ -131,30 +134,34 @@ def load(
     image size that the processor does not give.
     """
     family_class = check(folder, frames)
-    image = spec_from_processor(_processor_config(folder, family_class.media), image_size, fit)
+    settings.check_files(folder, _read_json)
+    tokenizer = _load_tokenizer(folder)
+    asked = settings.processor_settings(folder, family_class.media, tokenizer)
+    image = spec_from_processor(asked, image_size, fit)
     if image.kind not in family_class.image_kinds:
         raise VtpError(
             f"the image processor cuts pictures as kind '{image.kind}', family {family_class.name} takes "
-            f"{', '.join(family_class.image_kinds)}; mend preprocessor_config.json"
+            f"{', '.join(family_class.image_kinds)}; mend the image processor's settings"
         )
     image = replace(image, frames=frames)
     family = family_class(_load_model(folder, family_class.architectures[0], DTYPES[dtype]))
     family.prepare(image)
-    tokenizer = _load_tokenizer(folder)
     if image.fixed_size != family.image_size:
         raise VtpError(
             f"the image processor makes {image.fixed_size} pixels, the vision tower takes "
-            f"{family.image_size}; mend preprocessor_config.json"
+            f"{family.image_size}; mend the image processor's settings"
         )
     family.read_marks(tokenizer)
+    generation = read_generation(folder, tokenizer, family.decoder.model.config.vocab_size)
     return Checkpoint(
         folder=folder,
         name=folder.resolve().name,
         family=family,
         image=image,
-        text=_text_spec(folder, tokenizer, family),
+        text=settings.read_text(folder, tokenizer, family, generation.eos_ids),
         tokenizer_json=tokenizer.backend_tokenizer.to_str(),
         max_positions=int(getattr(family.decoder.model.config, "max_position_embeddings", 2048)),
+        generation=generation,
     )
 
 
@@ -216,81 +223,6 @@ def _load_tokenizer(folder: Path) -> Any:
         return tokenizer
     except Exception as error:  # as above
         raise VtpError(f"cannot load the tokenizer in {folder}: {_one_line(error)}") from error
-
-
-def _chat_template(folder: Path, tokenizer: Any) -> str | None:
-    """The processor's chat template from whichever file it is in, else the tokenizer's."""
-    own = folder / "chat_template.jinja"
-    if own.is_file():
-        return own.read_text(encoding="utf-8")
-    for name in ("chat_template.json", "processor_config.json"):
-        path = folder / name
-        template = _read_json(path, "").get("chat_template") if path.is_file() else None
-        if isinstance(template, str):
-            return template
-    return tokenizer.chat_template
-
-
-def _image_token(folder: Path, tokenizer: Any, family: Family) -> str:
-    """The text of the image token: the tokenizer's or processor's own word for it, else the config's id.
-
-    Of a family that answers about videos, the video token's.
-    """
-    path, name = folder / "processor_config.json", f"{family.media}_token"
-    named = _read_json(path, "").get(name) if path.is_file() else None
-    token = getattr(tokenizer, name, None) or (named if isinstance(named, str) else None)
-    return str(token or tokenizer.convert_ids_to_tokens(family.image_token_id))
-
-
-def _processor_config(folder: Path, media: str) -> dict[str, Any]:
-    """The file that holds the image processor's settings: its own, or the processor's with all its parts.
-
-    The settings for videos are looked for where transformers looks, in its order.
-    """
-    own, shared = folder / "preprocessor_config.json", folder / "processor_config.json"
-    if media == "video":
-        whole = _read_json(shared, "") if shared.is_file() else {}
-        if isinstance(whole.get("video_processor"), dict):
-            return whole["video_processor"]
-        apart = folder / "video_preprocessor_config.json"
-        if apart.is_file():
-            return _read_json(apart, "")
-    if own.is_file():
-        return _read_json(own, "")
-    return _read_json(shared, f"{folder} has no preprocessor_config.json")
-
-
-def _text_spec(folder: Path, tokenizer: Any, family: Family) -> TextSpec:
-    special = {
-        name: str(text) for name, text in tokenizer.special_tokens_map.items() if isinstance(text, str)
-    }
-    mark, text = family.image_text(tokenizer.convert_ids_to_tokens)
-    return TextSpec(
-        chat_template=family.template or _chat_template(folder, tokenizer),
-        image_token=_image_token(folder, tokenizer, family),
-        image_token_id=family.image_token_id,
-        placeholder_ids=tuple(family.placeholder_ids),
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_ids=tuple(_end_ids(folder, tokenizer)),
-        special_tokens=special,
-        image_mark=mark,
-        image_text=text,
-        media=family.media,
-    )
-
-
-def _end_ids(folder: Path, tokenizer: Any) -> list[int]:
-    """Every id that ends an answer: generation_config's, else the tokenizer's."""
-    path = folder / "generation_config.json"
-    given = _read_json(path, "").get("eos_token_id") if path.is_file() else None
-    if given in (None, []):
-        given = tokenizer.eos_token_id
-    if given is None:
-        raise VtpError(f"{folder} names no end-of-sequence token; add eos_token_id to generation_config.json")
-    ids = given if isinstance(given, list) else [given]
-    if not all(isinstance(number, int) for number in ids):
-        raise VtpError(f"eos_token_id of {path} is {given!r}; give an id or a list of ids")
-    return sorted(ids)
 
 
 def _read_json(path: Path, missing: str) -> dict[str, Any]:

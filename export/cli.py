@@ -129,11 +129,13 @@ def _export(args: argparse.Namespace) -> None:
         overwrite=args.overwrite,
     )
     quiet_libraries()
-    progress = Progress()
+    progress, notes = Progress(), list[str]()
     try:
-        bundle = export(request, progress.step)
+        bundle = export(request, progress.step, note=notes.append)
     finally:
         progress.end()
+    for note in notes:
+        print(f"{PROG}: note: {note}", file=sys.stderr)
     print(json.dumps(_summary(bundle), indent=1) if args.json else _report(bundle, output))
 
 

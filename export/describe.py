@@ -63,6 +63,7 @@ def describe(
         stages=plan.stages,
         files=describe_files(folder),
         versions=_versions(),
+        generation=model.generation.info,
     )
 
 

@@ -54,8 +54,11 @@ def export(
     request: Request,
     progress: Callable[[str], None] = lambda _: None,
     store: Callable[[Path], WeightStore] = WeightStore,
+    note: Callable[[str], None] = lambda _: None,
 ) -> Bundle:
     """Export a bundle and return it opened. `store` takes the weights (see `vtp.export.hollow`).
+
+    `note` gets a line about every setting of the model that the bundle does not serve.
 
     Raises UsageError for a bad request, VtpError when the model cannot be served or a fidelity check fails;
     in every such case the output folder is as it was.
@@ -69,6 +72,8 @@ def export(
     checkpoint.check(folder, request.frames)
     progress("load the model")
     model = checkpoint.load(folder, dtype, request.image_size, request.image_fit, request.frames)
+    for line in model.generation.notes:
+        note(line)
     positions = _served_positions(request, model, positions)
     chains = _chains(request, model, method, options)
     max_length = _max_length(request, model)

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from vtp.runtime.manifest import Manifest
+from vtp.runtime.logits_rules import LogitsRules, written_out
+from vtp.runtime.manifest import GenerationInfo, Manifest
 from vtp.runtime.result import Result, Timings, VisualTokens
 from vtp.runtime.sampling import Sampler
 from vtp.runtime.stages import Row
@@ -24,6 +25,7 @@ class Request:
     keep: int
     max_new_tokens: int
     sampler: Sampler
+    generation: GenerationInfo
     stops: StopStrings
     timings: Timings
     started: float
@@ -47,6 +49,7 @@ class Answer:
         self._ends = manifest.text.eos_token_ids
         self._longest = manifest.model.max_length
         self._detokenizer = Detokenizer(prompter)
+        self._rules = _rules(request, manifest)
 
     @property
     def token(self) -> int:
@@ -68,7 +71,9 @@ class Answer:
 
     def add(self, logits: np.ndarray) -> str:
         """Choose a token by logits [V]; returns the text that is certain now."""
-        token = self.request.sampler.pick(logits)
+        token = self.request.sampler.pick(logits, self._rules)
+        if self._rules is not None:
+            self._rules.add(token)
         self._count(token)
         if token in self._ends:
             return ""
@@ -113,6 +118,14 @@ class Answer:
         else:
             timings.tpot = (now - timings.ttft) / (len(self.result.token_ids) - 1)
         timings.total = now
+
+
+def _rules(request: Request, manifest: Manifest) -> LogitsRules | None:
+    """What the model's settings ask of this answer's logits; None: nothing, and then it costs nothing."""
+    if request.generation == GenerationInfo():
+        return None
+    ids = written_out(request.prompt.ids, manifest.text, manifest.visual.count)
+    return LogitsRules(request.generation, ids, manifest.text.eos_token_ids, request.max_new_tokens)
 
 
 def _empty(request: Request, manifest: Manifest) -> Result:

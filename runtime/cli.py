@@ -61,6 +61,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="sample from the smallest set of tokens with this probability",
     )
     add("--seed", metavar="N", help="makes sampling repeatable")
+    add(
+        "--repetition-penalty",
+        metavar="P",
+        help="above 1: repeat less of the prompt and the answer (default: the model's own; 1 is off)",
+    )
     add("--stop", action="append", default=[], metavar="TEXT", help="end the answer before this text")
     add("--threads", metavar="N", help="CPU threads (default: all cores)")
     add("--engines", metavar="DIR", help="where vtp-build -o put TensorRT engines (default: in the bundle)")
@@ -186,6 +191,9 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
         "temperature": _number("temperature", args.temperature),
         "top_p": _number("top-p", args.top_p),
         "seed": None if args.seed is None else _whole("seed", args.seed),
+        "repetition_penalty": None
+        if args.repetition_penalty is None
+        else _number("repetition-penalty", args.repetition_penalty),
         "stop": args.stop,
     }
 

@@ -114,6 +114,24 @@ class VisualInfo:
 
 
 @dataclass(frozen=True)
+class GenerationInfo:
+    """What the model's generation_config asks of every answer, greedy or sampled; the defaults ask nothing.
+
+    Names and meaning are those of transformers' `GenerationConfig`, and lengths count as there: with all N
+    visual tokens of every picture. `min_length` is 0 where `min_new_tokens` stands in its place.
+    """
+
+    repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+    bad_words_ids: list[list[int]] = field(default_factory=list)
+    min_length: int = 0
+    min_new_tokens: int = 0
+    forced_eos_token_id: list[int] = field(default_factory=list)
+    suppress_tokens: list[int] = field(default_factory=list)
+    begin_suppress_tokens: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
 class ModelInfo:
     """Where the bundle comes from. `max_length` bounds text + N visual + new tokens of one conversation."""
 
@@ -154,6 +172,7 @@ class Manifest:
     calibration: dict[str, Any] = field(default_factory=dict)
     # What vtp-calib quantize made of the bundle's graphs, layer by layer, and what it cost; {}: nothing.
     quantization: dict[str, Any] = field(default_factory=dict)
+    generation: GenerationInfo = field(default_factory=GenerationInfo)
     schema: int = SCHEMA
 
     def stages_for(self, when: str, keep: int) -> list[StageInfo]:
@@ -204,6 +223,7 @@ def _check(manifest: Manifest) -> None:
     _agree(clips == (manifest.text.media == "video"), "manifest.text.media and manifest.image.frames differ")
     _agree(clips == (visual.frame is not None), "manifest.visual.frame and manifest.image.frames differ")
     _check_frame(visual, manifest.image.frames or 0)
+    _check_generation(manifest.generation, manifest.model.vocab_size)
     _agree(TOKENIZER in manifest.files, f"manifest.files lacks {TOKENIZER}")
     for file, graph in manifest.graphs.items():
         _agree(file in manifest.files, f"graph {file} is not one of manifest.files")
@@ -222,6 +242,18 @@ def _check_frame(visual: VisualInfo, frames: int) -> None:
     patches = grid[0] * grid[1]
     fits = first >= 0 and step >= patches and first + (frames - 1) * step + patches <= visual.count
     _agree(fits, "manifest.visual.frame does not fit the visual tokens")
+
+
+def _check_generation(asked: GenerationInfo, vocabulary: int) -> None:
+    penalty = asked.repetition_penalty
+    _agree(0 < penalty < float("inf"), f"manifest.generation.repetition_penalty {penalty} is not above 0")
+    for name in ("no_repeat_ngram_size", "min_length", "min_new_tokens"):
+        _agree(getattr(asked, name) >= 0, f"manifest.generation.{name} is negative")
+    _agree(all(asked.bad_words_ids), "manifest.generation.bad_words_ids holds an empty word")
+    ids = [*asked.forced_eos_token_id, *(token for word in asked.bad_words_ids for token in word)]
+    _agree(
+        all(0 <= token < vocabulary for token in ids), "manifest.generation names tokens that do not exist"
+    )
 
 
 def _check_cache(file: str, graph: GraphInfo, longest: int) -> None:

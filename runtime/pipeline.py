@@ -22,6 +22,7 @@ from vtp.runtime.batch import batches, check_lists, each_prompt, write_together
 from vtp.runtime.bundle import Bundle, open_bundle
 from vtp.runtime.conditions import Conditions, conditions
 from vtp.runtime.images import ImageSource, load_image
+from vtp.runtime.logits_rules import with_penalty
 from vtp.runtime.opening import Opening
 from vtp.runtime.preprocess import preprocess
 from vtp.runtime.result import Result, Timings
@@ -117,6 +118,7 @@ class Pipeline:
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int | None = None,
+        repetition_penalty: float | None = None,
         stop: str | Sequence[str] | None = None,
     ) -> Result:
         """Answer a prompt about a picture, or about several; with a bundle made for videos, about one.
@@ -133,6 +135,8 @@ class Pipeline:
         budget_ms       instead: the largest keep-count whose time to first token, as vtp-calib measured it
                         here, is within so many milliseconds
         temperature     0 is greedy; otherwise sample, from the `top_p` nucleus, repeatable with `seed`
+        repetition_penalty  above 1 makes tokens of the prompt and the answer so far less likely, as in
+                        transformers; None: the model's own (see `Manifest.generation`), 1: off
         stop            strings that end the answer and are not part of it
 
         Raises UsageError for a bad argument and VtpError for a picture or prompt that cannot be served.
@@ -147,6 +151,7 @@ class Pipeline:
             temperature=temperature,
             top_p=top_p,
             seed=seed,
+            repetition_penalty=repetition_penalty,
             stop=stop,
         )
         for _ in stream:
@@ -165,6 +170,7 @@ class Pipeline:
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int | None = None,
+        repetition_penalty: float | None = None,
         stop: str | Sequence[str] | None = None,
     ) -> Stream:
         """Like `generate`, piece by piece: iterate for text, then read `.result`; `.cancel()` ends it."""
@@ -176,6 +182,7 @@ class Pipeline:
             keep=self._keep(keep_tokens) if budget_ms is None else self._keep_within(budget_ms, keep_tokens),
             max_new_tokens=max_new_tokens,
             sampler=Sampler(temperature=temperature, top_p=top_p, seed=seed),
+            repetition_penalty=repetition_penalty,
             stop=stop,
         )
         return Stream(self, request)
@@ -192,6 +199,7 @@ class Pipeline:
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int | None = None,
+        repetition_penalty: float | None = None,
         stop: str | Sequence[str] | None = None,
         batch_size: int | None = None,
     ) -> list[Result]:
@@ -222,6 +230,7 @@ class Pipeline:
                 keep=keep,
                 max_new_tokens=max_new_tokens,
                 sampler=Sampler(temperature=temperature, top_p=top_p, seed=_later(seed, place)),
+                repetition_penalty=repetition_penalty,
                 stop=stop,
             ),
         )
@@ -278,6 +287,7 @@ class Pipeline:
         keep: int,
         max_new_tokens: int,
         sampler: Sampler,
+        repetition_penalty: float | None,
         stop: str | Sequence[str] | None,
     ) -> Request:
         timings = Timings()
@@ -288,6 +298,7 @@ class Pipeline:
             keep=keep,
             max_new_tokens=_whole("max_new_tokens", max_new_tokens),
             sampler=sampler,
+            generation=with_penalty(self.manifest.generation, repetition_penalty),
             stops=StopStrings(() if stop is None else stop),
             timings=timings,
             started=started,

@@ -7,6 +7,7 @@ top-p.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 
@@ -44,8 +45,10 @@ class Sampler:
         self.top_k = top_k
         self._random = np.random.default_rng(seed)
 
-    def pick(self, logits: np.ndarray) -> int:
+    def pick(self, logits: np.ndarray, rules: Callable[[np.ndarray], np.ndarray] | None = None) -> int:
         """Return a token id for `logits` [V], float32 or float16; of equal maxima greedy takes the first.
+
+        `rules` changes the logits first (see `LogitsRules`); what it makes -inf is not chosen.
 
         Raises `VtpError` for logits that are not finite: the model's arithmetic broke, and any token would be
         a lie.
@@ -60,6 +63,9 @@ class Sampler:
                 f"the model gave {bad} of {logits.size} logits that are NaN or infinite; export it with "
                 "--dtype float32, or run it on another engine"
             )
+        if rules is not None:
+            logits = rules(logits)
+            best = int(logits.argmax())
         if self.temperature == 0:
             return best
         kept, probabilities = self.distribution(logits)
@@ -72,6 +78,7 @@ class Sampler:
         scores = _apply_temperature(logits.astype(np.float32), self.temperature)
         # Of equal scores the lower id counts as likelier, as in greedy; torch leaves that open.
         kept = len(scores) - 1 - np.argsort(scores[::-1], kind="stable")
+        kept = kept[int(np.isneginf(logits).sum()) :]  # banned ones come first
         if self.top_k is not None and self.top_k < len(kept):
             kept = kept[scores[kept] >= scores[kept[-self.top_k]]]
         if self.top_p < 1:
@@ -84,7 +91,7 @@ def _apply_temperature(scores: np.ndarray, temperature: float) -> np.ndarray:
     """scores / temperature in float32; where that overflows, relative to the largest score."""
     with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
         divided = scores / np.float32(temperature)
-        if np.isfinite(divided).all():
+        if np.isfinite(divided).all() or np.isfinite(divided[np.isfinite(scores)]).all():
             return divided
         below = scores.astype(np.float64) - float(scores.max())
         return np.maximum(below / temperature, np.finfo(np.float32).min).astype(np.float32)

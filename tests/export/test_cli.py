@@ -191,11 +191,11 @@ BAD_MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no processor": (remove("preprocessor_config.json", "processor_config.json"), "has no image processor"),
     "bad processor": (write("preprocessor_config.json", b"?"), r"cannot read .*preprocessor_config\.json"),
     "other size": (
-        edit("preprocessor_config.json", crop_size={"height": 70, "width": 70}),
+        edit("processor_config.json", image_processor__crop_size={"height": 70, "width": 70}),
         r"makes \(70, 70\) pixels",
     ),
     "odd processor": (
-        edit("preprocessor_config.json", image_processor_type="Odd"),
+        edit("processor_config.json", image_processor__image_processor_type="Odd"),
         "'Odd' is not supported; supported",
     ),
     "bad template": (write("chat_template.jinja", b"{% if %}"), "cannot be prompted: .*does not compile"),

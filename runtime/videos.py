@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from io import BytesIO
-from os import PathLike, fspath
+from os import PathLike
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 
@@ -18,12 +18,22 @@ import numpy as np
 from PIL import Image
 
 from vtp.engines.errors import UsageError, VtpError
-from vtp.runtime.images import ImageSource, identify, is_video, load_image, reason
+from vtp.runtime.images import (
+    ImageSource,
+    as_bytes,
+    identify,
+    is_video,
+    load_image,
+    open_regular,
+    path_of,
+    plain_array,
+    reason,
+)
 
 __all__ = ["VideoSource", "load_video", "sample_frames"]
 
 #: What `load_video` takes: a path, a file's bytes, an animated Pillow image, frames as a list of what
-#: `load_image` takes or as one uint8 array [frames, H, W, 3] (RGB).
+#: `load_image` takes or as one uint8 array [frames, H, W, 3] (RGB) or [frames, H, W, 4] (RGBA).
 VideoSource: TypeAlias = (
     "str | PathLike[str] | bytes | bytearray | memoryview | Image.Image | np.ndarray | Sequence[ImageSource]"
 )
@@ -42,9 +52,10 @@ def load_video(source: VideoSource, frames: int) -> list[Image.Image]:
     if isinstance(source, Image.Image):
         return _from_animation(source, "the picture", frames)
     if isinstance(source, bytes | bytearray | memoryview):
-        return _from_open_file(BytesIO(bytes(source)), f"the video given as {len(source)} bytes", frames)
+        data = as_bytes(source)
+        return _from_open_file(BytesIO(data), f"the video given as {len(data)} bytes", frames)
     if isinstance(source, str | PathLike):
-        return _from_path(fspath(source), frames)
+        return _from_path(path_of(source), frames)
     if isinstance(source, list | tuple):
         return [load_image(source[place]) for place in sample_frames(len(source), frames, "the video")]
     raise UsageError(
@@ -64,11 +75,12 @@ def sample_frames(total: int, frames: int, name: str = "the video") -> list[int]
 
 
 def _from_array(array: np.ndarray, frames: int) -> list[Image.Image]:
+    array = plain_array(array)
     if array.ndim in (2, 3):
         raise _a_picture("the array", frames)
-    if array.ndim != 4 or array.shape[3] != 3 or array.dtype != np.uint8:
+    if array.ndim != 4 or array.shape[3] not in (3, 4) or array.dtype != np.uint8:
         raise UsageError(
-            f"a video array must be uint8 [frames, height, width, 3] in RGB, not {array.dtype} "
+            f"a video array must be uint8 [frames, height, width, 3] in RGB, or 4 in RGBA, not {array.dtype} "
             f"{list(array.shape)}"
         )
     return [load_image(array[place]) for place in sample_frames(len(array), frames)]
@@ -80,14 +92,16 @@ def _from_path(text: str, frames: int) -> list[Image.Image]:
     try:
         if path.is_dir():
             return _from_folder(path, frames)
-        if not path.is_file():
-            raise UsageError(f"no such folder or file: '{path}'; give a folder of frames, or a video's file")
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             header = file.read(32)
             file.seek(0)
             if is_video(header):
                 return _with_opencv(path, frames)
             return _from_open_file(file, f"'{path}'", frames)
+    except FileNotFoundError as error:
+        raise UsageError(
+            f"no such folder or file: '{path}'; give a folder of frames, or a video's file"
+        ) from error
     except (OSError, ValueError) as error:
         raise UsageError(f"cannot read '{path}': {reason(error)}") from error
 

@@ -1,6 +1,8 @@
 """Pictures open as transformers opens them, and what is no picture is refused in one line."""
 
+import os
 import random
+import socket
 import struct
 import warnings
 import zlib
@@ -13,10 +15,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile
+from transformers.image_transforms import convert_to_rgb
 from transformers.image_utils import load_image as oracle
 
 from vtp.engines.errors import UsageError, VtpError
-from vtp.runtime.images import MAX_PIXELS, load_image
+from vtp.runtime.images import MAX_PIXELS, check_image, load_image
 
 
 def noise(height: int, width: int, channels: int | None = 3, seed: int = 0) -> np.ndarray:
@@ -38,31 +41,54 @@ def png_header(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk + b"\0\0\0\0IDAT\x35\xaf\x06\x1e"
 
 
+def png(pixels: np.ndarray, bits: int = 16, **chunks: bytes) -> bytes:
+    """A PNG of values [H, W] (grey), [H, W, 2] (grey with alpha), [H, W, 3] or [H, W, 4], written by hand."""
+    channels = pixels.shape[2] if pixels.ndim == 3 else 1
+    colour = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
+    header = struct.pack(">IIBBBBB", pixels.shape[1], pixels.shape[0], bits, colour, 0, 0, 0)
+    lines = b"".join(b"\0" + line.astype(">u2" if bits == 16 else "u1").tobytes() for line in pixels)
+    parts = {"IHDR": header, **chunks, "IDAT": zlib.compress(lines), "IEND": b""}
+    data = b"\x89PNG\r\n\x1a\n"
+    for kind, body in parts.items():
+        body = kind.encode() + body
+        data += struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
+    return data
+
+
+def tiff_of_12_bits(pixels: np.ndarray) -> bytes:
+    """A little-endian grey TIFF [H, W], W even, with two values of 12 bits in three bytes."""
+    height, width = pixels.shape
+    first, second = pixels[:, 0::2].astype(int), pixels[:, 1::2].astype(int)
+    packed = np.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], -1).astype(np.uint8)
+    entries = {256: width, 257: height, 258: 12, 259: 1, 262: 1, 273: 8 + 2 + 9 * 12 + 4, 277: 1, 278: height}
+    entries[279] = packed.nbytes
+    rows = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in entries.items())
+    return b"II*\0" + struct.pack("<IH", 8, len(entries)) + rows + bytes(4) + packed.tobytes()
+
+
+DEEP = (np.arange(14 * 22, dtype=np.uint16) * 210).reshape(14, 22)
+
+
 def files_of_all_modes() -> dict[str, bytes]:
-    rgb, rgba = Image.fromarray(noise(13, 21)), Image.fromarray(noise(13, 21, 4))
-    palette = rgb.quantize(17)
-    deep = (np.arange(13 * 21, dtype=np.uint16) * 240).reshape(13, 21)
+    """Files that transformers opens as a viewer does."""
+    rgb = Image.fromarray(noise(13, 21))
     frames = [Image.fromarray(noise(13, 21, seed=seed)) for seed in range(3)]
+    more: dict[str, Any] = {"save_all": True, "append_images": frames[1:], "duration": 40}
     return {
         "png_rgb": encoded(rgb, "PNG"),
-        "png_rgba": encoded(rgba, "PNG"),
         "png_gray": encoded(rgb.convert("L"), "PNG"),
-        "png_gray_alpha": encoded(rgba.convert("LA"), "PNG"),
         "png_bilevel": encoded(rgb.convert("1"), "PNG"),
-        "png_palette": encoded(palette, "PNG"),
-        "png_palette_transparent": encoded(palette, "PNG", transparency=3),
-        "png_16_bit": encoded(Image.fromarray(deep), "PNG"),
+        "png_palette": encoded(rgb.quantize(17), "PNG"),
+        "png_16_bit_rgb": png(np.stack([DEEP, DEEP[::-1], DEEP[:, ::-1]], -1)),
         "jpeg": encoded(rgb, "JPEG"),
         "jpeg_cmyk": encoded(rgb.convert("CMYK"), "JPEG"),
         "tiff_cmyk": encoded(rgb.convert("CMYK"), "TIFF"),
-        "tiff_16_bit": encoded(Image.fromarray(deep), "TIFF"),
-        "tiff_32_bit": encoded(Image.fromarray(deep.astype(np.int32)), "TIFF"),
         "tiff_ycbcr": encoded(rgb.convert("YCbCr"), "TIFF"),
+        "tiff_lab": encoded(Image.frombytes("LAB", (21, 13), noise(13, 21).tobytes()), "TIFF"),
         "bmp": encoded(rgb, "BMP"),
-        "webp_alpha": encoded(rgba, "WEBP", lossless=True),
-        "gif_animated": encoded(frames[0], "GIF", save_all=True, append_images=frames[1:], duration=40),
-        "png_animated": encoded(frames[0], "PNG", save_all=True, append_images=frames[1:], duration=40),
-        "webp_animated": encoded(frames[0], "WEBP", save_all=True, append_images=frames[1:], lossless=True),
+        "gif_animated": encoded(frames[0], "GIF", **more),
+        "png_animated": encoded(frames[0], "PNG", **more),
+        "webp_animated": encoded(frames[0], "WEBP", lossless=True, **more),
     }
 
 
@@ -70,13 +96,161 @@ def files_of_all_modes() -> dict[str, bytes]:
 def test_every_mode_opens_as_in_transformers(name: str, tmp_path: Path) -> None:
     path = tmp_path / name
     path.write_bytes(files_of_all_modes()[name])
-    image = load_image(path)
-    assert image.mode == "RGB" and image.size == (21, 13)
     expected = np.asarray(oracle(str(path)))
     assert expected.std() > 0  # a picture, not one flat colour, is compared
-    np.testing.assert_array_equal(np.asarray(image), expected)
-    for source in (str(path), path.read_bytes(), bytearray(path.read_bytes()), Image.open(path)):
-        np.testing.assert_array_equal(np.asarray(load_image(source)), expected)
+    assert_every_source_gives(expected, path)
+
+
+def assert_every_source_gives(expected: np.ndarray, path: Path) -> None:
+    data = path.read_bytes()
+    for source in (path, str(path), data, bytearray(data), memoryview(data), Image.open(path)):
+        image = load_image(source)
+        assert image.mode == "RGB" and image.size == expected.shape[1::-1]
+        np.testing.assert_array_equal(np.asarray(image), expected)
+        np.testing.assert_array_equal(np.asarray(load_image(image)), expected)  # and stays as it is
+
+
+# -- what is transparent -------------------------------------------------------------------------------------
+
+# How transformers' own reading of a path (not of the opened picture) treats what is transparent: it drops an
+# alpha channel, and every alpha of a palette, before its processors see them, and shows what was hidden.
+SHOWN_BY_PATH = frozenset(("png_rgba", "png_gray_alpha", "png_palette_alphas", "webp_alpha", "tiff_rgba"))
+
+
+def files_with_transparency() -> dict[str, bytes]:
+    rgba = Image.fromarray(noise(13, 21, 4))
+    palette = rgba.convert("RGB").quantize(17)
+    few = Image.fromarray(noise(13, 21, None) % 5 * 40)  # greys, each often
+    return {
+        "png_rgba": encoded(rgba, "PNG"),
+        "png_gray_alpha": encoded(rgba.convert("LA"), "PNG"),
+        "png_palette_alphas": encoded(palette, "PNG", transparency=bytes(range(0, 255, 15))),
+        "png_palette_transparent": encoded(palette, "PNG", transparency=3),
+        "png_rgb_key": encoded(few.convert("RGB"), "PNG", transparency=(80, 80, 80)),
+        "png_gray_key": encoded(few, "PNG", transparency=80),
+        "png_bilevel_key": encoded(few.convert("1"), "PNG", transparency=0),
+        "gif": encoded(palette, "GIF", transparency=3),
+        "gif_gray": encoded(few, "GIF", transparency=80),
+        "webp_alpha": encoded(rgba, "WEBP", lossless=True),
+        "tiff_rgba": encoded(rgba, "TIFF"),
+    }
+
+
+@pytest.mark.parametrize("name", files_with_transparency())
+def test_what_is_transparent_lies_on_white(name: str, tmp_path: Path) -> None:
+    """The oracle gets the picture as it is opened; by path too, where transformers keeps what is clear."""
+    path = tmp_path / name
+    path.write_bytes(files_with_transparency()[name])
+    with Image.open(path) as opened:
+        expected = convert_to_rgb(opened, return_numpy=True)
+    clear = np.asarray(Image.open(path).convert("RGBA"))[:, :, 3] == 0
+    assert (
+        clear.any()
+        and (expected[clear] == 255).all()
+        and not np.array_equal(expected, np.asarray(oracle(str(path))))
+    )
+    assert_every_source_gives(expected, path)
+    by_path = convert_to_rgb(oracle(str(path)), return_numpy=True)
+    assert np.array_equal(by_path, expected) == (name not in SHOWN_BY_PATH)
+
+
+PICTURE_MODES = ["1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV", "LA", "PA", "RGBA"]
+
+
+@pytest.mark.parametrize("mode", PICTURE_MODES)
+def test_pictures_of_every_mode_are_those_of_transformers(mode: str) -> None:
+    picture = Image.fromarray(noise(13, 21, 4)).convert(mode)
+    expected = convert_to_rgb(picture, return_numpy=True)
+    assert picture.mode == mode and expected.std() > 0
+    np.testing.assert_array_equal(np.asarray(load_image(picture)), expected)
+
+
+@pytest.mark.parametrize(("mode", "straight"), [("La", "LA"), ("RGBa", "RGBA")])
+def test_colours_multiplied_by_their_alpha(mode: str, straight: str) -> None:
+    picture = Image.fromarray(noise(13, 21, 4)).convert(straight).convert(mode)
+    expected = convert_to_rgb(picture.convert(straight), return_numpy=True)
+    np.testing.assert_array_equal(np.asarray(load_image(picture)), expected)
+
+
+def test_lab_has_no_alpha() -> None:
+    """Its second band is called A, which transformers takes for an alpha channel of pictures."""
+    picture = Image.frombytes("LAB", (21, 13), noise(13, 21).tobytes())
+    np.testing.assert_array_equal(np.asarray(load_image(picture)), np.asarray(picture.convert("RGB")))
+
+
+def test_arrays_with_alpha_are_those_of_transformers() -> None:
+    """Every value with every alpha: transformers' arithmetic for arrays is not its one for pictures."""
+    alpha, value = np.mgrid[0:256, 0:256].astype(np.uint8)
+    array = np.stack([value, value // 2, 255 - value, alpha], -1)
+    expected = convert_to_rgb(array, return_numpy=True)
+    np.testing.assert_array_equal(np.asarray(load_image(array)), expected)
+
+
+# -- greys of more than 8 bits -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["PNG", "PPM", "TIFF", "JPEG2000"])
+def test_deep_greys_are_those_of_a_deep_rgb_picture(kind: str, tmp_path: Path) -> None:
+    """Pillow reads 16-bit RGB as transformers does; a grey picture with the same values looks the same."""
+    rgb = np.asarray(oracle(str(written(tmp_path / "rgb.png", png(np.stack([DEEP] * 3, -1))))))
+    assert rgb.std() > 50
+    data = png(DEEP) if kind == "PNG" else encoded(Image.fromarray(DEEP), kind)
+    assert_every_source_gives(rgb, written(tmp_path / "grey", data))
+
+
+def written(path: Path, data: bytes) -> Path:
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I;16L", "I;16B", "I;16N"])
+def test_deep_greys_of_either_byte_order(mode: str) -> None:
+    order = {"B": ">u2", "N": "=u2"}.get(mode[-1], "<u2")
+    picture = Image.frombytes(mode, (22, 14), DEEP.astype(order).tobytes())
+    expected = np.asarray(load_image(png(DEEP)))
+    np.testing.assert_array_equal(np.asarray(load_image(picture)), expected)
+
+
+def test_deep_greys_of_12_bits_fill_the_range(tmp_path: Path) -> None:
+    values = DEEP >> 4
+    path = written(tmp_path / "twelve.tif", tiff_of_12_bits(values))
+    np.testing.assert_array_equal(np.asarray(Image.open(path)), values)  # the file is what it should be
+    assert_every_source_gives(np.asarray(load_image(png(DEEP))), path)
+
+
+def test_deep_greys_with_transparency(tmp_path: Path) -> None:
+    values = DEEP % 5 * 10000  # each value often; the oracle has the same picture in 8 bits
+    key = int(values[3, 7])
+    path = written(tmp_path / "key.png", png(values, tRNS=struct.pack(">H", key)))
+    expected = convert_to_rgb(
+        Image.open(BytesIO(png(values >> 8, 8, tRNS=struct.pack(">H", key >> 8)))), True
+    )
+    assert (expected[values == key] == 255).all() and (expected[values != key] < 255).all()
+    assert_every_source_gives(expected, path)
+    alpha = png(np.stack([DEEP, DEEP[::-1]], -1))
+    expected = convert_to_rgb(Image.open(BytesIO(alpha)), return_numpy=True)
+    assert_every_source_gives(expected, written(tmp_path / "alpha.png", alpha))
+
+
+@pytest.mark.parametrize("orientation", [3, 6])
+def test_deep_greys_are_turned(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    picture, file = Image.fromarray(DEEP), BytesIO()
+    picture.save(file, "PNG", exif=exif)
+    turned = {3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_270}[orientation]
+    expected = np.asarray(load_image(picture.transpose(turned)))
+    np.testing.assert_array_equal(np.asarray(load_image(file.getvalue())), expected)
+
+
+@pytest.mark.parametrize(("dtype", "word"), [(np.int32, "32-bit"), (np.float32, "floating-point")])
+def test_greys_of_unknown_range_are_refused(dtype: type, word: str) -> None:
+    picture = Image.fromarray(DEEP.astype(dtype))
+    for source in (picture, encoded(picture, "TIFF")):
+        assert f"has {word} pixels" in refusal(source) and "scale them to 0..255" in refusal(source)
+
+
+# -- sources -------------------------------------------------------------------------------------------------
 
 
 def test_an_animation_gives_its_first_frame() -> None:
@@ -132,10 +306,101 @@ def test_paths_that_hold_no_picture(tmp_path: Path) -> None:
     assert "not a picture" in refusal(tmp_path / "words.png")
 
 
+class Liar(np.ndarray):
+    """An array that says something else about its shape."""
+
+    shape = (2, 2, 3)  # type: ignore[assignment]
+
+
+class Interface:
+    """What says that it is an array, of memory that it does not have."""
+
+    __array_interface__ = {"shape": (9, 9, 3), "typestr": "|u1", "data": (8, True), "version": 3}  # noqa: RUF012
+
+
+def test_arrays_that_lie() -> None:
+    pixels = noise(6, 8)
+    np.testing.assert_array_equal(np.asarray(load_image(pixels.view(Liar))), pixels)
+    assert "Interface" in refusal(Interface(), UsageError)
+    huge = np.broadcast_to(np.uint8(7), (10**6, 10**6, 3))  # takes one byte
+    assert "at most" in refusal(huge)
+    assert "masked" in refusal(np.ma.masked_array(pixels, pixels > 9), UsageError)
+    for dtype in (object, bool, np.int8, np.uint16, np.float64, "S1", [("r", "u1")]):
+        assert "must be uint8" in refusal(np.zeros((4, 4), dtype), UsageError)
+
+
+@pytest.mark.parametrize("channels", [None, 3, 4])
+def test_views_of_arrays_are_what_numpy_says_they_are(channels: int | None) -> None:
+    pixels = noise(12, 10, channels)
+    for view in (pixels[::-2, ::3], np.asfortranarray(pixels), pixels[4:5, :1], pixels[:, ::-1]):
+        np.testing.assert_array_equal(np.asarray(load_image(view)), np.asarray(load_image(view.copy("C"))))
+    read_only = np.frombuffer(noise(12, 10).tobytes(), np.uint8).reshape(12, 10, 3)
+    np.testing.assert_array_equal(np.asarray(load_image(read_only)), noise(12, 10))
+
+
+def test_bytes_that_are_gone_and_paths_in_bytes() -> None:
+    view = memoryview(b"some bytes")
+    view.release()
+    assert "cannot be read" in refusal(view, UsageError)
+
+    class InBytes:
+        def __fspath__(self) -> bytes:
+            return b"picture.png"
+
+    assert "a path must be text" in refusal(InBytes(), UsageError)
+
+
+def test_fifos_and_sockets_are_refused_without_waiting(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo.png")
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(tmp_path / "socket.png"))
+        for name in ("fifo.png", "socket.png"):
+            assert "not a regular file" in refusal(tmp_path / name, UsageError)
+    (tmp_path / "link.png").symlink_to("fifo.png")
+    assert "not a regular file" in refusal(tmp_path / "link.png", UsageError)
+
+
+def test_a_fifo_that_takes_a_files_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between looking at the path and opening it."""
+    path = written(tmp_path / "picture.png", png(DEEP))
+    seen = path.stat()
+    path.unlink()
+    os.mkfifo(path)
+    monkeypatch.setattr(Path, "stat", lambda self, **_: seen)
+    assert "not a regular file" in refusal(path, UsageError)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "absent.png",
+        b"",
+        b"words",
+        png_header(0, 7),
+        png_header(50_000, 50_000),
+        5,
+        noise(4, 4, 2),
+        "/dev/null",
+    ],
+    ids=str,
+)
+def test_checking_finds_what_shows_without_decoding(source: Any) -> None:
+    with pytest.raises(VtpError) as caught:
+        check_image(source)
+    assert str(caught.value) == refusal(source)
+
+
+def test_checking_decodes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = written(tmp_path / "picture.png", encoded(Image.fromarray(noise(64, 64)), "PNG")[:2000])
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("decoded"))
+    for source in (path, path.read_bytes(), Image.open(path), noise(4, 4)):
+        check_image(source)
+
+
 def test_values_that_are_no_picture() -> None:
     assert "uint8" in refusal(noise(4, 4).astype(np.float32), UsageError)
     assert "channels last" in refusal(np.moveaxis(noise(4, 5), 2, 0), UsageError)
-    assert "[4, 4, 4]" in refusal(noise(4, 4, 4), UsageError)
+    assert "[4, 4, 2]" in refusal(noise(4, 4, 2), UsageError)
     assert "[3]" in refusal(np.zeros(3, np.uint8), UsageError)
     assert "nothing to see" in refusal(np.zeros((0, 4, 3), np.uint8))
     assert "nothing to see" in refusal(Image.new("RGB", (0, 5)))

@@ -2,6 +2,8 @@
 
 import json
 import math
+from io import BytesIO
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -194,6 +196,51 @@ def test_one_view_processors_equal_transformers(name: str, size: tuple[int, int]
     assert spec.kind == "clip"
     for picture in (noise(*size), noise(*size).convert("L"), noise(*size).convert("RGBA")):
         assert_same_bits(preprocess(load_image(picture), spec), theirs(PLAIN[name], picture), spec)
+
+
+def transparent(width: int, height: int) -> dict[str, Image.Image]:
+    """Pictures with hidden colours, as a caller may hand them over."""
+    rgba = noise(width, height)
+    rgba.putalpha(noise(width, height, 1).getchannel(0))
+    gif, palette = BytesIO(), rgba.convert("RGB").quantize(9)
+    palette.save(gif, "GIF", transparency=4)
+    keyed = noise(width, height).convert("1").convert("L")
+    keyed.info["transparency"] = 0
+    return {
+        **{mode: rgba.convert(mode) for mode in ("RGBA", "LA", "PA")},
+        "GIF": Image.open(gif),
+        "key": keyed,
+    }
+
+
+@pytest.mark.parametrize("form", ["RGBA", "LA", "PA", "GIF", "key"])
+@pytest.mark.parametrize("name", [*CASES, *PLAIN])
+def test_transparent_pictures_have_transformers_bits(name: str, form: str) -> None:
+    """transformers gets the unconverted picture."""
+    source = transparent(150, 71)[form]
+    assert source.mode != "RGB"
+    if name in CASES:
+        spec = spec_for(name, own_size(name, 150, 71))
+        assert_same_bits(preprocess(load_image(source), spec), theirs_of(name, source), spec)
+    else:
+        spec = spec_from_processor(saved(PLAIN[name]))
+        assert_same_bits(preprocess(load_image(source), spec), theirs(PLAIN[name], source), spec)
+    hidden = preprocess(source.convert("RGB"), spec)
+    assert not np.array_equal(hidden, preprocess(load_image(source), spec))  # what was hidden matters
+
+
+@pytest.mark.parametrize("name", ["gif", "png"])
+@pytest.mark.parametrize("processor", [*CASES, *PLAIN])
+def test_transparent_files_have_transformers_bits_by_path(processor: str, name: str, tmp_path: Path) -> None:
+    path = tmp_path / f"clear.{name}"
+    noise(150, 71).quantize(9).save(path, transparency=4)
+    if processor in CASES:
+        spec = spec_for(processor, own_size(processor, 150, 71))
+        expected = theirs_of(processor, str(path))
+    else:
+        spec = spec_from_processor(saved(PLAIN[processor]))
+        expected = theirs(PLAIN[processor], str(path))
+    assert_same_bits(preprocess(load_image(path), spec), expected, spec)
 
 
 def test_frames_of_a_video_are_pictures() -> None:

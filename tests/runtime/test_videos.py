@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from transformers.video_utils import VideoMetadata, default_sample_indices_fn
+from transformers.video_utils import convert_to_rgb as on_white
 
 from vtp.engines import UsageError, VtpError
 from vtp.runtime.preprocess import ImageSpec, preprocess
@@ -81,7 +83,10 @@ def test_every_kind_of_source_gives_the_same_frames(tmp_path: Path) -> None:
         (animated(3, "GIF"), r"the video given as \d+ bytes has 3 frames"),
         (film(1)[0], r"the array is a single picture, and this bundle answers about videos"),
         (Image.fromarray(film(1)[0]), r"the picture is a single picture"),
-        (film(4).astype(np.float32), r"must be uint8 \[frames, height, width, 3\] in RGB, not float32"),
+        (
+            film(4).astype(np.float32),
+            r"must be uint8 \[frames, height, width, 3\] in RGB, or 4 in RGBA, not float32",
+        ),
         (film(4).transpose(0, 3, 1, 2), r"not uint8 \[4, 3, 13, 21\]"),
         (MP4, r"the video given as 88 bytes is a video file; give its path"),
         (7, r"a video may be a folder, a file, .*, not int"),
@@ -92,6 +97,43 @@ def test_what_is_no_video_is_refused(source: Any, message: str) -> None:
     with pytest.raises(UsageError, match=message) as caught:
         load_video(source, 4)
     assert "\n" not in str(caught.value)
+
+
+def test_transparent_frames_lie_on_white(tmp_path: Path) -> None:
+    """As transformers lays the frames of a video, but for its not rounding them."""
+    frames = np.random.default_rng(0).integers(0, 256, (9, 13, 21, 4), dtype=np.uint8)
+    frames[..., 3] = frames[..., 3] // 64 * 85  # 0, a third, two thirds, 255
+    expected = np.round(on_white(frames[[0, 3, 6]], "channels_last")).transpose(0, 2, 3, 1)
+    assert np.abs(expected - frames[[0, 3, 6], ..., :3]).max() > 200
+    images = [Image.fromarray(frame) for frame in frames]
+    file, path = io.BytesIO(), tmp_path / "moving.png"
+    for target in (file, path):
+        images[0].save(target, "WEBP", save_all=True, append_images=images[1:], lossless=True, exact=True)
+    for source in (frames, list(frames), images, file.getvalue(), path):
+        np.testing.assert_array_equal(shown(source, 3), expected)
+
+
+def test_a_gifs_transparent_pixels_are_white() -> None:
+    """Frames of one colour on nothing; Pillow's own RGBA says what a viewer sees through."""
+    images = []
+    for number in range(4):
+        image = Image.new("RGBA", (20, 20), (200, 30, 60, 0))
+        image.paste((20, 40 * number, 90, 255), (0, 0, 10, 20))
+        images.append(image)
+    file = io.BytesIO()
+    images[0].save(file, "GIF", save_all=True, append_images=images[1:], disposal=2)
+    for frame, image in zip(shown(file.getvalue(), 4), images, strict=True):
+        np.testing.assert_array_equal(frame[:, 10:], 255)
+        np.testing.assert_array_equal(frame[:, :10], np.asarray(image)[:, :10, :3])
+
+
+def test_fifos_are_refused_without_waiting(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "clip.mp4")
+    with pytest.raises(UsageError, match=r"clip.mp4' is not a regular file"):
+        load_video(tmp_path / "clip.mp4", 4)
+    os.mkfifo(tmp_path / "frame.png")
+    with pytest.raises(UsageError, match=r"frame.png' is not a regular file"):
+        load_video(tmp_path, 1)
 
 
 def test_folders_and_files_that_are_no_videos_are_refused(tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ def _download(model: str) -> Path:
 
 
 def _unreached(model: str, error: Exception | None) -> str:
-    what = f"no such model folder: {model}; it is not in the hub's cache, and "
+    what = f"no such model folder: {model}; it is not whole in the hub's cache, and "
     if error is None:
         what += "HF_HUB_OFFLINE is set: unset it"
     else:

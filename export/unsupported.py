@@ -64,7 +64,8 @@ def _refuse_quantized(folder: Path, place: str, part: Mapping[str, Any]) -> None
             method = "mlx" if key == "quantization" else "unknown method"
             raise VtpError(
                 f"the weights in {folder} are quantised ({_told(found, method)}: {place}{key} of "
-                "config.json); only float weights can be exported: give the original model, and see vtp-calib quantize"
+                "config.json); only float weights can be exported: give the original model, and see "
+                "vtp-calib quantize"
             )
 
 

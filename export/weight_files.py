@@ -53,10 +53,10 @@ def _shards(folder: Path, index: str) -> list[Path]:
     if not isinstance(places, dict) or not places:
         raise VtpError(f"{path} has no weight_map of tensors and files; download the model anew")
     names = list(places.values())
-    bad = next((name for name in names if not plain_name(name) or not name.endswith(".safetensors")), None)
-    if bad is not None:
+    bad = [name for name in names if not plain_name(name) or not name.endswith(".safetensors")]
+    if bad:
         raise VtpError(
-            f"{path} names {str(bad)[:120]!r} as a file of weights; only *.safetensors files in the same "
+            f"{path} names {str(bad[0])[:120]!r} as a file of weights; only *.safetensors files in the same "
             "folder are read"
         )
     return [_checked(folder, name) for name in sorted(set(names))]

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vtp.engines import VtpError
+from vtp.export.overflow import rounded
 from vtp.export.weight_files import weight_files
 
 _PIECE_BYTES = 1 << 25  # of a tensor in memory at a time, where it is read in order
@@ -52,17 +53,17 @@ class Source:
 
     def read(self) -> Tensor:
         """The whole tensor in `dtype`."""
-        return self.view().to(self.dtype)
+        return rounded(self.view(), self.dtype, self.name)
 
     def pieces(self, transposed: bool = False) -> Iterator[Tensor]:
         """The numbers in order, contiguous, some MB at a time; of a transposed matrix all at once."""
         whole = self.view()
         if transposed or not self.shape:
-            yield (whole.T if transposed else whole).to(self.dtype).contiguous()
+            yield rounded(whole.T if transposed else whole, self.dtype, self.name).contiguous()
             return
         rows = max(1, _PIECE_BYTES // max(1, self.stand_in[:1].nbytes))
         for part in whole.split(rows):
-            yield part.to(self.dtype).contiguous()
+            yield rounded(part, self.dtype, self.name).contiguous()
 
 
 def stand_in(shape: Iterable[int], dtype: torch.dtype) -> Tensor:

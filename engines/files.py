@@ -56,6 +56,19 @@ def open_regular(path: str | Path, within: str | Path | None = None) -> BinaryIO
     return file
 
 
+def check_regular(path: str | Path) -> int:
+    """Size in bytes of what must be a regular file, a link followed: for files that a library opens by name.
+
+    Raises VtpError as `open_regular`.
+    """
+    try:
+        found = Path(path).stat()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise VtpError(f"cannot read {path}: {_reason(error)}") from error
+    _check_kind(Path(path), found.st_mode)
+    return found.st_size
+
+
 def read_bounded(path: str | Path, limit: int, within: str | Path | None = None) -> bytes:
     """The whole of a regular file of at most `limit` bytes. Raises VtpError as open_regular, or if longer."""
     with open_regular(path, within) as file:

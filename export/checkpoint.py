@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,18 @@ from torch import Tensor
 
 from vtp.engines import UsageError, VtpError
 from vtp.export import settings
+from vtp.export.config_limits import check_numbers, check_size
 from vtp.export.families import families, find_family
 from vtp.export.families.base import Family
 from vtp.export.generation import Generation, read_generation
-from vtp.export.weights import Weights
+from vtp.export.hub import resolve
+from vtp.export.model_folder import check_folder, read_json
+from vtp.export.unsupported import refuse_unsupported
+from vtp.export.weights import Weights, shapes_of
 from vtp.runtime.preprocess import ImageSpec, spec_from_processor
 from vtp.runtime.text import TextSpec
+
+__all__ = ["DTYPES", "Checkpoint", "check", "load", "read_config", "resolve"]
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -38,45 +45,6 @@ class Checkpoint:
     generation: Generation
 
 
-def resolve(model: str | None) -> Path:
-    """Folder of the model: the built-in one for None, a local folder, or a download of a hub id.
-
-    Raises VtpError when there is no such folder and the hub cannot be reached.
-    """
-    if model is None:
-        from vtp.scenes import model_dir
-
-        return Path(model_dir())
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        return folder
-    if folder.exists():
-        raise VtpError(f"model {model} is a file; give the folder that holds its config.json")
-    if not _looks_like_hub_id(model):
-        raise VtpError(
-            f"no such model folder: {model}; give a folder in Hugging Face layout, or a hub id ORG/NAME"
-        )
-    return _download(model)
-
-
-def _looks_like_hub_id(model: str) -> bool:
-    parts = model.split("/")
-    return len(parts) == 2 and all(parts) and not model.startswith((".", "/", "~"))
-
-
-def _download(model: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    wanted = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
-    try:
-        return Path(snapshot_download(model, allow_patterns=wanted))
-    except Exception as error:  # the hub library's errors share no base class
-        reason = " ".join(str(error).split())[:160]
-        raise VtpError(
-            f"no such model folder: {model}, and the hub did not give it ({type(error).__name__}: {reason})"
-        ) from error
-
-
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a model folder. Raises VtpError where it is missing or not JSON."""
     return _read_json(folder / "config.json", f"{folder} is not a model folder: it has no config.json")
@@ -90,15 +58,19 @@ def check(folder: Path, frames: int | None = None) -> type[Family]:
     Raises VtpError for an unsupported architecture and for missing files, UsageError for a family without
     videos.
     """
+    with _about(folder):
+        return _check(folder, frames)
+
+
+def _check(folder: Path, frames: int | None) -> type[Family]:
+    check_folder(folder)
     config = read_config(folder)
+    refuse_unsupported(folder, config)
     family = find_family(config)
+    check_numbers(folder / "config.json", config, shapes_of(folder))
     family.check(config)
     if frames is not None:
         family = _of_clips(family)
-    if not any(folder.glob("*.safetensors")):
-        raise VtpError(
-            f"{folder} has no *.safetensors; vtp loads no pickled weights: convert the model first"
-        )
     for names, what in ((_TOKENIZERS, "tokenizer"), (_PROCESSORS, "image processor")):
         if not any((folder / name).is_file() for name in names):
             raise VtpError(f"{folder} has no {what}: one of {', '.join(names)} is needed beside the weights")
@@ -133,7 +105,14 @@ def load(
     Raises VtpError for what `check` refuses, and for weights that do not fit the config; UsageError for an
     image size that the processor does not give.
     """
-    family_class = check(folder, frames)
+    with _about(folder):
+        return _load(folder, dtype, image_size, fit, frames)
+
+
+def _load(
+    folder: Path, dtype: str, image_size: tuple[int, int] | None, fit: str, frames: int | None
+) -> Checkpoint:
+    family_class = _check(folder, frames)
     settings.check_files(folder, _read_json)
     tokenizer = _load_tokenizer(folder)
     asked = settings.processor_settings(folder, family_class.media, tokenizer)
@@ -165,6 +144,17 @@ def load(
     )
 
 
+@contextmanager
+def _about(folder: Path) -> Iterator[None]:
+    """Turn whatever fails while a model folder is read into one line about that folder."""
+    try:
+        yield
+    except (VtpError, MemoryError, ModuleNotFoundError):
+        raise
+    except Exception as error:  # transformers raises many kinds here, all about this folder
+        raise VtpError(f"cannot load the model in {folder}: {_one_line(error)}") from error
+
+
 def _load_model(folder: Path, architecture: str, dtype: torch.dtype) -> Any:
     """The model in eval mode, with stand-ins for its weights."""
     import transformers
@@ -174,17 +164,13 @@ def _load_model(folder: Path, architecture: str, dtype: torch.dtype) -> Any:
         raise VtpError(
             f"transformers {transformers.__version__} has no class {architecture}; update transformers"
         )
-    try:
-        weights = Weights(folder, dtype)
-        config = model_class.config_class.from_pretrained(folder, local_files_only=True)
-        model = _build(folder, model_class, config, dtype, weights.state())
-        converted = weights.converted(model)
-        if converted:  # weights that transformers joins or splits are joined and split for real
-            model = _build(folder, model_class, config, dtype, weights.state(converted))
-    except VtpError:
-        raise
-    except Exception as error:  # transformers raises many kinds here, all about this folder
-        raise VtpError(f"cannot load the model in {folder}: {_one_line(error)}") from error
+    weights = Weights(folder, dtype)
+    config = model_class.config_class.from_pretrained(folder, local_files_only=True)
+    check_size(folder, model_class, config, weights.shapes)
+    model = _build(folder, model_class, config, dtype, weights.state())
+    converted = weights.converted(model)
+    if converted:  # weights that transformers joins or splits are joined and split for real
+        model = _build(folder, model_class, config, dtype, weights.state(converted))
     model.vtp_weights = weights  # so that what the stand-ins stand for lives as long as the model
     return model.eval()
 
@@ -218,7 +204,7 @@ def _load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         tokenizer.backend_tokenizer.to_str()
         return tokenizer
     except Exception as error:  # as above
@@ -226,15 +212,9 @@ def _load_tokenizer(folder: Path) -> Any:
 
 
 def _read_json(path: Path, missing: str) -> dict[str, Any]:
-    if not path.is_file():
+    if not path.exists():
         raise VtpError(missing)
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise VtpError(f"cannot read {path}: {_one_line(error)}") from error
-    if not isinstance(data, dict):
-        raise VtpError(f"{path} does not hold a JSON object")
-    return data
+    return read_json(path)
 
 
 def _one_line(error: BaseException) -> str:

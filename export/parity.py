@@ -23,6 +23,7 @@ from vtp.export.graphs.attention import emitting
 from vtp.export.graphs.emit import GraphSpec
 from vtp.export.layers import STEPS as LAYER_STEPS
 from vtp.export.layers import Layers
+from vtp.export.overflow import check_finite, refuse_overflow
 from vtp.export.plan import Plan
 from vtp.export.pruners.base import Pruner
 from vtp.export.reference import ReferenceAnswer, reference_generate
@@ -91,6 +92,7 @@ def _check_keeps(
     generation: dict[str, Any] = {}
     for keep in keeps:
         values = runner.prefill(keep, case.pixels, case.ids, case.image_start, Timings())
+        refuse_overflow(bundle, keep, values)
         graphs.update(_check_graphs(bundle, plan, model, keep, values, set(graphs), layers))
         if keep in (keeps[0], keeps[-1]):
             with layers.listening(*plan.caches) if layers else nullcontext():
@@ -284,6 +286,8 @@ def _check_generation(
             )
         if number + 1 < len(answer.token_ids):
             logits = runner.step(keep, token, position + number)
+            if dtype == "float16":
+                check_finite(logits, "decoder.onnx", "logits")
             if layers:
                 layers.check_step(number + 1)
     if not worst <= TOLERANCE[dtype]:

@@ -8,7 +8,6 @@ is computed from a stand-in by mistake is NaN, and `emit` refuses it.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -21,12 +20,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vtp.engines import VtpError
+from vtp.export.overflow import rounded
+from vtp.export.weight_files import weight_files
 
 _PIECE_BYTES = 1 << 25  # of a tensor in memory at a time, where it is read in order
 _SMALL_BYTES = 1 << 20  # what a streamed model loads for good: norms, biases, small matrices
 _TABLE_BYTES = 1 << 26  # the same for embeddings: tables of positions are read in other ways than by index
 _FLOATING = ("F64", "F32", "F16", "BF16")
-_ONE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_WHOLE = ("I64", "I32", "I16", "I8", "U8", "BOOL")
 
 # Storage of a stand-in -> where its numbers are. Entries live as long as the Weights that made them,
 # and these as long as the model.
@@ -52,17 +53,17 @@ class Source:
 
     def read(self) -> Tensor:
         """The whole tensor in `dtype`."""
-        return self.view().to(self.dtype)
+        return rounded(self.view(), self.dtype, self.name)
 
     def pieces(self, transposed: bool = False) -> Iterator[Tensor]:
         """The numbers in order, contiguous, some MB at a time; of a transposed matrix all at once."""
         whole = self.view()
         if transposed or not self.shape:
-            yield (whole.T if transposed else whole).to(self.dtype).contiguous()
+            yield rounded(whole.T if transposed else whole, self.dtype, self.name).contiguous()
             return
         rows = max(1, _PIECE_BYTES // max(1, self.stand_in[:1].nbytes))
         for part in whole.split(rows):
-            yield part.to(self.dtype).contiguous()
+            yield rounded(part, self.dtype, self.name).contiguous()
 
 
 def stand_in(shape: Iterable[int], dtype: torch.dtype) -> Tensor:
@@ -94,14 +95,21 @@ class Weights:
     """All tensors of a model folder, by their names in its safetensors files."""
 
     def __init__(self, folder: Path, dtype: torch.dtype) -> None:
-        """Read the files' headers. What fails, fails as in safetensors and in opening files."""
+        """Read the files' headers. Raises VtpError as `shapes_of` does."""
         self.sources: dict[str, Source] = {}
         self._whole: dict[str, Source] = {}  # of whole numbers: few and small, always real
-        for path in _files(folder):
-            for source, floating in _header(path, dtype):
-                (self.sources if floating else self._whole)[source.name] = source
+        for path in weight_files(folder):
+            for name, shape, floating in _header(path):
+                if name in self.sources or name in self._whole:
+                    raise VtpError(f"the checkpoint in {folder} has the tensor {name} in two files")
+                (self.sources if floating else self._whole)[name] = Source(path, name, shape, dtype)
         for source in self.sources.values():
             _sources[source.stand_in.untyped_storage().data_ptr()] = source
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Of all tensors."""
+        return [source.shape for source in (*self.sources.values(), *self._whole.values())]
 
     def state(self, loaded: Iterable[str] = ()) -> dict[str, Tensor]:
         """A state dict for transformers: a stand-in for every tensor but those named in `loaded`."""
@@ -176,21 +184,32 @@ def _saved(model: nn.Module) -> list[Tensor]:
     return list({id(tensor): tensor for tensor in found if isinstance(tensor, Tensor)}.values())
 
 
-def _files(folder: Path) -> list[Path]:
-    """The safetensors files that transformers would read: one file, or the shards that the index names."""
-    one, index = folder / _ONE, folder / _INDEX
-    if one.is_file() or not index.is_file():
-        return [one]
-    places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    return [folder / name for name in sorted(set(places.values()))]
+def shapes_of(folder: Path) -> list[tuple[int, ...]]:
+    """Shapes of all tensors in a model folder, from the headers of its safetensors files.
+
+    Raises VtpError for files that `weight_files` refuses, and for a header that does not fit its file.
+    """
+    return [shape for path in weight_files(folder) for _, shape, _ in _header(path)]
 
 
-def _header(path: Path, dtype: torch.dtype) -> Iterator[tuple[Source, bool]]:
-    """Every tensor of a file, and whether it holds floating-point numbers."""
-    from safetensors import safe_open
+def _header(path: Path) -> list[tuple[str, tuple[int, ...], bool]]:
+    """Name and shape of every tensor of a file, and whether it holds floating-point numbers."""
+    from safetensors import SafetensorError, safe_open
 
-    with safe_open(path, "pt") as file:
-        for name in file.keys():  # noqa: SIM118 (a safe_open is no mapping)
-            part = file.get_slice(name)
-            floating = part.get_dtype() in _FLOATING
-            yield Source(path, name, tuple(part.get_shape()), dtype), floating
+    try:
+        with safe_open(path, "pt") as file:
+            parts = [(name, file.get_slice(name)) for name in file.keys()]  # noqa: SIM118 (no mapping)
+            told = [(name, tuple(part.get_shape()), str(part.get_dtype())) for name, part in parts]
+    except (SafetensorError, OSError, ValueError, OverflowError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise VtpError(
+            f"cannot load the model in {path.parent}: {path.name} is no whole safetensors file "
+            f"({type(error).__name__}: {reason}); download it anew"
+        ) from error
+    for name, _, dtype in told:
+        if dtype not in (*_FLOATING, *_WHOLE):
+            raise VtpError(
+                f"the tensor {name} in {path} is of type {dtype}; only float weights can be exported: "
+                "give the original model, not a quantised one"
+            )
+    return [(name, shape, dtype in _FLOATING) for name, shape, dtype in told]

@@ -17,12 +17,25 @@ def families() -> list[type[Family]]:
 
 
 def find_family(config: dict[str, Any]) -> type[Family]:
-    """The family of a config.json. Raises VtpError naming the architecture and what is supported."""
+    """The family of a config.json: by its `model_type`, as transformers chooses; else by `architectures`.
+
+    `architectures` may be missing, null or a trainer's own where transformers knows the model_type.
+    Raises VtpError naming the architecture and what is supported.
+    """
     named = config.get("architectures") or []
     architectures = [str(name) for name in named] if isinstance(named, list) else [str(named)]
     known = {name: family for family in families() for name in family.architectures}
-    for name in architectures:
+    model_class = _class_of(config.get("model_type"))
+    for name in [model_class] if model_class else architectures:
         if name in known:
             return known[name]
-    given = ", ".join(architectures) or f"none (model_type {config.get('model_type')!r})"
-    raise VtpError(f"unsupported architecture {given}; supported: {', '.join(sorted(known))}")
+    given = ", ".join(architectures)[:200] or "none"
+    kind = f" (model_type {config.get('model_type')!r:.80})" if model_class or not architectures else ""
+    raise VtpError(f"unsupported architecture {given}{kind}; supported: {', '.join(sorted(known))}")
+
+
+def _class_of(model_type: Any) -> str | None:
+    """The class that transformers' AutoModelForImageTextToText would load for a model_type."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as NAMES
+
+    return NAMES.get(model_type) if isinstance(model_type, str) else None

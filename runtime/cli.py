@@ -67,6 +67,12 @@ def build_parser() -> argparse.ArgumentParser:
         help="above 1: repeat less of the prompt and the answer (default: the model's own; 1 is off)",
     )
     add("--stop", action="append", default=[], metavar="TEXT", help="end the answer before this text")
+    add(
+        "--special-tokens",
+        action="store_true",
+        help="keep special tokens in the answer: boxes, document tags",
+    )
+    add("--allow-special-tokens", action="store_true", help="let the prompt hold the model's special tokens")
     add("--threads", metavar="N", help="CPU threads (default: all cores)")
     add("--engines", metavar="DIR", help="where vtp-build -o put TensorRT engines (default: in the bundle)")
     add("--allow-cpu-nodes", action="store_true", help="on CUDA, go on where nodes are left to the CPU")
@@ -195,6 +201,8 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
         if args.repetition_penalty is None
         else _number("repetition-penalty", args.repetition_penalty),
         "stop": args.stop,
+        "skip_special_tokens": not args.special_tokens,
+        "allow_special_tokens": args.allow_special_tokens,
     }
 
 

@@ -61,7 +61,10 @@ class Pipeline:
         self.manifest = bundle.manifest
         self.engine = choice.engine
         self.decisions = choice.decisions
-        self._prompter = Prompter(self.manifest.text, bundle.path("tokenizer.json"))
+        self._prompter = Prompter(
+            self.manifest.text, bundle.path("tokenizer.json"), self.manifest.model.max_length
+        )
+        self._prompter.check()
         prefix = Prefix() if reuse_prompt else None
         self._runner: StageRunner | None = StageRunner(bundle, choice.engine, threads, opening, prefix)
         self._busy = threading.Lock()
@@ -120,6 +123,8 @@ class Pipeline:
         seed: int | None = None,
         repetition_penalty: float | None = None,
         stop: str | Sequence[str] | None = None,
+        skip_special_tokens: bool = True,
+        allow_special_tokens: bool = False,
     ) -> Result:
         """Answer a prompt about a picture, or about several; with a bundle made for videos, about one.
 
@@ -138,6 +143,10 @@ class Pipeline:
         repetition_penalty  above 1 makes tokens of the prompt and the answer so far less likely, as in
                         transformers; None: the model's own (see `Manifest.generation`), 1: off
         stop            strings that end the answer and are not part of it
+        skip_special_tokens   False: special tokens that the model writes, such as boxes or document tags,
+                        stay in the answer's text; the token that ends it never does
+        allow_special_tokens  True: the texts may hold the model's special tokens, which then mean what they
+                        mean in transformers' prompts; refused otherwise. The picture's own token always is
 
         Raises UsageError for a bad argument and VtpError for a picture or prompt that cannot be served.
         """
@@ -153,6 +162,8 @@ class Pipeline:
             seed=seed,
             repetition_penalty=repetition_penalty,
             stop=stop,
+            skip_special_tokens=skip_special_tokens,
+            allow_special_tokens=allow_special_tokens,
         )
         for _ in stream:
             pass
@@ -172,6 +183,8 @@ class Pipeline:
         seed: int | None = None,
         repetition_penalty: float | None = None,
         stop: str | Sequence[str] | None = None,
+        skip_special_tokens: bool = True,
+        allow_special_tokens: bool = False,
     ) -> Stream:
         """Like `generate`, piece by piece: iterate for text, then read `.result`; `.cancel()` ends it."""
         request = self._request(
@@ -184,6 +197,8 @@ class Pipeline:
             sampler=Sampler(temperature=temperature, top_p=top_p, seed=seed),
             repetition_penalty=repetition_penalty,
             stop=stop,
+            skip_special_tokens=skip_special_tokens,
+            allow_special_tokens=allow_special_tokens,
         )
         return Stream(self, request)
 
@@ -201,6 +216,8 @@ class Pipeline:
         seed: int | None = None,
         repetition_penalty: float | None = None,
         stop: str | Sequence[str] | None = None,
+        skip_special_tokens: bool = True,
+        allow_special_tokens: bool = False,
         batch_size: int | None = None,
     ) -> list[Result]:
         """Answer several prompts, each about its own picture (or list of pictures), in batches.
@@ -232,6 +249,8 @@ class Pipeline:
                 sampler=Sampler(temperature=temperature, top_p=top_p, seed=_later(seed, place)),
                 repetition_penalty=repetition_penalty,
                 stop=stop,
+                skip_special_tokens=skip_special_tokens,
+                allow_special_tokens=allow_special_tokens,
             ),
         )
         answers = [self._answer(request) for request in requests]
@@ -289,12 +308,14 @@ class Pipeline:
         sampler: Sampler,
         repetition_penalty: float | None,
         stop: str | Sequence[str] | None,
+        skip_special_tokens: bool,
+        allow_special_tokens: bool,
     ) -> Request:
         timings = Timings()
         pictures = self._pictures(image, timings)
         request = Request(
             pictures=pictures,
-            prompt=self._encode(prompt, messages, len(pictures), timings),
+            prompt=self._encode(prompt, messages, len(pictures), allow_special_tokens, timings),
             keep=keep,
             max_new_tokens=_whole("max_new_tokens", max_new_tokens),
             sampler=sampler,
@@ -302,6 +323,7 @@ class Pipeline:
             stops=StopStrings(() if stop is None else stop),
             timings=timings,
             started=started,
+            skip_special_tokens=skip_special_tokens,
         )
         self._check_room(request)
         return request
@@ -344,16 +366,17 @@ class Pipeline:
             )
 
     def _encode(
-        self, prompt: str | None, messages: Messages | None, pictures: int, timings: Timings
+        self, prompt: str | None, messages: Messages | None, pictures: int, special: bool, timings: Timings
     ) -> Prompt:
         if (prompt is None) == (messages is None):
             raise UsageError("give either a prompt or messages, not both and not neither")
         with timings.measure("tokenize"):
             if prompt is not None:
-                return self._prompter.encode(self._prompter.messages_for(prompt, pictures), pictures)
-            assert messages is not None  # by the check above
-            media = self.manifest.text.media
-            return self._prompter.encode(_with_images(messages, pictures, media), pictures)
+                turns: Messages = self._prompter.messages_for(prompt, pictures)
+            else:
+                assert messages is not None  # by the check above
+                turns = _with_images(messages, pictures, self.manifest.text.media)
+            return self._prompter.encode(turns, pictures, special)
 
     def _keep(self, wanted: int | None) -> int:
         visual = self.manifest.visual
@@ -515,7 +538,8 @@ def _with_images(messages: Messages, pictures: int, media: str) -> Messages:
     """
     if not isinstance(messages, Sequence) or not all(isinstance(turn, dict) for turn in messages):
         return messages  # malformed: the prompter says how
-    parts = [part for turn in messages if isinstance(turn.get("content"), list) for part in turn["content"]]
+    contents = [turn.get("content") for turn in messages]
+    parts = [part for content in contents if isinstance(content, list | tuple) for part in content]
     if any(isinstance(part, dict) and part.get("type") == media for part in parts):
         return messages
     turns = [dict(turn) for turn in messages]
@@ -523,7 +547,7 @@ def _with_images(messages: Messages, pictures: int, media: str) -> Messages:
         if turn.get("role") == "user":
             content = turn.get("content")
             words = [{"type": "text", "text": content}] if isinstance(content, str) else content
-            if isinstance(words, list):  # anything else is malformed, as above
+            if isinstance(words, list | tuple):  # anything else is malformed, as above
                 turn["content"] = [*({"type": media} for _ in range(pictures)), *words]
             break
     return turns

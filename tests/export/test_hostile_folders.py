@@ -395,9 +395,7 @@ def test_what_is_no_regular_file(
         monkeypatch.chdir(path.parent)  # names of sockets have at most 107 bytes
         with socket.socket(socket.AF_UNIX) as door:
             door.bind(path.name)
-    word = {"pipe": "a named pipe", "folder": "a folder", "socket": "a socket"}.get(
-        kind, "a device"
-    )
+    word = {"pipe": "a named pipe", "folder": "a folder", "socket": "a socket"}.get(kind, "a device")
     refuse(folder, f"{re.escape(name)} is {word} where a regular file is needed")
 
 

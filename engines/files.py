@@ -1,15 +1,95 @@
-"""What tells one file from another."""
+"""What tells one file from another, and the one way to open a file that a stranger may have made.
+
+A bundle or a checkpoint folder can hold a pipe, a device or a socket where a file is expected: opening one
+waits for ever, or does something. It can hold a link that leads out of the folder, or a file that never ends.
+"""
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
+import stat
 from pathlib import Path
+from typing import BinaryIO
+
+from vtp.engines.errors import VtpError
+
+_KINDS = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a named pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+# Never wait for the other end of a pipe, never take a terminal, never leak into a child; absent on Windows.
+_FLAGS = ("O_NONBLOCK", "O_NOCTTY", "O_CLOEXEC", "O_BINARY")
+
+
+def open_regular(path: str | Path, within: str | Path | None = None) -> BinaryIO:
+    """Open a regular file for reading bytes; nothing else is opened, and the call never waits.
+
+    Links are followed, but with `within` only to files in that folder (for a model of the Hub's cache: the
+    model's folder of the cache, whose snapshots are links to its blobs). Raises VtpError, in one line, where
+    the file is missing, cannot be read, is no regular file, or lies elsewhere.
+    """
+    path = Path(path)
+    try:
+        _check_kind(path, path.stat().st_mode)  # before it is opened: opening a device can do something
+        if within is not None:
+            _check_place(path, Path(within))
+        flags = os.O_RDONLY
+        for flag in _FLAGS:
+            flags |= getattr(os, flag, 0)
+        file = os.fdopen(os.open(path, flags), "rb")
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+    ) as error:  # ValueError: a name with a null; RuntimeError: a loop
+        raise VtpError(f"cannot read {path}: {_reason(error)}") from error
+    try:
+        _check_kind(path, os.fstat(file.fileno()).st_mode)  # it may have been replaced since
+    except VtpError:
+        file.close()
+        raise
+    return file
+
+
+def read_bounded(path: str | Path, limit: int, within: str | Path | None = None) -> bytes:
+    """The whole of a regular file of at most `limit` bytes. Raises VtpError as open_regular, or if longer."""
+    with open_regular(path, within) as file:
+        try:
+            data = file.read(limit + 1)
+        except OSError as error:
+            raise VtpError(f"cannot read {path}: {_reason(error)}") from error
+    if len(data) > limit:
+        raise VtpError(f"{path} is larger than {limit} bytes, the most that is read of such a file")
+    return data
 
 
 def sha256(path: Path) -> str:
-    """Hex sha256 of a file, read in pieces."""
+    """Hex sha256 of a regular file, read in pieces."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         while piece := file.read(1 << 22):
             digest.update(piece)
     return digest.hexdigest()
+
+
+def _check_kind(path: Path, mode: int) -> None:
+    if stat.S_ISREG(mode):
+        return
+    kind = next((name for test, name in _KINDS if test(mode)), "not a regular file")
+    raise VtpError(f"{path} is {kind} where a regular file is needed; remove it or replace it by the file")
+
+
+def _check_place(path: Path, folder: Path) -> None:
+    if not path.resolve(strict=True).is_relative_to(folder.resolve()):
+        raise VtpError(f"{path} is a link that leaves {folder}; put the file itself in its place")
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, RuntimeError):  # pathlib's, before Python 3.13, for links that lead to each other
+        return os.strerror(errno.ELOOP)
+    return str(getattr(error, "strerror", None) or error)

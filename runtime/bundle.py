@@ -16,6 +16,7 @@ from typing import Any
 from vtp.engines import UsageError, VtpError
 from vtp.engines.files import sha256
 from vtp.runtime.manifest import FileInfo, Manifest, parse_manifest
+from vtp.runtime.shell import command_line
 
 MANIFEST = "manifest.json"
 _OWNER = ".pid"  # names the process that writes a folder which is not a bundle yet
@@ -41,7 +42,8 @@ def open_bundle(folder: str | Path, check_hashes: bool = False) -> Bundle:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise VtpError(f"no bundle at {folder}: no such folder; make one with: vtp-export -o {folder}")
+        make = command_line("vtp-export", "-o", folder)
+        raise VtpError(f"no bundle at {folder}: no such folder; make one with: {make}")
     manifest_path = folder / MANIFEST
     if not manifest_path.is_file():
         raise VtpError(f"{folder} is not a bundle: it has no {MANIFEST}; make one with: vtp-export -o DIR")

@@ -14,7 +14,8 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from vtp.engines import UsageError, VtpError
-from vtp.engines.files import sha256
+from vtp.engines.files import read_bounded, sha256
+from vtp.engines.strict_json import FILE_BYTES
 from vtp.runtime.manifest import FileInfo, Manifest, parse_manifest
 from vtp.runtime.shell import command_line
 
@@ -47,11 +48,7 @@ def open_bundle(folder: str | Path, check_hashes: bool = False) -> Bundle:
     manifest_path = folder / MANIFEST
     if not manifest_path.is_file():
         raise VtpError(f"{folder} is not a bundle: it has no {MANIFEST}; make one with: vtp-export -o DIR")
-    try:
-        text = manifest_path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise VtpError(f"cannot read {manifest_path}: {error}") from error
-    manifest = parse_manifest(text)
+    manifest = parse_manifest(read_bounded(manifest_path, FILE_BYTES))
     for name, info in manifest.files.items():
         _check_file(folder, name, info, check_hashes)
     return Bundle(folder, manifest)

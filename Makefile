@@ -8,7 +8,7 @@ OLDEST_PYTHON ?= $(PYTHON)
 TRITON_PYTHON ?= /usr/bin/python3
 OLDEST_PINS := numpy==1.24.4 pillow==9.5.0 tokenizers==0.20.0 jinja2==3.1.6
 
-.PHONY: setup demo test trtrtx test-trtrtx test-oldest test-triton test-ray check accuracy methods bench scaling scenes clean
+.PHONY: setup demo test fuzz trtrtx test-trtrtx test-oldest test-triton test-ray check accuracy methods bench scaling scenes clean
 
 setup: .venv/.installed  ## make .venv and install vtp into it
 
@@ -26,6 +26,11 @@ demo: setup  ## the main job on the built-in model: export with AdaptPrune, ask,
 
 test: setup  ## the tests (CPU, no network), a file per process and core
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+
+# FUZZ=SECONDS or CASES=NUMBER; SEED=N draws other cases; AREAS=bundles,graphs some of them only.
+fuzz: setup  ## hostile bundles, graphs, templates, tokenizers, pictures, prompts, options, folders, questions
+	$(BIN)/python tests/fuzz/run.py $(if $(FUZZ),--seconds $(FUZZ)) $(if $(CASES),--cases $(CASES)) \
+	  $(if $(SEED),--seed $(SEED)) $(if $(AREAS),--areas $(AREAS))
 
 trtrtx: setup  ## install TensorRT-RTX (250 MB, no GPU needed): `make test` then runs its tests, too
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[trtrtx]'

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
 import platform
 import sys
@@ -19,7 +18,7 @@ from vtp.bench.measure import Task, in_child
 from vtp.bench.shape import Wanted, make
 from vtp.engines import UsageError, engine_names
 from vtp.runtime.bundle import open_bundle
-from vtp.runtime.console import Parser, Progress, run_command
+from vtp.runtime.console import Parser, Progress, run_command, say, say_json, whole_number
 from vtp.runtime.machine import look
 from vtp.scenes import examples_dir
 
@@ -92,7 +91,10 @@ def _run(args: argparse.Namespace) -> None:
         Path(args.csv).write_text(report.csv_text(results), encoding="utf-8")
     if args.plot:
         report.plot(results, Path(args.plot))
-    print(json.dumps(results, indent=1, ensure_ascii=False) if args.json else report.render(results))
+    if args.json:
+        say_json(results)
+    else:
+        say(report.render(results))
 
 
 def _task(args: argparse.Namespace) -> Task:
@@ -116,9 +118,7 @@ def _task(args: argparse.Namespace) -> Task:
 
 def whole(name: str, text: str) -> int:
     """A flag's number, at least 1. Raises UsageError."""
-    if not (text.isascii() and text.isdecimal() and int(text) > 0):
-        raise UsageError(f"{name} '{text}' is not a whole number of at least 1")
-    return int(text)
+    return whole_number(name, text, least=1)
 
 
 def _cache(told: str | None) -> Path:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vtp.engines import UsageError
+from vtp.engines.errors import shown
 from vtp.runtime.console import table
 
 _PICTURES = (".png", ".svg", ".pdf")
@@ -26,7 +27,7 @@ def _head(results: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     gpu = f", {machine['gpu']}" if machine["gpu"] else ""
     return (
-        f"{bundle['name']}: {bundle['method']}, {bundle['dtype']}, visual tokens "
+        f"{shown(bundle['name'])}: {shown(bundle['method'])}, {shown(bundle['dtype'])}, visual tokens "
         f"{visual['before']} → {visual['after']}, {results['prompt_tokens']} text tokens\n"
         f"{results['engine']}, {results['settings']['threads']} threads, "
         f"{results['settings']['repeats']} runs; {machine['processor']}, {machine['cores']} cores{gpu}\n"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -18,8 +17,9 @@ from vtp.calib.examiner import Examiner, Marks, score
 from vtp.calib.journal import Answer, Journal
 from vtp.calib.workers import Workers
 from vtp.engines import UsageError
+from vtp.engines.errors import shown
 from vtp.runtime.bundle import set_calibration
-from vtp.runtime.console import Parser, Progress, run_command, table
+from vtp.runtime.console import Parser, Progress, run_command, say, say_json, table
 from vtp.runtime.memory import bundle_memory
 
 PROG = "vtp-calib"
@@ -93,16 +93,17 @@ def _keep(args: argparse.Namespace) -> None:
     if not args.dry_run:
         set_calibration(folder, found.chosen.keep, record, manifest)
     if args.json:
-        print(json.dumps({**record, "keep": found.chosen.keep}, indent=1))
+        say_json({**record, "keep": found.chosen.keep})
         return
-    print(report.text(found, floor))
+    say(report.text(found, floor))
     chosen, done = found.chosen, "left as it is" if args.dry_run else "now the bundle's default"
-    print(f"\nkeep {chosen.keep} of {manifest.visual.count} visual tokens: {done}")
-    print(f"{len(samples)} questions, metric {metric}; unpruned {stats.mean(reference)}")
-    print(f"report: {out / 'keep.csv'}" + (f", {out / 'keep.png'}" if drawn else " (for a picture: [calib])"))
+    say(f"\nkeep {chosen.keep} of {manifest.visual.count} visual tokens: {done}")
+    say(f"{len(samples)} questions, metric {metric}; unpruned {stats.mean(reference)}")
+    picture = f", {shown(out / 'keep.png')}" if drawn else " (for a picture: [calib])"
+    say(f"report: {shown(out / 'keep.csv')}{picture}")
     line = report.finer(manifest, manifest.visual.keep, chosen.keep)
     if line:
-        print(f"a finer grid: {line}")
+        say(f"a finer grid: {line}")
 
 
 def _goal(args: argparse.Namespace) -> dict[str, Any]:
@@ -191,11 +192,11 @@ def _score(args: argparse.Namespace) -> None:
     progress.end()
     found = [_compared(name, marks, rows[0][1]) for name, marks in rows]
     if args.json:
-        print(json.dumps({"metric": metric, "questions": len(samples), "bundles": found}, indent=1))
+        say_json({"metric": metric, "questions": len(samples), "bundles": found})
         return
-    header = ["bundle", "score (95 %)", f"against {rows[0][0]} (95 %)", "TTFT ms"]
-    print(table(header, [_line(row, number) for number, row in enumerate(found)]))
-    print(f"\n{len(samples)} questions, metric {metric}, paired bootstrap")
+    header = ["bundle", "score (95 %)", f"against {shown(rows[0][0])} (95 %)", "TTFT ms"]
+    say(table(header, [_line(row, number) for number, row in enumerate(found)]))
+    say(f"\n{len(samples)} questions, metric {metric}, paired bootstrap")
 
 
 def _at(text: str) -> tuple[str, int | None]:

@@ -16,6 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from vtp.engines import UsageError
+from vtp.engines.errors import quoted, shown
+from vtp.engines.files import is_file
+from vtp.engines.strict_json import read_json, read_json_lines
+from vtp.runtime.batch_file import QUESTION_BYTES
 
 FORMATS = ("auto", "jsonl", "vqav2", "gqa", "textvqa")
 
@@ -72,8 +76,8 @@ def load_samples(
     """
     if form not in FORMATS:
         raise UsageError(f"unknown data format '{form}'; choose one of {', '.join(FORMATS)}")
-    if not data.is_file():
-        raise UsageError(f"data {data} does not exist; give a JSONL file, one question a line")
+    if not is_file(data):
+        raise UsageError(f"data {shown(data)} does not exist; give a JSONL file, one question a line")
     folder = images or data.parent
     if form == "jsonl" or (form == "auto" and data.suffix == ".jsonl"):
         samples = _jsonl(data, folder)
@@ -82,28 +86,23 @@ def load_samples(
         kind = form if form != "auto" else _guess(data, content)
         samples = _READERS[kind](content, folder, annotations)
     if not samples:
-        raise UsageError(f"data {data} holds no question")
+        raise UsageError(f"data {shown(data)} holds no question")
     if len({bool(sample.answers) for sample in samples}) > 1:
         raise UsageError(f"data {data}: some questions have answers and some have none; give all or none")
-    missing = next((sample.image for sample in samples if not sample.image.is_file()), None)
+    missing = next((sample.image for sample in samples if not is_file(sample.image)), None)
     if missing is not None:
-        raise UsageError(f"data {data} names the picture {missing}, which does not exist; see --images")
+        raise UsageError(
+            f"data {data} names the picture {shown(missing)}, which does not exist; see --images"
+        )
     return samples
 
 
 def _jsonl(file: Path, folder: Path) -> list[Sample]:
-    samples = []
-    for number, line in enumerate(_read(file).splitlines(), start=1):
-        if line.strip():
-            samples.append(_line(line, f"{file} line {number}", folder))
-    return samples
+    read = read_json_lines(file, QUESTION_BYTES, UsageError)
+    return [_line(item, where, folder) for where, item in read]
 
 
-def _line(line: str, where: str, folder: Path) -> Sample:
-    try:
-        item = json.loads(line)
-    except ValueError as error:
-        raise UsageError(f"{where} is not JSON: {error}") from error
+def _line(item: Any, where: str, folder: Path) -> Sample:
     if not isinstance(item, dict) or not isinstance(item.get("image"), str):
         raise UsageError(f'{where} has no "image"; a line is {{"image": ..., "prompt": ..., "answer": ...}}')
     if not isinstance(item.get("prompt"), str):
@@ -115,18 +114,8 @@ def _line(line: str, where: str, folder: Path) -> Sample:
     return Sample(folder / item["image"], item["prompt"], tuple(answers))
 
 
-def _read(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"data {file} cannot be read: {error}") from error
-
-
 def _json(file: Path) -> Any:
-    try:
-        return json.loads(_read(file))
-    except ValueError as error:
-        raise UsageError(f"data {file} is not JSON: {error}; a JSONL file ends in .jsonl") from error
+    return read_json(file, QUESTION_BYTES, UsageError, cure="a JSONL file ends in .jsonl")
 
 
 def _guess(file: Path, content: Any) -> str:
@@ -145,7 +134,7 @@ def _vqav2(content: Any, folder: Path, annotations: Path | None) -> list[Sample]
     if annotations is None:
         raise UsageError("VQAv2 keeps its answers in a second file; give it with --annotations")
     found = _fields(_json(annotations), "annotations")
-    answers = {item["question_id"]: [one["answer"] for one in item["answers"]] for item in found}
+    answers = {item["question_id"]: [one["answer"] for one in _list(item["answers"])] for item in found}
     split = content.get("data_subtype", "val2014")
     samples = []
     for item in _fields(content, "questions"):
@@ -165,9 +154,15 @@ def _gqa(content: Any, folder: Path, _: Path | None) -> list[Sample]:
 
 def _textvqa(content: Any, folder: Path, _: Path | None) -> list[Sample]:
     return [
-        Sample(folder / f"{item['image_id']}.jpg", item["question"], tuple(item.get("answers", ())))
+        Sample(folder / f"{item['image_id']}.jpg", item["question"], tuple(_list(item.get("answers", []))))
         for item in _fields(content, "data")
     ]
+
+
+def _list(value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise TypeError(f"answers: {quoted(value)} is no list")
+    return value
 
 
 def _fields(content: Any, key: str) -> list[Mapping[str, Any]]:
@@ -177,13 +172,21 @@ def _fields(content: Any, key: str) -> list[Mapping[str, Any]]:
     return items
 
 
+def _is_text(sample: Sample) -> bool:
+    return all(isinstance(text, str) for text in (sample.prompt, *sample.answers))
+
+
 def _checked(reader: Callable[..., list[Sample]]) -> Callable[..., list[Sample]]:
     def read(content: Any, folder: Path, annotations: Path | None) -> list[Sample]:
         try:
-            return reader(content, folder, annotations)
+            samples = reader(content, folder, annotations)
+            wrong = next((sample for sample in samples if not _is_text(sample)), None)
+            if wrong is not None:
+                raise TypeError(f"the question {quoted(wrong.prompt)}: it or an answer is no text")
+            return samples
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             name = reader.__name__.strip("_")
-            raise UsageError(f"this is no {name} file: an entry lacks or mistakes {error}") from error
+            raise UsageError(f"this is no {name} file: an entry lacks or mistakes {shown(error)}") from error
 
     return read
 

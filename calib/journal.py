@@ -10,7 +10,19 @@ from pathlib import Path
 from typing import IO, Any
 
 from vtp.engines import VtpError
+from vtp.engines.errors import quoted
 from vtp.engines.locks import try_lock
+from vtp.engines.strict_json import parse_json
+
+_NUMBER = (int, float, type(None))
+_KINDS: dict[str, Any] = {
+    "bundle": str,
+    "keep": int,
+    "question": str,
+    "text": str,
+    "tokens": list,
+    "ttft": _NUMBER,
+}
 
 
 @dataclass(frozen=True)
@@ -52,7 +64,7 @@ class Journal:
             for entry in _entries(file):
                 key = entry.pop("bundle"), entry.pop("keep"), entry.pop("question")
                 self._answers[key] = Answer(**entry)
-        except (OSError, KeyError, TypeError) as error:
+        except (OSError, VtpError) as error:
             raise VtpError(
                 f"{file} is not a journal of vtp-calib: {error}; remove it or choose --out"
             ) from error
@@ -93,10 +105,14 @@ def _entries(file: Path) -> Iterator[dict[str, Any]]:
         with file.open("r+b") as torn:
             torn.truncate(whole)
     for line in data[:whole].splitlines():
-        try:
-            entry = json.loads(line)
-        except ValueError as error:
-            raise KeyError(f"a line is not JSON ({error})") from error
-        if not isinstance(entry, dict):
-            raise KeyError("a line is no object")
-        yield entry
+        yield _entry(parse_json(line, "a line"))
+
+
+def _entry(data: Any) -> dict[str, Any]:
+    """A line of the journal. Raises VtpError for one that this vtp did not write."""
+    fits = isinstance(data, dict) and set(data) == set(_KINDS)
+    if not fits or not all(isinstance(data[name], kind) for name, kind in _KINDS.items()):
+        raise VtpError(f"a line is {quoted(data, 100)}; it has {', '.join(_KINDS)}")
+    if not all(isinstance(token, int) for token in data["tokens"]):
+        raise VtpError(f"tokens are {quoted(data['tokens'], 100)}, not whole numbers")
+    return data

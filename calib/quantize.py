@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
-import json
 import statistics
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -26,10 +25,11 @@ from vtp.calib.examiner import score
 from vtp.calib.journal import Answer, Journal
 from vtp.calib.workers import Workers
 from vtp.engines import UsageError, VtpError, choose_engine
+from vtp.engines.errors import shown
 from vtp.engines.whole import whole_file
 from vtp.runtime import Pipeline
 from vtp.runtime.bundle import MANIFEST, Bundle, check_output, open_bundle, whole_bundle
-from vtp.runtime.console import Progress, table
+from vtp.runtime.console import Progress, say, say_json, table
 from vtp.runtime.manifest import Manifest
 
 if TYPE_CHECKING:
@@ -91,10 +91,10 @@ def run(args: argparse.Namespace) -> None:
     progress.end()
     write_csv(out / "quantize.csv", quantizer, left)
     if args.json:
-        print(json.dumps({"bundle": str(output), **figures, "quantization": manifest.quantization}, indent=1))
+        say_json({"bundle": str(output), **figures, "quantization": manifest.quantization})
         return
-    print(_text(quantizer, left, figures, metric))
-    print(f"\nwritten: {output}; every layer: {out / 'quantize.csv'}")
+    say(_text(quantizer, left, figures, metric))
+    say(f"\nwritten: {shown(output)}; every layer: {shown(out / 'quantize.csv')}")
 
 
 def split(samples: Sequence[Sample], pictures: int) -> tuple[list[Sample], list[Sample]]:
@@ -335,10 +335,10 @@ def _text(quantizer: Quantizer, also_left: set[str], figures: dict[str, Any], me
         if made:
             worst = min(made, key=lambda one: one.decibels)
             lines.append(
-                f"{bits}: {len(made)} of {count} layers; the noisiest, {worst.layer.label}, has "
+                f"{bits}: {len(made)} of {count} layers; the noisiest, {shown(worst.layer.label)}, has "
                 f"{worst.decibels:.1f} dB"
             )
-    lines += [f"left in float: {label}: {reason}" for label, reason in sorted(left.items())]
+    lines += [f"left in float: {shown(label)}: {shown(reason)}" for label, reason in sorted(left.items())]
     accuracy, size, ttft = figures["accuracy"], figures["bytes"], figures["ttft_ms"]
     change = stats.Estimate(*accuracy["change_in_points"])
     faster = stats.Estimate(*ttft["times_faster"])

@@ -10,6 +10,7 @@ from vtp.calib.keep import Search, Tried
 from vtp.engines.whole import whole_file
 from vtp.runtime.console import table
 from vtp.runtime.manifest import Manifest
+from vtp.runtime.shell import command_line
 
 
 def text(search: Search, floor: float | None) -> str:
@@ -88,9 +89,10 @@ def finer(manifest: Manifest, keeps: Sequence[int], chosen: int) -> str:
     chosen_options = dict(manifest.method.options)
     if not manifest.method.site.startswith("decoder"):
         chosen_options["positions"] = manifest.method.positions
-    options = "".join(f" --method-option {key}={value}" for key, value in chosen_options.items())
+    options = [
+        word for key, value in chosen_options.items() for word in ("--method-option", f"{key}={value}")
+    ]
     first = max(1, below + step)
-    return (
-        f"vtp-export --model DIR --method {manifest.method.name}{options} "
-        f"--keep-tokens {first}:{chosen}:{step} --dtype {manifest.dtype} -o BUNDLE"
-    )
+    grid = f"{first}:{chosen}:{step}"
+    words = ["--method", manifest.method.name, *options, "--keep-tokens", grid, "--dtype", manifest.dtype]
+    return command_line("vtp-export", "--model", "DIR", *words, "-o", "BUNDLE")

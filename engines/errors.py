@@ -1,16 +1,30 @@
-"""The one exception that a user is meant to read."""
+"""The one exception that a user is meant to read, and how text from elsewhere is put into a message."""
 
 from __future__ import annotations
+
+import re
+
+VALUE_LENGTH = 200  # characters of one value in a message
+MESSAGE_LENGTH = 1000  # characters of a message
+# What moves a terminal's cursor, ends a line, turns the direction of text, or cannot be encoded: C0 and C1
+# controls, line and paragraph separators, bidirectional controls, byte order marks, lone surrogates.
+UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
+_UNSAFE_BUT_LINES = re.compile(UNSAFE.pattern.replace("\x00-\x1f", "\x00-\x08\x0b-\x1f"))
 
 
 class VtpError(Exception):
     """Something a user can mend; its text is one line: what was given, what is allowed, what to do.
 
-    Commands print it without a traceback and leave with `exit_code`: 1 for work that failed,
-    2 for bad usage (see `UsageError`).
+    Whatever a message quotes, its text has no control characters (they are escaped: a line end is \\n) and at
+    most `MESSAGE_LENGTH` characters (the middle is left out). Commands print it without a traceback and leave
+    with `exit_code`: 1 for work that failed, 2 for bad usage (see `UsageError`).
     """
 
     exit_code = 1
+
+    def __init__(self, message: object = "", *more: object) -> None:
+        """Keep the message as one bounded line."""
+        super().__init__(one_line(message), *more)
 
 
 class UsageError(VtpError):
@@ -19,9 +33,43 @@ class UsageError(VtpError):
     exit_code = 2
 
 
+def escape(text: str, lines: bool = False) -> str:
+    """`text` with control characters written out, such as \\x1b; with `lines`, line ends and tabs stay."""
+    unsafe = _UNSAFE_BUT_LINES if lines else UNSAFE
+    return unsafe.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+
+
+def shown(value: object, limit: int = VALUE_LENGTH) -> str:
+    """A name or value from elsewhere, as one line of at most `limit` characters that a terminal can take."""
+    return _cut(escape(str(value)[: limit + 1]), limit)
+
+
+def quoted(value: object, limit: int = VALUE_LENGTH) -> str:
+    """The same of a JSON value, as Python writes it: text in quotes; huge numbers and deep lists are cut."""
+    try:
+        text = repr(value[: limit + 1] if isinstance(value, (str, bytes)) else value)
+    except (ValueError, RecursionError):  # an integer of more digits than Python prints; nested too deeply
+        text = f"a very large {type(value).__name__}"
+    return _cut(escape(text), limit)
+
+
+def one_line(message: object) -> str:
+    """A whole message as one line: escaped, the middle left out where it is too long."""
+    text = escape(str(message))
+    if len(text) <= MESSAGE_LENGTH:
+        return text
+    tail = MESSAGE_LENGTH // 3
+    head = MESSAGE_LENGTH - tail - 1
+    return f"{text[:head]}…{text[-tail:]}"
+
+
+def _cut(text: str, limit: int) -> str:
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"
+
+
 def nearest(name: str, known: list[str]) -> str:
     """Return "; did you mean 'x'?" for the known name closest to `name`, or nothing."""
     from difflib import get_close_matches
 
-    match = get_close_matches(name, known, n=1, cutoff=0.5)
+    match = get_close_matches(name[:VALUE_LENGTH], known, n=1, cutoff=0.5)
     return f"; did you mean '{match[0]}'?" if match else ""

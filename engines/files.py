@@ -106,3 +106,11 @@ def _reason(error: Exception) -> str:
     if isinstance(error, RuntimeError):  # pathlib's, before Python 3.13, for links that lead to each other
         return os.strerror(errno.ELOOP)
     return str(getattr(error, "strerror", None) or error)
+
+
+def is_file(path: str | Path) -> bool:
+    """Whether a regular file lies there; False as well for names that the system does not take."""
+    try:
+        return Path(path).is_file()
+    except (OSError, ValueError):
+        return False

@@ -24,15 +24,18 @@ from typing import Any
 
 from vtp.engines.child import python_command
 from vtp.engines.cuda import CudaProbe, probe_cuda
-from vtp.engines.errors import VtpError
+from vtp.engines.errors import VtpError, quoted
 from vtp.engines.files import sha256
 from vtp.engines.graph_file import read_graph
 from vtp.engines.graph_memory import graph_memory
 from vtp.engines.plugins.greedy import SOURCE
+from vtp.engines.strict_json import read_json
 from vtp.engines.trt import BuildOptions, Profiles, Step, build_engine, load_library, profile_list
 from vtp.engines.whole import whole_file
 
 PLAN, STAMP = ".plan", ".json"
+STAMP_BYTES = 1 << 20
+_KINDS = {"bytes": int, "gate": dict}  # of a stamp's fields; all others are text
 ANY_SM = "any"  # a TensorRT-RTX engine is finished on the device that runs it
 # Of the host while building, measured with TensorRT-RTX 1.7: parsed weights, the builder's and the engine's.
 _COPIES, _BESIDE = 3, 250_000_000
@@ -227,13 +230,24 @@ def read_stamp(path: str | Path) -> Stamp:
     """The stamp beside an engine file, held against the file's size. VtpError where either is not whole."""
     path = Path(path)
     try:
-        stamp = Stamp(**json.loads(path.with_suffix(STAMP).read_text(encoding="utf-8")))
+        stamp = _stamp(read_json(path.with_suffix(STAMP), STAMP_BYTES))
         size = path.stat().st_size
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, VtpError) as error:
         raise VtpError(f"engine {path.name} is missing or was not finished") from error
     if size != stamp.bytes:
         raise VtpError(f"engine {path.name} has {size} bytes of {stamp.bytes}: it was cut off")
     return stamp
+
+
+def _stamp(data: Any) -> Stamp:
+    """A stamp as it was written. Raises VtpError for anything else."""
+    kinds = {one.name: _KINDS.get(one.name, str) for one in dataclasses.fields(Stamp)}
+    if not (isinstance(data, dict) and set(data) == set(kinds)):
+        raise VtpError(f"a stamp has {', '.join(kinds)}")
+    wrong = next((name for name, kind in kinds.items() if not isinstance(data[name], kind)), None)
+    if wrong is not None:
+        raise VtpError(f"{wrong} of a stamp is {quoted(data[wrong])}")
+    return Stamp(**data)
 
 
 def device_sm(engine: str, cuda: Callable[[], CudaProbe] = probe_cuda) -> str:

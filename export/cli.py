@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -11,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from vtp.engines import UsageError, VtpError
+from vtp.engines.errors import shown
 from vtp.runtime.bundle import Bundle
-from vtp.runtime.console import Parser, Progress, run_command, table
+from vtp.runtime.console import Parser, Progress, note, run_command, say, say_json, table, whole_number
+from vtp.runtime.shell import command_line
 
 PROG = "vtp-export"
 _LIBRARIES = ("torch", "transformers", "onnx", "onnxscript", "onnx_ir", "safetensors", "onnxruntime")
@@ -100,7 +101,7 @@ def _list_or_export(args: argparse.Namespace) -> None:
         from vtp.export import listing
 
         rows = listing.methods() if args.list_methods else listing.families()
-        print(listing.render(rows, "json" if args.json else "markdown" if args.markdown else "text"))
+        say(listing.render(rows, "json" if args.json else "markdown" if args.markdown else "text"))
     else:
         _export(args)
 
@@ -121,10 +122,10 @@ def _export(args: argparse.Namespace) -> None:
         method_options=args.method_option,
         target=args.target,
         dtype=args.dtype,
-        max_length=None if args.max_length is None else _whole("max-length", args.max_length),
+        max_length=None if args.max_length is None else whole_number("max-length", args.max_length, least=0),
         image_size=None if args.image_size is None else _size(args.image_size),
         image_fit=args.image_fit,
-        frames=None if args.frames is None else _whole("frames", args.frames),
+        frames=None if args.frames is None else whole_number("frames", args.frames, least=0),
         verify=args.verify,
         overwrite=args.overwrite,
     )
@@ -134,9 +135,12 @@ def _export(args: argparse.Namespace) -> None:
         bundle = export(request, progress.step, note=notes.append)
     finally:
         progress.end()
-    for note in notes:
-        print(f"{PROG}: note: {note}", file=sys.stderr)
-    print(json.dumps(_summary(bundle), indent=1) if args.json else _report(bundle, output))
+    for line in notes:
+        note(PROG, line)
+    if args.json:
+        say_json(_summary(bundle))
+    else:
+        say(_report(bundle, output))
 
 
 def quiet_libraries() -> None:
@@ -151,21 +155,16 @@ def _fraction(text: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise UsageError(f"prune-ratio '{text}' is not a number from 0 to 1") from None
-
-
-def _whole(name: str, text: str) -> int:
-    if not (text.isascii() and text.isdecimal()):
-        raise UsageError(f"{name} '{text}' is not a whole number")
-    return int(text)
+        raise UsageError(f"prune-ratio '{shown(text)}' is not a number from 0 to 1") from None
 
 
 def _size(text: str) -> tuple[int, int]:
     """(height, width) from "640x480", which is 640 wide, or "448"."""
     edges = text.lower().split("x")
-    if not (len(edges) <= 2 and all(edge.isascii() and edge.isdecimal() and int(edge) for edge in edges)):
-        raise UsageError(f"image-size '{text}' is no size; give WIDTHxHEIGHT in pixels, or one number")
-    return int(edges[-1]), int(edges[0])
+    if not (len(edges) <= 2 and all(edge.isascii() and edge.isdecimal() for edge in edges)):
+        raise UsageError(f"image-size '{shown(text)}' is no size; give WIDTHxHEIGHT in pixels, or one number")
+    numbers = [whole_number("image-size", edge, least=1) for edge in edges]
+    return numbers[-1], numbers[0]
 
 
 def _summary(bundle: Bundle) -> dict[str, Any]:
@@ -199,10 +198,10 @@ def _report(bundle: Bundle, output: Path) -> str:
         [
             table(["stage", "file", "MB", "parity"], rows),
             "",
-            f"{manifest.method.name}: visual tokens {keeps}; {total:.1f} MB in {output}",
+            f"{manifest.method.name}: visual tokens {keeps}; {total:.1f} MB in {shown(output)}",
             *_generation_lines(manifest.parity),
             "",
-            f'next: vtp-run {output} {look} --prompt "what color is the star ?"',
+            f'next: {command_line("vtp-run", output)} {look} --prompt "what color is the star ?"',
         ]
     )
 

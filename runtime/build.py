@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -12,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from vtp.engines import choose_engine, open_graph
-from vtp.engines.errors import UsageError, VtpError
+from vtp.engines.errors import UsageError, VtpError, shown
 from vtp.engines.plugins import PLUGINS
 from vtp.engines.plugins.greedy import check_plugin
 from vtp.engines.plugins.rewrite import find_greedy
 from vtp.engines.trt import LIBRARIES, BuildOptions, Profile, load_library
 from vtp.engines.trt_build import Room, StoredEngine, set_gate, store_engine
 from vtp.runtime.bundle import Bundle, open_bundle
-from vtp.runtime.console import Parser, Progress, run_command, table
+from vtp.runtime.console import Parser, Progress, run_command, say, say_json, table, whole_number
 from vtp.runtime.gate import run_gate
 from vtp.runtime.images import load_image
 from vtp.runtime.machine import Machine, look
@@ -27,6 +26,7 @@ from vtp.runtime.manifest import SINGLE, GraphInfo
 from vtp.runtime.memory import bundle_memory
 from vtp.runtime.opening import ENGINES
 from vtp.runtime.sample import PROMPT
+from vtp.runtime.shell import command_line
 from vtp.runtime.triton import write_repository
 
 PROG = "vtp-build"
@@ -79,9 +79,8 @@ def _run(args: argparse.Namespace) -> None:
         raise UsageError(f"give --engine {' or '.join(LIBRARIES)}, or --triton DIR")
     if args.engine not in LIBRARIES:
         raise UsageError(f"unknown engine '{args.engine}'; choose one of {', '.join(LIBRARIES)}")
-    if not (args.workspace_mb.isascii() and args.workspace_mb.isdecimal()):
-        raise UsageError(f"workspace-mb '{args.workspace_mb}' is not a whole number")
-    options = BuildOptions(workspace=int(args.workspace_mb) << 20, plugin=_plugin(args))
+    workspace = whole_number("workspace-mb", args.workspace_mb, least=0)
+    options = BuildOptions(workspace=workspace << 20, plugin=_plugin(args))
     bundle, machine = open_bundle(args.bundle), look()
     if args.image and bundle.manifest.image.frames is not None:
         raise UsageError("this bundle answers about videos; leave out --image: a clip of its own will do")
@@ -102,7 +101,10 @@ def _run(args: argparse.Namespace) -> None:
         progress.end()
     rows = [_row(one) for one in made]
     checked = all(row["gate"] for row in rows)
-    print(json.dumps({"engines": rows, "checked": checked}, indent=1) if args.json else _report(rows, folder))
+    if args.json:
+        say_json({"engines": rows, "checked": checked})
+    else:
+        say(_report(rows, folder))
     failed = [row for row in rows if row["gate"] and not row["gate"]["passed"]]
     if failed:
         reason = failed[0]["gate"]["note"]
@@ -124,10 +126,10 @@ def _write_triton(args: argparse.Namespace) -> None:
         raise UsageError("a Triton repository runs on ONNX Runtime; leave out --engine")
     models = write_repository(open_bundle(args.bundle), Path(args.triton))
     if args.json:
-        print(json.dumps({"repository": args.triton, "models": models}, indent=1))
+        say_json({"repository": args.triton, "models": models})
     else:
-        serve = f"tritonserver --model-repository {args.triton}"
-        print(f"{args.triton}: {', '.join(models)}\nserve it with: {serve}")
+        serve = command_line("tritonserver", "--model-repository", Path(args.triton))
+        say(f"{shown(args.triton)}: {', '.join(models)}\nserve it with: {serve}")
 
 
 def _row(one: BuiltGraph) -> dict[str, Any]:
@@ -337,12 +339,12 @@ def _report(rows: list[dict], folder: Path) -> str:
         for row in rows
     ]
     header = ["graph", "MB", "seconds", "cosine", "difference", "usable"]
-    text = f"{table(header, lines)}\n\nengines are in {folder}"
+    text = f"{table(header, lines)}\n\nengines are in {shown(folder)}"
     for row in rows:
         if row["plugin"]:
-            text += f"\n{row['graph']} has plugin {row['plugin']}"
+            text += f"\n{shown(row['graph'])} has plugin {row['plugin']}"
         elif row["note"]:
-            text += f"\n{row['graph']} was built without the plugin: {row['note']}"
+            text += f"\n{shown(row['graph'])} was built without the plugin: {shown(row['note'])}"
     if not all(row["gate"] for row in rows):
         text += (
             "\nnot compared: no GPU here to run them; an engine runs only after this command has held it "

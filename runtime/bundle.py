@@ -11,9 +11,11 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from vtp.engines import UsageError, VtpError
-from vtp.engines.files import sha256
+from vtp.engines.files import read_bounded, sha256
+from vtp.engines.strict_json import FILE_BYTES
 from vtp.engines.whole import recover, undisturbed, whole_file, whole_folder
 from vtp.runtime.manifest import FileInfo, Manifest, parse_manifest
+from vtp.runtime.shell import command_line
 
 MANIFEST = "manifest.json"
 
@@ -37,15 +39,12 @@ def open_bundle(folder: Path, check_hashes: bool = False) -> Bundle:
     Raises VtpError, in one line, for what is not a bundle or no longer the one that was exported.
     """
     if not folder.is_dir():
-        raise VtpError(f"no bundle at {folder}: no such folder; make one with: vtp-export -o {folder}")
+        make = command_line("vtp-export", "-o", folder)
+        raise VtpError(f"no bundle at {folder}: no such folder; make one with: {make}")
     manifest_path = folder / MANIFEST
     if not manifest_path.is_file():
         raise VtpError(f"{folder} is not a bundle: it has no {MANIFEST}; make one with: vtp-export -o DIR")
-    try:
-        text = manifest_path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise VtpError(f"cannot read {manifest_path}: {error}") from error
-    manifest = parse_manifest(text)
+    manifest = parse_manifest(read_bounded(manifest_path, FILE_BYTES))
     for name, info in manifest.files.items():
         _check_file(folder, name, info, check_hashes)
     return Bundle(folder, manifest)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,9 +11,19 @@ from typing import Any
 from PIL import Image
 
 from vtp.engines import UsageError, engine_names
+from vtp.engines.errors import shown
 from vtp.engines.trt import LIBRARIES
 from vtp.runtime.batch_file import Line, read_lines
-from vtp.runtime.console import Parser, run_command, table
+from vtp.runtime.console import (
+    Parser,
+    note,
+    run_command,
+    say,
+    say_json,
+    say_piece,
+    table,
+    whole_number,
+)
 from vtp.runtime.images import load_image
 from vtp.runtime.kept import (
     check_one_view,
@@ -99,18 +108,18 @@ def _run(args: argparse.Namespace) -> None:
     lines = read_lines(Path(args.batch)) if args.batch else []
     if args.show_kept:
         check_picture_path(args.show_kept)
-    threads = None if args.threads is None else _whole("threads", args.threads)
+    threads = None if args.threads is None else whole_number("threads", args.threads)
     opening = Opening(Path(args.engines) if args.engines else None, args.allow_cpu_nodes, args.cuda_graph)
     with Pipeline.load(args.bundle, args.engine, threads, args.check_hashes, opening=opening) as pipe:
         if pipe.engine in LIBRARIES:
-            print(f"{PROG}: note: {NEVER_RUN}", file=sys.stderr)
+            note(PROG, NEVER_RUN)
         _check_media(pipe.manifest.image.frames, args)
         if args.batch:
             _answer_lines(pipe, lines, args)
         else:
             _answer_one(pipe, args)
-        for note in pipe.notes:
-            print(f"{PROG}: note: {note}", file=sys.stderr)
+        for line in pipe.notes:
+            note(PROG, line)
 
 
 def _check_flags(args: argparse.Namespace) -> None:
@@ -154,14 +163,14 @@ def _answer_one(pipe: Pipeline, args: argparse.Namespace) -> None:
     stream = pipe.stream(images, args.prompt, **_options(args))
     for piece in stream:
         if not args.json:
-            print(piece, end="", flush=True)
+            say_piece(piece)
     if args.show_kept:
         save_picture(_shown(images, pipe.manifest, stream.result.kept), args.show_kept)
     if args.json:
-        print(_as_json(stream.result, pipe))
+        say_json(_as_data(stream.result, pipe), indent=None)
     else:
         print()
-        print(_report(stream.result, args.show_kept), file=sys.stderr)
+        say(_report(stream.result, args.show_kept), sys.stderr)
 
 
 def _shown(images: Sequence[Image.Image], manifest: Manifest, kept: Sequence[int]) -> Image.Image:
@@ -182,21 +191,21 @@ def _answer_lines(pipe: Pipeline, lines: Sequence[Line], args: argparse.Namespac
         seed = None if options["seed"] is None else options["seed"] + first
         images, prompts = [line.images for line in some], [line.prompt for line in some]
         for result in pipe.generate_batch(images, prompts, **{**options, "seed": seed}):
-            print(_as_json(result, pipe), flush=True)
+            say_json(_as_data(result, pipe), indent=None)
 
 
-def _as_json(result: Result, pipe: Pipeline) -> str:
-    return json.dumps({**result.to_json(), "engine": pipe.engine}, ensure_ascii=False)
+def _as_data(result: Result, pipe: Pipeline) -> dict[str, Any]:
+    return {**result.to_json(), "engine": pipe.engine}
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
     """The keyword arguments of a generation."""
     return {
-        "max_new_tokens": _whole("max-new-tokens", args.max_new_tokens),
-        "keep_tokens": None if args.keep_tokens is None else _whole("keep-tokens", args.keep_tokens),
+        "max_new_tokens": whole_number("max-new-tokens", args.max_new_tokens),
+        "keep_tokens": None if args.keep_tokens is None else whole_number("keep-tokens", args.keep_tokens),
         "temperature": _number("temperature", args.temperature),
         "top_p": _number("top-p", args.top_p),
-        "seed": None if args.seed is None else _whole("seed", args.seed),
+        "seed": None if args.seed is None else whole_number("seed", args.seed),
         "repetition_penalty": None
         if args.repetition_penalty is None
         else _number("repetition-penalty", args.repetition_penalty),
@@ -211,22 +220,15 @@ def _report(result: Result, kept: str | None) -> str:
     rows = [[name, f"{value:.2f}"] for name, value in result.timings.to_dict().items()]
     lines = ["", table(["stage", "ms"], rows), "", f"visual tokens: {before} → {after}"]
     if kept:
-        lines.append(f"kept tokens shown in {Path(kept)}")
+        lines.append(f"kept tokens shown in {shown(Path(kept))}")
     return "\n".join(lines)
-
-
-def _whole(name: str, text: str) -> int:
-    digits = text[1:] if text.startswith("-") else text
-    if not (digits.isascii() and digits.isdecimal()):
-        raise UsageError(f"{name} '{text}' is not a whole number")
-    return int(text)
 
 
 def _number(name: str, text: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise UsageError(f"{name} '{text}' is not a number") from None
+        raise UsageError(f"{name} '{shown(text)}' is not a number") from None
 
 
 if __name__ == "__main__":

@@ -1,22 +1,27 @@
-"""What commands share: one-line errors, exit codes, progress, tables."""
+"""What commands share: one-line errors, exit codes, output that a terminal can take, progress, tables."""
 
 from __future__ import annotations
 
 import argparse
+import errno
+import json
 import os
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from io import TextIOWrapper
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn, TextIO
 
-from vtp.engines import VtpError
+from vtp.engines import UsageError, VtpError
+from vtp.engines.errors import MESSAGE_LENGTH, UNSAFE, escape, one_line, shown
 
 DONE, FAILED, BAD_USAGE, INTERRUPTED = 0, 1, 2, 130
 LEFT = "nothing was left behind"
+_LARGEST = 2**63 - 1  # of any count, size or seed
 _ENDING = ("SIGTERM", "SIGHUP")  # what asks a process to end, beside Ctrl-C
 
 
@@ -34,7 +39,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print one line and leave with exit code 2."""
-        print(f"{self.prog}: error: {message}; see {self.prog} --help", file=sys.stderr)
+        _complain(self.prog, f"{one_line(message)}; see {self.prog} --help")
         raise SystemExit(BAD_USAGE)
 
 
@@ -45,33 +50,51 @@ def run_command(name: str, work: Callable[[], None], debug: bool = False, interr
     Ctrl-C's asked it to end). With `debug` the traceback comes through. `interrupted` ends the line that
     tells of an interruption: what is left and how to go on.
     """
+    _accept_all_text(sys.stdout)
     try:
         with _signals_raise():
             work()
-            sys.stdout.flush()
-    except VtpError as error:
-        return _fail(name, str(error), error.exit_code, debug)
-    except Terminated as error:
-        said = f"ended by {signal.Signals(error.number).name}; {interrupted}"
-        return _fail(name, said, 128 + error.number, debug)
-    except KeyboardInterrupt:
-        return _fail(name, f"interrupted; {interrupted}", INTERRUPTED, debug)
+            _write("")
+    except (SystemExit, GeneratorExit):
+        raise
     except BrokenPipeError:  # the reader left, as in `vtp-run ... | head -1`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the flush at exit fails too
+        _detach(sys.stdout)
         return FAILED
-    except MemoryError:
-        return _fail(name, "this machine has not enough memory for the model", FAILED, debug)
-    except Exception as error:  # anything else is ours to mend, and still no traceback for the user
-        reason = " ".join(str(error).split())[:300]
-        return _fail(name, f"{type(error).__name__}: {reason} (a bug; --debug shows where)", FAILED, debug)
+    except BaseException as error:  # PanicException of the tokenizer is no Exception
+        _give_up(sys.stdout)
+        if debug:
+            raise
+        message, code = _explain(error, interrupted)
+        _complain(name, message)
+        return code
     return DONE
 
 
-def _fail(name: str, message: str, code: int, debug: bool) -> int:
-    if debug:
-        raise
-    print(f"{name}: error: {message}", file=sys.stderr)
-    return code
+def _explain(error: BaseException, interrupted: str) -> tuple[str, int]:
+    """The line about an error, and the exit code."""
+    if isinstance(error, VtpError):
+        return str(error), error.exit_code
+    if isinstance(error, Terminated):
+        return f"ended by {signal.Signals(error.number).name}; {interrupted}", 128 + error.number
+    if isinstance(error, KeyboardInterrupt):
+        return f"interrupted; {interrupted}", INTERRUPTED
+    if isinstance(error, OSError):
+        return os_reason(error), FAILED
+    if isinstance(error, MemoryError):
+        return "this machine has not enough memory for the model", FAILED
+    if isinstance(error, RecursionError):
+        return "something in the files or options given is nested too deeply (--debug shows where)", FAILED
+    # Anything else is ours to mend, and still no traceback for the user.
+    reason = shown(" ".join(str(error).split()), 300)
+    return f"{type(error).__name__}: {reason} (a bug; --debug shows where)", FAILED
+
+
+def os_reason(error: OSError) -> str:
+    """What the system refused, of which file, and what to do about a full disk."""
+    reason = error.strerror or str(error)
+    named = "" if error.filename is None else f"{shown(error.filename)}: "
+    cure = "; free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+    return f"{named}{shown(reason)}{cure}"
 
 
 @contextmanager
@@ -102,32 +125,132 @@ def _signals_raise() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
 
 
+# -- output --------------------------------------------------------------------------------------------------
+
+
+def say(text: str, file: TextIO | None = None) -> None:
+    """Print lines for people; control characters that came with somebody's names are written out."""
+    _write(f"{escape(text, lines=True)}\n", file)
+
+
+def note(name: str, text: str) -> None:
+    """Print a line on standard error that is no error. A full disk there stops nothing."""
+    _complain(name, one_line(text), "note")
+
+
+def say_json(data: Any, indent: int | None = 1) -> None:
+    """Print JSON; what a terminal cannot take, or its encoding does not have, is a \\u escape."""
+    text = escape_json(json.dumps(data, indent=indent, ensure_ascii=False))
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeError:
+        text = json.dumps(data, indent=indent)
+    _write(f"{text}\n")
+
+
+def escape_json(text: str) -> str:
+    """JSON with control characters, bidirectional controls and surrogates as \\u escapes: the same data."""
+    return UNSAFE.sub(lambda found: found[0] if found[0] == "\n" else f"\\u{ord(found[0]):04x}", text)
+
+
+def say_piece(piece: str) -> None:
+    """Print a piece of an answer at once; on a terminal without control characters but line ends and tabs."""
+    out = sys.stdout
+    _write(escape(piece, lines=True) if out and out.isatty() else piece)
+
+
+def _write(text: str, file: TextIO | None = None) -> None:
+    """Write at once. Raises VtpError for a full disk, BrokenPipeError where the reader left."""
+    stream = file or sys.stdout
+    if stream is None:  # closed by the shell
+        return
+    try:
+        print(text, end="", file=stream, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        where = "standard output" if stream is sys.stdout else "standard error"
+        raise VtpError(f"cannot write to {where}: {os_reason(error)}") from error
+
+
+def _complain(name: str, text: str, kind: str = "error") -> None:
+    with suppress(OSError, ValueError):  # standard error is full, or closed: there is nobody to tell
+        print(f"{name}: {kind}: {text}", file=sys.stderr, flush=True)
+        return
+    _detach(sys.stderr)
+
+
+def _accept_all_text(stream: TextIO | None) -> None:
+    """Letters that the terminal's encoding lacks are escaped instead of ending the command."""
+    if isinstance(stream, TextIOWrapper) and stream.errors == "strict":
+        stream.reconfigure(errors="backslashreplace")
+
+
+def _give_up(stream: TextIO | None) -> None:
+    """Flush what was said. A stream that refuses is detached, or Python's own at exit prints a traceback."""
+    try:
+        if stream is not None:
+            stream.flush()
+    except (OSError, ValueError):
+        _detach(stream)
+
+
+def _detach(stream: TextIO | None) -> None:
+    """Let what is still in a stream go nowhere."""
+    with suppress(OSError, ValueError, AttributeError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())  # type: ignore[union-attr]
+        os.close(nowhere)
+
+
+# -- options -------------------------------------------------------------------------------------------------
+
+
+def whole_number(name: str, text: str, least: int | None = None) -> int:
+    """An option's whole number, at least `least`. Raises UsageError."""
+    digits = text[1:] if text.startswith("-") else text
+    wanted = "a whole number" if least is None else f"a whole number of at least {least}"
+    if not (digits.isascii() and digits.isdecimal()):
+        raise UsageError(f"{name} '{shown(text)}' is not {wanted}")
+    short = digits.lstrip("0") or "0"  # Python itself reads no more than 4,300 digits
+    if len(short) > len(str(_LARGEST)) or int(short) > _LARGEST:
+        raise UsageError(f"{name} '{shown(text, 40)}' is too large a number; the largest is {_LARGEST}")
+    value = -int(short) if text.startswith("-") else int(short)
+    if least is not None and value < least:
+        raise UsageError(f"{name} '{shown(text)}' is not {wanted}")
+    return value
+
+
+# -- progress and tables -------------------------------------------------------------------------------------
+
+
 class Progress:
     """Steps of a long command: one line rewritten on a terminal, plain lines elsewhere; on standard error."""
 
     def __init__(self) -> None:
         self._done = 0
         self._started = time.monotonic()
-        self._terminal = sys.stderr.isatty()
+        self._terminal = sys.stderr is not None and sys.stderr.isatty()
 
     def step(self, what: str) -> None:
         """Say what is being done now, and how many seconds have passed."""
         self._done += 1
-        line = f"[{time.monotonic() - self._started:5.1f} s] {self._done}. {what}"
-        if self._terminal:
-            print(f"\r\033[2K{line}", end="", file=sys.stderr, flush=True)
-        else:
-            print(line, file=sys.stderr, flush=True)
+        line = f"[{time.monotonic() - self._started:5.1f} s] {self._done}. {shown(what)}"
+        self._print(f"\r\033[2K{line}" if self._terminal else f"{line}\n")
 
     def end(self) -> None:
         """Clear the line."""
         if self._terminal:
-            print("\r\033[2K", end="", file=sys.stderr, flush=True)
+            self._print("\r\033[2K")
+
+    def _print(self, text: str) -> None:
+        with suppress(OSError, ValueError):  # standard error that is full or closed stops no work
+            print(text, end="", file=sys.stderr, flush=True)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Columns aligned: the first to the left, the others to the right when all their cells are numbers."""
-    cells = [list(header), *[list(map(str, row)) for row in rows]]
+    cells = [list(header), *[[shown(cell, MESSAGE_LENGTH) for cell in row] for row in rows]]
     widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
     numeric = [
         column > 0 and all(_is_number(row[column]) for row in cells[1:]) for column in range(len(header))

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 from vtp.engines import Decision, judge_engines
+from vtp.engines.errors import shown
 from vtp.runtime.bundle import Bundle, open_bundle
-from vtp.runtime.console import Parser, run_command, table
+from vtp.runtime.console import Parser, run_command, say, say_json, table
 from vtp.runtime.machine import Machine, look
 from vtp.runtime.memory import BundleMemory, bundle_memory
 
@@ -39,7 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> None:
     bundle = open_bundle(args.bundle) if args.bundle else None
     report = examine(look(), bundle)
-    print(json.dumps(report, indent=1, ensure_ascii=False) if args.json else render(report))
+    if args.json:
+        say_json(report)
+    else:
+        say(render(report))
 
 
 def examine(machine: Machine, bundle: Bundle | None = None, engines: list[Decision] | None = None) -> dict:
@@ -228,7 +231,8 @@ def _bundle_lines(bundle: dict[str, Any]) -> str:
     )
     verdict = {True: "fits", False: "does not fit", None: "unknown whether it fits"}[bundle["fits"]]
     return (
-        f"{bundle['folder']} ({bundle['method']}, {bundle['target']}, {bundle['dtype']})\n"
+        f"{shown(bundle['folder'])} ({shown(bundle['method'])}, {shown(bundle['target'])}, "
+        f"{shown(bundle['dtype'])})\n"
         f"{table(header, rows)}\n{total}; {_mb(bundle['room'])} MB free: {verdict}"
     )
 

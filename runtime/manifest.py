@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vtp.engines import VtpError
+from vtp.engines.errors import quoted
+from vtp.engines.strict_json import parse_json
 from vtp.runtime.preprocess import ImageSpec
 from vtp.runtime.text import TextSpec
 
@@ -194,17 +196,14 @@ class Manifest:
         return json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False) + "\n"
 
 
-def parse_manifest(text: str) -> Manifest:
+def parse_manifest(text: str | bytes) -> Manifest:
     """Read manifest.json. Raises VtpError, in one line, for what is not a manifest of this schema."""
-    try:
-        data = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise VtpError(f"manifest.json is not valid JSON ({error}); export the bundle again") from error
+    data = parse_json(text, "manifest.json", cure="export the bundle again")
     if not isinstance(data, dict) or "schema" not in data:
         raise VtpError("manifest.json has no schema version; this is not a vtp bundle")
     if data["schema"] != SCHEMA:
         raise VtpError(
-            f"this bundle has schema version {data['schema']!r}; this vtp reads version {SCHEMA}: "
+            f"this bundle has schema version {quoted(data['schema'])}; this vtp reads version {SCHEMA}: "
             "export the bundle again, or install the vtp that made it"
         )
     manifest = _build(Manifest, data, "manifest")
@@ -370,4 +369,4 @@ def _build_dataclass(kind: Any, data: Any, where: str) -> Any:
 
 def _expect(fits: bool, where: str, what: str, data: Any) -> None:
     if not fits:
-        raise VtpError(f"{where} should be {what}, not {data!r:.60}; export the bundle again")
+        raise VtpError(f"{where} should be {what}, not {quoted(data, 60)}; export the bundle again")

@@ -11,6 +11,7 @@ import numpy as np
 from vtp.engines import Engine, open_graph
 from vtp.engines.trt import LIBRARIES
 from vtp.runtime.bundle import Bundle
+from vtp.runtime.shell import command_line
 
 NEVER_RUN = (
     "the code that runs TensorRT engines was never run on a GPU by those who wrote it; "
@@ -64,4 +65,5 @@ def open_stage(
 
 def build_command(bundle: Bundle, engine: str, folder: Path | None = None) -> str:
     """What a user types to build and compare a bundle's engines."""
-    return f"vtp-build {bundle.folder} --engine {engine}" + (f" -o {folder}" if folder else "")
+    kept: list[str | Path] = ["-o", folder] if folder else []
+    return command_line("vtp-build", bundle.folder, "--engine", engine, *kept)

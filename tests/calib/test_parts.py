@@ -74,7 +74,7 @@ def test_public_sets_are_recognised(folder: Path) -> None:
     ("name", "content", "problem"),
     [
         ("d.jsonl", "", "holds no question"),
-        ("d.jsonl", "{", "line 1 is not JSON"),
+        ("d.jsonl", "{", "line 1 is not valid JSON"),
         ("d.jsonl", '{"prompt": "x"}', 'has no "image"'),
         ("d.jsonl", '{"image": "a.png", "prompt": 3}', 'has no "prompt"'),
         ("d.jsonl", '{"image": "a.png", "prompt": "x", "answer": 3}', "neither a string"),
@@ -85,7 +85,7 @@ def test_public_sets_are_recognised(folder: Path) -> None:
             "some questions have answers",
         ),
         ("d.json", "[1]", "no format known here"),
-        ("d.json", "{", "is not JSON"),
+        ("d.json", "{", "is not valid JSON"),
         ("d.json", '{"questions": []}', "--annotations"),
         ("d.json", '{"1": {"imageId": "7", "answer": "x"}}', "no gqa file"),
         ("d.json", '{"data": [{"question": "x"}]}', "no textvqa file"),

@@ -179,7 +179,7 @@ def test_a_batch_answers_line_by_line(
     [
         (None, "cannot be read: No such file"),
         ("\n", "holds no prompt"),
-        ("{", "line 1 is not JSON"),
+        ("{", "line 1 is not valid JSON"),
         ('{"image": "a.png"}', 'line 1 has no "prompt"; a line is {"image"'),
         ('\n{"prompt": "x"}', 'line 2 has no "image"'),
         ('{"prompt": "x", "image": []}', 'line 1 has no "image"'),

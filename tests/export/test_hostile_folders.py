@@ -273,12 +273,12 @@ def test_remote_code_is_not_run(folder: Path) -> None:
 
 
 def test_without_architectures_the_bundle_is_the_same(
-    folder: Path, bundle: Callable[[str], Made], tmp_path: Path
+    folder: Path, exported: Callable[[str], Made], tmp_path: Path
 ) -> None:
     edit(CONFIG, architectures=None)(folder)
     request = Request(tmp_path / "out", model=str(folder), max_length=128, verify="none", method="none")
     files = export(request).manifest.files
-    wanted = json.loads((bundle("mha").folder / "manifest.json").read_text())["files"]
+    wanted = json.loads((exported("mha").folder / "manifest.json").read_text())["files"]
     assert {name: info.sha256 for name, info in files.items()} == {
         name: info["sha256"] for name, info in wanted.items()
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -38,10 +39,13 @@ _SIZES = (
     "spatial_merge_size",
     "num_position_embeddings",
     "mm_tokens_per_image",
+    "scale_factor",
     "num_labels",
 )
 _FREE = ("max_position_embeddings", "image_seq_length")  # no weight tells them
-_ROOM = 1 << 16  # what a size may be without a tensor that shows it: defaults that the model has no use for
+_TOKENS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+_ROOM = 1 << 20  # what a size may be without a tensor that shows it: defaults that the model has no use for
+_PATCHES = 1 << 16  # the same for how many patches a picture has
 _FEW = 256
 _WHOLE = 2**31 - 1
 _PINPOINTS = 4096  # resolutions that a picture may be cut to
@@ -73,6 +77,8 @@ def check_numbers(path: Path, config: Mapping[str, Any], shapes: Sequence[tuple[
                     _check_whole(said, number, bound, f"the longest axis of a tensor is {longest}")
             elif key in _FREE:
                 _check_whole(said, value, _WHOLE, "that is more than 32 bits hold")
+            elif key in _TOKENS:
+                _check_whole(said, value, _WHOLE, "that is more than 32 bits hold", least=0)
         _check_patches(path, place, part, longest)
         _check_pinpoints(f"{place}image_grid_pinpoints of {path}", part.get("image_grid_pinpoints"))
 
@@ -82,6 +88,8 @@ def check_size(folder: Path, model_class: Any, config: Any, shapes: Sequence[tup
 
     Raises VtpError with both counts. Tied weights may be counted twice.
     """
+    config = copy.deepcopy(config)
+    config._attn_implementation = "eager"  # as it is loaded: what config.json names may not be installed
     with torch.device("meta"):
         model = model_class(config)
     wanted = sum(tensor.numel() for tensor in model.parameters())
@@ -112,15 +120,17 @@ def _leaves(value: Any) -> Iterator[Any]:
 def _check_part(said: str, key: str, value: Any) -> None:
     if (key.endswith("_config") or key == "rope_parameters") and not isinstance(value, Mapping | None):
         raise VtpError(f"{said} is {_short(value)}; a JSON object is needed")
+    if key == "downsample_ratio" and not (isinstance(value, int | float) and 0 < value <= 1):
+        raise VtpError(f"{said} is {_short(value)}; a number above 0, up to 1, is needed")
     if key == "model_type" and not isinstance(value, str | None):
         raise VtpError(f"{said} is {_short(value)}; a name is needed")
 
 
-def _check_whole(said: str, value: Any, most: int, reason: str) -> None:
+def _check_whole(said: str, value: Any, most: int, reason: str, least: int = 1) -> None:
     if value is None:  # the default of transformers' own class
         return
-    if type(value) is not int or value < 1:
-        raise VtpError(f"{said} is {_short(value)}; a whole number from 1 is needed")
+    if type(value) is not int or value < least:
+        raise VtpError(f"{said} is {_short(value)}; a whole number from {least} is needed")
     if value > most:
         raise VtpError(f"{said} is {_short(value)}, but {reason}")
 
@@ -131,7 +141,7 @@ def _check_patches(path: Path, place: str, part: Mapping[str, Any], longest: int
     if not image or not patch:
         return
     count = math.prod(size // patch[min(number, len(patch) - 1)] for number, size in enumerate(image))
-    if not 1 <= count <= max(longest, _ROOM):
+    if not 1 <= count <= max(longest, _PATCHES):
         raise VtpError(
             f"{place}image_size of {path} is {_short(part['image_size'])}: with patches of "
             f"{_short(part['patch_size'])} that makes {count}, but the longest axis of a tensor is {longest}"

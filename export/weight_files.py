@@ -64,6 +64,10 @@ def _shards(folder: Path, index: str) -> list[Path]:
 
 def _checked(folder: Path, name: str) -> Path:
     path = folder / name
+    if not path.exists():
+        raise VtpError(
+            f"cannot load the model in {folder}: No such file or directory: {path}; download it whole"
+        )
     check_regular(path)
     if not inside(path, folder):
         raise VtpError(f"{path} is a link that leaves the model folder; put a copy of the file there")

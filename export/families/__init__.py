@@ -30,7 +30,8 @@ def find_family(config: dict[str, Any]) -> type[Family]:
         if name in known:
             return known[name]
     given = ", ".join(architectures)[:200] or "none"
-    kind = f" (model_type {config.get('model_type')!r:.80})" if model_class or not architectures else ""
+    silent = architectures and not known.keys() & set(architectures)  # they say what the model is
+    kind = "" if silent else f" (model_type {config.get('model_type')!r:.80})"
     raise VtpError(f"unsupported architecture {given}{kind}; supported: {', '.join(sorted(known))}")
 
 

@@ -111,7 +111,8 @@ def emit(spec: GraphSpec, store: WeightStore, opset: int = OPSET) -> Path:
     """Trace, translate and write one graph into the store's folder; returns its path."""
     model = _trace(spec, opset)
     stream(model)
-    optimize(model, spec.rewrite)
+    with _own_errors():
+        optimize(model, spec.rewrite)
     lower(model, opset)
     keep_transposes(model)
     refuse_made_up(model, spec.name)
@@ -121,6 +122,18 @@ def emit(spec: GraphSpec, store: WeightStore, opset: int = OPSET) -> Path:
     path = store.folder / f"{spec.name}.onnx"
     ir.save(model, path)
     return path
+
+
+@contextmanager
+def _own_errors() -> Iterator[None]:
+    """A pass over a graph reads weights, and what is said of them comes wrapped: take it out again."""
+    try:
+        yield
+    except ir.passes.PassError as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, VtpError):
+            cause = cause.__cause__
+        raise (cause or error) from None
 
 
 def _trace(spec: GraphSpec, opset: int) -> ir.Model:

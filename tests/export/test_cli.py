@@ -220,7 +220,7 @@ BAD_MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
     "truncated weights": (cut, "cannot load the model in .*SafetensorError"),
     "garbage weights": (write("model.safetensors", b"garbage" * 50), "SafetensorError"),
     "empty weights": (write("model.safetensors", b""), "SafetensorError"),
-    "lost shard": (lost_shard, "cannot open .*model-00002-of-00002.*: No such file or directory"),
+    "lost shard": (lost_shard, "No such file or directory: .*model-00002-of-00002"),
     "pickled weights": (pickled, r"has no \*\.safetensors; vtp loads no pickled weights"),
 }
 # Known from the folder alone: said before anything is loaded, with no other line at all.

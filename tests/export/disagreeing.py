@@ -154,8 +154,8 @@ def strip(folder: Path, step: str) -> None:
     elif step == "no template.json":
         if named:
             (folder / "chat_template.json").unlink()
-            (folder / "chat_templates").mkdir()
-            (folder / "chat_templates" / "tool_use.jinja").write_text("tools")
+            (folder / "additional_chat_templates").mkdir()
+            (folder / "additional_chat_templates" / "tool_use.jinja").write_text("tools")
         edit(folder / IMAGES, processor_class=...)
         edit(folder / TOKENIZER, processor_class=right["owner"])
         (folder / "generation_config.json").unlink()
@@ -165,8 +165,8 @@ def strip(folder: Path, step: str) -> None:
         config = json.loads((folder / "config.json").read_text())
         del config["repetition_penalty"], config["eos_token_id"]
         (folder / "config.json").write_text(json.dumps(config))
-    elif step == "no template files" and (folder / "chat_templates").is_dir():
-        (folder / "chat_templates" / "tool_use.jinja").unlink()
+    elif step == "no template files" and (folder / "additional_chat_templates").is_dir():
+        (folder / "additional_chat_templates" / "tool_use.jinja").unlink()
         (folder / "chat_template.jinja").unlink()
 
 

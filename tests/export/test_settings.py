@@ -7,6 +7,7 @@ and answers are `generate(do_sample=False)`'s.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -21,14 +22,18 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokeniz
 from transformers.models.smolvlm import processing_smolvlm
 from transformers.processing_utils import MODALITY_TO_AUTOPROCESSOR_MAPPING, ProcessorMixin
 
+from vtp.engines import VtpError
 from vtp.export import checkpoint
+from vtp.export.cli import main
 from vtp.export.exporter import Request, export
+from vtp.export.generation import read_generation
 from vtp.runtime.logits_rules import written_out
+from vtp.runtime.manifest import GenerationInfo
 from vtp.runtime.pipeline import Pipeline
 from vtp.runtime.preprocess import preprocess
 from vtp.runtime.text import Prompter
 
-from .disagreeing import FAMILIES, STEPS, save_disagreeing, strip
+from .disagreeing import FAMILIES, STEPS, edit, save_disagreeing, strip
 
 ASKED = "what color is the star ?"
 NEW = 12  # tokens of an answer
@@ -199,3 +204,123 @@ def test_answers_of_a_folder_that_contradicts_itself_are_transformers(
         both = pipe.generate_batch([picture] * 2, [ASKED, "where ?"], max_new_tokens=NEW)
         assert both[0].token_ids == wanted
         assert both[1].token_ids == pipe.generate(picture, "where ?", max_new_tokens=NEW).token_ids
+
+
+# -- what is not served --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ({"num_beams": 4}, "sets num_beams to 4, which changes greedy answers"),
+        ({"penalty_alpha": 0.6, "top_k": 4}, "sets penalty_alpha to 0.6"),
+        ({"guidance_scale": 1.5}, "sets guidance_scale to 1.5"),
+        ({"encoder_repetition_penalty": 1.1}, "sets encoder_repetition_penalty"),
+        ({"encoder_no_repeat_ngram_size": 3}, "sets encoder_no_repeat_ngram_size"),
+        ({"sequence_bias": [[[7], -2.0]]}, "sets sequence_bias"),
+        ({"exponential_decay_length_penalty": [3, 1.5]}, "sets exponential_decay_length_penalty"),
+        ({"stop_strings": ["x"]}, "sets stop_strings"),
+        ({"repetition_penalty": 0.0}, "has to be a strictly positive float, but is 0.0"),
+        ({"repetition_penalty": "much"}, "has to be a strictly positive float"),
+        ({"no_repeat_ngram_size": 1.5}, "has to be a strictly positive integer"),
+        ({"bad_words_ids": [5]}, "`bad_words_ids` has to be a list of lists"),
+        ({"bad_words_ids": []}, "`bad_words_ids` has to be a non-empty list"),
+        ({"bad_words_ids": [[5, 9999]]}, "bad_words_ids of generation_config.json has 9999, not one of"),
+        ({"forced_eos_token_id": 9999}, "forced_eos_token_id of generation_config.json has 9999"),
+        ({"suppress_tokens": [1.5]}, "suppresses the token 1.5"),
+        ({"suppress_tokens": ["x"]}, "cannot use the generation settings"),
+        ({"min_new_tokens": "x"}, "cannot use the generation settings"),
+        ({"num_beams": "x"}, "sets num_beams to 'x'"),
+    ],
+)
+def test_generation_settings_that_are_refused(tmp_path: Path, rules: dict[str, Any], message: str) -> None:
+    """What transformers refuses, and what would change greedy answers in silence."""
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": 2, **rules}))
+    with pytest.raises(VtpError, match=re.escape(message)) as caught:
+        read_generation(tmp_path, None, 384)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize(
+    ("rules", "words"),
+    [
+        ({}, ""),
+        ({"num_beams": 1, "do_sample": False, "temperature": 1.0, "top_k": 50, "use_cache": True}, ""),
+        ({"bad_words_ids": [[], [2]], "forced_bos_token_id": 9}, ""),
+        ({"prompt_lookup_num_tokens": 3, "length_penalty": 2.0, "chat_format": "x"}, ""),
+        (
+            {"do_sample": True, "top_p": 0.001, "temperature": 0.1},
+            "do_sample True, temperature 0.1, top_p 0.001",
+        ),
+        (
+            {"max_new_tokens": 512, "top_k": 1},
+            "also sets top_k 1, max_new_tokens 512: bundles answer greedily",
+        ),
+    ],
+)
+def test_what_matters_to_sampling_or_length_is_said(
+    tmp_path: Path, rules: dict[str, Any], words: str
+) -> None:
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": 2, **rules}))
+    found = read_generation(tmp_path, None, 384)
+    assert found.eos_ids == (2,) and found.info == GenerationInfo()
+    assert [words in note for note in found.notes] == ([True] if words else [])
+
+
+def test_an_end_that_only_the_tokenizer_names_is_said(tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text("{}")
+    found = read_generation(tmp_path, SimpleNamespace(eos_token_id=5), 384)
+    assert found.eos_ids == (5,) and "answers end with the tokenizer's, 5" in found.notes[0]
+
+
+def test_the_command_says_what_is_not_served(
+    folders: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(folders("llava"), tmp_path / "model"))
+    edit(folder / "generation_config.json", do_sample=True, temperature=0.2)
+    wish = ["--model", str(folder), "--method", "none", "--verify", "none", "-o", str(tmp_path / "out")]
+    assert main(wish) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if "note" in line]
+    assert len(lines) == 1 and lines[0].startswith(
+        "vtp-export: note: generation_config.json also sets do_sample"
+    )
+    edit(folder / "generation_config.json", num_beams=3)
+    assert main([*wish, "--overwrite"]) == 1
+    assert "sets num_beams to 3, which changes greedy answers" in capsys.readouterr().err
+
+
+def spoil_templates(folder: Path) -> None:
+    edit(folder / "processor_config.json", chat_template={"a": "x", "b": "y"})
+
+
+def spoil_files(folder: Path) -> None:
+    edit(folder / "processor_config.json", chat_template=...)
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("tools")
+
+
+def spoil_sound(folder: Path) -> None:
+    edit(folder / "processor_config.json", audio_tokenizer={"audio_tokenizer_class": "DacModel"})
+
+
+def spoil_code(folder: Path) -> None:
+    edit(folder / "processor_config.json", image_processor={"auto_map": {"AutoImageProcessor": "x.Odd"}})
+    edit(folder / "config.json", model_type="odd")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (spoil_templates, r"several chat templates \(a, b\) and none is called 'default'"),
+        (spoil_files, "cannot load the processor in .*conflicting files"),
+        (spoil_sound, "names an audio tokenizer"),
+        (spoil_code, "cannot load the image processor"),
+    ],
+)
+def test_settings_that_are_refused(
+    folders: Callable[[str], Path], tmp_path: Path, spoil: Callable[[Path], None], message: str
+) -> None:
+    folder = Path(shutil.copytree(folders("llava"), tmp_path / "model"))
+    spoil(folder)
+    with pytest.raises(VtpError, match=message):
+        checkpoint.load(folder, "float32")

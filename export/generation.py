@@ -134,9 +134,9 @@ def _served(config: Any, ends: list[int], vocabulary: int) -> GenerationInfo:
     if ngram:
         NoRepeatNGramLogitsProcessor(ngram)
     if words is not None:
-        words = [word for word in words if word not in [[end] for end in ends]]
+        NoBadWordsLogitsProcessor(words, ends)
+        words = [word for word in words if word and word not in [[end] for end in ends]]
         _in_vocabulary("bad_words_ids", [token for word in words for token in word], vocabulary)
-        NoBadWordsLogitsProcessor(config.bad_words_ids, ends)
     if least:
         MinLengthLogitsProcessor(least, ends)
     if new:

@@ -77,6 +77,8 @@ def test_options_reach_the_pipeline(ask: list[str], capsys: pytest.CaptureFixtur
     ]
     assert warm[0] == warm[1]
     assert {tuple(warm[0]), tuple(warm[2])} != {tuple(greedy["token_ids"])}
+    penalised = [answer("--repetition-penalty", much)["token_ids"] for much in ("1", "30")]
+    assert penalised[0] == greedy["token_ids"] != penalised[1]
     stop = next(character for character in greedy["text"][1:] if character.isascii())
     assert answer("--stop", stop)["finish_reason"] == "stop"
 
@@ -109,6 +111,8 @@ def test_show_kept_writes_a_picture(
         (["--temperature", "hot"], 2, "temperature 'hot' is not a number"),
         (["--temperature", "nan"], 2, "temperature nan is not allowed"),
         (["--top-p", "2"], 2, "top_p 2.0 is not allowed"),
+        (["--repetition-penalty", "0"], 2, "repetition_penalty 0.0 is not allowed; choose a number above 0"),
+        (["--repetition-penalty", "x"], 2, "repetition-penalty 'x' is not a number"),
         (["--seed", "-1"], 2, "seed -1 is not allowed"),
         (["--threads", "0"], 2, "threads 0 is not"),
         (["--stop", ""], 2, "a stop string must be text"),

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from vtp.engines import VtpError
-from vtp.runtime.manifest import SCHEMA, parse_manifest
+from vtp.runtime.manifest import SCHEMA, GenerationInfo, parse_manifest
 
 Data = dict[str, Any]
 
@@ -105,12 +105,13 @@ def test_missing_keys_are_refused_at_every_level(data: Data) -> None:
         "parity",
         "calibration",
         "quantization",
+        "generation",
     }  # sections with defaults of their own; frame is of bundles for videos
     for path in sections(data):
         if path and path[0] in optional:
             continue
         for key in at(data, path):
-            if key in ("schema", "parity", "calibration", "quantization", "frame"):
+            if key in ("schema", "parity", "calibration", "quantization", "frame", "generation"):
                 continue
             changed = copy.deepcopy(data)
             del at(changed, path)[key]
@@ -158,6 +159,11 @@ def test_wrong_types_are_refused_everywhere(data: Data, wrong: Any) -> None:
         (("image", "kind"), "hologram", "unknown image preprocessing 'hologram'"),
         (("image", "mean"), [0.5], "mean must be three numbers"),
         (("text", "placeholder_ids"), [], "placeholder_ids is empty"),
+        (("generation", "repetition_penalty"), 0, "repetition_penalty 0.0 is not above 0"),
+        (("generation", "min_new_tokens"), -1, "min_new_tokens is negative"),
+        (("generation", "bad_words_ids"), [[5], []], "bad_words_ids holds an empty word"),
+        (("generation", "bad_words_ids"), [[9999]], "names tokens that do not exist"),
+        (("generation", "forced_eos_token_id"), [-1], "names tokens that do not exist"),
     ],
 )
 def test_contradictions_are_refused(data: Data, path: tuple[Any, ...], value: Any, message: str) -> None:
@@ -167,6 +173,11 @@ def test_contradictions_are_refused(data: Data, path: tuple[Any, ...], value: An
     else:
         place[path[-1]] = value
     refuse(data, message)
+
+
+def test_a_manifest_from_before_generation_settings_asks_for_none(data: Data) -> None:
+    del data["generation"]
+    assert parse_manifest(json.dumps(data)).generation == GenerationInfo()
 
 
 def test_a_prefill_tensor_is_not_there_at_a_step(data: Data) -> None:

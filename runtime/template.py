@@ -121,7 +121,7 @@ class _Charging(NodeTransformer):
         cost = 4 * CALL + _cost(node.body)
         self.generic_visit(node)
         node.body.insert(0, _passing(cost))
-        return node  # type: ignore[no-any-return]
+        return node
 
     visit_Macro = visit_CallBlock = visit_Block = _body
 
@@ -223,7 +223,8 @@ class _Environment(ImmutableSandboxedEnvironment):
         self.filters["tojson"] = _to_json
         self.filters = {name: bounded_filter(name, one) for name, one in self.filters.items()}
         self.filters |= {_DEEP: _measured, _MADE: _sliced, _PASS: charge}
-        self.tests = {name: bounded_test(name, one) for name, one in self.tests.items()}
+        tests: dict[str, Any] = dict(self.tests)
+        self.tests = {name: bounded_test(name, one) for name, one in tests.items()}
         del self.globals["lipsum"]  # as much random text as one likes
         self.globals.update(
             raise_exception=_raise_exception,

@@ -252,6 +252,10 @@ def _rounded(_value: Any, rest: list[Any]) -> None:
     _check_size(_numbers(rest), 300, "digits")
 
 
+def _separated(value: Any, rest: list[Any]) -> None:
+    charge(shallow(value) * (1 + sum(map(_units, rest))))
+
+
 def _wrapped(value: Any, rest: list[Any]) -> None:
     charge(_units(value) * (1 + sum(_units(one) for one in rest)))
 
@@ -262,7 +266,7 @@ _FILTERS: dict[str, _Cost] = {
     "center": _wide,
     "format": lambda value, rest: _percent(str(value), tuple(rest)),
     "indent": _indented,
-    "join": lambda value, rest: charge(shallow(value) * (1 + sum(map(_units, rest)))),
+    "join": _separated,
     "replace": lambda value, rest: _replaced(value if isinstance(value, str) else str(value), rest),
     "round": _rounded,
     "sum": _summed,

@@ -28,6 +28,8 @@ from vtp.bench.gpu_checks import CHECKS, CPU, Job, checks_for
 from vtp.bench.gpu_device import CUDA, device_for, load_cuda_libraries, slug
 from vtp.bench.gpu_report import markdown, measured_before, write_results
 from vtp.engines import UsageError, VtpError, engine_names
+from vtp.engines.child import python_command
+from vtp.engines.ort_library import load_onnxruntime
 from vtp.engines.trt import LIBRARIES
 from vtp.runtime.bundle import open_bundle
 from vtp.runtime.console import DONE, FAILED, Parser, Progress, run_command
@@ -153,7 +155,7 @@ def _children(job: Job, checks: Sequence[str], limit: float) -> tuple[dict[str, 
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
         log.touch()
-        command = [sys.executable, "-m", "vtp.bench.gpu", "--child"]
+        command = python_command("vtp.bench.gpu", "--child")
         arguments = [json.dumps(dataclasses.asdict(job)), ",".join(checks), str(log)]
         # What a library prints would land in the page on standard output; errors are shown as they come.
         child = subprocess.Popen([*command, *arguments], stdout=subprocess.DEVNULL)
@@ -219,7 +221,7 @@ def stamp(machine: Machine) -> dict[str, Any]:
 
 def _onnxruntime() -> str:
     try:
-        import onnxruntime as ort
+        ort = load_onnxruntime()
     except ImportError as error:
         return f"does not import: {' '.join(str(error).split())[:200]}"
     return f"{ort.__version__} ({', '.join(ort.get_available_providers())})"

@@ -19,6 +19,7 @@ import numpy as np
 
 from vtp.bench.gpu_device import CUDA, Device
 from vtp.engines import Value, VtpError, choose_engine
+from vtp.engines.ort_library import load_onnxruntime
 from vtp.engines.trt import LIBRARIES
 from vtp.runtime import Pipeline
 from vtp.runtime.build import build_bundle, compare_bundle
@@ -218,7 +219,8 @@ def _counts(found: dict[str, int]) -> str:
 
 def _assignment(path: Path, engine: str) -> dict[str, Any]:
     import onnx
-    import onnxruntime as ort
+
+    ort = load_onnxruntime()
 
     with tempfile.TemporaryDirectory() as folder:
         options = ort.SessionOptions()

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from vtp.engines import VtpError
 from vtp.engines.cuda import load_driver
+from vtp.engines.ort_library import load_onnxruntime
 from vtp.engines.trt import LIBRARIES
 
 CUDA = "ort-cuda"
@@ -90,7 +91,7 @@ def load_cuda_libraries(engine: str) -> None:
     try:
         importlib.import_module("torch")
     except ImportError:
-        preload = getattr(importlib.import_module("onnxruntime"), "preload_dlls", None)
+        preload = getattr(load_onnxruntime(), "preload_dlls", None)
         if preload:
             preload()
 

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vtp.bench.resident import peak_resident
+from vtp.engines.whole import whole_file
 from vtp.export.cli import quiet_libraries
 from vtp.export.exporter import Request
 from vtp.export.hollow import export_hollow
@@ -56,14 +57,9 @@ def _run(args: argparse.Namespace) -> None:
 def _pack(folder: Path, out: Path) -> None:
     """The folder's bundles as FOLDER/NAME; the archive appears whole or not at all."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    aside = out.with_name(f".{out.name}.partial")
-    try:
-        with tarfile.open(aside, "w:xz") as archive:
-            for name in BUNDLES:
-                archive.add(folder / name, f"{FOLDER}/{name}")
-        aside.rename(out)
-    finally:
-        aside.unlink(missing_ok=True)
+    with whole_file(out) as aside, tarfile.open(aside, "w:xz") as archive:
+        for name in BUNDLES:
+            archive.add(folder / name, f"{FOLDER}/{name}")
 
 
 if __name__ == "__main__":

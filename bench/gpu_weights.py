@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from vtp.engines import VtpError
+from vtp.engines.whole import whole_file
 from vtp.export.recipe import SCALE, Piece, draw_small, is_small, read_recipe, seed_of
 
 _BYTES = 2  # of a float16
@@ -73,10 +74,8 @@ def _write(path: Path, pieces: Sequence[Piece], device: str) -> None:
     free, need = shutil.disk_usage(path.parent).free, size_of(pieces)
     if need > free:
         raise VtpError(f"{path} takes {need / 1e9:.1f} GB; {free / 1e9:.1f} GB are free there")
-    aside = path.with_name(f".{path.name}.partial")
-    with aside.open("wb") as out:
+    with whole_file(path) as aside, aside.open("wb") as out:
         for piece in pieces:
             values = draw(piece.name, piece.shape, device)
             out.seek(piece.offset)
             out.write((values.T if piece.transposed else values).contiguous().cpu().numpy())
-    aside.rename(path)

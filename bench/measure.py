@@ -27,6 +27,7 @@ from vtp.bench.energy import Meter
 from vtp.bench.figures import spread
 from vtp.bench.resident import peak_resident, resident
 from vtp.engines import UsageError, VtpError, choose_engine, ort
+from vtp.engines.child import python_command
 from vtp.runtime import Pipeline
 from vtp.runtime.bundle import Bundle, open_bundle
 from vtp.runtime.manifest import Manifest
@@ -311,7 +312,7 @@ def in_child(task: Task) -> dict[str, Any]:
         told, answer = Path(folder) / "task.json", Path(folder) / "result.json"
         told.write_text(json.dumps(dataclasses.asdict(task)))
         # What a library prints would land in the table on standard output.
-        command = [sys.executable, "-m", "vtp.bench.measure", str(told), str(answer)]
+        command = python_command("vtp.bench.measure", str(told), str(answer))
         code = subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode
         if not answer.exists():
             how = f"was killed by signal {-code} (out of memory?)" if code < 0 else f"left with {code}"

@@ -24,6 +24,7 @@ from typing import Any
 
 from vtp.bench.methods_report import write_report
 from vtp.engines import UsageError, VtpError
+from vtp.engines.whole import whole_file
 from vtp.export.cli import quiet_libraries
 from vtp.export.exporter import Request, export
 from vtp.export.keep import parse_keep
@@ -104,9 +105,8 @@ def _held(work: Path, name: str, wanted: Mapping[str, Any]) -> dict[str, Any] | 
 
 def _write(file: Path, data: object) -> None:
     """Write beside, then swap in: a kill leaves the old file or the new one."""
-    aside = file.with_suffix(".partial")
-    aside.write_text(json.dumps(data) + "\n")
-    aside.replace(file)
+    with whole_file(file) as aside:
+        aside.write_text(json.dumps(data) + "\n")
 
 
 def take_exam(folder: Path, items: Sequence[Item]) -> dict[str, list[int]]:

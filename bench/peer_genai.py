@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,8 @@ import numpy as np
 
 from vtp.bench.peer import Peer, Run, Stopwatch
 from vtp.bench.peer_onnx import EXPORT, decoder_of
+from vtp.engines.child import python_command
+from vtp.engines.whole import whole_folder
 
 # The builder's options for both precisions: logits of the last prompt position only, as everybody has them.
 _LAST = "prune_lm_head=true"
@@ -49,17 +50,16 @@ class Genai(Peer):
         import torch
         from transformers import LlavaForConditionalGeneration
 
-        text, aside = (self.made().with_name(f"{self.folder}{end}") for end in ("-model", ".partial"))
-        shutil.rmtree(aside, ignore_errors=True)
         model: Any = LlavaForConditionalGeneration.from_pretrained(self.spec.model, dtype=torch.float32)
-        decoder_of(model).save_pretrained(text)
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            shutil.copy(Path(self.spec.model) / name, text)
-        command = [sys.executable, "-m", "onnxruntime_genai.models.builder"]
-        command += ["-i", str(text), "-o", str(aside), "-e", "cpu", "-c", str(text / "cache")]
-        subprocess.run([*command, *self.precision], check=True)
-        shutil.rmtree(text)
-        aside.rename(self.made())
+        with whole_folder(self.made()) as aside:
+            text = aside / "model"
+            decoder_of(model).save_pretrained(text)
+            for name in ("tokenizer.json", "tokenizer_config.json"):
+                shutil.copy(Path(self.spec.model) / name, text)
+            command = python_command("onnxruntime_genai.models.builder")
+            command += ["-i", str(text), "-o", str(aside), "-e", "cpu", "-c", str(text / "cache")]
+            subprocess.run([*command, *self.precision], check=True)
+            shutil.rmtree(text)
 
     def open(self) -> None:
         """Open the graph with the threads that all others have."""

@@ -7,7 +7,6 @@ layer falls away), and one decoder for prompt and steps, logits of the last posi
 
 from __future__ import annotations
 
-import shutil
 from abc import abstractmethod
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,8 @@ import numpy as np
 
 from vtp.bench.peer import Peer, Run, Stopwatch
 from vtp.bench.peer_torch import processor, prompt
+from vtp.engines.ort_library import load_onnxruntime
+from vtp.engines.whole import whole_folder
 
 EXPORT = "pip install 'vtp-edge[export]'"
 
@@ -31,12 +32,9 @@ class TwoParts(Peer):
 
     def prepare(self) -> None:
         """Export the two graphs; the folder appears when both are there."""
-        aside = self.made().with_name(f"{self.folder}.partial")
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        for name, (module, inputs, dynamic) in parts(self.spec.model).items():
-            self.export(module, inputs, dynamic).save_pretrained(aside / name)
-        aside.rename(self.made())
+        with whole_folder(self.made()) as aside:
+            for name, (module, inputs, dynamic) in parts(self.spec.model).items():
+                self.export(module, inputs, dynamic).save_pretrained(aside / name)
 
     def open(self) -> None:
         """Open the graphs, the embedding and the processor."""
@@ -109,7 +107,7 @@ class TransformersOnnx(TwoParts):
 
     def open_graphs(self) -> None:
         """See `TwoParts`."""
-        import onnxruntime as ort
+        ort = load_onnxruntime()
 
         options = ort.SessionOptions()
         options.intra_op_num_threads = self.spec.threads

@@ -31,6 +31,7 @@ from vtp.bench.resident import peak_resident
 from vtp.bench.shape import Wanted, check, free_disk, run_export
 from vtp.bench.worker import Worker, prepare
 from vtp.engines import UsageError, VtpError
+from vtp.engines.child import python_command
 from vtp.export.cli import quiet_libraries
 from vtp.runtime.bundle import MANIFEST, open_bundle
 from vtp.runtime.console import Parser, Progress, run_command
@@ -182,11 +183,13 @@ class Contest:
         folder = self.extra[name]
         if not (folder / MANIFEST).exists():
             self.progress.step(f"quantise {name}")
-            command = [sys.executable, "-m", "vtp.bench.fewer_bits", str(self.bundles[BASE]), str(folder)]
+            command = python_command("vtp.bench.fewer_bits", str(self.bundles[BASE]), str(folder))
             command += [*flags, "--threads", str(self.spec.threads)]
             code = subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode
             if code:
-                raise VtpError(f"{name} could not be quantised: {command[2]} left with {code}, see above")
+                raise VtpError(
+                    f"{name} could not be quantised: vtp.bench.fewer_bits left with {code}, see above"
+                )
         record = open_bundle(folder).manifest.quantization
         self.results["fewer_bits"][name] = {
             "layers": len(record["layers"]),

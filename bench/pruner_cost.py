@@ -15,14 +15,15 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import torch
 from torch import Tensor, nn
 
 from vtp.engines import UsageError
+from vtp.engines.ort_library import load_onnxruntime
 from vtp.export.cli import quiet_libraries
 from vtp.export.pruners import find_method, ops
 from vtp.export.pruners.base import Pruner
@@ -61,7 +62,7 @@ def _run(args: argparse.Namespace) -> None:
     count = grid[0] * grid[1]
     cues = random_cues(count, args.width)
     lines: dict[str, str] = {}
-    sessions: dict[str, onnxruntime.InferenceSession] = {}
+    sessions: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         for name in args.methods:
             pruner = find_method(name)(grid, args.keep).eval()
@@ -134,7 +135,8 @@ def emit_pruner(pruner: Pruner, cues: Mapping[str, Tensor], path: Path) -> None:
     program.save(path)
 
 
-def _session(path: Path) -> onnxruntime.InferenceSession:
+def _session(path: Path) -> Any:
+    onnxruntime = load_onnxruntime()
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     return onnxruntime.InferenceSession(path, options, ["CPUExecutionProvider"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import multiprocessing
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from typing import Any
 from vtp.bench import flops
 from vtp.bench.measure import Shapes, axes_of, endless, noting, part_of
 from vtp.engines import Choice, VtpError
+from vtp.engines.child import spawn
 from vtp.runtime import Pipeline
 from vtp.runtime.bundle import open_bundle
 from vtp.runtime.manifest import TOKENIZER
@@ -147,12 +147,7 @@ class Stream:
 
     def __init__(self, folder: Path, image: Path, threads: int, tokens: int) -> None:
         """Start opening it; the first `take` waits for that."""
-        context = multiprocessing.get_context("spawn")  # a fork would inherit the engine's threads
-        self._ours, theirs = context.Pipe()
-        told = theirs, str(folder), str(image), threads, tokens
-        self._process = context.Process(target=_serve, args=told, daemon=True)
-        self._process.start()
-        theirs.close()
+        self._process, self._ours = spawn(_serve, str(folder), str(image), threads, tokens)
         self.take()
 
     def give(self, point: Point) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from vtp.engines import UsageError, VtpError
+from vtp.engines.child import python_command
 from vtp.runtime.bundle import MANIFEST
 from vtp.runtime.machine import look
 from vtp.runtime.memory import PROCESS
@@ -66,7 +66,7 @@ def make(wanted: Wanted, progress: Callable[[str], None]) -> Path:
 
 def run_export(arguments: Sequence[str]) -> None:
     """vtp-export in a process of its own: torch's memory is gone before anything is measured."""
-    command = [sys.executable, "-m", "vtp.export.cli", *arguments, "--verify", "none"]
+    command = python_command("vtp.export.cli", *arguments, "--verify", "none")
     code = subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode
     if code:
         raise VtpError(f"vtp-export {' '.join(arguments)} left with {code}; its message is above")

@@ -25,6 +25,7 @@ import numpy as np
 
 from vtp.bench.peer import Peer, Spec, peer_class
 from vtp.engines import VtpError
+from vtp.engines.child import python_command
 
 LIMIT_S = 900  # of one answer, or of opening: a peer that hangs is ended, and said to
 
@@ -114,7 +115,7 @@ def _start(name: str, what: str, spec: Spec, folder: Path, log: Path, out: int) 
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a") as errors:
         return subprocess.Popen(
-            [sys.executable, "-m", "vtp.bench.worker", name, what, str(told)],
+            python_command("vtp.bench.worker", name, what, str(told)),
             stdin=subprocess.PIPE,
             stdout=out,
             stderr=errors,

@@ -23,6 +23,7 @@ from vtp.runtime.console import Parser, Progress, run_command, say, say_json, ta
 from vtp.runtime.memory import bundle_memory
 
 PROG = "vtp-calib"
+_RESUMES = "every answer so far is written down, and the same command goes on from there"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     work = {"keep": _keep, "score": _score, "quantize": quantizing.run}[args.command]
-    return run_command(f"{PROG} {args.command}", lambda: work(args), args.debug)
+    return run_command(f"{PROG} {args.command}", lambda: work(args), args.debug, _RESUMES)
 
 
 def _keep_arguments(parser: argparse.ArgumentParser) -> None:
@@ -90,7 +91,7 @@ def _keep(args: argparse.Namespace) -> None:
     report.write_csv(out / "keep.csv", found, floor)
     drawn = report.draw(out / "keep.png", found, f"{manifest.method.name} on {Path(args.data).name}")
     if not args.dry_run:
-        set_calibration(folder, found.chosen.keep, record)
+        set_calibration(folder, found.chosen.keep, record, manifest)
     if args.json:
         say_json({**record, "keep": found.chosen.keep})
         return

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from vtp.engines import VtpError
 from vtp.engines.errors import quoted
+from vtp.engines.locks import try_lock
 from vtp.engines.strict_json import parse_json
 
 _NUMBER = (int, float, type(None))
@@ -33,17 +35,35 @@ class Answer:
 
 
 class Journal:
-    """An append-only JSONL file of answers by (bundle, keep-count, question); a later line counts."""
+    """An append-only JSONL file of answers by (bundle, keep-count, question); a later line counts.
+
+    One run at a time writes to it: another one is refused before it reads anything.
+    """
 
     def __init__(self, file: Path) -> None:
         """Open `file`, reading what an earlier run left; a line that a kill cut short is dropped."""
         self._answers: dict[tuple[str, int, str], Answer] = {}
+        self._path = file
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
+            self._file: IO[str] = file.open("a", encoding="utf-8")
+        except OSError as error:
+            raise self._refused(error) from error
+        try:
+            self._read(file)
+        except VtpError:
+            self._file.close()
+            raise
+
+    def _read(self, file: Path) -> None:
+        if try_lock(self._file.fileno()) is False:
+            raise VtpError(
+                f"another vtp-calib is writing {file}; wait until it has ended, or choose another --out"
+            )
+        try:
             for entry in _entries(file):
                 key = entry.pop("bundle"), entry.pop("keep"), entry.pop("question")
                 self._answers[key] = Answer(**entry)
-            self._file: IO[str] = file.open("a", encoding="utf-8")
         except (OSError, VtpError) as error:
             raise VtpError(
                 f"{file} is not a journal of vtp-calib: {error}; remove it or choose --out"
@@ -54,15 +74,25 @@ class Journal:
         return self._answers.get((bundle, keep, question))
 
     def add(self, bundle: str, keep: int, question: str, answer: Answer) -> None:
-        """Write an answer down; it is on its way to the disk when this returns."""
+        """Write an answer down; it is on its way to the disk when this returns. VtpError on a full disk."""
         entry: dict[str, Any] = {"bundle": bundle, "keep": keep, "question": question, **asdict(answer)}
-        self._file.write(json.dumps(entry) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(entry) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise self._refused(error) from error
         self._answers[bundle, keep, question] = answer
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Close the file, and let another run have it."""
+        with suppress(OSError):  # what did not fit on the disk was said when it was added
+            self._file.close()
+
+    def _refused(self, error: OSError) -> VtpError:
+        return VtpError(
+            f"cannot write {self._path}: {error.strerror or error}; the answers that are there stay, and the "
+            "same command goes on from them"
+        )
 
 
 def _entries(file: Path) -> Iterator[dict[str, Any]]:

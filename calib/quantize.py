@@ -26,6 +26,7 @@ from vtp.calib.journal import Answer, Journal
 from vtp.calib.workers import Workers
 from vtp.engines import UsageError, VtpError, choose_engine
 from vtp.engines.errors import shown
+from vtp.engines.whole import whole_file
 from vtp.runtime import Pipeline
 from vtp.runtime.bundle import MANIFEST, Bundle, check_output, open_bundle, whole_bundle
 from vtp.runtime.console import Progress, say, say_json, table
@@ -75,12 +76,13 @@ def run(args: argparse.Namespace) -> None:
     chosen, held_out = split(samples, args.samples)
     out, progress = Path(args.out) if args.out else folder.parent / f"{folder.name}-calib", Progress()
     quantizer = _quantizer(bundle, args)
-    with whole_bundle(output, args.overwrite) as aside, ExitStack() as stack:
+    with ExitStack() as stack:
+        journal = Journal(out / "answers.jsonl")
+        stack.callback(journal.close)
+        aside = stack.enter_context(whole_bundle(output, args.overwrite))
         engine = choose_engine(args.engine, bundle.manifest.dtype, target=bundle.manifest.target).engine
         workers = open_workers(stack, args)
         quantizer.observe(aside / "probe", chosen, engine, threads_of(args), progress.step, workers)
-        journal = Journal(out / "answers.jsonl")
-        stack.callback(journal.close)
         trial = _Trial(args, bundle.folder, aside, held_out, metric, journal, workers, progress.step)
         compared, left = _lower(quantizer, trial, args)
         timed = trial.time()
@@ -314,7 +316,7 @@ def _finish(aside: Path, figures: dict[str, Any], calibrated_on: int) -> Manifes
 def write_csv(file: Path, quantizer: Quantizer, also_left: set[str]) -> None:
     """One line per layer."""
     left = quantizer.record(also_left)["left_in_float"]
-    with file.open("w", newline="", encoding="utf-8") as out:
+    with whole_file(file) as part, part.open("w", newline="", encoding="utf-8") as out:
         writer = csv.writer(out)
         writer.writerow(["layer", "inputs", "outputs", "bits", "signal_to_noise_db", "left_in_float"])
         for one in quantizer.judged:

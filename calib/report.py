@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vtp.calib.keep import Search, Tried
+from vtp.engines.whole import whole_file
 from vtp.runtime.console import table
 from vtp.runtime.manifest import Manifest
 from vtp.runtime.shell import command_line
@@ -35,7 +36,7 @@ def _remark(tried: Tried, search: Search, floor: float | None) -> str:
 
 def write_csv(file: Path, search: Search, floor: float | None) -> None:
     """One line per keep-count tried."""
-    with file.open("w", newline="", encoding="utf-8") as out:
+    with whole_file(file) as part, part.open("w", newline="", encoding="utf-8") as out:
         writer = csv.writer(out)
         names = ["keep", "score", "score_low", "score_high", "share", "share_low", "share_high", "ttft_ms"]
         writer.writerow([*names, "questions", "verdict", "chosen"])
@@ -70,7 +71,8 @@ def draw(file: Path, search: Search, title: str) -> bool:
     right.set_ylabel("time to first token, ms (dashed)")
     right.set_ylim(bottom=0)
     figure.tight_layout()
-    figure.savefig(file, dpi=100)
+    with whole_file(file) as part:
+        figure.savefig(part, dpi=100, format="png")
     pyplot.close(figure)
     return True
 

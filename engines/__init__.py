@@ -11,6 +11,7 @@ from vtp.engines.choose import (
     open_graph,
 )
 from vtp.engines.errors import UsageError, VtpError, nearest
+from vtp.engines.ort_library import disable_telemetry
 
 __all__ = [
     "AUTO",
@@ -29,3 +30,5 @@ __all__ = [
     "nearest",
     "open_graph",
 ]
+
+disable_telemetry()

@@ -11,6 +11,7 @@ from pathlib import Path
 from vtp.engines.base import Engine
 from vtp.engines.cuda import CudaProbe, probe_cuda
 from vtp.engines.errors import UsageError, VtpError, nearest
+from vtp.engines.ort_library import load_onnxruntime
 from vtp.engines.trt import LIBRARIES, load_library
 
 AUTO = "auto"
@@ -39,7 +40,7 @@ def installed_providers() -> list[str] | None:
     if util.find_spec("onnxruntime") is None:
         return None
     try:
-        import onnxruntime
+        onnxruntime = load_onnxruntime()
     except ImportError as error:
         reason = " ".join(str(error).split())[:200]
         raise VtpError(f"onnxruntime is installed but does not import ({reason}); {_INSTALL}") from error

@@ -11,6 +11,7 @@ import numpy as np
 
 from vtp.engines.base import Binding, Engine, Held, TensorSpec, Value
 from vtp.engines.errors import VtpError
+from vtp.engines.ort_library import load_onnxruntime
 from vtp.engines.placement import record_assignment, refuse_cpu_nodes
 
 _DTYPES = {
@@ -205,7 +206,7 @@ class OrtEngine(Engine):
 
     def _hand_over(self, array: np.ndarray) -> OrtValue:
         """A value made of an array that nobody else holds."""
-        import onnxruntime as ort
+        ort = load_onnxruntime()
 
         raw = ort.OrtValue.ortvalue_from_numpy(array, self._device, 0)
         shared = self._device == "cpu" and raw.data_ptr() == array.__array_interface__["data"][0]
@@ -272,7 +273,7 @@ def _run(session: Any, io: Any, options: Any = None) -> None:
 
 def _run_options(graph: int) -> Any:
     """Which recorded CUDA graph a run belongs to; _NO_GRAPH for one that is neither recorded nor replayed."""
-    import onnxruntime as ort
+    ort = load_onnxruntime()
 
     options = ort.RunOptions()
     options.add_run_config_entry("gpu_graph_id", str(graph))
@@ -280,7 +281,7 @@ def _run_options(graph: int) -> Any:
 
 
 def _open_session(path: Path, name: str, threads: int | None, cuda_graph: bool = False) -> Any:
-    import onnxruntime as ort
+    ort = load_onnxruntime()
 
     options = ort.SessionOptions()
     options.log_severity_level = 4  # what goes wrong is raised; a log line as well would be said twice

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vtp.engines.child import python_command
 from vtp.engines.cuda import CudaProbe, probe_cuda
 from vtp.engines.errors import VtpError, quoted
 from vtp.engines.files import sha256
@@ -30,6 +31,7 @@ from vtp.engines.graph_memory import graph_memory
 from vtp.engines.plugins.greedy import SOURCE
 from vtp.engines.strict_json import read_json
 from vtp.engines.trt import BuildOptions, Profiles, Step, build_engine, load_library, profile_list
+from vtp.engines.whole import whole_file
 
 PLAN, STAMP = ".plan", ".json"
 STAMP_BYTES = 1 << 20
@@ -132,7 +134,6 @@ def store_engine(
     if room is not None:
         _check_room(path.name, estimate_build(path, engine, profile, options), room)
     folder.mkdir(parents=True, exist_ok=True)
-    _remove_partial(folder, target.name)
     stamp = _build_aside(path, target, profile, options, wanted, step)
     return StoredEngine(target, stamp, True)
 
@@ -199,14 +200,13 @@ def set_gate(path: str | Path, gate: Mapping[str, Any]) -> Stamp:
     """Note beside an engine how it compared with ONNX Runtime; returns the new stamp."""
     path = Path(path)
     stamp = dataclasses.replace(read_stamp(path), gate=dict(gate))
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_text(json.dumps(dataclasses.asdict(stamp), indent=1), encoding="utf-8")
-        part.replace(path.with_suffix(STAMP))
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise VtpError(f"cannot write beside {path}: {error.strerror or error}") from error
+    _write_stamp(path, stamp)
     return stamp
+
+
+def _write_stamp(path: Path, stamp: Stamp) -> None:
+    with whole_file(path.with_suffix(STAMP)) as part:
+        part.write_text(json.dumps(dataclasses.asdict(stamp), indent=1), encoding="utf-8")
 
 
 def check_gate(
@@ -312,35 +312,19 @@ def _build_aside(
     path: Path, target: Path, profile: Profiles | None, options: BuildOptions, wanted: Stamp, step: Step
 ) -> Stamp:
     """Build into a hidden file, then swap in: first the engine, then the stamp that makes it count."""
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
     job = {
         "path": str(path),
         "engine": wanted.engine,
         "profile": _plain(profile),
         "options": dataclasses.asdict(options),
         "timing_cache": str(target.parent / f"{wanted.engine}-{wanted.version}-sm{wanted.sm}.timing"),
-        "output": str(part),
     }
-    try:
-        made = _run_child(job, step)
+    with whole_file(target) as part:
+        made = _run_child({**job, "output": str(part)}, step)
         stamp = dataclasses.replace(wanted, bytes=made["bytes"], sha256=made["sha256"])
         target.with_suffix(STAMP).unlink(missing_ok=True)
-        part.replace(target)
-        part.write_text(json.dumps(dataclasses.asdict(stamp), indent=1), encoding="utf-8")
-        part.replace(target.with_suffix(STAMP))
-        return stamp
-    except OSError as error:
-        raise VtpError(f"cannot write {target}: {error.strerror or error}") from error
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def _remove_partial(folder: Path, name: str) -> None:
-    """Clean up after builds whose process is gone."""
-    for part in folder.glob(f".{name}.*.part"):
-        owner = part.name.split(".")[-2]
-        if not (owner.isdecimal() and Path(f"/proc/{owner}").exists()):
-            part.unlink(missing_ok=True)
+    _write_stamp(target, stamp)
+    return stamp
 
 
 def _run_child(job: Mapping[str, Any], step: Step) -> dict[str, Any]:
@@ -349,7 +333,7 @@ def _run_child(job: Mapping[str, Any], step: Step) -> dict[str, Any]:
     # What TensorRT itself prints goes aside: the last of it is the reason when nothing else tells one.
     with tempfile.TemporaryFile() as aside:
         child = subprocess.Popen(
-            [sys.executable, "-m", "vtp.engines.trt_build"],
+            python_command("vtp.engines.trt_build"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=aside,
@@ -447,9 +431,8 @@ def _child() -> None:
         raise SystemExit(error.exit_code) from None
     Path(job["output"]).write_bytes(built.plan)
     if built.timing_cache:
-        fresh = timing.with_suffix(f".{os.getpid()}.part")
-        fresh.write_bytes(built.timing_cache)
-        fresh.replace(timing)
+        with whole_file(timing) as fresh:
+            fresh.write_bytes(built.timing_cache)
     _say({"bytes": built.plan.nbytes, "sha256": hashlib.sha256(built.plan).hexdigest()})
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from vtp.engines import UsageError, VtpError
+from vtp.engines.whole import whole_folder
 from vtp.export.grouping import grouped
 from vtp.export.recipe import draw_small, is_small
 
@@ -75,24 +76,21 @@ def write_shape(name: str, folder: str | Path, dtype: str = "float16", seed: int
     """
     shape, folder = find_shape(name), Path(folder)
     need = shape.bytes(dtype)
-    if folder.exists():
-        raise UsageError(f"{folder} exists already; remove it or choose another folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder.parent).free
-    if free < 1.02 * need:
-        raise VtpError(
-            f"shape {name} in {dtype} takes {need / 1e9:.1f} GB; {folder.parent} has {free / 1e9:.1f} GB free"
-        )
-    aside = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    try:
+
+    def check() -> None:
+        if folder.exists():
+            raise UsageError(f"{folder} exists already; remove it or choose another folder")
+
+    with whole_folder(folder, check) as aside:
+        free = shutil.disk_usage(aside).free
+        if free < 1.02 * need:
+            raise VtpError(
+                f"shape {name} in {dtype} takes {need / 1e9:.1f} GB; {folder.parent} has "
+                f"{free / 1e9:.1f} GB free"
+            )
         parts = shape.parts()
         _write_words(parts, aside)
         write_weights(parts.config, shape.architecture, aside, dtype, seed)
-        aside.rename(folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     return folder
 
 

@@ -18,6 +18,7 @@ from onnx import helper
 
 from vtp.engines import Binding, Engine, TensorSpec, Value, VtpError
 from vtp.engines.ort import OrtEngine, OrtValue
+from vtp.engines.ort_library import load_onnxruntime
 from vtp.export.grouping import grouped
 
 SLICE_BYTES = 1 << 27  # stored weights that are open at a time; a larger layer is a slice of its own
@@ -43,7 +44,7 @@ class SlicedEngine(Engine):
         self._files = self._made or [path]
 
     def put(self, array: np.ndarray) -> OrtValue:
-        import onnxruntime as ort
+        ort = load_onnxruntime()
 
         return OrtValue(ort.OrtValue.ortvalue_from_numpy(np.array(array, order="C", copy=True), "cpu", 0))
 

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import glob
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from vtp.engines import UsageError, VtpError
 from vtp.engines.files import read_bounded, sha256
+from vtp.engines.graph_check import check_graph
 from vtp.engines.strict_json import FILE_BYTES
+from vtp.engines.whole import recover, undisturbed, whole_file, whole_folder
 from vtp.runtime.manifest import FileInfo, Manifest, parse_manifest
 from vtp.runtime.shell import command_line
 
 MANIFEST = "manifest.json"
-_OWNER = ".pid"  # names the process that writes a folder which is not a bundle yet
-_OLD = "old"  # the bundle that is being replaced, inside a folder beside it
 
 
 @dataclass(frozen=True)
@@ -36,21 +33,27 @@ class Bundle:
         return self.folder / name
 
 
-def open_bundle(folder: str | Path, check_hashes: bool = False) -> Bundle:
-    """Open a bundle: the manifest's schema, and every file's place and size (and sha256 on request).
+@undisturbed
+def open_bundle(folder: Path, check_hashes: bool = False) -> Bundle:
+    """Open a bundle: the manifest's schema, and every file's place and size, and what graphs read.
+
+    With `check_hashes` every file's sha256 as well, and that no other file lies there.
 
     Raises VtpError, in one line, for what is not a bundle or no longer the one that was exported.
     """
-    folder = Path(folder)
     if not folder.is_dir():
         make = command_line("vtp-export", "-o", folder)
         raise VtpError(f"no bundle at {folder}: no such folder; make one with: {make}")
     manifest_path = folder / MANIFEST
     if not manifest_path.is_file():
         raise VtpError(f"{folder} is not a bundle: it has no {MANIFEST}; make one with: vtp-export -o DIR")
-    manifest = parse_manifest(read_bounded(manifest_path, FILE_BYTES))
+    manifest = parse_manifest(read_bounded(manifest_path, FILE_BYTES, within=folder))
     for name, info in manifest.files.items():
         _check_file(folder, name, info, check_hashes)
+    if check_hashes:
+        _refuse_others(folder, manifest)
+    for name in manifest.graphs:
+        check_graph(folder / name, _beside_graph(name, manifest))
     return Bundle(folder, manifest)
 
 
@@ -72,6 +75,23 @@ def _check_file(folder: Path, name: str, info: FileInfo, check_hash: bool) -> No
         raise VtpError(f"{name} does not have the manifest's sha256: it was changed; export the bundle again")
 
 
+def _refuse_others(folder: Path, manifest: Manifest) -> None:
+    """Refuse what lies in the folder and nobody vouches for."""
+    known = {MANIFEST, *manifest.files} | {
+        str(parent) for name in manifest.files for parent in PurePosixPath(name).parents
+    }
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if name not in known:
+            raise VtpError(f"{folder} holds {name}, which its manifest does not name: move it elsewhere")
+
+
+def _beside_graph(file: str, manifest: Manifest) -> dict[str, int]:
+    """The files that a graph may read weights from, by the names that it may give them: plain ones."""
+    paths = {PurePosixPath(name): info.bytes for name, info in manifest.files.items()}
+    return {path.name: size for path, size in paths.items() if path.parent == PurePosixPath(file).parent}
+
+
 def is_inside(name: str) -> bool:
     """Whether a file name of a manifest stays within the bundle, on any operating system."""
     parts = PurePosixPath(name).parts
@@ -80,34 +100,43 @@ def is_inside(name: str) -> bool:
     return bool(parts) and not absolute and not windows.anchor and ".." not in (*parts, *windows.parts)
 
 
-def set_calibration(folder: Path, keep: int, calibration: dict[str, Any]) -> Manifest:
+def set_calibration(
+    folder: Path, keep: int, calibration: dict[str, Any], measured: Manifest | None = None
+) -> Manifest:
     """Make `keep` the default keep-count of a bundle and note how it was found; returns the new manifest.
 
-    The manifest is replaced whole; no graph changes. Raises VtpError where the folder cannot be written.
+    The manifest is replaced whole; no graph changes. `measured` is the manifest of what was calibrated.
+    Raises VtpError where the folder cannot be written, or holds another bundle by now.
     """
-    manifest = open_bundle(folder).manifest
-    visual = dataclasses.replace(manifest.visual, default_keep=keep)
-    changed = dataclasses.replace(manifest, visual=visual, calibration=calibration)
-    parse_manifest(changed.to_json())  # what the next reader would refuse is never written
-    aside = folder / f".{MANIFEST}.partial"
-    try:
+    open_bundle(folder)
+    with whole_file(folder / MANIFEST, beside=_beside(folder)) as aside:
+        manifest = open_bundle(folder).manifest  # of the folder that is held now
+        if measured is not None and measured.files != manifest.files:
+            raise VtpError(f"{folder} was replaced while it was calibrated; calibrate the new bundle")
+        visual = dataclasses.replace(manifest.visual, default_keep=keep)
+        changed = dataclasses.replace(manifest, visual=visual, calibration=calibration)
+        parse_manifest(changed.to_json())  # what the next reader would refuse is never written
         aside.write_text(changed.to_json(), encoding="utf-8")
-        aside.replace(folder / MANIFEST)
-    except OSError as error:
-        aside.unlink(missing_ok=True)
-        raise VtpError(f"cannot write to {folder}: {error.strerror or error}") from error
     return changed
+
+
+def _beside(folder: Path) -> Path:
+    """Where a new manifest is written: beside the bundle, which a kill then leaves without a stray file."""
+    parent = folder.resolve().parent
+    same_disk = folder.exists() and folder.stat().st_dev == parent.stat().st_dev
+    return parent if same_disk and os.access(parent, os.W_OK) else folder
 
 
 def describe_files(folder: Path) -> dict[str, FileInfo]:
     """FileInfo of every file in a folder except the manifest, by name."""
-    names = sorted(path.name for path in folder.iterdir() if path.name not in (MANIFEST, _OWNER))
+    names = sorted(path.name for path in folder.iterdir() if path.name != MANIFEST)
     return {name: FileInfo(sha256(folder / name), (folder / name).stat().st_size) for name in names}
 
 
 def check_output(folder: Path, overwrite: bool) -> None:
     """Refuse an output folder that exists without --overwrite, or that is no bundle to be overwritten."""
     try:
+        recover(folder.resolve())
         if folder.exists() and not folder.is_dir():
             raise UsageError(f"output {folder} is a file; choose a folder that does not exist")
         if Path.cwd().is_relative_to(folder.resolve()):
@@ -128,78 +157,9 @@ def check_output(folder: Path, overwrite: bool) -> None:
 def whole_bundle(folder: Path, overwrite: bool = False) -> Iterator[Path]:
     """Write a bundle aside and swap it in at the end: it appears whole or not at all.
 
-    Yields the folder to write to, on the same disk. When the body raises (or the process is killed), the
-    output is as it was before; leftovers of a killed run are hidden folders `.<name>.partial-*`, removed by
-    the next run for the same output.
+    Yields the folder to write to, on the same disk. When the body raises (or the process is killed, or the
+    power goes), the output is as it was before; leftovers of a killed run are hidden folders
+    `.<name>.partial-*`, removed by the next run for the same output.
     """
-    folder = folder.resolve()  # a link to a bundle stays one: what it points to is replaced
-    made = [path for path in folder.parents if not path.exists()]
-    try:
-        _remove_leftovers(folder)
-        check_output(folder, overwrite)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))
-    except OSError as error:
-        _remove_empty(made)
-        raise VtpError(f"cannot write to {folder.parent}: {error.strerror or error}") from error
-    try:
-        (aside / _OWNER).write_text(str(os.getpid()))
+    with whole_folder(folder, lambda: check_output(folder, overwrite)) as aside:
         yield aside
-        _swap(aside, folder)
-    except OSError as error:
-        raise VtpError(
-            f"writing {folder} failed: {error.strerror or error}; nothing was left behind"
-        ) from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-        _remove_empty(made)
-
-
-def _remove_empty(folders: list[Path]) -> None:
-    """Remove the folders, deepest first, in which nothing was put."""
-    for path in folders:
-        with suppress(OSError):
-            path.rmdir()
-
-
-def _remove_leftovers(folder: Path) -> None:
-    """Clean up after killed runs; one that was killed in the middle of a swap gets its old bundle back."""
-    for stale in folder.parent.glob(f".{glob.escape(folder.name)}.partial-*"):
-        if _is_running(stale):
-            continue
-        if (stale / _OLD).is_dir() and not folder.exists():
-            (stale / _OLD).rename(folder)
-        shutil.rmtree(stale, ignore_errors=True)
-
-
-def _is_running(folder: Path) -> bool:
-    """Whether the process that writes `folder` still lives."""
-    try:
-        os.kill(int((folder / _OWNER).read_text()), 0)
-    except PermissionError:  # it lives, and is somebody else's
-        return True
-    except (OSError, ValueError):
-        return False
-    return True
-
-
-def _swap(aside: Path, folder: Path) -> None:
-    aside.chmod(0o755)
-    if not folder.exists():
-        aside.rename(folder)
-    else:
-        _replace(aside, folder)
-    (folder / _OWNER).unlink(missing_ok=True)  # last: until then nobody may take `aside` for a leftover
-
-
-def _replace(aside: Path, folder: Path) -> None:
-    holder = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=aside.parent))
-    (holder / _OWNER).write_text(str(os.getpid()))
-    folder.rename(holder / _OLD)
-    try:
-        aside.rename(folder)
-    except OSError:
-        (holder / _OLD).rename(folder)
-        raise
-    finally:
-        shutil.rmtree(holder, ignore_errors=True)

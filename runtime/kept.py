@@ -5,7 +5,6 @@ Of a video it is a sheet of its frames.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
 from vtp.engines.errors import UsageError, VtpError
+from vtp.engines.whole import whole_file
 from vtp.runtime.preprocess import ImageSpec, source_box
 
 __all__ = ["check_one_view", "check_picture_path", "save_picture", "show_kept", "show_kept_frames"]
@@ -116,14 +116,11 @@ def check_picture_path(path: str | os.PathLike[str]) -> Path:
 def save_picture(image: Image.Image, path: str | os.PathLike[str]) -> Path:
     """Write `image` in the format of the path's suffix, whole or not at all, after `check_picture_path`."""
     target = check_picture_path(path)
-    aside = target.with_name(f".{target.name}.{os.getpid()}.part")
-    try:
-        image.save(aside, format=_SUFFIXES[target.suffix.lower()])
-        aside.replace(target)
-    except (OSError, ValueError) as error:
-        with contextlib.suppress(OSError):
-            aside.unlink()
-        raise VtpError(f"cannot write '{target}': {getattr(error, 'strerror', None) or error}") from error
+    with whole_file(target) as aside:
+        try:
+            image.save(aside, format=_SUFFIXES[target.suffix.lower()])
+        except ValueError as error:
+            raise VtpError(f"cannot write '{target}': {error}") from error
     return target
 
 

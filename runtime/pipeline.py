@@ -15,6 +15,7 @@ from PIL import Image
 
 from vtp.engines import AUTO, Choice, UsageError, VtpError, choose_engine
 from vtp.engines.trt import LIBRARIES
+from vtp.engines.whole import undisturbed
 from vtp.runtime.answer import Answer, Request
 from vtp.runtime.batch import batches, check_lists, each_prompt, write_together
 from vtp.runtime.bundle import Bundle, open_bundle
@@ -93,10 +94,13 @@ class Pipeline:
         threads = None if threads is None else _whole("threads", threads)
         if not _is_whole(image_cache) or image_cache < 0:
             raise UsageError(f"image_cache {image_cache!r} is not a number of prompts; give 0 (off) or more")
-        opened = open_bundle(bundle, check_hashes)
-        manifest = opened.manifest
-        choice = choose_engine(engine, manifest.dtype, target=manifest.target)
-        return cls(opened, choice, threads, image_cache, reuse_prompt, opening)
+
+        def load(folder: Path) -> Pipeline:
+            opened = open_bundle(folder, check_hashes)
+            choice = choose_engine(engine, opened.manifest.dtype, target=opened.manifest.target)
+            return cls(opened, choice, threads, image_cache, reuse_prompt, opening)
+
+        return undisturbed(load)(bundle)  # one bundle, even while another takes its place
 
     def generate(
         self,

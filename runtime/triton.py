@@ -14,13 +14,13 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from vtp.engines import UsageError, VtpError
 from vtp.engines.graph_file import read_graph
+from vtp.engines.whole import whole_folder
 from vtp.runtime.bundle import MANIFEST, Bundle
 from vtp.runtime.manifest import StageInfo, TensorInfo
 
@@ -59,20 +59,13 @@ def write_repository(bundle: Bundle, folder: Path, name: str = "vtp", engine: st
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
         raise UsageError(f"'{name}' is no name for a Triton model; use letters, digits, - and _")
+    with whole_folder(folder, lambda: _check_free(folder)) as aside:
+        return _write(bundle, aside, name, engine)
+
+
+def _check_free(folder: Path) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"{folder} exists; choose a folder that does not exist for the model repository")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        try:
-            models = _write(bundle, aside, name, engine)
-            aside.chmod(0o755)
-            aside.replace(folder)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
-    except OSError as error:
-        raise VtpError(f"cannot write {folder}: {error.strerror or error}") from error
-    return models
 
 
 def image_outputs(bundle: Bundle, keep: int) -> dict[str, TensorInfo]:
@@ -202,12 +195,18 @@ def _tensors(kind: str, tensors: Mapping[str, TensorInfo]) -> list[str]:
             kind,
             [
                 _text("name", name),
-                f"data_type: {_TYPES[tensor.dtype]}",
+                f"data_type: {_type(tensor.dtype)}",
                 f"dims: {[axis if isinstance(axis, int) else -1 for axis in tensor.shape]}",
             ],
         )
         for name, tensor in tensors.items()
     ]
+
+
+def _type(dtype: str) -> str:
+    if dtype not in _TYPES:
+        raise VtpError(f"Triton takes no tensors of dtype '{dtype}'; it takes {', '.join(_TYPES)}")
+    return _TYPES[dtype]
 
 
 def _map(kind: str, pairs: Mapping[str, str]) -> list[str]:
@@ -228,8 +227,14 @@ def _lines(lines: Sequence[Any]) -> str:
 
 
 def _link(source: Path, target: Path) -> None:
-    """A hard link, so that weights take no room twice; a copy where the disk has none."""
+    """A hard link, so that weights take no room twice; a copy where the disk has none.
+
+    What is there is never written to: it may be a hard link to another file of the bundle.
+    """
     try:
-        os.link(source, target)
+        os.link(source.resolve(), target)
+    except FileExistsError as error:
+        raise VtpError(f"two files of the bundle would both be {target.name}; export it again") from error
     except OSError:
-        shutil.copyfile(source, target)
+        with source.open("rb") as file, target.open("xb") as copy:
+            shutil.copyfileobj(file, copy)

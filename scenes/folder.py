@@ -1,7 +1,5 @@
 """The built-in model's Hugging Face folder: tokenizer, chat template, processor, configuration, weights."""
 
-import os
-import shutil
 from pathlib import Path
 
 import torch
@@ -17,6 +15,8 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from vtp.engines import UsageError
+from vtp.engines.whole import whole_folder
 from vtp.scenes.chat import CHAT_TEMPLATE
 from vtp.scenes.generator import COLORS, SHAPES
 
@@ -139,13 +139,17 @@ def build_model(seed: int = 0) -> LlavaForConditionalGeneration:
 
 
 def save(model: LlavaForConditionalGeneration, folder: Path) -> None:
-    """Write the whole folder aside, then move each file into place, so that readers never see half a file."""
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}")
-    shutil.rmtree(aside, ignore_errors=True)
-    model.save_pretrained(aside)
-    build_processor().save_pretrained(aside)
-    folder.mkdir(parents=True, exist_ok=True)
-    for file in sorted(aside.iterdir()):
-        file.chmod(0o644)
-        file.replace(folder / file.name)
-    aside.rmdir()
+    """Write the model folder whole, in the place of one that is there: readers see the old or the new.
+
+    Raises UsageError for a folder of something else.
+    """
+    with whole_folder(folder, lambda: _check_replaceable(folder)) as aside:
+        model.save_pretrained(aside)
+        build_processor().save_pretrained(aside)
+        for file in aside.iterdir():
+            file.chmod(0o644)
+
+
+def _check_replaceable(folder: Path) -> None:
+    if folder.exists() and not (folder / "config.json").is_file() and any(folder.iterdir()):
+        raise UsageError(f"{folder} holds no model, so it is left alone; choose another folder")

@@ -122,6 +122,39 @@ def test_engines_are_imported_where_they_are_used(module: str) -> None:
     assert not [name for name, top in imports(MODULES[module]) if top and name.split(".")[0] == "onnxruntime"]
 
 
+def uses(path: Path) -> Iterator[str]:
+    """Dotted names that a file reads, as `sys.executable`."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Attribute):
+            yield ast.unparse(node)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("module", sorted(set(MODULES) - {"vtp.engines.ort_library"}))
+def test_onnx_runtime_is_imported_in_one_place(module: str) -> None:
+    """Where its telemetry is turned off."""
+    assert not [name for name, _ in imports(MODULES[module]) if name.split(".")[0] == "onnxruntime"]
+    loaders = {"import_module", "__import__"}
+    for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in loaders:
+            assert "onnxruntime" not in ast.unparse(node), module
+
+
+@pytest.mark.parametrize("module", sorted(set(MODULES) - {"vtp.engines.child"}))
+def test_python_children_are_started_in_one_place(module: str) -> None:
+    """Where the current folder is kept off their import path."""
+    found = {name.split(".")[0] for name, _ in imports(MODULES[module])}
+    assert not found & {"multiprocessing", "pty"}
+    used = set(uses(MODULES[module]))
+    assert not used & {"sys.executable", "sys._base_executable"}
+    assert not {name for name in used if name.endswith(("ProcessPoolExecutor", "create_subprocess_exec"))}
+    assert not {
+        name for name in used if name.startswith(("os.exec", "os.spawn", "os.posix_spawn", "os.fork"))
+    }
+    assert not used & {"os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput"}
+
+
 @pytest.mark.parametrize("module", MODULES)
 def test_every_module_imports(module: str) -> None:
     importlib.import_module(module)

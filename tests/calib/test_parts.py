@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -195,6 +196,35 @@ def test_another_file_is_no_journal(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text('{"image": "a.png"}\n')
     with pytest.raises(VtpError, match="not a journal"):
         Journal(tmp_path / "x.jsonl")
+
+
+def test_a_second_run_with_the_same_journal_is_refused(tmp_path: Path) -> None:
+    """Two runs that appended to one file would each cut the other's lines short."""
+    file = tmp_path / "answers.jsonl"
+    first = Journal(file)
+    first.add("b", 3, "q1", Answer("a star", [1], 3.5))
+    with file.open("a") as torn:
+        torn.write("what the first is just writing")
+    with pytest.raises(VtpError, match=r"another vtp-calib is writing .*answers.jsonl; wait until") as caught:
+        Journal(file)
+    assert "\n" not in str(caught.value)
+    assert file.read_text().endswith("what the first is just writing")  # not taken for torn
+    first.close()
+    again = Journal(file)
+    assert again.get("b", 3, "q1") == Answer("a star", [1], 3.5)
+    again.close()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_journal_on_a_full_disk_is_one_line(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "answers.jsonl")
+    full = os.open("/dev/full", os.O_WRONLY)
+    os.dup2(full, journal._file.fileno())
+    os.close(full)
+    with pytest.raises(VtpError, match=r"cannot write .*No space left on device") as caught:
+        journal.add("b", 3, "q1", Answer("a star", [1], 3.5))
+    assert "\n" not in str(caught.value)
+    journal.close()
 
 
 # -- search --------------------------------------------------------------------------------------------------

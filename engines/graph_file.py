@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vtp.engines.errors import VtpError
+from vtp.engines.files import read_bounded
 
 # TensorProto.DataType -> numpy's name (ONNX's own where numpy has none), and bits per element.
 _DTYPES = {
@@ -34,8 +35,12 @@ _DTYPES = {
 }
 _BITS = dict(_DTYPES.values())
 _SMALL = 64  # bytes of a constant that is kept
+GRAPH_BYTES = (1 << 31) - 1  # the most that a protocol buffer may have
+_LAST = (1 << 64) - 1
+_TAG = (1 << 32) - 1  # likewise a field's number with its kind
 
-Field = tuple[int, int | bytes]
+Buffer = bytes | memoryview
+Field = tuple[int, int | Buffer]
 
 
 @dataclass(frozen=True)
@@ -101,14 +106,12 @@ def read_graph(path: str | Path) -> GraphFile:
     """Read a graph file. Raises VtpError when it is not one."""
     path = Path(path)
     try:
-        return _model(path.read_bytes())
-    except OSError as error:
-        raise VtpError(f"cannot read {path}: {error.strerror or error}") from error
+        return _model(memoryview(read_bounded(path, GRAPH_BYTES)))
     except (ValueError, IndexError, KeyError, struct.error, TypeError, AttributeError) as error:
         raise VtpError(f"{path} is no ONNX graph; export the bundle again") from error
 
 
-def fields(data: bytes) -> Iterator[Field]:
+def fields(data: Buffer) -> Iterator[Field]:
     """Field numbers and values of one message: an int for numbers, bytes for everything with a length.
 
     Raises ValueError or IndexError for what is no protocol buffer.
@@ -117,8 +120,10 @@ def fields(data: bytes) -> Iterator[Field]:
     while place < len(data):
         key, place = _varint(data, place)
         number, kind = key >> 3, key & 7
+        if key > _TAG or not number:  # libraries differ in what they take such a one for
+            raise ValueError("not a field")
         if kind == 0:
-            value: int | bytes
+            value: int | Buffer
             value, place = _varint(data, place)
         elif kind == 2:
             length, place = _varint(data, place)
@@ -127,55 +132,58 @@ def fields(data: bytes) -> Iterator[Field]:
             value, place = data[place : place + length], place + length
         elif kind in (1, 5):
             length = 8 if kind == 1 else 4
+            if place + length > len(data):
+                raise ValueError("cut off")
             value, place = data[place : place + length], place + length
         else:
             raise ValueError("not a protocol buffer")
         yield number, value
 
 
-def _varint(data: bytes, place: int) -> tuple[int, int]:
+def _varint(data: Buffer, place: int) -> tuple[int, int]:
     number = shift = 0
     while True:
         byte = data[place]
         number |= (byte & 127) << shift
         place, shift = place + 1, shift + 7
         if byte < 128:
-            return number, place
+            return number & _LAST, place
         if shift > 63:
             raise ValueError("not a number")
 
 
-def _signed(number: int) -> int:
+def signed(number: int) -> int:
+    """The int64 that a varint stands for."""
     return number - (1 << 64) if number >= 1 << 63 else number
 
 
-def _model(data: bytes) -> GraphFile:
+def _model(data: Buffer) -> GraphFile:
     opsets: dict[str, int] = {}
-    graph: bytes | None = None
+    graph: Buffer | None = None
     for number, value in fields(data):
         if number == 7:
-            graph = bytes(value)
+            graph = message_of(value)
         elif number == 8:
-            parts = dict(fields(bytes(value)))
-            opsets[_text(parts.get(1, b""))] = int(parts.get(2, 0))
+            parts = dict(fields(message_of(value)))
+            opsets[text_of(parts.get(1, b""))] = int(parts.get(2, 0))
     if graph is None:
         raise ValueError("no graph")
     return _graph(graph, opsets)
 
 
-def _graph(data: bytes, opsets: dict[str, int]) -> GraphFile:
+def _graph(data: Buffer, opsets: dict[str, int]) -> GraphFile:
     nodes: list[Node] = []
     weights: dict[str, Weight] = {}
     named: dict[int, list[str]] = {11: [], 12: [], 13: []}  # inputs, outputs, inner tensors
     tensors: dict[str, TensorShape] = {}
     for number, value in fields(data):
         if number == 1:
-            nodes.append(_node(bytes(value)))
+            nodes.append(_node(message_of(value)))
         elif number == 5:
-            name, weight = _weight(bytes(value))
+            name, weight = _weight(message_of(value))
             weights[name] = weight
         elif number in named:
-            name, tensor = _value_info(bytes(value))
+            name, tensor = _value_info(message_of(value))
             named[number].append(name)
             if tensor is not None:
                 tensors[name] = tensor
@@ -188,67 +196,80 @@ def _node(data: bytes) -> Node:
     texts: dict[str, str] = {}
     for number, value in fields(data):
         if number in said:
-            said[number].append(_text(value))
+            said[number].append(text_of(value))
         elif number == 5:
-            attribute = dict(fields(bytes(value)))
+            attribute = dict(fields(message_of(value)))
             if attribute.get(20) == 2:  # AttributeProto.INT
-                ints[_text(attribute[1])] = _signed(int(attribute.get(3, 0)))
+                ints[text_of(attribute[1])] = signed(int(attribute.get(3, 0)))
             elif attribute.get(20) == 3:  # STRING
-                texts[_text(attribute[1])] = _text(attribute.get(4, b""))
-    first = {number: "".join(said[number][:1]) for number in (3, 4, 7)}
-    return Node(first[4], first[7], first[3], tuple(said[1]), tuple(said[2]), ints, texts)
+                texts[text_of(attribute[1])] = text_of(attribute.get(4, b""))
+    last = {number: "".join(said[number][-1:]) for number in (3, 4, 7)}
+    return Node(last[4], last[7], last[3], tuple(said[1]), tuple(said[2]), ints, texts)
 
 
-def _weight(data: bytes) -> tuple[str, Weight]:
+def _weight(data: Buffer) -> tuple[str, Weight]:
     shape: list[int] = []
     name, kind, raw, outside = "", 0, b"", dict[str, str]()
     for number, value in fields(data):
         if number == 1:
-            shape += _packed(value)
+            shape += integers(value)
         elif number == 2:
             kind = int(value)
         elif number == 8:
-            name = _text(value)
+            name = text_of(value)
         elif number in (4, 9) and not isinstance(value, int) and len(value) <= _SMALL:
             raw = bytes(value)  # packed floats lie as raw ones do
         elif number == 13:
-            pair = dict(fields(bytes(value)))
-            outside[_text(pair[1])] = _text(pair[2])
+            pair = dict(fields(message_of(value)))
+            outside[text_of(pair[1])] = text_of(pair[2])
     place = (outside["location"], int(outside.get("offset", 0))) if outside else None
     return name, Weight(_dtype(kind), tuple(shape), place, raw)
 
 
-def _packed(value: int | bytes) -> list[int]:
+def message_of(value: int | Buffer) -> Buffer:
+    """A field's bytes; ValueError for a number (of which `bytes` would make as many zeros)."""
+    if isinstance(value, int):
+        raise ValueError("a number where bytes belong")
+    return value
+
+
+def integers(value: int | Buffer) -> list[int]:
     """A repeated int64: one number, or several packed in bytes."""
     if isinstance(value, int):
-        return [_signed(value)]
+        return [signed(value)]
     numbers, place = [], 0
     while place < len(value):
         number, place = _varint(value, place)
-        numbers.append(_signed(number))
+        numbers.append(signed(number))
     return numbers
 
 
 def _value_info(data: bytes) -> tuple[str, TensorShape | None]:
     parts = dict(fields(data))
-    name = _text(parts.get(1, b""))
-    kind = dict(fields(bytes(parts.get(2, b"")))).get(1)  # TypeProto.tensor_type
+    name = text_of(parts.get(1, b""))
+    kind = dict(fields(message_of(parts.get(2, b"")))).get(1)  # TypeProto.tensor_type
     if kind is None:
         return name, None
-    tensor = dict(fields(bytes(kind)))
+    tensor = dict(fields(message_of(kind)))
     if 2 not in tensor:
         return name, None
     axes: list[int | str] = []
-    for number, value in fields(bytes(tensor[2])):
+    for number, value in fields(message_of(tensor[2])):
         if number == 1:
-            axis = dict(fields(bytes(value)))
-            axes.append(_text(axis[2]) if 2 in axis else int(axis.get(1, 0)))
+            axis = dict(fields(message_of(value)))
+            axes.append(text_of(axis[2]) if 2 in axis else int(axis.get(1, 0)))
     return name, TensorShape(_dtype(int(tensor.get(1, 0))), tuple(axes))
+
+
+def bits_of(kind: int) -> int | None:
+    """Bits of one element of a TensorProto's type; None for one that is not known here."""
+    return _DTYPES[kind][1] if kind in _DTYPES else None
 
 
 def _dtype(kind: int) -> str:
     return _DTYPES.get(kind, (f"onnx type {kind}", 32))[0]
 
 
-def _text(value: int | bytes) -> str:
-    return bytes(value).decode("utf-8") if isinstance(value, bytes) else ""
+def text_of(value: int | Buffer) -> str:
+    """A field's text; ValueError where it is none."""
+    return "" if isinstance(value, int) else bytes(value).decode("utf-8")

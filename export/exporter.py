@@ -98,6 +98,7 @@ def export(
             progress(f"verify against the torch model ({request.verify})")
             manifest.parity.update(verify(open_bundle(folder), model, plan, chains, request.verify))
         else:
+            open_bundle(folder)  # what an outside method wrote may be refused: then no bundle is left
             manifest.parity.update({"mode": "none"})
         (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
     return open_bundle(request.output)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from vtp.engines import UsageError
+from vtp.runtime.console import whole_number
 
 _ALLOWED = "a whole number, a list such as 32,64,128, or a range such as 32:128:32"
 
@@ -50,7 +51,7 @@ def _number(piece: str, text: str) -> int:
     digits = piece[1:] if piece.startswith(("-", "+")) else piece
     if not (digits.isascii() and digits.isdecimal()):
         raise UsageError(f"keep-tokens '{text}' is not {_ALLOWED}")
-    return int(piece)
+    return whole_number("keep-tokens", piece.removeprefix("+"))
 
 
 def _span(text: str, first: int, last: int, step: int) -> range:

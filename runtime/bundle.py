@@ -12,6 +12,7 @@ from typing import Any
 
 from vtp.engines import UsageError, VtpError
 from vtp.engines.files import read_bounded, sha256
+from vtp.engines.graph_check import check_graph
 from vtp.engines.strict_json import FILE_BYTES
 from vtp.engines.whole import recover, undisturbed, whole_file, whole_folder
 from vtp.runtime.manifest import FileInfo, Manifest, parse_manifest
@@ -34,7 +35,9 @@ class Bundle:
 
 @undisturbed
 def open_bundle(folder: Path, check_hashes: bool = False) -> Bundle:
-    """Open a bundle: the manifest's schema, and every file's place and size (and sha256 on request).
+    """Open a bundle: the manifest's schema, and every file's place and size, and what graphs read.
+
+    With `check_hashes` every file's sha256 as well, and that no other file lies there.
 
     Raises VtpError, in one line, for what is not a bundle or no longer the one that was exported.
     """
@@ -44,9 +47,13 @@ def open_bundle(folder: Path, check_hashes: bool = False) -> Bundle:
     manifest_path = folder / MANIFEST
     if not manifest_path.is_file():
         raise VtpError(f"{folder} is not a bundle: it has no {MANIFEST}; make one with: vtp-export -o DIR")
-    manifest = parse_manifest(read_bounded(manifest_path, FILE_BYTES))
+    manifest = parse_manifest(read_bounded(manifest_path, FILE_BYTES, within=folder))
     for name, info in manifest.files.items():
         _check_file(folder, name, info, check_hashes)
+    if check_hashes:
+        _refuse_others(folder, manifest)
+    for name in manifest.graphs:
+        check_graph(folder / name, _beside_graph(name, manifest))
     return Bundle(folder, manifest)
 
 
@@ -66,6 +73,23 @@ def _check_file(folder: Path, name: str, info: FileInfo, check_hash: bool) -> No
         )
     if check_hash and sha256(path) != info.sha256:
         raise VtpError(f"{name} does not have the manifest's sha256: it was changed; export the bundle again")
+
+
+def _refuse_others(folder: Path, manifest: Manifest) -> None:
+    """Refuse what lies in the folder and nobody vouches for."""
+    known = {MANIFEST, *manifest.files} | {
+        str(parent) for name in manifest.files for parent in PurePosixPath(name).parents
+    }
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if name not in known:
+            raise VtpError(f"{folder} holds {name}, which its manifest does not name: move it elsewhere")
+
+
+def _beside_graph(file: str, manifest: Manifest) -> dict[str, int]:
+    """The files that a graph may read weights from, by the names that it may give them: plain ones."""
+    paths = {PurePosixPath(name): info.bytes for name, info in manifest.files.items()}
+    return {path.name: size for path, size in paths.items() if path.parent == PurePosixPath(file).parent}
 
 
 def is_inside(name: str) -> bool:

@@ -6,10 +6,12 @@ import argparse
 import errno
 import json
 import os
+import re
 import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from io import TextIOWrapper
@@ -22,6 +24,7 @@ from vtp.engines.errors import MESSAGE_LENGTH, UNSAFE, escape, one_line, shown
 DONE, FAILED, BAD_USAGE, INTERRUPTED = 0, 1, 2, 130
 LEFT = "nothing was left behind"
 _LARGEST = 2**63 - 1  # of any count, size or seed
+_PATH = re.compile("DIR|FILE|FOLDER|BUNDLE|OUT")  # how an argument's metavar begins
 _ENDING = ("SIGTERM", "SIGHUP")  # what asks a process to end, beside Ctrl-C
 
 
@@ -42,6 +45,19 @@ class Parser(argparse.ArgumentParser):
         _complain(self.prog, f"{one_line(message)}; see {self.prog} --help")
         raise SystemExit(BAD_USAGE)
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """Parse as argparse does, and refuse empty text where a path is wanted: it would mean "."."""
+        found, rest = super().parse_known_args(args, namespace)
+        for action in self._actions:
+            if _PATH.match(str(action.metavar)) and "" in _texts(getattr(found, action.dest, None)):
+                name = "/".join(action.option_strings) or action.metavar
+                self.error(f"argument {name}: the path is empty; give one, or leave the flag out")
+        return found, rest
+
+
+def _texts(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
 
 def run_command(name: str, work: Callable[[], None], debug: bool = False, interrupted: str = LEFT) -> int:
     """Run a command's work and turn what goes wrong into one line and an exit code.
@@ -52,7 +68,7 @@ def run_command(name: str, work: Callable[[], None], debug: bool = False, interr
     """
     _accept_all_text(sys.stdout)
     try:
-        with _signals_raise():
+        with _signals_raise(), _without_warnings(debug):
             work()
             _write("")
     except (SystemExit, GeneratorExit):
@@ -95,6 +111,15 @@ def os_reason(error: OSError) -> str:
     named = "" if error.filename is None else f"{shown(error.filename)}: "
     cure = "; free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
     return f"{named}{shown(reason)}{cure}"
+
+
+@contextmanager
+def _without_warnings(debug: bool) -> Iterator[None]:
+    """Libraries' warnings, such as Pillow's of odd metadata, stay from the terminal unless asked for."""
+    with warnings.catch_warnings():
+        if not debug and not sys.warnoptions:
+            warnings.simplefilter("ignore")
+        yield
 
 
 @contextmanager

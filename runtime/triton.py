@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vtp.engines import UsageError
+from vtp.engines import UsageError, VtpError
 from vtp.engines.graph_file import read_graph
 from vtp.engines.whole import whole_folder
 from vtp.runtime.bundle import MANIFEST, Bundle
@@ -195,12 +195,18 @@ def _tensors(kind: str, tensors: Mapping[str, TensorInfo]) -> list[str]:
             kind,
             [
                 _text("name", name),
-                f"data_type: {_TYPES[tensor.dtype]}",
+                f"data_type: {_type(tensor.dtype)}",
                 f"dims: {[axis if isinstance(axis, int) else -1 for axis in tensor.shape]}",
             ],
         )
         for name, tensor in tensors.items()
     ]
+
+
+def _type(dtype: str) -> str:
+    if dtype not in _TYPES:
+        raise VtpError(f"Triton takes no tensors of dtype '{dtype}'; it takes {', '.join(_TYPES)}")
+    return _TYPES[dtype]
 
 
 def _map(kind: str, pairs: Mapping[str, str]) -> list[str]:
@@ -221,8 +227,14 @@ def _lines(lines: Sequence[Any]) -> str:
 
 
 def _link(source: Path, target: Path) -> None:
-    """A hard link, so that weights take no room twice; a copy where the disk has none."""
+    """A hard link, so that weights take no room twice; a copy where the disk has none.
+
+    What is there is never written to: it may be a hard link to another file of the bundle.
+    """
     try:
-        os.link(source, target)
+        os.link(source.resolve(), target)
+    except FileExistsError as error:
+        raise VtpError(f"two files of the bundle would both be {target.name}; export it again") from error
     except OSError:
-        shutil.copyfile(source, target)
+        with source.open("rb") as file, target.open("xb") as copy:
+            shutil.copyfileobj(file, copy)

@@ -368,7 +368,8 @@ def test_outputs_that_exist(
     refuse([*model, "-o", str(tmp_path / "file"), "--overwrite"], 2, "is a file", capfd, True)
     refuse([*model, "-o", str(tmp_path / "desk")], 2, "add --overwrite", capfd, True)
     refuse([*model, "-o", str(tmp_path / "desk"), "--overwrite"], 2, "is not a bundle", capfd, True)
-    refuse([*model, "-o", "", "--overwrite"], 2, "holds the folder you are in", capfd, True)
+    refuse([*model, "-o", "", "--overwrite"], 2, "the path is empty", capfd, True)
+    refuse([*model, "-o", ".", "--overwrite"], 2, "holds the folder you are in", capfd, True)
     refuse([*model, "-o", str(tmp_path / "file" / "out")], 1, "cannot write to|cannot be used", capfd)
     assert {path.name for path in tmp_path.iterdir()} == {"bundle", "file", "desk"}
     open_bundle(bundle, check_hashes=True)

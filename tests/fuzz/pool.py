@@ -34,7 +34,10 @@ class Worker:
             process.stdin.write(json.dumps(case).encode() + b"\n")
             process.stdin.flush()
             steps = self._line()["steps"]
-            return steps, self._line()
+            verdict = self._line()
+            if verdict.pop("spoilt", ""):  # what was written outside would be seen again
+                self.close()
+            return steps, verdict
         except TimeoutError:
             self.close()
             return steps, {"kind": "bad", "why": f"no answer in {HANG:.0f} s"}
@@ -56,7 +59,7 @@ class Worker:
                 command,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
             )
         return self._process
 

@@ -74,7 +74,7 @@ def judge(area: Any, steps: Any, room: Room, noise: Any) -> dict[str, str]:
     _limit()
     verdict = _run(area, steps)
     if room.changed():
-        verdict = {"kind": "bad", "why": "wrote outside its folder"}
+        verdict = {"kind": "bad", "why": "wrote outside its folder", "spoilt": "yes"}
     elif verdict["kind"] != "bad" and os.fstat(noise.fileno()).st_size:
         noise.seek(0)
         verdict = {"kind": "bad", "why": f"noise: {noise.read(200).decode(errors='replace')!r}"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -13,10 +14,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 
 from vtp.engines import UsageError, VtpError, whole
 from vtp.runtime.bundle import MANIFEST, check_output, is_inside, open_bundle, whole_bundle
+from vtp.runtime.triton import write_repository
 
 
 @pytest.fixture
@@ -156,6 +159,92 @@ def test_links_within_and_a_linked_bundle_are_fine(bundle: Path) -> None:
     (bundle / "decoder.onnx").symlink_to("real.onnx")
     (bundle.parent / "link").symlink_to("bundle")
     open_bundle(bundle.parent / "link")
+
+
+# -- what graphs read and run --------------------------------------------------------------------------------
+
+
+def spoil(bundle: Path, file: str, change: Callable[[onnx.ModelProto], None]) -> None:
+    """Change a graph, and the manifest's identity of it."""
+    model = onnx.load(bundle / file, load_external_data=False)
+    change(model)
+    content = model.SerializeToString()
+    (bundle / file).unlink()
+    (bundle / file).write_bytes(content)
+    identity = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+    edit(bundle, lambda data: data["files"].update({file: identity}))
+
+
+def point_at(location: str) -> Callable[[onnx.ModelProto], None]:
+    """A change after which the first weight in external data lies elsewhere."""
+
+    def change(model: onnx.ModelProto) -> None:
+        tensor = next(one for one in model.graph.initializer if one.external_data)
+        next(entry for entry in tensor.external_data if entry.key == "location").value = location
+
+    return change
+
+
+@pytest.mark.parametrize("location", ["../secret", "other.data", "manifest.json"])
+def test_a_graph_reads_the_bundle_s_files_only(bundle: Path, location: str) -> None:
+    (bundle.parent / "secret").write_bytes(bytes(1 << 20))
+    (bundle / "other.data").write_bytes(bytes(1 << 20))
+    for file in ("decoder.onnx", "vision_encoder.onnx"):
+        again = Path(shutil.copytree(bundle, bundle.with_name(f"spoilt-{file}")))
+        spoil(again, file, point_at(location))
+        refuse(again, f"{file} reads weights from '{location}', which is none of the bundle's files")
+
+
+def test_triton_writes_over_nothing(bundle: Path, tmp_path: Path) -> None:
+    """A weights file called as the repository calls the graph: a hard link to it would be written over."""
+
+    def rename(model: onnx.ModelProto) -> None:
+        for tensor in model.graph.initializer:
+            for entry in tensor.external_data:
+                entry.value = "model.onnx" if entry.key == "location" else entry.value
+
+    (bundle / "vision_encoder.onnx.data").rename(bundle / "model.onnx")
+
+    def move(data: dict[str, Any]) -> None:
+        data["files"]["model.onnx"] = data["files"].pop("vision_encoder.onnx.data")
+
+    edit(bundle, move)
+    spoil(bundle, "vision_encoder.onnx", rename)
+    before = {path: path.read_bytes() for path in bundle.iterdir()}
+    opened = open_bundle(bundle, check_hashes=True)
+    with pytest.raises(VtpError, match=r"would both be model\.onnx"):
+        write_repository(opened, tmp_path / "repository")
+    assert {path: path.read_bytes() for path in bundle.iterdir()} == before
+    assert not (tmp_path / "repository").exists()
+
+
+def test_a_graph_with_control_flow_is_refused(bundle: Path) -> None:
+    def change(model: onnx.ModelProto) -> None:
+        model.graph.node[0].op_type = "If"
+
+    spoil(bundle, "splice.onnx", change)
+    refuse(bundle, r"splice\.onnx has control flow \(If\)")
+
+
+@pytest.mark.parametrize("name", ["decoder.onnx", "decoder.onnx.data", "tokenizer.json", MANIFEST])
+def test_pipes_in_the_place_of_files_are_not_waited_for(bundle: Path, name: str) -> None:
+    (bundle / name).unlink()
+    os.mkfifo(bundle / name)
+    refuse(bundle, f"lacks the file {name}|no {name}")
+
+
+def test_a_manifest_that_is_a_link_outside(bundle: Path) -> None:
+    (bundle / MANIFEST).rename(bundle.parent / "elsewhere.json")
+    (bundle / MANIFEST).symlink_to("../elsewhere.json")
+    refuse(bundle, "is a link that leaves")
+
+
+@pytest.mark.parametrize("name", ["engines/decoder-0123456789abcdef.plan", "notes.txt", ".hidden"])
+def test_files_that_the_manifest_does_not_name(bundle: Path, name: str) -> None:
+    (bundle / name).parent.mkdir(exist_ok=True)
+    (bundle / name).write_bytes(b"x")
+    open_bundle(bundle)
+    refuse(bundle, f"holds {name.split('/')[0]}, which its manifest does not name", check_hashes=True)
 
 
 # -- writing -------------------------------------------------------------------------------------------------

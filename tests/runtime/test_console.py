@@ -85,6 +85,26 @@ def test_what_argparse_says_is_escaped(capsys: Any) -> None:
     assert err.count("\n") == 1 and err[:-1].isprintable() and len(err) < MESSAGE_LENGTH + 100
 
 
+@pytest.mark.parametrize("argv", [[""], ["b", "--image", "a", "--image", ""], ["b", "-o", ""]])
+def test_an_empty_path_is_refused(argv: list[str], capsys: Any) -> None:
+    """It would mean the current folder to one reader, and that the flag was left out to another."""
+    parser = console.Parser(prog="vtp-run")
+    parser.add_argument("bundle", nargs="?", metavar="BUNDLE")
+    parser.add_argument("--image", action="append", default=[], metavar="FILE")
+    parser.add_argument("-o", metavar="DIR")
+    parser.add_argument("--prompt", metavar="TEXT")
+    assert parser.parse_args(["--prompt", ""]).prompt == ""
+    with pytest.raises(SystemExit):
+        parser.parse_args(argv)
+    assert "the path is empty" in capsys.readouterr().err
+
+
+def test_warnings_of_libraries_stay_from_the_terminal() -> None:
+    script = "import warnings; sys.exit(run_command('x', lambda: warnings.warn('odd metadata'), debug={}))"
+    assert python(script.format(False)).communicate(timeout=60)[1] == b""
+    assert b"odd metadata" in python(script.format(True)).communicate(timeout=60)[1]
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_cleans_up_as_an_interrupt_does(tmp_path: Path, number: signal.Signals) -> None:
     """A process that is asked to end cleans up, and a second signal does not stop that."""

@@ -26,6 +26,7 @@ from vtp.engines import VtpError
 from vtp.engines.exchange import exchange
 
 from . import moments
+from .bundles import make_bundles
 from .moments import Tally
 from .works import WORKS, Work
 
@@ -65,27 +66,6 @@ def main() -> int:
     done = ", ".join(f"{count} {kind}" for kind, count in tally.moments.items())
     print(f"kill: {done}; {len(tally.bad)} bad; {time.monotonic() - began:.0f} s (seed {args.seed})")
     return int(bool(tally.bad))
-
-
-def make_bundles(root: Path) -> tuple[Path, Path]:
-    """Two bundles of tiny models that differ in their weights alone: any mixture would open and answer."""
-    from vtp.export.exporter import Request, export
-
-    from ..export.tiny import save_tiny
-
-    made = []
-    for seed in (0, 1):
-        save_tiny(root / f"model-{seed}", layers=2, vision_layers=2, seed=seed)
-        request = Request(
-            root / f"bundle-{seed}",
-            model=str(root / f"model-{seed}"),
-            method="vispruner",
-            keep_tokens="3,6",
-            max_length=128,
-            verify="none",
-        )
-        made.append(export(request).folder)
-    return made[0], made[1]
 
 
 def run(works: dict[str, Work], count: int, chance: random.Random, tally: Tally) -> None:

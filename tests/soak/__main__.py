@@ -1,0 +1,74 @@
+"""make soak: one process that answers for an hour; resident memory, descriptors and threads must not grow.
+
+    python -m tests.soak [--seconds N] [--bundles A B] [--seed N]
+
+One summary line; exit code 1 where something grew, or where the same question was answered in two ways.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from itertools import count
+from pathlib import Path
+
+from ..kill.bundles import make_bundles
+from .growth import Sample, grown, look
+from .requests import Asker
+
+SAMPLES = 50  # of a run
+LEAST = 300  # requests: fewer tell nothing
+
+
+def main() -> int:
+    """See the module's words."""
+    parser = argparse.ArgumentParser(prog="tests.soak", description=__doc__)
+    parser.add_argument("--seconds", type=float, default=3600, metavar="N", help="how long (%(default)s)")
+    parser.add_argument("--bundles", nargs=2, type=Path, metavar="DIR", help="two that differ")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="vtp-soak-") as name:
+        bundles = tuple(args.bundles) if args.bundles else make_bundles(Path(name))
+        asker = Asker((bundles[0], bundles[1]), Path(name), args.seed)
+        done, samples = ask(asker.kinds, args.seconds, LEAST, random.Random(args.seed))
+        asker.close()
+    bad = [*grown(samples), *asker.wrong]
+    for line in bad[:20]:
+        print(f"bad: {line}")
+    first, last = samples[len(samples) // 5], samples[-1]
+    print(
+        f"soak: {args.seconds:g} s, {sum(done.values())} requests "
+        f"({', '.join(f'{often} {kind}' for kind, often in sorted(done.items()))}); "
+        f"resident {first.resident:.1f} to {last.resident:.1f} MB, descriptors {first.descriptors} to "
+        f"{last.descriptors}, threads {first.threads} to {last.threads}; {len(bad)} bad (seed {args.seed})"
+    )
+    return int(bool(bad))
+
+
+def ask(
+    kinds: Mapping[str, Callable[[], None]], seconds: float, least: int, chance: random.Random
+) -> tuple[Counter[str], list[Sample]]:
+    """Ask in random order for so long, and at least so often; what was asked, and samples all along."""
+    done: Counter[str] = Counter()
+    samples: list[Sample] = []
+    began = time.monotonic()
+    names = list(kinds)
+    for number in count(1):
+        kind = chance.choice(names)
+        kinds[kind]()
+        done[kind] += 1
+        part = min(number / least, (time.monotonic() - began) / seconds if seconds else 1.0)
+        if part * SAMPLES >= len(samples) + 1:
+            samples.append(look())
+        if part >= 1:
+            break
+    return done, samples
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,51 @@
+"""What a process holds, and whether that grows."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from vtp.bench.resident import resident
+
+_ROOM_MB, _ROOM_SHARE = 16.0, 0.03  # what an allocator may keep for itself between two fifths of a run
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Resident memory in MB, open descriptors, threads."""
+
+    resident: float
+    descriptors: int
+    threads: int
+
+
+def look() -> Sample:
+    """What this process holds now, without what only waits to be collected."""
+    gc.collect()
+    process = Path("/proc/self")
+    descriptors = sum(1 for _ in (process / "fd").iterdir()) - 1  # the one that lists them
+    return Sample(resident() / 2**20, descriptors, sum(1 for _ in (process / "task").iterdir()))
+
+
+def grown(samples: Sequence[Sample]) -> list[str]:
+    """What grew from the second fifth of a run (the first is set-up) to its last; a line each."""
+    fifth = max(1, len(samples) // 5)
+    early, late = samples[fifth : 2 * fifth], samples[-fifth:]
+    if len(samples) < 5:
+        return ["too short a run: fewer than five samples"]
+    lines = []
+    before, after = (statistics.median(one.resident for one in some) for some in (early, late))
+    if after - before > max(_ROOM_MB, _ROOM_SHARE * before):
+        lines.append(f"resident memory grew from {before:.1f} to {after:.1f} MB")
+    counts: dict[str, Callable[[Sample], int]] = {
+        "descriptors": lambda one: one.descriptors,
+        "threads": lambda one: one.threads,
+    }
+    for name, count in counts.items():
+        most, last = max(map(count, early)), min(map(count, late))
+        if last > most:  # even the fewest of the end are more than the most of the beginning
+            lines.append(f"{name} grew from {most} to {last}")
+    return lines

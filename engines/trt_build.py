@@ -7,6 +7,7 @@ is that child: a job as JSON on standard input, progress as JSON lines on standa
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import dataclasses
 import glob
@@ -62,7 +63,7 @@ class Stamp:
     mac: str = ""
 
     @property
-    def signed_part(self) -> bytes:
+    def signed_part(self) -> builtins.bytes:
         """What `mac` signs."""
         return json.dumps({**dataclasses.asdict(self), "mac": ""}, sort_keys=True).encode()
 

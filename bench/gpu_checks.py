@@ -28,7 +28,7 @@ from vtp.runtime.compare import Comparison
 from vtp.runtime.compare import compare as hold
 from vtp.runtime.images import load_image
 from vtp.runtime.machine import look
-from vtp.runtime.opening import ENGINES, Opening
+from vtp.runtime.opening import Opening, engines_folder
 from vtp.runtime.preprocess import preprocess
 from vtp.runtime.result import Timings
 from vtp.runtime.stages import StageRunner
@@ -346,7 +346,7 @@ def accuracy(job: Job, device: Device) -> dict[str, Any]:
 def engines(job: Job, device: Device) -> dict[str, Any]:
     """Build the bundle's TensorRT engines where there are none yet; hold them against ONNX Runtime."""
     bundle, machine = open_bundle(job.bundle), look()
-    folder = bundle.folder / ENGINES
+    folder = engines_folder(bundle)
     made = compare_bundle(bundle, job.engine, build_bundle(bundle, job.engine, folder), machine)
     gates = {one.file: one.engine.stamp.gate for one in made}
     failed = [

@@ -10,6 +10,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeVar
 
 from vtp.engines.errors import VtpError
 from vtp.engines.files import read_bounded
@@ -40,7 +41,7 @@ _LAST = (1 << 64) - 1
 _TAG = (1 << 32) - 1  # likewise a field's number with its kind
 
 Buffer = bytes | memoryview
-Field = tuple[int, int | Buffer]
+Data = TypeVar("Data", bound=bytes | memoryview)
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def read_graph(path: str | Path) -> GraphFile:
         raise VtpError(f"{path} is no ONNX graph; export the bundle again") from error
 
 
-def fields(data: Buffer) -> Iterator[Field]:
+def fields(data: Data) -> Iterator[tuple[int, int | Data]]:
     """Field numbers and values of one message: an int for numbers, bytes for everything with a length.
 
     Raises ValueError or IndexError for what is no protocol buffer.
@@ -123,7 +124,7 @@ def fields(data: Buffer) -> Iterator[Field]:
         if key > _TAG or not number:  # libraries differ in what they take such a one for
             raise ValueError("not a field")
         if kind == 0:
-            value: int | Buffer
+            value: Any
             value, place = _varint(data, place)
         elif kind == 2:
             length, place = _varint(data, place)
@@ -190,7 +191,7 @@ def _graph(data: Buffer, opsets: dict[str, int]) -> GraphFile:
     return GraphFile(opsets, tuple(named[11]), tuple(named[12]), tuple(nodes), weights, tensors)
 
 
-def _node(data: bytes) -> Node:
+def _node(data: Buffer) -> Node:
     said: dict[int, list[str]] = {1: [], 2: [], 3: [], 4: [], 7: []}
     ints: dict[str, int] = {}
     texts: dict[str, str] = {}
@@ -244,7 +245,7 @@ def integers(value: int | Buffer) -> list[int]:
     return numbers
 
 
-def _value_info(data: bytes) -> tuple[str, TensorShape | None]:
+def _value_info(data: Buffer) -> tuple[str, TensorShape | None]:
     parts = dict(fields(data))
     name = text_of(parts.get(1, b""))
     kind = dict(fields(message_of(parts.get(2, b"")))).get(1)  # TypeProto.tensor_type

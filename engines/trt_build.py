@@ -7,8 +7,10 @@ is that child: a job as JSON on standard input, progress as JSON lines on standa
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import dataclasses
+import glob
 import hashlib
 import json
 import os
@@ -31,6 +33,7 @@ from vtp.engines.graph_memory import graph_memory
 from vtp.engines.plugins.greedy import SOURCE
 from vtp.engines.strict_json import read_json
 from vtp.engines.trt import BuildOptions, Profiles, Step, build_engine, load_library, profile_list
+from vtp.engines.trt_store import cache_folder, check_folder, is_private, is_signed, make_folder, sign
 from vtp.engines.whole import whole_file
 
 PLAN, STAMP = ".plan", ".json"
@@ -48,6 +51,7 @@ class Stamp:
     graph      sha256 over the graph file and the weights it refers to
     settings   what else changes the engine: profile and options
     gate       how it compared with ONNX Runtime, and on which device; empty: never compared
+    mac        this machine's signature of all the others (`trt_store.sign`)
     """
 
     engine: str
@@ -58,6 +62,12 @@ class Stamp:
     bytes: int
     sha256: str
     gate: dict[str, Any] = field(default_factory=dict)
+    mac: str = ""
+
+    @property
+    def signed_part(self) -> builtins.bytes:
+        """What `mac` signs."""
+        return json.dumps({**dataclasses.asdict(self), "mac": ""}, sort_keys=True).encode()
 
     @property
     def key(self) -> str:
@@ -122,18 +132,19 @@ def store_engine(
     take, a build that fails or is killed. The folder then holds what it held before.
     """
     path, folder, options = Path(path), Path(folder), options or BuildOptions()
+    check_folder(folder)
     version = load_library(engine).__version__
     settings = settings_hash(profile, options)
     wanted = Stamp(engine, version, device_sm(engine, cuda), graph_hash(path), settings, 0, "")
     target = folder / f"{path.stem}-{wanted.key}{PLAN}"
     with contextlib.suppress(VtpError):  # not there, or not whole: a build that was interrupted
-        stored = StoredEngine(target, read_stamp(target), False)
+        stored = StoredEngine(target, read_stamp(target, check_hash=not is_private(target)), False)
         with contextlib.suppress(OSError):  # a folder that cannot be written holds what it holds
             os.utime(target)  # of several engines of a graph the one that was asked for last is run
         return stored
     if room is not None:
         _check_room(path.name, estimate_build(path, engine, profile, options), room)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     stamp = _build_aside(path, target, profile, options, wanted, step)
     return StoredEngine(target, stamp, True)
 
@@ -149,13 +160,11 @@ def check_engine(
     """Return the stamp of an engine file that can run here, now; else VtpError with the reason.
 
     `rebuild` is the command that makes it anew; `graph` the hash it must have been built from, if known;
-    with `check_hash` the file's content is held against its stamp as well.
+    with `check_hash`, and always outside the user's cache, the file's content is held against its stamp.
     """
     path = Path(path)
     try:
-        stamp = read_stamp(path)
-        if check_hash and sha256(path) != stamp.sha256:
-            raise VtpError(f"engine {path.name} is not what was built: it was changed")
+        stamp = read_stamp(path, check_hash or not is_private(path))
     except VtpError as error:
         raise VtpError(f"{error}; rebuild it with: {rebuild}") from error
     version, sm = load_library(engine).__version__, device_sm(engine, cuda)
@@ -186,8 +195,11 @@ def find_engine(
     Raises VtpError: none was built, or why those that were cannot run.
     """
     graph = Path(graph)
+    check_folder(Path(folder))
     wanted, problem = graph_hash(graph, known), ""
-    plans = sorted(Path(folder).glob(f"{graph.stem}-*{PLAN}"), key=lambda path: -path.stat().st_mtime)
+    plans = sorted(
+        Path(folder).glob(f"{glob.escape(graph.stem)}-*{PLAN}"), key=lambda path: -path.stat().st_mtime
+    )
     for plan in plans:
         try:
             return plan, check_engine(plan, engine, rebuild, wanted, cuda=cuda)
@@ -200,13 +212,15 @@ def set_gate(path: str | Path, gate: Mapping[str, Any]) -> Stamp:
     """Note beside an engine how it compared with ONNX Runtime; returns the new stamp."""
     path = Path(path)
     stamp = dataclasses.replace(read_stamp(path), gate=dict(gate))
-    _write_stamp(path, stamp)
-    return stamp
+    return write_stamp(path, stamp)
 
 
-def _write_stamp(path: Path, stamp: Stamp) -> None:
+def write_stamp(path: Path, stamp: Stamp) -> Stamp:
+    """Sign a stamp and put it beside its engine; returns it with the signature."""
+    stamp = dataclasses.replace(stamp, mac=sign(stamp.signed_part))
     with whole_file(path.with_suffix(STAMP)) as part:
         part.write_text(json.dumps(dataclasses.asdict(stamp), indent=1), encoding="utf-8")
+    return stamp
 
 
 def check_gate(
@@ -226,16 +240,23 @@ def check_gate(
         raise VtpError(f"engine {name} does not answer as ONNX Runtime does: {gate.get('note')}")
 
 
-def read_stamp(path: str | Path) -> Stamp:
-    """The stamp beside an engine file, held against the file's size. VtpError where either is not whole."""
+def read_stamp(path: str | Path, check_hash: bool = False) -> Stamp:
+    """The stamp beside an engine file, held against this machine's key and the file's size (and content).
+
+    VtpError where either is not whole, or the engine is not one that was built here.
+    """
     path = Path(path)
     try:
         stamp = _stamp(read_json(path.with_suffix(STAMP), STAMP_BYTES))
         size = path.stat().st_size
     except (OSError, VtpError) as error:
         raise VtpError(f"engine {path.name} is missing or was not finished") from error
+    if not is_signed(stamp.signed_part, stamp.mac):
+        raise VtpError(f"engine {path.name} was not built by this user on this machine")
     if size != stamp.bytes:
         raise VtpError(f"engine {path.name} has {size} bytes of {stamp.bytes}: it was cut off")
+    if check_hash and sha256(path) != stamp.sha256:
+        raise VtpError(f"engine {path.name} is not what was built: it was changed")
     return stamp
 
 
@@ -317,14 +338,13 @@ def _build_aside(
         "engine": wanted.engine,
         "profile": _plain(profile),
         "options": dataclasses.asdict(options),
-        "timing_cache": str(target.parent / f"{wanted.engine}-{wanted.version}-sm{wanted.sm}.timing"),
+        "timing_cache": str(cache_folder() / f"{wanted.engine}-{wanted.version}-sm{wanted.sm}.timing"),
     }
     with whole_file(target) as part:
         made = _run_child({**job, "output": str(part)}, step)
         stamp = dataclasses.replace(wanted, bytes=made["bytes"], sha256=made["sha256"])
         target.with_suffix(STAMP).unlink(missing_ok=True)
-    _write_stamp(target, stamp)
-    return stamp
+    return write_stamp(target, stamp)
 
 
 def _run_child(job: Mapping[str, Any], step: Step) -> dict[str, Any]:

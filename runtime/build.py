@@ -24,7 +24,7 @@ from vtp.runtime.images import load_image
 from vtp.runtime.machine import Machine, look
 from vtp.runtime.manifest import SINGLE, GraphInfo
 from vtp.runtime.memory import bundle_memory
-from vtp.runtime.opening import ENGINES
+from vtp.runtime.opening import engines_folder
 from vtp.runtime.sample import PROMPT
 from vtp.runtime.shell import command_line
 from vtp.runtime.triton import write_repository
@@ -55,7 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("bundle", metavar="BUNDLE", help=f"a folder that vtp-export --target {' or '.join(TARGETS)} made")
     add("--engine", metavar="NAME", help=f"one of {', '.join(LIBRARIES)}")
     add("--triton", metavar="DIR", help="write a model repository for NVIDIA's Triton server instead")
-    add("-o", "--output", metavar="DIR", help=f"where engines are kept (default: BUNDLE/{ENGINES})")
+    add("-o", "--output", metavar="DIR", help="where engines are kept (default: in ~/.cache/vtp/engines)")
     add("--workspace-mb", metavar="N", default="1024", help="memory for one layer (default: %(default)s)")
     add("--plugin", metavar="NAME", help=f"kernel to use where it answers as ONNX Runtime: {PLUGINS[0]}")
     add("--image", metavar="FILE", help="picture to compare engines on (default: one that is drawn)")
@@ -85,7 +85,7 @@ def _run(args: argparse.Namespace) -> None:
     if args.image and bundle.manifest.image.frames is not None:
         raise UsageError("this bundle answers about videos; leave out --image: a clip of its own will do")
     picture = load_image(args.image) if args.image else None
-    folder = Path(args.output) if args.output else bundle.folder / ENGINES
+    folder = engines_folder(bundle, Path(args.output) if args.output else None)
     room, progress = _room(machine), Progress()
 
     def compare(made: list[BuiltGraph]) -> list[BuiltGraph]:

@@ -83,7 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--allow-special-tokens", action="store_true", help="let the prompt hold the model's special tokens")
     add("--threads", metavar="N", help="CPU threads (default: all cores)")
-    add("--engines", metavar="DIR", help="where vtp-build -o put TensorRT engines (default: in the bundle)")
+    add("--engines", metavar="DIR", help="where vtp-build -o put TensorRT engines (default: in the cache)")
     add("--allow-cpu-nodes", action="store_true", help="on CUDA, go on where nodes are left to the CPU")
     add(
         "--cuda-graph",

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from vtp.engines import Engine, open_graph
+from vtp.engines import Engine, VtpError, open_graph
 from vtp.engines.trt import LIBRARIES
+from vtp.engines.trt_store import cache_folder
 from vtp.runtime.bundle import Bundle
 from vtp.runtime.shell import command_line
 
@@ -17,14 +20,13 @@ NEVER_RUN = (
     "the code that runs TensorRT engines was never run on a GPU by those who wrote it; "
     "every engine was compared with ONNX Runtime on this machine"
 )
-ENGINES = "engines"  # folder within the bundle where vtp-build keeps engines, unless told otherwise
 
 
 @dataclass(frozen=True)
 class Opening:
     """How graphs are opened.
 
-    engines           folder of built TensorRT engines; None: within the bundle
+    engines           folder of built TensorRT engines; None: in the user's cache
     allow_cpu_nodes   on CUDA, go on where nodes are left to the CPU
     cuda_graph        on CUDA, record image stages and single steps as CUDA graphs and replay them
     image             who else runs the image stages: keep-count and pixel_values -> tensors by the
@@ -56,11 +58,24 @@ def open_stage(
         )
     from vtp.engines.trt_build import check_gate, find_engine
 
-    folder, rebuild = how.engines or bundle.folder / ENGINES, build_command(bundle, engine, how.engines)
+    folder, rebuild = engines_folder(bundle, how.engines), build_command(bundle, engine, how.engines)
     known = {name: info.sha256 for name, info in bundle.manifest.files.items()}
     plan, stamp = find_engine(bundle.path(file), engine, folder, rebuild, known)
     check_gate(plan, stamp, rebuild)
     return open_graph(bundle.path(file), engine, plan=plan)
+
+
+def engines_folder(bundle: Bundle, wanted: Path | None = None) -> Path:
+    """Where a bundle's engines lie: `wanted`, else a folder of the user's cache for bundles of these files.
+
+    Raises VtpError for a folder within the bundle: engines are a machine's, and bundles go to others.
+    """
+    if wanted is None:
+        files = sorted((name, info.sha256) for name, info in bundle.manifest.files.items())
+        return cache_folder() / hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]
+    if wanted.resolve().is_relative_to(bundle.folder.resolve()):
+        raise VtpError(f"{wanted} lies in the bundle, where no engine is opened; choose a folder elsewhere")
+    return wanted
 
 
 def build_command(bundle: Bundle, engine: str, folder: Path | None = None) -> str:

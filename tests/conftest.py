@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+
+import vtp.engines  # noqa: F401  (turns ONNX Runtime's telemetry off before any test imports it)
 
 MAX_LENGTH = 128
 
@@ -42,6 +44,15 @@ BUNDLES: dict[str, tuple[str, dict[str, Any]]] = {
     "tied": ("tied", {"method": "adaptprune", "keep_tokens": "16"}),
     "siglip": ("siglip", {"method": "vispruner", "keep_tokens": "5"}),
 }
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The user's cache of this run: tests leave nothing in the real one."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        yield folder
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from vtp.bench.gpu_checks import Answer, Job
 from vtp.engines import VtpError
 from vtp.runtime.build import profiles_of
 from vtp.runtime.bundle import open_bundle
-from vtp.runtime.opening import ENGINES
+from vtp.runtime.opening import engines_folder
 
 from ..engines.fake_trt import install, install_gpu, store
 
@@ -83,7 +83,7 @@ def test_tensorrt_engines_are_built_compared_and_then_measured(
     install_gpu(monkeypatch)
     install(monkeypatch)
     for file, graph in bundle.manifest.graphs.items():
-        store(bundle.folder / ENGINES, bundle.path(file), profiles_of(graph))
+        store(engines_folder(bundle), bundle.path(file), profiles_of(graph))
     job = Job(str(bundle.folder), "tensorrt", questions=2, rounds=1, steps=2)
     assert gpu_checks.checks_for("tensorrt") == ["engines", "times", "cache", "agreement", "accuracy"]
     checks = {

@@ -9,7 +9,6 @@ profile that was not set, a foreign stream.
 from __future__ import annotations
 
 import ctypes
-import dataclasses
 import enum
 import hashlib
 import importlib.machinery
@@ -25,6 +24,7 @@ import onnxruntime
 
 from vtp.engines.graph_file import read_graph
 from vtp.engines.trt import BuildOptions
+from vtp.engines.trt_store import make_folder
 
 STREAM = 7
 VERSION = "10.3.0"
@@ -278,9 +278,9 @@ def store(
     hashed = trt_build.graph_hash(graph)
     stamp = trt_build.Stamp(engine, version, "8.7", hashed, settings, len(content), content_hash)
     path = folder / f"{graph.stem}-{stamp.key}{trt_build.PLAN}"
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     path.write_bytes(content)
-    path.with_suffix(trt_build.STAMP).write_text(json.dumps(dataclasses.asdict(stamp)))
+    trt_build.write_stamp(path, stamp)
     return path
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import json
 import os
 import signal
 import subprocess
@@ -21,7 +20,15 @@ from onnx import TensorProto, helper, numpy_helper
 from vtp.engines import UsageError, VtpError, trt_build
 from vtp.engines.cuda import CudaDevice, CudaProbe
 from vtp.engines.trt import INSTALL, BuildOptions, build_engine, load_library, refused_nodes
-from vtp.engines.trt_build import Room, check_engine, estimate_build, graph_hash, read_stamp, store_engine
+from vtp.engines.trt_build import (
+    Room,
+    check_engine,
+    estimate_build,
+    graph_hash,
+    read_stamp,
+    store_engine,
+    write_stamp,
+)
 
 ENGINE = "tensorrt-rtx"
 built_here = [
@@ -203,7 +210,7 @@ class TestStore:
     ) -> None:
         stored = store_engine(graph, ENGINE, tmp_path / "e", PROFILE)
         stamp = dataclasses.replace(stored.stamp, **{field: value})
-        stored.path.with_suffix(".json").write_text(json.dumps(dataclasses.asdict(stamp)))
+        write_stamp(stored.path, stamp)
         with pytest.raises(VtpError, match=f"{message}.*; rebuild it with: vtp-x"):
             check_engine(stored.path, ENGINE, "vtp-x", graph_hash(graph))
 

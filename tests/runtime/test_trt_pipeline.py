@@ -21,7 +21,7 @@ from vtp.runtime import Pipeline, build, cli
 from vtp.runtime.bundle import Bundle, open_bundle
 from vtp.runtime.gate import Case, Verdict, cases, judge
 from vtp.runtime.machine import Machine, Memory
-from vtp.runtime.opening import Opening
+from vtp.runtime.opening import Opening, engines_folder
 
 from ..engines.fake_trt import FakeMemory, install, install_gpu, store
 
@@ -91,6 +91,34 @@ def test_engines_run_after_they_were_compared_and_answer_as_onnx_runtime(
     assert answers[0]["engine"] == ENGINE and answers[0]["token_ids"] == answers[1]["token_ids"]
     assert len(answers[0]["token_ids"]) == 6
     assert not memory.blocks  # nothing of the GPU is held by a closed pipeline
+
+
+def test_engines_lie_in_the_user_s_cache_and_never_in_the_bundle(
+    bundle: Bundle, memory: FakeMemory, cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    inside = bundle.folder / "engines"
+    plans = build_all(bundle, inside)  # as bundles came with them before
+    for plan in plans.values():
+        set_gate(plan, {"passed": True, "device": "Orin"})
+    try:
+        with pytest.raises(VtpError, match=r"no tensorrt engine of .* in .*/vtp/engines/.*; build it with"):
+            Pipeline.load(bundle.folder, ENGINE)
+        with pytest.raises(VtpError, match="lies in the bundle, where no engine is opened"):
+            load(bundle, inside)
+        assert run(bundle.folder, "--engine", ENGINE, "-o", inside) == 1
+        assert "lies in the bundle" in capsys.readouterr().err
+    finally:
+        shutil.rmtree(inside)
+    folder = engines_folder(bundle)
+    assert folder.parent == cache / "vtp" / "engines"
+    assert engines_folder(open_bundle(bundle.folder)) == folder
+    build_all(bundle, folder)
+    assert run(bundle.folder, "--engine", ENGINE, "--json") == 0
+    rows = json.loads(capsys.readouterr().out)["engines"]
+    assert {Path(row["engine"]).parent for row in rows} == {folder}
+    with Pipeline.load(bundle.folder, ENGINE, check_hashes=True):
+        pass
+    shutil.rmtree(folder)
 
 
 def test_a_second_comparison_is_asked_for(

@@ -151,7 +151,9 @@ def _judge(relative: np.ndarray, element: np.ndarray, cosine: np.ndarray, limits
         float(element.max()),
         float(cosine.min()),
         len(relative),
-        "" if ok else _why(row, kind, (relative[row], element[row], cosine[row]), limits),
+        ""
+        if ok
+        else _why(row, kind, (float(relative[row]), float(element[row]), float(cosine[row])), limits),
     )
 
 

@@ -62,6 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--seed", metavar="N", help="makes sampling repeatable")
     add("--stop", action="append", default=[], metavar="TEXT", help="end the answer before this text")
+    add("--timeout-ms", metavar="MS", help="end the answer after so many milliseconds, with what there is")
     add("--threads", metavar="N", help="CPU threads (default: all cores)")
     add("--engines", metavar="DIR", help="where vtp-build -o put TensorRT engines (default: in the bundle)")
     add("--allow-cpu-nodes", action="store_true", help="on CUDA, go on where nodes are left to the CPU")
@@ -187,6 +188,7 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
         "top_p": _number("top-p", args.top_p),
         "seed": None if args.seed is None else _whole("seed", args.seed),
         "stop": args.stop,
+        "timeout_ms": None if args.timeout_ms is None else _number("timeout-ms", args.timeout_ms),
     }
 
 

@@ -25,6 +25,7 @@ from jinja2.utils import Namespace
 from tokenizers import Tokenizer
 
 from vtp.engines.errors import UsageError, VtpError
+from vtp.runtime.arguments import shown
 
 __all__ = ["Detokenizer", "Prompt", "Prompter", "StopStrings", "TextSpec"]
 
@@ -496,7 +497,7 @@ class StopStrings:
         self._stops = (stops,) if isinstance(stops, str) else tuple(stops)
         for stop in self._stops:
             if not isinstance(stop, str) or not stop:
-                raise UsageError(f"a stop string must be text of at least one character, not {stop!r}")
+                raise UsageError(f"a stop string must be text of at least one character, not {shown(stop)}")
         self._held = ""
         self.hit = False
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,17 +9,19 @@ import numpy as np
 
 from vtp.runtime.logits_rules import LogitsRules, written_out
 from vtp.runtime.manifest import GenerationInfo, Manifest
+from vtp.runtime.pictures import Pictures
 from vtp.runtime.result import Result, Timings, VisualTokens
 from vtp.runtime.sampling import Sampler
 from vtp.runtime.stages import Row
+from vtp.runtime.stopping import CANCELLED, Clock, StopSignal
 from vtp.runtime.text import Detokenizer, Prompt, Prompter, StopStrings
 
 
 @dataclass(frozen=True)
 class Request:
-    """Everything one generation needs, checked. `pictures` are the pixel_values of one picture each."""
+    """Everything one generation needs, checked; `pictures` are loaded before it begins."""
 
-    pictures: list[np.ndarray]
+    pictures: Pictures
     prompt: Prompt
     keep: int
     max_new_tokens: int
@@ -28,8 +29,14 @@ class Request:
     generation: GenerationInfo
     stops: StopStrings
     timings: Timings
-    started: float
+    clock: Clock
+    stop_signal: StopSignal
     skip_special_tokens: bool = True
+
+    def load(self) -> None:
+        """Decode the pictures, if there is time left to answer about them."""
+        if self.stop_signal.reason is None:
+            self.pictures.load(self.timings)
 
     @property
     def row(self) -> Row:
@@ -95,6 +102,11 @@ class Answer:
             return False
         return True
 
+    def interrupt(self, reason: str) -> None:
+        """Note that it ends here, and why."""
+        self.result.finish_reason = reason
+        self.result.timings.total = self.request.clock.ms
+
     def finish(self) -> str:
         """Returns the text that was held back."""
         stops = self.request.stops
@@ -111,7 +123,7 @@ class Answer:
 
     def _count(self, token: int) -> None:
         """Note a token and the time it came."""
-        now = (time.perf_counter() - self.request.started) * 1e3
+        now = self.request.clock.ms
         self.result.token_ids.append(token)
         timings = self.result.timings
         if len(self.result.token_ids) == 1:
@@ -139,5 +151,5 @@ def _empty(request: Request, manifest: Manifest) -> Result:
         kept=kept if pictures == 1 else [list(kept) for _ in range(pictures)],
         timings=request.timings,
         prompt_tokens=request.prompt.text_tokens,
-        finish_reason="cancelled",
+        finish_reason=CANCELLED,
     )

@@ -6,13 +6,16 @@ Knows requests, answers and stages; what a request may be is the pipeline's busi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 
 from vtp.engines import UsageError, VtpError
 from vtp.runtime.answer import Answer, Request
 from vtp.runtime.result import Timings
+from vtp.runtime.reuse import ImageCache
 from vtp.runtime.stages import StageRunner
+from vtp.runtime.stopping import Interrupted
 
 
 def batches(requests: Sequence[Request], together: int) -> Iterator[list[int]]:
@@ -26,15 +29,30 @@ def batches(requests: Sequence[Request], together: int) -> Iterator[list[int]]:
         yield from (places[first : first + size] for first in range(0, len(places), size))
 
 
-def write_together(runner: StageRunner, keep: int, answers: Sequence[Answer]) -> None:
-    """Write the answers of one batch to their ends.
+def write_together(runner: StageRunner, keep: int, answers: Sequence[Answer], images: ImageCache) -> None:
+    """Write the answers of one batch to their ends, which their stop signal, one for all, may bring early.
 
     A row that is over stays where it is, and its steps go to waste, until the last one is over too. Every
     row's timings get those of the stages, which are the whole batch's.
     """
-    logits = _begin(runner, keep, answers)
     going = np.ones(len(answers), bool)
+    try:
+        _write(runner, keep, answers, images, going)
+    except Interrupted as error:
+        for row in np.flatnonzero(going).tolist():
+            answers[row].interrupt(error.reason)
+            answers[row].finish()
+
+
+def _write(
+    runner: StageRunner, keep: int, answers: Sequence[Answer], images: ImageCache, going: np.ndarray
+) -> None:
+    """The same; `going` bool [B] says at any time which rows are not over."""
+    check = answers[0].request.stop_signal.check
+    check()
+    logits = _begin(runner, keep, answers, images)
     while True:
+        check()
         rooms = runner.rooms()
         for row in np.flatnonzero(going).tolist():
             answers[row].add(logits[row])
@@ -43,36 +61,52 @@ def write_together(runner: StageRunner, keep: int, answers: Sequence[Answer]) ->
                 going[row] = False
         if not going.any():
             return
+        check()
         tokens = [answer.token for answer in answers]
         logits = runner.step_rows(keep, tokens, [answer.position for answer in answers], going)
         for row in np.flatnonzero(going).tolist():
             answers[row].position += 1
 
 
-def _begin(runner: StageRunner, keep: int, answers: Sequence[Answer]) -> np.ndarray:
+def _begin(runner: StageRunner, keep: int, answers: Sequence[Answer], images: ImageCache) -> np.ndarray:
     """Run the image and prompt stages; returns the first logits [B,V]."""
     requests, timings = [answer.request for answer in answers], Timings()
-    pictures = [picture for request in requests for picture in request.pictures]
-    values = runner.prefill_rows(keep, pictures, [request.row for request in requests], timings)
+    pictures = [picture for request in requests for picture in request.pictures.pixels]
+    values = runner.prefill_rows(
+        keep,
+        pictures,
+        [request.row for request in requests],
+        timings,
+        images.find_all([request.pictures.pixels for request in requests]),
+        requests[0].stop_signal.check,
+    )
     positions = values["next_position"].numpy()
     kept = values["keep_indices"].numpy() if "keep_indices" in values else None
     each = len(requests[0].pictures)
     for row, answer in enumerate(answers):
         answer.result.timings.stages.update(timings.stages)
+        answer.result.timings.reused_stages = list(timings.reused_stages)
         answer.result.timings.reused_tokens = timings.reused_tokens
         own = None if kept is None else kept[row * each : (row + 1) * each]
         answer.begin(own, int(positions[row]))
     return values["logits"].numpy()[:, 0]
 
 
+@contextmanager
+def about(place: int, count: int) -> Iterator[None]:
+    """Have errors say which prompt they are about."""
+    try:
+        yield
+    except (UsageError, VtpError) as error:
+        raise type(error)(f"prompt {place + 1} of {count}: {error}") from error
+
+
 def each_prompt(count: int, make: Callable[[int], Request]) -> list[Request]:
     """Make every prompt's request; an error says which prompt it is about."""
     requests = []
     for place in range(count):
-        try:
+        with about(place, count):
             requests.append(make(place))
-        except (UsageError, VtpError) as error:
-            raise type(error)(f"prompt {place + 1} of {count}: {error}") from error
     return requests
 
 

@@ -82,6 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="keep special tokens in the answer: boxes, document tags",
     )
     add("--allow-special-tokens", action="store_true", help="let the prompt hold the model's special tokens")
+    add("--timeout-ms", metavar="MS", help="end the answer after so many milliseconds, with what there is")
     add("--threads", metavar="N", help="CPU threads (default: all cores)")
     add("--engines", metavar="DIR", help="where vtp-build -o put TensorRT engines (default: in the cache)")
     add("--allow-cpu-nodes", action="store_true", help="on CUDA, go on where nodes are left to the CPU")
@@ -212,6 +213,7 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
         "stop": args.stop,
         "skip_special_tokens": not args.special_tokens,
         "allow_special_tokens": args.allow_special_tokens,
+        "timeout_ms": None if args.timeout_ms is None else _number("timeout-ms", args.timeout_ms),
     }
 
 

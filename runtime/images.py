@@ -61,7 +61,10 @@ def load_image(source: ImageSource) -> Image.Image:
 
 def check_image(source: ImageSource) -> None:
     """Raise what `load_image` would, as far as that shows without decoding: kind, file, header and size."""
-    _with_image(source, _check_size)
+    if isinstance(source, np.ndarray):
+        _checked(source)  # and not copied
+    else:
+        _with_image(source, _check_size)
 
 
 def _with_image(source: ImageSource, act: Callable[[Image.Image, str], T]) -> T:
@@ -224,7 +227,11 @@ def plain_array(array: np.ndarray) -> np.ndarray:
 
 
 def _from_array(array: np.ndarray) -> Image.Image:
-    """Wrap a uint8 array, [H, W, 3] (RGB), [H, W, 4] (RGBA) or [H, W]; others are refused, not guessed at."""
+    return Image.fromarray(np.ascontiguousarray(_checked(array)))
+
+
+def _checked(array: np.ndarray) -> np.ndarray:
+    """A uint8 array, [H, W, 3] (RGB), [H, W, 4] (RGBA) or [H, W]; others are refused, not guessed at."""
     array = plain_array(array)
     shape = list(array.shape)
     if array.dtype != np.uint8:
@@ -244,7 +251,7 @@ def _from_array(array: np.ndarray) -> Image.Image:
         raise VtpError(
             f"the image array is {shape}; at most {MAX_PIXELS:,} pixels are taken: shrink it first"
         )
-    return Image.fromarray(np.ascontiguousarray(array))
+    return array
 
 
 def reason(error: BaseException) -> str:

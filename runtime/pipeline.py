@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -18,19 +17,21 @@ from vtp.engines import AUTO, Choice, UsageError, VtpError, choose_engine
 from vtp.engines.trt import LIBRARIES
 from vtp.engines.whole import undisturbed
 from vtp.runtime.answer import Answer, Request
-from vtp.runtime.batch import batches, check_lists, each_prompt, write_together
+from vtp.runtime.arguments import is_number, is_whole, shown, whole
+from vtp.runtime.batch import about, batches, check_lists, each_prompt, write_together
 from vtp.runtime.bundle import Bundle, open_bundle
 from vtp.runtime.conditions import Conditions, conditions
-from vtp.runtime.images import ImageSource, load_image
+from vtp.runtime.images import ImageSource
 from vtp.runtime.logits_rules import with_penalty
 from vtp.runtime.opening import Opening
-from vtp.runtime.preprocess import preprocess
+from vtp.runtime.pictures import Pictures
 from vtp.runtime.result import Result, Timings
 from vtp.runtime.reuse import ImageCache, Prefix, check_prefix
 from vtp.runtime.sampling import Sampler
 from vtp.runtime.stages import StageRunner
+from vtp.runtime.stopping import CANCELLED, Clock, Interrupted, StopSignal
 from vtp.runtime.text import Prompt, Prompter, StopStrings
-from vtp.runtime.videos import VideoSource, load_video
+from vtp.runtime.videos import VideoSource
 
 Messages = Sequence[dict[str, Any]]
 Images: TypeAlias = "ImageSource | VideoSource | Sequence[ImageSource]"  # of one prompt
@@ -88,19 +89,21 @@ class Pipeline:
         threads       CPU threads of one operator; None: all cores
         check_hashes  also compare every file's sha256 with the manifest (reads all weights)
         image_cache   keep what the image stages gave for the pictures of so many prompts, for a next prompt
-                      about the same; `image_cache_bytes` says how much memory that takes
+                      about any of them; `image_cache_bytes` says how much memory that takes
         reuse_prompt  read a prompt on from what it shares with the one before (and its answer): a picture and
                       the turns of a conversation are then read once
         opening       where TensorRT's engines lie, and what CUDA may do (see `Opening`)
 
-        `image_cache` and `reuse_prompt` change timings, and the latter the last bits of logits: both are off
-        unless asked for.
+        `image_cache` and `reuse_prompt` change timings, and the last bits of logits (the former where several
+        pictures would run together): both are off unless asked for.
 
         Raises VtpError for a bundle that is damaged or cannot run here, UsageError for a bad argument.
         """
-        threads = None if threads is None else _whole("threads", threads)
-        if not _is_whole(image_cache) or image_cache < 0:
-            raise UsageError(f"image_cache {image_cache!r} is not a number of prompts; give 0 (off) or more")
+        threads = None if threads is None else whole("threads", threads)
+        if not is_whole(image_cache) or image_cache < 0:
+            raise UsageError(
+                f"image_cache {shown(image_cache)} is not a number of prompts; give 0 (off) or more"
+            )
 
         def load(folder: Path) -> Pipeline:
             opened = open_bundle(folder, check_hashes)
@@ -125,6 +128,7 @@ class Pipeline:
         stop: str | Sequence[str] | None = None,
         skip_special_tokens: bool = True,
         allow_special_tokens: bool = False,
+        timeout_ms: float | None = None,
     ) -> Result:
         """Answer a prompt about a picture, or about several; with a bundle made for videos, about one.
 
@@ -147,6 +151,9 @@ class Pipeline:
                         stay in the answer's text; the token that ends it never does
         allow_special_tokens  True: the texts may hold the model's special tokens, which then mean what they
                         mean in transformers' prompts; refused otherwise. The picture's own token always is
+        timeout_ms      end the answer so many milliseconds after the call, with what there is and
+                        finish_reason "timeout"; looked at before each stage and each token, so that a stage
+                        that has begun ends first
 
         Raises UsageError for a bad argument and VtpError for a picture or prompt that cannot be served.
         """
@@ -164,6 +171,7 @@ class Pipeline:
             stop=stop,
             skip_special_tokens=skip_special_tokens,
             allow_special_tokens=allow_special_tokens,
+            timeout_ms=timeout_ms,
         )
         for _ in stream:
             pass
@@ -185,10 +193,16 @@ class Pipeline:
         stop: str | Sequence[str] | None = None,
         skip_special_tokens: bool = True,
         allow_special_tokens: bool = False,
+        timeout_ms: float | None = None,
     ) -> Stream:
-        """Like `generate`, piece by piece: iterate for text, then read `.result`; `.cancel()` ends it."""
+        """Like `generate`, piece by piece: iterate for text, then read `.result`; `.cancel()` ends it.
+
+        The time between this call and the first `next()` is counted neither in timings nor in `timeout_ms`.
+        """
+        clock = Clock()
         request = self._request(
-            time.perf_counter(),
+            clock,
+            StopSignal(clock, timeout_ms),
             image,
             prompt,
             messages,
@@ -200,6 +214,8 @@ class Pipeline:
             skip_special_tokens=skip_special_tokens,
             allow_special_tokens=allow_special_tokens,
         )
+        request.pictures.load(request.timings)
+        clock.pause()
         return Stream(self, request)
 
     def generate_batch(
@@ -219,6 +235,7 @@ class Pipeline:
         skip_special_tokens: bool = True,
         allow_special_tokens: bool = False,
         batch_size: int | None = None,
+        timeout_ms: float | None = None,
     ) -> list[Result]:
         """Answer several prompts, each about its own picture (or list of pictures), in batches.
 
@@ -229,18 +246,23 @@ class Pipeline:
         seed        prompt number i, from 0, samples with seed + i
         batch_size  most pictures that go through the graphs together; None: as many as the bundle was made
                     for. Prompts with equal numbers of pictures run together.
+        timeout_ms  of the whole call: answers that have not ended by then end so, those of batches that have
+                    not begun without any text
 
-        The timings of a result's stages are those of its batch. Raises as `generate` does, for all prompts
-        before any is answered, and says which prompt it is about.
+        The timings of a result's stages are those of its batch. Raises as `generate` does, and says which
+        prompt it is about: for all prompts before any is answered, but for pictures whose file begins well
+        and turns out damaged when it is decoded, batch by batch.
         """
-        started, count = time.perf_counter(), check_lists(images, prompts, messages)
+        clock, count = Clock(), check_lists(images, prompts, messages)
+        stop_signal = StopSignal(clock, timeout_ms)
         most = self.batch_size
-        together = most if batch_size is None else min(most, _whole("batch_size", batch_size))
+        together = most if batch_size is None else min(most, whole("batch_size", batch_size))
         keep = self._keep(keep_tokens) if budget_ms is None else self._keep_within(budget_ms, keep_tokens)
         requests = each_prompt(
             count,
             lambda place: self._request(
-                started,
+                clock,
+                stop_signal,
                 images[place],
                 prompts[place] if prompts is not None else None,
                 messages[place] if messages is not None else None,
@@ -256,7 +278,12 @@ class Pipeline:
         answers = [self._answer(request) for request in requests]
         with self._claimed() as runner:
             for places in batches(requests, together):
-                write_together(runner, keep, [answers[place] for place in places])
+                for place in places:
+                    with about(place, count):
+                        requests[place].load()
+                write_together(runner, keep, [answers[place] for place in places], self._images)
+                for place in places:
+                    requests[place].pictures.release()
         return [answer.result for answer in answers]
 
     @property
@@ -266,7 +293,7 @@ class Pipeline:
 
     @property
     def image_cache_bytes(self) -> int:
-        """Memory that the image cache takes now; each entry is of one prompt's pictures."""
+        """Memory that the image cache takes now, with the pictures of the last prompts."""
         return self._images.bytes
 
     @property
@@ -298,7 +325,8 @@ class Pipeline:
 
     def _request(
         self,
-        started: float,
+        clock: Clock,
+        stop_signal: StopSignal,
         image: Images,
         prompt: str | None,
         messages: Messages | None,
@@ -311,18 +339,20 @@ class Pipeline:
         skip_special_tokens: bool,
         allow_special_tokens: bool,
     ) -> Request:
+        """Everything but the pixels, checked; errors that show without them come before any is decoded."""
         timings = Timings()
         pictures = self._pictures(image, timings)
         request = Request(
             pictures=pictures,
             prompt=self._encode(prompt, messages, len(pictures), allow_special_tokens, timings),
             keep=keep,
-            max_new_tokens=_whole("max_new_tokens", max_new_tokens),
+            max_new_tokens=whole("max_new_tokens", max_new_tokens),
             sampler=sampler,
             generation=with_penalty(self.manifest.generation, repetition_penalty),
             stops=StopStrings(() if stop is None else stop),
             timings=timings,
-            started=started,
+            clock=clock,
+            stop_signal=stop_signal,
             skip_special_tokens=skip_special_tokens,
         )
         self._check_room(request)
@@ -331,19 +361,13 @@ class Pipeline:
     def _answer(self, request: Request) -> Answer:
         return Answer(request, self.manifest, self._prompter)
 
-    def _pictures(self, image: Images, timings: Timings) -> list[np.ndarray]:
-        """pixel_values of every picture of one prompt, or of its video."""
-        spec = self.manifest.image
-        if spec.frames is not None:
-            with timings.measure("preprocess"):
-                return [preprocess(load_video(image, spec.frames), spec)]
-        sources: Sequence[Any] = image if isinstance(image, list | tuple) else [image]
-        if not sources:
-            raise UsageError("no picture is given; give one, or a list of at least one")
-        if len(sources) > 1:
-            self._check_several(len(sources))
-        with timings.measure("preprocess"):
-            return [preprocess(load_image(source), spec) for source in sources]
+    def _pictures(self, image: Images, timings: Timings) -> Pictures:
+        """The pictures of one prompt, or its video, checked and not yet decoded."""
+        pictures = Pictures(image, self.manifest.image)
+        if len(pictures) > 1:
+            self._check_several(len(pictures))
+        pictures.check(timings)
+        return pictures
 
     def _check_several(self, count: int) -> None:
         """Refuse several pictures where a graph was made for one."""
@@ -381,10 +405,10 @@ class Pipeline:
     def _keep(self, wanted: int | None) -> int:
         visual = self.manifest.visual
         keep = visual.default_keep if wanted is None else wanted
-        if keep not in visual.keep or not _is_whole(keep):
+        if not is_whole(keep) or keep not in visual.keep:
             held = ", ".join(map(str, visual.keep))
             raise UsageError(
-                f"keep_tokens {wanted!r} is not in this bundle, which holds {held}; "
+                f"keep_tokens {shown(wanted)} is not in this bundle, which holds {held}; "
                 "choose one of them, or export with --keep-tokens"
             )
         return int(keep)
@@ -393,6 +417,8 @@ class Pipeline:
         """The largest keep-count within a time, from what vtp-calib wrote into the manifest."""
         if keep_tokens is not None:
             raise UsageError("give either keep_tokens or budget_ms, not both")
+        if not (is_number(budget_ms) and budget_ms > 0):
+            raise UsageError(f"budget_ms {shown(budget_ms)} is not a number of milliseconds above 0")
         known = self.manifest.calibration
         if known.get("engine") != self.engine:
             made = f"measured on {known['engine']}" if "engine" in known else "not calibrated"
@@ -468,8 +494,11 @@ class Stream:
         return self._writing.result
 
     def cancel(self) -> None:
-        """End the answer before the next token; `result` holds what there is. Safe from another thread."""
-        self._writing.cancelled = True
+        """End the answer before the next stage or token; safe from another thread.
+
+        No further piece comes, and `result` holds what there is.
+        """
+        self._writing.request.stop_signal.cancel()
 
     def close(self) -> None:
         """Give the pipeline back without finishing."""
@@ -486,49 +515,56 @@ class _Writing:
     """One answer under way, piece by piece."""
 
     def __init__(self, pipeline: Pipeline, request: Request) -> None:
-        self.cancelled = False
         self.result: Result | None = None
+        self.request = request
         self._pipeline = pipeline
-        self._request = request
 
     def pieces(self) -> Generator[str, None, None]:
         """Generate; a generator, since leaving it by any door frees the pipeline."""
+        self.request.clock.go_on()
         with self._pipeline._claimed() as runner:
             yield from self._generate(runner)
 
     def _generate(self, runner: StageRunner) -> Iterator[str]:
-        answer = self._pipeline._answer(self._request)
-        if self.cancelled:
+        answer, stop_signal = self._pipeline._answer(self.request), self.request.stop_signal
+        try:
+            yield from self._write(runner, answer)
+        except Interrupted as error:
+            answer.interrupt(error.reason)
             self.result = answer.result
-            return
+        if stop_signal.cancelled:
+            answer.interrupt(CANCELLED)
+        elif piece := answer.finish():
+            yield piece
+
+    def _write(self, runner: StageRunner, answer: Answer) -> Iterator[str]:
+        """Every piece but what is held back to the end; `Interrupted` when the answer must end early."""
+        check = self.request.stop_signal.check
+        check()
         logits = self._prefill(runner, answer)
         self.result = answer.result
         while True:
+            check()
             if piece := answer.add(logits):
                 yield piece
-            if self._over(runner, answer):
-                break
-            logits = runner.step(self._request.keep, answer.token, answer.position)
+            if not answer.stopped:
+                self._pipeline._open_runner()
+            if answer.ends(runner.room()):
+                return
+            check()
+            logits = runner.step(self.request.keep, answer.token, answer.position)
             answer.position += 1
-        if piece := answer.finish():
-            yield piece
 
     def _prefill(self, runner: StageRunner, answer: Answer) -> np.ndarray:
         """Run the image and prompt stages; returns the first logits [V]."""
-        request = self._request
-        seen = self._pipeline._images.find(request.pictures)
-        values = runner.prefill_rows(request.keep, request.pictures, [request.row], request.timings, seen)
+        request = self.request
+        pixels = request.pictures.pixels
+        seen = self._pipeline._images.find(pixels)
+        check = request.stop_signal.check
+        values = runner.prefill_rows(request.keep, pixels, [request.row], request.timings, seen, check)
         kept = values["keep_indices"].numpy() if "keep_indices" in values else None
         answer.begin(kept, int(values["next_position"].numpy()[0]))
         return values["logits"].numpy()[0, 0]
-
-    def _over(self, runner: StageRunner, answer: Answer) -> bool:
-        """Whether nothing more comes: the text is complete, its reader has enough, or there is no room."""
-        if not answer.stopped:
-            if self.cancelled:
-                return True  # which is what the result says until it knows better
-            self._pipeline._open_runner()
-        return answer.ends(runner.room())
 
 
 def _with_images(messages: Messages, pictures: int, media: str) -> Messages:
@@ -555,14 +591,4 @@ def _with_images(messages: Messages, pictures: int, media: str) -> Messages:
 
 def _later(seed: int | None, place: int) -> int | None:
     """The seed of prompt number `place`; what is no seed is for the sampler to refuse."""
-    return seed + place if seed is not None and _is_whole(seed) else seed
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)
-
-
-def _whole(name: str, value: int) -> int:
-    if not _is_whole(value) or value < 1:
-        raise UsageError(f"{name} {value!r} is not a whole number of at least 1")
-    return int(value)
+    return int(seed) + place if seed is not None and is_whole(seed) else seed

@@ -20,8 +20,9 @@ class VisualTokens(NamedTuple):
 class Timings:
     """Milliseconds per stage of one generation.
 
-    `stages` sums every run up to the first token; `ttft` is the time from the call to the first token, `tpot`
-    the mean time of every further token, `total` all of it. Of a pipeline that keeps something of earlier
+    `stages` sums every run up to the first token; `ttft` is the time from the call to the first token (0 if
+    there is none), `tpot` the mean time of every further token, `total` all of it. Of a stream, the time
+    between the call and its first `next()` is not counted. Of a pipeline that keeps something of earlier
     answers, `reused_stages` names the image stages whose outputs were taken from its image cache, and
     `reused_tokens` counts the prompt's tokens, visual ones among them, that were not read again.
     """
@@ -57,7 +58,8 @@ class Result:
                     several pictures one such list for each, within the picture's own tokens
     timings         milliseconds per stage: see Timings
     prompt_tokens   text tokens of the prompt, without the picture's
-    finish_reason   "eos", "stop" (a stop string), "length" (max_new_tokens or the cache is full), "cancelled"
+    finish_reason   "eos", "stop" (a stop string), "length" (max_new_tokens or the cache is full), "timeout"
+                    (timeout_ms), "cancelled"
     """
 
     text: str

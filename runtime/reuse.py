@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -16,37 +16,44 @@ from vtp.engines import Engine, UsageError, Value
 from vtp.engines.graph_file import read_graph
 from vtp.runtime.bundle import Bundle
 
-# What image stages gave for one picture: (file, keep-count or None) -> pipeline name -> value.
-Seen = dict[tuple[str, int | None], dict[str, Value]]
+StageKey = tuple[str, "int | None"]  # file, keep-count
+# What image stages gave for one picture: stage -> pipeline name -> value.
+Seen = dict[StageKey, dict[str, Value]]
+Put = Callable[[np.ndarray], Value]
 _CAUSAL = "GroupQueryAttention"  # exporters write it for plain causal attention only
 
 
 class ImageCache:
-    """What the image stages gave for the last `most` prompts' pictures; those unused for longest go first.
-
-    Pictures are told apart by a hash of their pixel_values, in which the preprocessing is contained.
+    """What the image stages gave for the pictures of the last `most` prompts; those unused for longest go
+    first. Pictures are told apart by a hash of their pixel_values, in which the preprocessing is contained.
     """
 
     def __init__(self, most: int) -> None:
         self._most = most
-        self._seen: OrderedDict[bytes, Seen] = OrderedDict()
+        self._prompts: OrderedDict[tuple[bytes, ...], None] = OrderedDict()
+        self._seen: dict[bytes, Seen] = {}
 
-    def find(self, pictures: Sequence[np.ndarray]) -> Seen | None:
-        """The entry of one prompt's pictures, to be read and added to; None for a cache of no entries."""
+    def find(self, pictures: Sequence[np.ndarray]) -> list[Seen] | None:
+        """An entry for each picture of one prompt, to be read and added to; None for a cache of none."""
         if not self._most:
             return None
-        digest = hashlib.sha256()
-        for picture in pictures:
-            digest.update(repr(picture.shape).encode())
-            digest.update(np.ascontiguousarray(picture).data)
-        seen = self._seen.setdefault(digest.digest(), {})
-        self._seen.move_to_end(digest.digest())
-        if len(self._seen) > self._most:
-            self._seen.popitem(last=False)
-        return seen
+        names = tuple(_digest(picture) for picture in pictures)
+        self._prompts[names] = None
+        self._prompts.move_to_end(names)
+        if len(self._prompts) > self._most:
+            self._prompts.popitem(last=False)
+        wanted = {name for prompt in self._prompts for name in prompt}
+        self._seen = {name: self._seen.get(name, {}) for name in wanted}
+        return [self._seen[name] for name in names]
+
+    def find_all(self, prompts: Sequence[Sequence[np.ndarray]]) -> list[Seen] | None:
+        """The entries of several prompts' pictures, in their order."""
+        found = [self.find(pictures) for pictures in prompts]
+        return [seen for entries in found for seen in entries or ()] if self._most else None
 
     def clear(self) -> None:
         """Forget every picture."""
+        self._prompts.clear()
         self._seen.clear()
 
     @property
@@ -55,6 +62,37 @@ class ImageCache:
         outputs = [outputs for seen in self._seen.values() for outputs in seen.values()]
         kept = {id(value): value for values in outputs for value in values.values()}
         return sum(int(np.prod(value.shape)) * value.dtype.itemsize for value in kept.values())
+
+
+def _digest(picture: np.ndarray) -> bytes:
+    digest = hashlib.sha256(repr(picture.shape).encode())
+    digest.update(np.ascontiguousarray(picture).data)
+    return digest.digest()
+
+
+def recall(seen: Sequence[Seen], stage: StageKey, put: Put) -> dict[str, Value] | None:
+    """What a stage gave for these pictures, one after the other; None unless all of them are known."""
+    known = [one[stage] for one in seen if stage in one]
+    if len(known) < len(seen):
+        return None
+    if len(known) == 1:
+        return known[0]
+    return {name: put(np.concatenate([one[name].numpy() for one in known])) for name in known[0]}
+
+
+def note(seen: Sequence[Seen], stage: StageKey, outputs: Mapping[str, Value], put: Put) -> None:
+    """Keep what a stage gave for these pictures: the rows of each of them with its own entry."""
+    if len(seen) == 1:
+        seen[0][stage] = dict(outputs)
+        return
+    rows = {name: rows_of(value, len(seen)) for name, value in outputs.items()}
+    for place, one in enumerate(seen):
+        one[stage] = {name: put(parts[place]) for name, parts in rows.items()}
+
+
+def rows_of(value: Value, pictures: int) -> list[np.ndarray]:
+    """An output of an image stage cut into those of its pictures, which have equally many rows."""
+    return [np.ascontiguousarray(part) for part in np.split(value.numpy(), pictures)]
 
 
 class Prefix:

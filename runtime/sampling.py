@@ -12,6 +12,7 @@ from collections.abc import Callable
 import numpy as np
 
 from vtp.engines.errors import UsageError, VtpError
+from vtp.runtime.arguments import is_number, is_whole, shown
 
 __all__ = ["Sampler"]
 
@@ -31,19 +32,19 @@ class Sampler:
         seed: int | None = None,
     ) -> None:
         _check_number(
-            "temperature", temperature, _is_number(temperature) and temperature >= 0, "0 (greedy) or more"
+            "temperature", temperature, is_number(temperature) and temperature >= 0, "0 (greedy) or more"
         )
-        _check_number("top_p", top_p, _is_number(top_p) and 0 < top_p <= 1, "above 0 and at most 1 (off)")
+        _check_number("top_p", top_p, is_number(top_p) and 0 < top_p <= 1, "above 0 and at most 1 (off)")
         _check_number(
-            "top_k", top_k, top_k is None or (_is_int(top_k) and top_k >= 1), "a whole number, 1 or more"
+            "top_k", top_k, top_k is None or (is_whole(top_k) and top_k >= 1), "a whole number, 1 or more"
         )
         _check_number(
-            "seed", seed, seed is None or (_is_int(seed) and seed >= 0), "a whole number, 0 or more"
+            "seed", seed, seed is None or (is_whole(seed) and seed >= 0), "a whole number, 0 or more"
         )
         self.temperature = float(temperature)
         self.top_p = float(top_p)
         self.top_k = top_k
-        self._random = np.random.default_rng(seed)
+        self._random = np.random.default_rng(None if seed is None else int(seed))
 
     def pick(self, logits: np.ndarray, rules: Callable[[np.ndarray], np.ndarray] | None = None) -> int:
         """Return a token id for `logits` [V], float32 or float16; of equal maxima greedy takes the first.
@@ -109,16 +110,6 @@ def _nucleus_start(ascending: np.ndarray, top_p: float) -> int:
     return min(outside, len(ascending) - 1)
 
 
-def _is_int(value: object) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    return (
-        isinstance(value, int | float | np.floating) and not isinstance(value, bool) and math.isfinite(value)
-    )
-
-
 def _check_number(name: str, value: object, good: bool, allowed: str) -> None:
     if not good:
-        raise UsageError(f"{name} {value!r} is not allowed; choose {allowed}")
+        raise UsageError(f"{name} {shown(value)} is not allowed; choose {allowed}")

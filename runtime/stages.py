@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +13,12 @@ from vtp.runtime.bundle import Bundle
 from vtp.runtime.manifest import GraphInfo, KvInfo, StageInfo, TensorInfo
 from vtp.runtime.opening import Opening, open_stage
 from vtp.runtime.result import Timings
-from vtp.runtime.reuse import Prefix, Seen, rest_of
+from vtp.runtime.reuse import Prefix, Seen, StageKey, note, recall, rest_of, rows_of
+
+
+def _go_on() -> None:
+    """The check of work that nothing ends early."""
+
 
 _PADDING = 0  # an id that stands where a row has no token: what is there is never looked at
 
@@ -235,26 +240,30 @@ class StageRunner:
         keep: int,
         values: dict[str, Value],
         timings: Timings,
-        seen: Seen | None = None,
+        seen: Sequence[Seen] | None = None,
         padding: int | np.ndarray = 0,
+        check: Callable[[], None] = _go_on,
     ) -> None:
         """Run the stages of one moment in order, timing each under its name.
 
-        Where `seen` holds what a stage gave before, it is taken from there; else it is put there. `padding`
-        [B] is how many tokens at the end of every row are none.
+        Where `seen`, an entry for each picture, holds what a stage gave before, it is taken from there; else
+        it is put there. `padding` [B] is how many tokens at the end of every row are none. `check` is called
+        before each stage, and may raise to end the run there.
         """
         owner = None  # from a stage of one keep-count on, everything belongs to that keep-count
         for stage in self._stages(when, keep):
+            check()
             owner = owner or stage.info.keep
-            known = seen.get((stage.info.file, owner)) if seen is not None else None
-            with timings.measure(stage.info.name):
-                if known is None:
-                    stage.run(values, padding)
-                else:
+            name, key, put = stage.info.name, (stage.info.file, owner), self.any_engine.put
+            with timings.measure(name):
+                known = None if seen is None else recall(seen, key, put)
+                if known is not None:
                     values.update(known)
-                    timings.reused_stages.append(stage.info.name)
-            if seen is not None:
-                seen[stage.info.file, owner] = {name: values[name] for name in stage.info.outputs.values()}
+                    timings.reused_stages += [name] if name not in timings.reused_stages else []
+                    continue
+                stage.run(values, padding)
+                if seen is not None:
+                    note(seen, key, {to: values[to] for to in stage.info.outputs.values()}, put)
 
     def prefill(
         self,
@@ -263,10 +272,9 @@ class StageRunner:
         ids: Sequence[int],
         image_start: int,
         timings: Timings,
-        seen: Seen | None = None,
     ) -> dict[str, Value]:
         """Start a new conversation about one picture: see `prefill_rows`."""
-        return self.prefill_rows(keep, [pixels], [Row(ids, [image_start])], timings, seen)
+        return self.prefill_rows(keep, [pixels], [Row(ids, [image_start])], timings)
 
     def prefill_rows(
         self,
@@ -274,13 +282,15 @@ class StageRunner:
         pictures: Sequence[np.ndarray],
         rows: Sequence[Row],
         timings: Timings,
-        seen: Seen | None = None,
+        seen: Sequence[Seen] | None = None,
+        check: Callable[[], None] = _go_on,
     ) -> dict[str, Value]:
         """Start new conversations: image stages on every picture, then prompt stages on all rows together.
 
         pictures  pixel_values of one picture each, in the order of the rows and of the places within them;
                   every row has the same number of them
         seen      for the image stages, as in `run`; what it holds is of these very pictures
+        check     as in `run`
 
         Rows of unequal length are padded on the right. Returns every tensor that flowed, by the pipeline's
         names: logits [B,1,V] and next_position [B] among them.
@@ -289,12 +299,12 @@ class StageRunner:
         lengths = np.array([len(row.ids) for row in rows], np.int32)
         padding = lengths.max() - lengths
         ids = [[*row.ids, *[_PADDING] * int(short)] for row, short in zip(rows, padding, strict=True)]
-        values = self._see(keep, pictures, timings, seen)
+        values = self._see(keep, pictures, timings, seen, check)
         put = self.any_engine.put
         values["input_ids"] = put(np.array(ids, np.int64))
         values["image_start"] = put(np.array([row.image_starts for row in rows], np.int64))
         values["text_length"] = put(lengths.astype(np.int64))
-        self.run("prefill", keep, values, timings, padding=padding)
+        self.run("prefill", keep, values, timings, padding=padding, check=check)
         timings.reused_tokens = self._prefix.reused if self._prefix else 0
         if padding.any():  # graphs count it
             values["next_position"] = put(values["next_position"].numpy() - padding)
@@ -380,28 +390,32 @@ class StageRunner:
         self.reset()
 
     def _see(
-        self, keep: int, pictures: Sequence[np.ndarray], timings: Timings, seen: Seen | None
+        self,
+        keep: int,
+        pictures: Sequence[np.ndarray],
+        timings: Timings,
+        seen: Sequence[Seen] | None,
+        check: Callable[[], None],
     ) -> dict[str, Value]:
         """Run the image stages, on as many pictures at a time as they take."""
         put, dtype, most = self.any_engine.put, self.dtype_of("pixel_values"), self.pictures_together
-        runs: list[dict[str, Value]] = []
-        for first in range(0, len(pictures), most):
-            some = pictures[first : first + most]
+        runs: list[tuple[list[int], dict[str, Value]]] = []
+        for places in _together(len(pictures), most, seen):
+            some = [pictures[place] for place in places]
             pixels = (some[0] if len(some) == 1 else np.concatenate(some)).astype(dtype, copy=False)
+            check()
             if self._replaying and seen is None and len(pictures) <= most:
-                return self._replay(keep, pixels, timings)
+                return self._replay(keep, pixels, timings, check)
             values = {"pixel_values": put(pixels)}
             if self._opening.image is None:
-                self.run("image", keep, values, timings, seen if len(pictures) <= most else None)
+                known = None if seen is None else [seen[place] for place in places]
+                self.run("image", keep, values, timings, known, check=check)
             else:
                 with timings.measure("image"):
                     given = self._opening.image(keep, values["pixel_values"].numpy())
                 values.update({name: put(array) for name, array in given.items()})
-            runs.append(values)
-        if len(runs) == 1:
-            return runs[0]
-        names = [name for name in runs[0] if name != "pixel_values"]
-        return {name: put(np.concatenate([values[name].numpy() for values in runs])) for name in names}
+            runs.append((places, values))
+        return runs[0][1] if len(runs) == 1 else _in_order(runs, put)
 
     @property
     def _replaying(self) -> bool:
@@ -409,7 +423,9 @@ class StageRunner:
         how = self._opening
         return how.cuda_graph and how.image is None and self._engine not in LIBRARIES
 
-    def _replay(self, keep: int, pixels: np.ndarray, timings: Timings) -> dict[str, Value]:
+    def _replay(
+        self, keep: int, pixels: np.ndarray, timings: Timings, check: Callable[[], None]
+    ) -> dict[str, Value]:
         """Run the image stages on buffers that stay, each recorded at its first run (on CUDA)."""
         if pixels.shape not in self._pixels:
             self._pixels[pixels.shape] = self.any_engine.zeros(pixels.shape, str(pixels.dtype))
@@ -417,6 +433,7 @@ class StageRunner:
         values["pixel_values"].update(pixels)
         staying = True
         for stage in self._stages("image", keep):
+            check()
             with timings.measure(stage.info.name):
                 binding = self._bound(stage, values) if staying else None
                 if binding is None:
@@ -490,6 +507,29 @@ class StageRunner:
         self._engines[file] = engine
         if graph.kv is not None:
             self._caches[file] = KvCache(engine, graph.kv)
+
+
+def _together(count: int, most: int, seen: Sequence[Seen] | None) -> list[list[int]]:
+    """Which of `count` pictures go through the image stages in one run: at most `most`, and only those of
+    which the same stages are known."""
+    groups: dict[frozenset[StageKey], list[int]] = {}
+    for place in range(count):
+        groups.setdefault(frozenset(seen[place] if seen else ()), []).append(place)
+    return [places[i : i + most] for places in groups.values() for i in range(0, len(places), most)]
+
+
+def _in_order(
+    runs: Sequence[tuple[list[int], dict[str, Value]]], put: Callable[[np.ndarray], Value]
+) -> dict[str, Value]:
+    """What several runs gave, as one: picture by picture."""
+    joined = {}
+    for name in runs[0][1]:
+        if name != "pixel_values":
+            rows: dict[int, np.ndarray] = {}
+            for places, values in runs:
+                rows.update(zip(places, rows_of(values[name], len(places)), strict=True))
+            joined[name] = put(np.concatenate([rows[place] for place in sorted(rows)]))
+    return joined
 
 
 def _compare(file: str, kind: str, said: Mapping[str, TensorInfo], found: Mapping[str, object]) -> None:

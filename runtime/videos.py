@@ -8,7 +8,8 @@ where OpenCV is installed, any file that it reads. Knows nothing about models.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from io import BytesIO
 from os import PathLike
 from pathlib import Path
@@ -21,6 +22,7 @@ from vtp.engines.errors import UsageError, VtpError
 from vtp.runtime.images import (
     ImageSource,
     as_bytes,
+    check_image,
     identify,
     is_video,
     load_image,
@@ -30,7 +32,7 @@ from vtp.runtime.images import (
     reason,
 )
 
-__all__ = ["VideoSource", "load_video", "sample_frames"]
+__all__ = ["VideoSource", "check_video", "load_video", "sample_frames"]
 
 #: What `load_video` takes: a path, a file's bytes, an animated Pillow image, frames as a list of what
 #: `load_image` takes or as one uint8 array [frames, H, W, 3] (RGB) or [frames, H, W, 4] (RGBA).
@@ -58,10 +60,31 @@ def load_video(source: VideoSource, frames: int) -> list[Image.Image]:
         return _from_path(path_of(source), frames)
     if isinstance(source, list | tuple):
         return [load_image(source[place]) for place in sample_frames(len(source), frames, "the video")]
-    raise UsageError(
-        "a video may be a folder, a file, bytes, an animated PIL image, a list of frames or a uint8 array "
-        f"[frames, H, W, 3], not {type(source).__name__}"
-    )
+    raise _not_a_video(source)
+
+
+def check_video(source: VideoSource, frames: int) -> None:
+    """Raise what `load_video` would, as far as that shows without decoding: of a list every frame that is
+    looked at is checked, of a file its kind, and of a folder its pictures."""
+    if isinstance(source, np.ndarray):
+        _places_in(source, frames)
+    elif isinstance(source, list | tuple):
+        for place in sample_frames(len(source), frames, "the video"):
+            check_image(source[place])
+    elif isinstance(source, str | PathLike):
+        path = Path(path_of(source))
+        with _errors_of(path):
+            if path.is_dir():
+                for picture in _sampled_files(path, frames):
+                    check_image(picture)
+            else:
+                with open_regular(path) as file:
+                    header = file.read(32)
+                    file.seek(0)
+                    if not is_video(header):
+                        identify(file, f"'{path}'")
+    elif not isinstance(source, Image.Image | bytes | bytearray | memoryview):
+        raise _not_a_video(source)
 
 
 def sample_frames(total: int, frames: int, name: str = "the video") -> list[int]:
@@ -75,6 +98,11 @@ def sample_frames(total: int, frames: int, name: str = "the video") -> list[int]
 
 
 def _from_array(array: np.ndarray, frames: int) -> list[Image.Image]:
+    return [load_image(array[place]) for place in _places_in(array, frames)]
+
+
+def _places_in(array: np.ndarray, frames: int) -> list[int]:
+    """Which frames of an array are looked at; UsageError for one that is no video."""
     array = plain_array(array)
     if array.ndim in (2, 3):
         raise _a_picture("the array", frames)
@@ -83,21 +111,29 @@ def _from_array(array: np.ndarray, frames: int) -> list[Image.Image]:
             f"a video array must be uint8 [frames, height, width, 3] in RGB, or 4 in RGBA, not {array.dtype} "
             f"{list(array.shape)}"
         )
-    return [load_image(array[place]) for place in sample_frames(len(array), frames)]
+    return sample_frames(len(array), frames)
 
 
 def _from_path(text: str, frames: int) -> list[Image.Image]:
     """A folder of pictures, an animated picture or a video file."""
     path = Path(text)
-    try:
+    with _errors_of(path):
         if path.is_dir():
-            return _from_folder(path, frames)
+            return [load_image(file) for file in _sampled_files(path, frames)]
         with open_regular(path) as file:
             header = file.read(32)
             file.seek(0)
             if is_video(header):
                 return _with_opencv(path, frames)
             return _from_open_file(file, f"'{path}'", frames)
+    raise AssertionError  # for mypy: errors are never swallowed
+
+
+@contextmanager
+def _errors_of(path: Path) -> Iterator[None]:
+    """Say what the system says of a path as `UsageError`."""
+    try:
+        yield
     except FileNotFoundError as error:
         raise UsageError(
             f"no such folder or file: '{path}'; give a folder of frames, or a video's file"
@@ -106,12 +142,13 @@ def _from_path(text: str, frames: int) -> list[Image.Image]:
         raise UsageError(f"cannot read '{path}': {reason(error)}") from error
 
 
-def _from_folder(path: Path, frames: int) -> list[Image.Image]:
+def _sampled_files(path: Path, frames: int) -> list[Path]:
+    """The pictures of a folder that are looked at."""
     files = [file for file in path.iterdir() if file.suffix.lower() in _PICTURES and file.name[0] != "."]
     if not files:
         raise UsageError(f"the folder '{path}' holds no pictures ({', '.join(sorted(_PICTURES))})")
     files.sort(key=_by_number)
-    return [load_image(files[place]) for place in sample_frames(len(files), frames, f"'{path}'")]
+    return [files[place] for place in sample_frames(len(files), frames, f"'{path}'")]
 
 
 def _by_number(file: Path) -> list[tuple[int, str]]:
@@ -142,6 +179,13 @@ def _from_animation(image: Image.Image, name: str, frames: int) -> list[Image.Im
         raise
     except Exception as error:  # decoders of damaged data raise nearly anything
         raise VtpError(f"{name} is truncated or damaged: {reason(error)}; give another file") from error
+
+
+def _not_a_video(source: object) -> UsageError:
+    return UsageError(
+        "a video may be a folder, a file, bytes, an animated PIL image, a list of frames or a uint8 array "
+        f"[frames, H, W, 3], not {type(source).__name__}"
+    )
 
 
 def _a_picture(name: str, frames: int) -> UsageError:

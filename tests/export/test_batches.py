@@ -16,8 +16,9 @@ from vtp.engines import UsageError, VtpError
 from vtp.export.exporter import Request, export
 from vtp.export.pruners import find_method
 from vtp.export.seams import Seams
-from vtp.runtime import Pipeline
+from vtp.runtime import Pipeline, pictures
 from vtp.runtime.result import Result
+from vtp.runtime.stages import StageRunner
 
 N, LENGTH = 16, 128  # see tests/conftest.py
 PROMPTS = ["what shape is the red ?", "how many ?", "naïve café 你好 where is the blue circle on the left ?"]
@@ -177,6 +178,41 @@ def test_bad_batches(pipe: Pipeline, images: Any, options: dict[str, Any], messa
         pipe.generate_batch(images, options.pop("prompts", None), **options)
     assert "\n" not in str(caught.value)
     assert pipe.generate(PICTURES[0], "how many ?", max_new_tokens=1).token_ids
+
+
+def test_pictures_are_decoded_batch_by_batch(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    load, run = pictures.load_image, StageRunner.prefill_rows
+
+    def loading(source: Any) -> Any:
+        events.append("load")
+        return load(source)
+
+    def running(*args: Any, **options: Any) -> Any:
+        events.append("run")
+        return run(*args, **options)
+
+    monkeypatch.setattr(pictures, "load_image", loading)
+    monkeypatch.setattr(StageRunner, "prefill_rows", running)
+    pipe.generate_batch(PICTURES, PROMPTS, max_new_tokens=2, batch_size=2)
+    assert events == ["load", "load", "run", "load", "run"]
+
+
+def test_what_shows_without_decoding_is_said_before_any_answer(
+    pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A damaged picture shows when its turn comes, and the line says whose it is."""
+    whole = tmp_path / "whole.png"
+    PICTURES[0].save(whole)
+    (tmp_path / "half.png").write_bytes(whole.read_bytes()[:2000])
+    (tmp_path / "text.png").write_text("no picture")
+    options: dict[str, Any] = {"max_new_tokens": 1, "batch_size": 1}
+    with pytest.raises(VtpError, match=r"^prompt 3 of 3: .*half\.png' is truncated or damaged"):
+        pipe.generate_batch([whole, whole, tmp_path / "half.png"], PROMPTS, **options)
+    monkeypatch.setattr("vtp.runtime.pictures.load_image", lambda _: pytest.fail("decoded"))
+    for bad, kind in ((tmp_path / "text.png", VtpError), (np.zeros((3, 3)), UsageError), (None, UsageError)):
+        with pytest.raises(kind, match=r"^prompt 3 of 3: "):
+            pipe.generate_batch([whole, whole, bad], PROMPTS, **options)
 
 
 def test_a_batch_is_one_generation(pipe: Pipeline) -> None:

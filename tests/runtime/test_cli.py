@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -62,6 +63,15 @@ def test_json_is_one_object(ask: list[str], capsys: pytest.CaptureFixture[str]) 
     assert all(isinstance(value, float) and value >= 0 for value in data["timings"].values())
     assert len(data["kept"]) == 3 and data["engine"] == "ort-cpu" and data["finish_reason"] == "length"
     assert len(data["token_ids"]) == 6 and isinstance(data["text"], str)
+
+
+def test_an_answer_that_is_out_of_time(ask: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([*ask, "--json", "--timeout-ms", "1e-6"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert (data["finish_reason"], data["text"], data["token_ids"]) == ("timeout", "", [])
+    for bad in ("0", "nan", "soon"):
+        assert run([*ask, "--timeout-ms", bad]) == 2
+        assert re.search(r"timeout.ms .*is not a number", capsys.readouterr().err)
 
 
 def test_options_reach_the_pipeline(ask: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,10 +14,10 @@ from vtp.runtime import Pipeline
 from vtp.runtime.bundle import open_bundle
 from vtp.runtime.result import Result, Timings
 from vtp.runtime.reuse import Prefix
-from vtp.runtime.stages import StageRunner
+from vtp.runtime.stages import Stage, StageRunner
 
 FIRST, SECOND = "what shape is the red ?", "what color is the star ?"
-GREEN, BLUE = (Image.new("RGB", (60, 60), colour) for colour in ("green", "blue"))
+GREEN, BLUE, RED = (Image.new("RGB", (60, 60), colour) for colour in ("green", "blue", "red"))
 
 
 def load(made: Any, **options: Any) -> Pipeline:
@@ -65,6 +65,55 @@ def test_the_image_cache_says_what_it_takes(exported: Callable[[str], Any], pict
             sizes.append(pipe.image_cache_bytes)
     assert sizes[0] > 0 and sizes[1:] == [2 * sizes[0], 2 * sizes[0]]
     assert pipe.image_cache_bytes == 0  # closed
+
+
+def encoded(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many pictures go through the vision encoder from now on, run by run."""
+    counts: list[int] = []
+    run = Stage.run
+
+    def counted(self: Stage, values: Any, padding: Any = 0) -> None:
+        if self.info.name == "vision_encoder":
+            counts.append(values["pixel_values"].shape[0])
+        run(self, values, padding)
+
+    monkeypatch.setattr(Stage, "run", counted)
+    return counts
+
+
+@pytest.mark.parametrize("most", [1, 2, 8])
+def test_several_pictures_are_reused_one_by_one(
+    exported: Callable[[str], Any], picture: Image.Image, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    """Whether they go through the encoder together or in several runs; known ones beside new ones."""
+    asked = [[picture, GREEN, BLUE], [picture, GREEN, BLUE], [BLUE, RED, picture], [RED], [GREEN]]
+    wanted_counts = [3, 0, 1, 0, 1]  # the last one's prompt is two others behind
+    with load(exported("vispruner")) as plain, load(exported("vispruner"), image_cache=2) as cached:
+        for pipe in (plain, cached):
+            axes = pipe.manifest.graphs["vision_encoder.onnx"].axes
+            axes["batch"] = [*axes["batch"][:-1], most]
+        wanted = [plain.generate(images, SECOND, max_new_tokens=6) for images in asked]
+        counts = encoded(cached, monkeypatch)
+        for images, expected, count in zip(asked, wanted, wanted_counts, strict=True):
+            counts.clear()
+            found = cached.generate(images, SECOND, max_new_tokens=6)
+            assert same(found, expected)
+            assert sum(counts) == count and max(counts, default=0) <= most
+            assert ("vision_encoder" in found.timings.reused_stages) == (count < len(images))
+
+
+def test_batches_use_the_image_cache(
+    exported: Callable[[str], Any], picture: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = [picture, GREEN, BLUE, RED]
+    with load(exported("vispruner")) as plain, load(exported("vispruner"), image_cache=4) as cached:
+        wanted = plain.generate_batch(images, [FIRST] * 4, max_new_tokens=6)
+        cached.generate(GREEN, SECOND, max_new_tokens=1)
+        counts = encoded(cached, monkeypatch)
+        for count in (3, 0):
+            counts.clear()
+            found = cached.generate_batch(images, [FIRST] * 4, max_new_tokens=6)
+            assert all(map(same, found, wanted)) and sum(counts) == count
 
 
 @pytest.mark.parametrize("most", [-1, 1.5, "2", True, None])

@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 from transformers.video_utils import VideoMetadata, default_sample_indices_fn
 from transformers.video_utils import convert_to_rgb as on_white
 
 from vtp.engines import UsageError, VtpError
 from vtp.runtime.preprocess import ImageSpec, preprocess
-from vtp.runtime.videos import load_video, sample_frames
+from vtp.runtime.videos import check_video, load_video, sample_frames
 
 MP4 = b"\0\0\0\x18ftypisom\0\0\2\0isomiso2" + bytes(64)
 
@@ -134,6 +134,32 @@ def test_fifos_are_refused_without_waiting(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "frame.png")
     with pytest.raises(UsageError, match=r"frame.png' is not a regular file"):
         load_video(tmp_path, 1)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [film(3), [], film(1)[0], film(4).astype(np.float32), [film(1)[0]] * 3 + ["gone.png"], 7, "nowhere"],
+    ids=["few", "none", "picture", "float", "file", "number", "path"],
+)
+def test_checking_finds_what_shows_without_decoding(source: Any) -> None:
+    with pytest.raises(UsageError) as wanted:
+        load_video(source, 4)
+    with pytest.raises(UsageError) as found:
+        check_video(source, 4)
+    assert str(found.value) == str(wanted.value)
+
+
+def test_checking_decodes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, moving = write_folder(tmp_path / "frames", 5), tmp_path / "moving.gif"
+    moving.write_bytes(animated(5, "GIF"))
+    clip = tmp_path / "clip.mp4"
+    clip.write_bytes(MP4)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("decoded"))
+    for source in (film(4), list(film(4)), folder, moving, clip, moving.read_bytes(), Image.open(moving)):
+        check_video(source, 4)
+    (folder / "frame3.png").write_bytes(b"no picture")
+    with pytest.raises(VtpError, match=r"frame3\.png' is not a picture"):
+        check_video(folder, 5)
 
 
 def test_folders_and_files_that_are_no_videos_are_refused(tmp_path: Path) -> None:

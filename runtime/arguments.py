@@ -1,0 +1,43 @@
+"""Checks of the arguments of a generation, and how their values look in messages."""
+
+from __future__ import annotations
+
+import math
+from typing import TypeGuard
+
+import numpy as np
+
+from vtp.engines.errors import UsageError
+
+__all__ = ["is_number", "is_whole", "shown", "whole"]
+
+
+def is_whole(value: object) -> TypeGuard[int]:
+    """Whether a value is an integer, Python's or NumPy's; True and False are none."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether a value is a finite number, Python's or NumPy's; True and False are none."""
+    if not is_whole(value) and not isinstance(value, float | np.floating):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond the largest float
+        return False
+
+
+def whole(name: str, value: object, least: int = 1) -> int:
+    """`value` as an int; UsageError unless it is an integer of at least `least`."""
+    if not is_whole(value) or value < least:
+        raise UsageError(f"{name} {shown(value)} is not a whole number of at least {least}")
+    return int(value)
+
+
+def shown(value: object) -> str:
+    """A value in a message: as Python writes it, on one line of at most 60 characters."""
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:  # an integer of too many digits to print, a repr of the caller's that fails
+        return f"of type {type(value).__name__}"
+    return text if len(text) <= 60 else f"{text[:57]}..."

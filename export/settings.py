@@ -59,7 +59,9 @@ def processor_settings(folder: Path, media: str, tokenizer: Any) -> dict[str, An
     """
     owner = _processor_class(folder)
     own, names = _video_settings(folder) if media == "video" else _image_settings(folder)
-    asked = {**_class_settings(owner, media), **_from_tokenizer(tokenizer, names)}
+    # A setting that an image processor has no value for, such as do_pad of a batch, is none of its own.
+    asked = {key: value for key, value in _class_settings(owner, media).items() if own.get(key) is not None}
+    asked |= _from_tokenizer(tokenizer, names)
     return {**own, **{key: value for key, value in asked.items() if value is not None}}
 
 

@@ -29,7 +29,7 @@ FAMILIES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "video_llava": (save_video_llava, "VideoLlavaProcessor"),
     "qwen2_vl": (lambda path: save_qwen(path, "qwen2_vl"), "Qwen2VLProcessor"),
     "qwen2_5_vl": (lambda path: save_qwen(path, "qwen2_5_vl"), "Qwen2_5_VLProcessor"),
-    "qwen3_vl": (lambda path: save_qwen(path, "qwen3_vl"), "Qwen3VLProcessor"),
+    "qwen3_vl": (lambda path: save_qwen(path, "qwen3_vl", depth=3), "Qwen3VLProcessor"),
     "gemma3": (lambda path: save_gemma(path, tiny_gemma3()), "Gemma3Processor"),
     "paligemma": (lambda path: save_gemma(path, tiny_paligemma()), "PaliGemmaProcessor"),
     "internvl": (save_internvl, "InternVLProcessor"),

@@ -24,7 +24,7 @@ from vtp.export.weights import Weights, shapes_of
 from vtp.runtime.preprocess import ImageSpec, spec_from_processor
 from vtp.runtime.text import TextSpec
 
-__all__ = ["DTYPES", "Checkpoint", "check", "load", "read_config", "resolve"]
+__all__ = ["DTYPES", "Checkpoint", "about", "check", "load", "read_config", "resolve"]
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -58,7 +58,7 @@ def check(folder: Path, frames: int | None = None) -> type[Family]:
     Raises VtpError for an unsupported architecture and for missing files, UsageError for a family without
     videos.
     """
-    with _about(folder):
+    with about(folder):
         return _check(folder, frames)
 
 
@@ -105,7 +105,7 @@ def load(
     Raises VtpError for what `check` refuses, and for weights that do not fit the config; UsageError for an
     image size that the processor does not give.
     """
-    with _about(folder):
+    with about(folder):
         return _load(folder, dtype, image_size, fit, frames)
 
 
@@ -145,7 +145,7 @@ def _load(
 
 
 @contextmanager
-def _about(folder: Path) -> Iterator[None]:
+def about(folder: Path) -> Iterator[None]:
     """Turn whatever fails while a model folder is read into one line about that folder."""
     try:
         yield

@@ -78,7 +78,8 @@ def export(
     chains = _chains(request, model, method, options)
     max_length = _max_length(request, model)
     target = target.serving(model.family.decoder)
-    plan = target.prepare(make_plan(model.family, chains, positions, DTYPES[dtype], max_length))
+    with checkpoint.about(folder):  # examples run through the model: sizes that do not fit show here
+        plan = target.prepare(make_plan(model.family, chains, positions, DTYPES[dtype], max_length))
     with whole_bundle(request.output, request.overwrite) as folder:
         (folder / TOKENIZER).write_text(model.tokenizer_json, encoding="utf-8")
         _check_prompt(model, folder)

@@ -111,7 +111,8 @@ def _check_file(path: Path, roots: list[Path]) -> None:
     real = path.resolve()
     if not any(root in real.parents for root in roots):
         raise VtpError(f"{path} is a link that leaves the model folder; put a copy of the file there")
-    most = _LARGE.get(path.name, JSON_BYTES if path.suffix in (".json", ".jinja") else TEXT_BYTES)
+    settings = path.name in _SETTINGS or path.suffix == ".jinja"
+    most = JSON_BYTES if settings else _LARGE.get(path.name, TEXT_BYTES)
     if path.suffix != ".safetensors" and size > most:
         raise VtpError(f"{path} has {size} bytes; at most {most} are read of such a file")
 

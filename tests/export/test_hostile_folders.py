@@ -260,6 +260,9 @@ SERVED: dict[str, Change] = {
     "keys twice": lambda folder: (folder / CONFIG).write_text(
         (folder / CONFIG).read_text().replace("{", '{"model_type": "odd", ', 1)
     ),
+    "what a trainer left": lambda folder: os.truncate(
+        write("trainer_state.json", b"[")(folder) and folder / "trainer_state.json", 30 << 20
+    ),
     "half precision": tensors(lambda found: {name: tensor.half() for name, tensor in found.items()}),
 }
 
@@ -538,6 +541,22 @@ def test_every_family_is_bounded_and_needs_no_architectures(family: str, tmp_pat
             refuse(folder, rf"{key} of .*config\.json is ")
             tried += 1
     assert tried >= 5
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"vision_config__window_size": 0},
+        {"text_config__rope_parameters__mrope_section": [10**9, 1, 1]},
+    ],
+    ids=str,
+)
+def test_what_shows_when_the_graphs_are_planned(tmp_path: Path, change: dict[str, Any]) -> None:
+    save_qwen(tmp_path / "model", "qwen2_5_vl")
+    edit(CONFIG, **change)(tmp_path / "model")
+    request = Request(tmp_path / "out", model=str(tmp_path / "model"), method="none", image_size=(56, 56))
+    with pytest.raises(VtpError, match=r"cannot load the model in .*/model: "):
+        export(request)
 
 
 # -- headers of weights --------------------------------------------------------------------------------------

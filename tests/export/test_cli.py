@@ -474,6 +474,11 @@ class Raises(Mine):
     def forward(self, image_embeds):
         raise ValueError("no such\\nchannel")
 
+class Chance(Mine):
+    name = "chance"
+    def forward(self, image_embeds):
+        return super().forward(image_embeds + 0 * torch.rand_like(image_embeds))
+
 class Layers(Mine):
     name = "layers"
     site = "decoder"
@@ -524,6 +529,17 @@ def test_an_outside_method_that_chooses_wrongly(
     ]
     refuse(argv, 1, message, capfd)
     assert not (mine.parent / "out").exists()
+
+
+def test_an_outside_method_whose_graph_no_bundle_may_hold(
+    model_folder: Callable[[str], Path], mine: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Refused while it is written, unverified or not: no bundle is left that cannot be opened."""
+    model, out = str(model_folder("mha")), mine.parent / "out"
+    capfd.readouterr()
+    argv = ["--model", model, "--method", f"{mine}:Chance", "--keep-tokens", "4", "--verify", "none"]
+    refuse([*argv, "-o", str(out)], 1, r"pruner\.onnx has random numbers \(Random\w+\)", capfd)
+    assert not out.exists()
 
 
 def test_an_outside_method_exports_as_json_and_runs(

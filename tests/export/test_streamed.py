@@ -305,6 +305,7 @@ def test_layers_are_held_against_transformers(
     limit = {"float32": 1e-4, "float16": 1e-2}[dtype]
     assert all(0 <= gap < limit for found in parity["layers"].values() for gap in found.values())
     assert parity["mode"] == "layers" and parity["generation"][KEEP]["equal"] == parity["steps"] == 2
+    assert {name for name, count in parity["borders"].items() if count} == set(graphs)
     assert set(parity["graphs"]) >= {"vision_encoder", "projector", "pruner", "splice", "embed_tokens"}
     files = {path.name for path in bundle.folder.iterdir()}
     assert files == {*bundle.manifest.files, "manifest.json"}  # no slice is left behind
@@ -357,6 +358,18 @@ def test_a_wrong_weight_is_found_and_its_layer_named(
     wishes = {"method": "vispruner", "keep_tokens": KEEP, "verify": "layers"}
     with pytest.raises(VtpError, match=f"fidelity check failed: .*{message}"):
         export(request(tmp_path / "bundle", model_folder("gqa"), **wishes))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("one_layer_at_a_time")
+def test_a_check_by_layers_that_compares_none_fails(
+    model_folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with a graph whose borders are not found: what else was compared is not what was asked for."""
+    monkeypatch.setattr("vtp.export.layers._SlicedRunner.borders", lambda runner, graph: {})
+    wishes = {"method": "none", "verify": "layers"}
+    with pytest.raises(VtpError, match="no border between layers was compared"):
+        export(request(tmp_path / "bundle", model_folder("tied"), **wishes))
     assert not list(tmp_path.iterdir())
 
 

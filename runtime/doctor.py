@@ -14,6 +14,7 @@ from vtp.runtime.bundle import Bundle, open_bundle
 from vtp.runtime.console import Parser, run_command, table
 from vtp.runtime.machine import Machine, look
 from vtp.runtime.memory import BundleMemory, bundle_memory
+from vtp.runtime.trying import tried
 
 PROG = "vtp-doctor"
 ORT_GPU_CUDA = 13  # PyPI's onnxruntime-gpu is built for it
@@ -43,11 +44,11 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def examine(machine: Machine, bundle: Bundle | None = None, engines: list[Decision] | None = None) -> dict:
-    """The report as data. `engines` are the decisions for the bundle's dtype (None: asked here)."""
+    """The report as data. `engines` are the decisions for the bundle's dtype (None: asked and tried here)."""
     dtype = bundle.manifest.dtype if bundle else None
     if engines is None:
         target = bundle.manifest.target if bundle else None
-        engines = judge_engines(dtype, cuda=lambda: machine.cuda, target=target)
+        engines = tried(judge_engines(dtype, cuda=lambda: machine.cuda, target=target), machine, bundle)
     report: dict[str, Any] = {
         "machine": dataclasses.asdict(machine),
         "engines": [dataclasses.asdict(decision) for decision in engines],
@@ -117,7 +118,12 @@ def _advise_packages(machine: Machine, engines: list[Decision]) -> list[str]:
     if machine.cuda.devices and not any(one.accepted for one in engines if one.engine == "ort-cuda"):
         lines.append(_advise_gpu(machine, engines))
     elif not any(one.accepted for one in engines):
-        lines.append("no engine runs here: pip install 'vtp-edge[ort]'")
+        installed = {"onnxruntime", "onnxruntime-gpu"} & set(packages)
+        lines.append(
+            "no engine runs here, see why above"
+            if installed
+            else "no engine runs here: pip install 'vtp-edge[ort]'"
+        )
     return lines
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 
 from vtp.engines import Decision
@@ -14,7 +17,7 @@ from vtp.engines.cuda import CudaDevice, CudaProbe
 from vtp.engines.errors import VtpError
 from vtp.engines.graph_file import read_graph
 from vtp.engines.graph_memory import evaluate, graph_memory
-from vtp.runtime import doctor
+from vtp.runtime import doctor, trying
 from vtp.runtime.bundle import open_bundle
 from vtp.runtime.machine import Machine, Memory, look
 from vtp.runtime.memory import bundle_memory
@@ -237,3 +240,44 @@ def test_no_bundle_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Pat
     assert doctor.main([str(tmp_path)]) == 1
     error = capsys.readouterr().err
     assert error.startswith("vtp-doctor: error:") and error.count("\n") == 1
+
+
+def test_what_is_called_runnable_was_opened(
+    capsys: pytest.CaptureFixture[str], exported: Callable[[str], Any], tmp_path: Path
+) -> None:
+    """A graph that this onnxruntime does not open, as float64 products were to 1.23: any later opset does."""
+    folder = tmp_path / "bundle"
+    shutil.copytree(exported("adaptprune").folder, folder)
+    assert engine_of(doctor.main, [str(folder)], capsys, "ort-cpu")["accepted"]
+    graph = onnx.load(folder / "splice.onnx")
+    graph.opset_import[0].version = 999
+    data = graph.SerializeToString()
+    (folder / "splice.onnx").write_bytes(data)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"]["splice.onnx"] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    found = engine_of(doctor.main, [str(folder)], capsys, "ort-cpu")
+    assert not found["accepted"] and "splice.onnx" in found["reason"] and "\n" not in found["reason"]
+
+
+def engine_of(main: Any, argv: list[str], capsys: pytest.CaptureFixture[str], name: str) -> dict[str, Any]:
+    capsys.readouterr()
+    assert main([*argv, "--json"]) == 0
+    engines = json.loads(capsys.readouterr().out)["engines"]
+    return next(one for one in engines if one["engine"] == name)
+
+
+def test_an_engine_that_opens_nothing_is_not_called_runnable(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert engine_of(doctor.main, [], capsys, "ort-cpu")["accepted"]
+    monkeypatch.setattr(trying, "_SMALLEST", b"no graph")
+    found = engine_of(doctor.main, [], capsys, "ort-cpu")
+    assert not found["accepted"] and found["reason"].startswith("it opens no graph: ")
+
+
+def test_what_would_not_fit_is_not_opened(exported: Callable[[str], Any]) -> None:
+    bundle = open_bundle(exported("none").folder)
+    (one,) = trying.tried([CPU_ONLY[1]], Machine(memory=Memory(10, 10)), bundle)
+    assert one.accepted and one.reason == "ok; not opened, for it would not fit"
+    assert trying.tried(CPU_ONLY[:1], Machine(memory=Memory(10, 10)), bundle) == CPU_ONLY[:1]

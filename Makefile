@@ -33,12 +33,12 @@ trtrtx: setup  ## install TensorRT-RTX (250 MB, no GPU needed): `make test` then
 test-trtrtx: trtrtx  ## only what is built with TensorRT-RTX, the long ones included
 	$(BIN)/python -m pytest -m trtrtx
 
-test-oldest: setup  ## the runtime on the oldest versions it serves, in build/oldest (OLDEST_PYTHON=python3.10 for JetPack 6's)
+test-oldest: setup  ## every method on the oldest versions that the runtime serves, in build/oldest (OLDEST_PYTHON=python3.10 for JetPack 6's)
 	test -x $(OLDEST)/bin/python || $(OLDEST_PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check $(OLDEST_PINS) onnxruntime==1.17.0
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps .
-	$(BIN)/vtp-export --target jetpack6 --verify none -o $(OLDEST)/jetpack6 --overwrite
-	$(BIN)/vtp-export --verify none -o $(OLDEST)/ort --overwrite
+	$(BIN)/python tests/oldest.py export $(OLDEST)/jetpack6 jetpack6
+	$(BIN)/python tests/oldest.py export $(OLDEST)/ort ort
 	$(BIN)/python tests/oldest.py write $(OLDEST)/jetpack6.json $(OLDEST)/jetpack6
 	$(BIN)/python tests/oldest.py write $(OLDEST)/ort.json $(OLDEST)/ort
 	$(OLDEST)/bin/python tests/oldest.py compare $(OLDEST)/jetpack6.json

@@ -1,10 +1,11 @@
 """Answers of bundles with whatever versions run this file: written by one environment, compared by another.
 
-    python tests/oldest.py write FILE BUNDLE...      answers of this environment
-    python tests/oldest.py compare FILE              the same questions here; 1 where answers differ
+    python tests/oldest.py export FOLDER TARGET      the built-in model with every method (needs vtp[export])
+    python tests/oldest.py write FILE FOLDER         answers of this environment
+    python tests/oldest.py compare FILE              the same questions here; 1 if one fails or differs
 
-Imports what the runtime needs and nothing else: no torch, no pytest. `make test-oldest` runs it with the
-oldest versions that docs/engines.md names.
+Imports what the runtime needs and, but for `export`, nothing else: no torch, no pytest. `make test-oldest`
+runs it with the oldest versions that docs/engines.md names.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from vtp.engines import VtpError
 from vtp.runtime import Pipeline, doctor
+from vtp.runtime.bundle import open_bundle
+from vtp.runtime.machine import look
 
 PROMPTS = ("what color is the star ?", "how many circle ?")
 PACKAGES = ("onnxruntime", "numpy", "tokenizers", "pillow", "jinja2")
@@ -32,21 +36,50 @@ def answers(folder: str) -> list[dict]:
     return [{"tokens": result.token_ids, "text": result.text, "kept": result.kept} for result in results]
 
 
-def main(action: str, file: str, *folders: str) -> int:
+def export_all(folder: str, target: str) -> None:
+    """A bundle for every method, named as the method."""
+    from vtp.export.exporter import Request, export
+    from vtp.export.pruners import method_names
+
+    for method in method_names():
+        keep = None if method == "none" else "64"
+        out = Path(folder) / method
+        export(Request(out, method=method, keep_tokens=keep, target=target, verify="none", overwrite=True))
+        print(out, flush=True)
+
+
+def problem(folder: str, wanted: list[dict]) -> str:
+    """What is wrong with a bundle here; empty if it opens, as the doctor says, and answers as wanted."""
+    engines = doctor.examine(look(), open_bundle(folder))["engines"]
+    judged = next(one for one in engines if one["engine"] == "ort-cpu")
+    try:
+        found = answers(folder)
+    except VtpError as error:
+        said = "" if not judged["accepted"] else "; vtp-doctor calls it runnable"
+        return f"{error}{said}"
+    if not judged["accepted"]:
+        return f"it answers, and vtp-doctor says: {judged['reason']}"
+    return "" if found == wanted else f"{found} instead of {wanted}"
+
+
+def main(action: str, file: str, *rest: str) -> int:
     """See the module's words."""
+    if action == "export":
+        export_all(file, *rest)
+        return 0
     here = {name: metadata.version(name) for name in PACKAGES}
     print(f"Python {platform.python_version()}", here)
     if action == "write":
+        folders = sorted(str(path.parent) for path in Path(rest[0]).glob("*/manifest.json"))
         Path(file).write_text(json.dumps({folder: answers(folder) for folder in folders}), encoding="utf-8")
         return 0
     if doctor.main([]) != 0:
         return 1
-    differ = 0
-    for folder, wanted in json.loads(Path(file).read_text(encoding="utf-8")).items():
-        found = answers(folder)
-        differ += found != wanted
-        print(f"{folder}: {'the same answers' if found == wanted else f'{found} instead of {wanted}'}")
-    return int(differ > 0)
+    wanted = json.loads(Path(file).read_text(encoding="utf-8"))
+    problems = {folder: problem(folder, told) for folder, told in wanted.items()}
+    for folder, found in problems.items():
+        print(f"{folder}: {found or 'opens, the same answers'}")
+    return int(not wanted or any(problems.values()))
 
 
 if __name__ == "__main__":

@@ -181,9 +181,7 @@ def test_answers_are_compared() -> None:
     assert found["note"] == "1 of 2 answers differ, 1 of 2 selections differ"
     assert (found["kept_overlap"], found["relative_max"]) == (0.5, 0.0)
     other = gpu_checks.compare([answer(logits=np.array([2.0, -1.0], np.float32))], [answer()])
-    assert other["note"].startswith("logits: row 0 differs") and other["cosine_min"] == pytest.approx(
-        0, abs=0.5
-    )
+    assert other["note"].startswith("logits: row 0 differs") and other["cosine_min"] < 0.6
     assert other["relative_max"] > 1
     broken = gpu_checks.compare([answer(logits=np.array([np.nan, 1.0], np.float32))], [answer()])
     assert broken["note"] == "logits: row 0 has values that are not finite"

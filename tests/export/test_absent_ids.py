@@ -47,7 +47,7 @@ def transformers_answer(model: Any, kind: str, picture: Image.Image) -> list[int
 
 @pytest.mark.parametrize("kind", TOKENS)
 def test_answers_equal_transformers(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And a word that the tokenizer knows and the model does not is one line, as no export's trial holds it."""
+    """And a word that the tokenizer knows and the model does not is one line, which no export tries."""
     model = tiny_gemma.save_gemma(tmp_path / "model", made(kind, monkeypatch))
     tokenizer = tiny_gemma.processor_of(model).tokenizer
     tokenizer.add_tokens(["zzyzx"])

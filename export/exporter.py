@@ -224,9 +224,16 @@ def _check_prompt(model: Checkpoint, folder: Path) -> None:
     """Refuse a tokenizer or chat template that no prompt can go through, before minutes are spent."""
     try:
         prompter = Prompter(model.text, folder / TOKENIZER)
-        prompter.encode(prompter.messages_for(PROMPT))
+        prompt = prompter.encode(prompter.messages_for(PROMPT))
     except VtpError as error:  # what would be a user's mistake is the model's here
         raise VtpError(f"the model in {model.folder} cannot be prompted: {error}") from error
+    rows = model.family.decoder.model.embed_tokens.num_embeddings
+    outside = [one for one in prompt.ids if one >= rows and one != model.text.image_token_id]
+    if outside:
+        raise VtpError(
+            f"the model in {model.folder} cannot be prompted: its tokenizer gives id {outside[0]}, and its "
+            f"embedding table has {rows} rows"
+        )
 
 
 def _emit_graphs(

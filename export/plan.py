@@ -140,7 +140,9 @@ class _Planner:
     def _embed_graph(self) -> None:
         ids = GraphInput("input_ids", torch.zeros(_B, _T, dtype=torch.int64), {0: BATCH, 1: TEXT})
         decoder = self.family.decoder
-        embedding = EmbedTokens(decoder.model.embed_tokens, decoder.wide(0) - decoder.width)
+        table, image = decoder.model.embed_tokens, self.family.image_token_id
+        absent = image if image >= table.num_embeddings else None
+        embedding = EmbedTokens(table, decoder.wide(0) - decoder.width, absent)
         self._add(GraphSpec("embed_tokens", embedding, [ids], ["inputs_embeds"]))
 
     def _text_cues(self) -> None:

@@ -95,7 +95,10 @@ class Seams:
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """input_ids [1,T] -> [1,T,D], as the first layer takes them."""
-        return self.text.embed_tokens(input_ids)
+        table = self.text.embed_tokens
+        if self.token_id >= table.num_embeddings:  # visual tokens take its place, so that any row will do
+            input_ids = torch.where(input_ids == self.token_id, 0, input_ids)
+        return table(input_ids)
 
     def numbers(self, input_ids: Tensor) -> tuple[Tensor, int]:
         """Positions int64 [T] (or [A,T] of rotary embeddings with A axes) of a prompt, and the next one."""

@@ -400,7 +400,19 @@ class Pipeline:
             else:
                 assert messages is not None  # by the check above
                 turns = _with_images(messages, pictures, self.manifest.text.media)
-            return self._prompter.encode(turns, pictures, special)
+            encoded = self._prompter.encode(turns, pictures, special)
+        self._check_ids(encoded)
+        return encoded
+
+    def _check_ids(self, prompt: Prompt) -> None:
+        """Refuse tokens that the model does not have; the image token's own place is never looked up."""
+        rows, image = self.manifest.model.vocab_size, self.manifest.text.image_token_id
+        if outside := next((one for one in prompt.ids if one >= rows and one != image), None):
+            token = self._prompter.tokenizer.id_to_token(outside)
+            raise UsageError(
+                f"the prompt holds the token {token!r:.60} of id {outside}, and this model's embedding table "
+                f"has {rows} rows; leave it out"
+            )
 
     def _keep(self, wanted: int | None) -> int:
         visual = self.manifest.visual

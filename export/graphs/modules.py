@@ -121,14 +121,21 @@ class Projector(nn.Module):
 
 
 class EmbedTokens(nn.Module):
-    """input_ids int64 [B,T] -> inputs_embeds [B,T,D], and `more` zeros beside them: see `Decoder.streams`."""
+    """input_ids int64 [B,T] -> inputs_embeds [B,T,D], and `more` zeros beside them: see `Decoder.streams`.
 
-    def __init__(self, embedding: nn.Module, more: int = 0) -> None:
+    `absent` is an id that the table has no row for, the image token of some models: what it gives is replaced
+    by visual tokens, and any row will do, as in transformers.
+    """
+
+    def __init__(self, embedding: nn.Module, more: int = 0, absent: int | None = None) -> None:
         super().__init__()
         self.embedding = embedding
         self.more = more
+        self.absent = absent
 
     def forward(self, input_ids: Tensor) -> Tensor:
+        if self.absent is not None:
+            input_ids = torch.where(input_ids == self.absent, 0, input_ids)
         embeds = self.embedding(input_ids)
         return functional.pad(embeds, (0, self.more)) if self.more else embeds
 

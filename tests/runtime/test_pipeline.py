@@ -514,11 +514,16 @@ def test_a_template_that_does_not_compile(spoilt: Path) -> None:
     refuse("does not compile", lambda: Pipeline.load(spoilt), VtpError)
 
 
-def test_a_template_cannot_reach_the_machine(spoilt: Path, picture: Image.Image) -> None:
+def test_a_template_cannot_reach_the_machine(spoilt: Path) -> None:
     template = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
     change(spoilt, lambda data: data["text"].update(chat_template=template))
-    with Pipeline.load(spoilt) as pipe:
-        refuse(None, lambda: pipe.generate(picture, PROMPT), VtpError)
+    refuse("unsafe", lambda: Pipeline.load(spoilt), VtpError)
+
+
+def test_a_template_without_end_is_refused_at_load(spoilt: Path) -> None:
+    template = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    change(spoilt, lambda data: data["text"].update(chat_template=template))
+    refuse("cannot be prompted.*more work", lambda: Pipeline.load(spoilt), VtpError)
 
 
 # -- weight --------------------------------------------------------------------------------------------------

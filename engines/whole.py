@@ -146,7 +146,8 @@ def _place(holder: Path, target: Path, check: Callable[[], None]) -> None:
     for turn in range(_TRIES):
         check()
         try:
-            return (holder / _NEW).rename(target)  # onto nothing, or an empty folder
+            (holder / _NEW).rename(target)  # onto nothing, or an empty folder
+            return
         except OSError:
             if not target.is_dir():
                 raise

@@ -22,7 +22,6 @@ from .growth import Sample, grown, look
 from .requests import Asker
 
 SAMPLES = 50  # of a run
-LEAST = 300  # requests: fewer tell nothing
 
 
 def main() -> int:
@@ -30,12 +29,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="tests.soak", description=__doc__)
     parser.add_argument("--seconds", type=float, default=3600, metavar="N", help="how long (%(default)s)")
     parser.add_argument("--bundles", nargs=2, type=Path, metavar="DIR", help="two that differ")
+    parser.add_argument("--least", type=int, default=300, metavar="N", help="requests (%(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="vtp-soak-") as name:
         bundles = tuple(args.bundles) if args.bundles else make_bundles(Path(name))
         asker = Asker((bundles[0], bundles[1]), Path(name), args.seed)
-        done, samples = ask(asker.kinds, args.seconds, LEAST, random.Random(args.seed))
+        done, samples = ask(asker.kinds, args.seconds, args.least, random.Random(args.seed))
         asker.close()
     bad = [*grown(samples), *asker.wrong]
     for line in bad[:20]:

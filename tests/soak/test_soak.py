@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="coun
 
 def test_a_short_run_grows_nothing(exported: Callable[[str], Any]) -> None:
     bundles = [str(exported(name).folder) for name in ("vispruner", "none")]
-    command = [sys.executable, "-m", "tests.soak", "--seconds", "5", "--bundles", *bundles]
+    command = [sys.executable, "-m", "tests.soak", "--seconds", "5", "--least", "60", "--bundles", *bundles]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.startswith("soak: 5 s, ") and "; 0 bad (seed 0)" in done.stdout

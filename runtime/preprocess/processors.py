@@ -286,6 +286,8 @@ _FRAMES: dict[str, _Processor] = {
     "LlavaOnevision": _Processor(
         _read_clip,
         {"size": {"height": 384, "width": 384}, "image_mean": CLIP_MEAN, "image_std": CLIP_STD},
+        # Of the settings for pictures, which older folders hand over, it takes no note.
+        ignored=("do_pad", "image_grid_pinpoints"),
     ),
 }
 

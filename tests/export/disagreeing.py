@@ -59,6 +59,8 @@ _COUNTS: dict[str, dict[str, Any]] = {
     "idefics3": {"image_seq_len": 4},
     "smolvlm": {"image_seq_len": 4},
 }
+# Settings of an image processor that its processor's class overrules.
+_OVERRULED = {"gemma3": {"do_pan_and_scan": True}, "internvl": {"crop_to_patches": False}}
 PROCESSOR, IMAGES, TOKENIZER = "processor_config.json", "preprocessor_config.json", "tokenizer_config.json"
 # What wins is taken away after each of these; the first folder is whole.
 STEPS = ("whole", "no nested settings", "no template.json", "no processor file", "no template files")
@@ -87,6 +89,7 @@ def save_disagreeing(name: str, folder: Path) -> Any:
         "image_std": [0.5, 0.4, 0.3],
         "rescale_factor": 1 / 200,
     }
+    nested |= _OVERRULED.get(name, {})
     edit(folder / PROCESSOR, image_processor=nested, processor_class=owner, **_COUNTS.get(name, {}))
     losing = {**settings, **wrong, "image_mean": [0.9, 0.9, 0.9], "processor_class": "CLIPProcessor"}
     edit(folder / IMAGES, **losing)

@@ -21,6 +21,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 from transformers.models.smolvlm import processing_smolvlm
 from transformers.processing_utils import MODALITY_TO_AUTOPROCESSOR_MAPPING, ProcessorMixin
+from transformers.video_processing_utils import BaseVideoProcessor
 
 from vtp.engines import VtpError
 from vtp.export import checkpoint
@@ -34,6 +35,7 @@ from vtp.runtime.preprocess import preprocess
 from vtp.runtime.text import Prompter
 
 from .disagreeing import FAMILIES, STEPS, edit, save_disagreeing, strip
+from .tiny_video import save_onevision
 
 ASKED = "what color is the star ?"
 NEW = 12  # tokens of an answer
@@ -135,6 +137,17 @@ def test_a_folder_that_contradicts_itself_is_read_as_transformers_reads_it(
     for step in STEPS:
         strip(folder, step)
         check_reading(folder, tmp_path)
+
+
+def test_settings_for_pictures_stand_in_for_those_of_videos(tmp_path: Path) -> None:
+    """As AutoVideoProcessor does it in folders without settings for videos: the class is the videos' own."""
+    save_onevision(tmp_path)
+    (tmp_path / "video_preprocessor_config.json").unlink()
+    edit(tmp_path / "preprocessor_config.json", image_mean=[0.25, 0.5, 0.75])
+    spec = checkpoint.load(tmp_path, "float32", frames=2).image
+    given, _ = BaseVideoProcessor.get_video_processor_dict(str(tmp_path))
+    assert (spec.kind, spec.mean) == ("clip", tuple(given["image_mean"]))
+    assert spec.fixed_size == (given["size"]["height"], given["size"]["width"])
 
 
 # -- answers -------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 
 from vtp.engines.errors import UsageError, VtpError
 from vtp.runtime import Pipeline
+from vtp.runtime.cli import _options, build_parser
 from vtp.runtime.text import Detokenizer, Prompter, StopStrings, TextSpec
 
 from .test_text import (
@@ -254,6 +255,15 @@ def test_an_answer_keeps_its_special_tokens_where_asked(
         allowed = pipe.generate(picture, "a <s> b", allow_special_tokens=True, max_new_tokens=1)
         assert allowed.prompt_tokens > 3
     assert kept >= 1
+
+
+def test_the_command_line_has_both_options() -> None:
+    for flags, skip, allow in (
+        ([], True, False),
+        (["--special-tokens", "--allow-special-tokens"], False, True),
+    ):
+        options = _options(build_parser().parse_args(["bundle", *flags]))
+        assert options["skip_special_tokens"] is skip and options["allow_special_tokens"] is allow
 
 
 # -- length --------------------------------------------------------------------------------------------------

@@ -104,7 +104,12 @@ def prepare(name: str, spec: Spec, log: Path) -> None:
     if made is None or made.exists():
         return
     with tempfile.TemporaryDirectory() as folder:
-        code = _start(name, "prepare", spec, Path(folder), log, subprocess.DEVNULL).wait()
+        child = _start(name, "prepare", spec, Path(folder), log, subprocess.DEVNULL)
+        try:
+            code = child.wait()
+        finally:
+            child.kill()  # an interrupt leaves no child behind; one that ended does not mind
+            child.wait()
     if code:
         raise VtpError(f"peer {name} could not be prepared: its process {_how(code)}; see {log}")
 

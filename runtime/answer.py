@@ -27,6 +27,7 @@ class Request:
     stops: StopStrings
     timings: Timings
     started: float
+    skip_special_tokens: bool = True
 
     @property
     def row(self) -> Row:
@@ -46,7 +47,7 @@ class Answer:
         self.position = 0
         self._ends = manifest.text.eos_token_ids
         self._longest = manifest.model.max_length
-        self._detokenizer = Detokenizer(prompter)
+        self._detokenizer = Detokenizer(prompter.tokenizer, prompter.decoding, request.skip_special_tokens)
 
     @property
     def token(self) -> int:

@@ -71,6 +71,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--seed", metavar="N", help="makes sampling repeatable")
     add("--stop", action="append", default=[], metavar="TEXT", help="end the answer before this text")
+    add(
+        "--special-tokens",
+        action="store_true",
+        help="keep special tokens in the answer: boxes, document tags",
+    )
+    add("--allow-special-tokens", action="store_true", help="let the prompt hold the model's special tokens")
     add("--threads", metavar="N", help="CPU threads (default: all cores)")
     add("--engines", metavar="DIR", help="where vtp-build -o put TensorRT engines (default: in the bundle)")
     add("--allow-cpu-nodes", action="store_true", help="on CUDA, go on where nodes are left to the CPU")
@@ -196,6 +202,8 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
         "top_p": _number("top-p", args.top_p),
         "seed": None if args.seed is None else whole_number("seed", args.seed),
         "stop": args.stop,
+        "skip_special_tokens": not args.special_tokens,
+        "allow_special_tokens": args.allow_special_tokens,
     }
 
 

@@ -58,7 +58,10 @@ class Pipeline:
         self.manifest = bundle.manifest
         self.engine = choice.engine
         self.decisions = choice.decisions
-        self._prompter = Prompter(self.manifest.text, bundle.path("tokenizer.json"))
+        self._prompter = Prompter(
+            self.manifest.text, bundle.path("tokenizer.json"), self.manifest.model.max_length
+        )
+        self._prompter.check()
         prefix = Prefix() if reuse_prompt else None
         self._runner: StageRunner | None = StageRunner(bundle, choice.engine, threads, opening, prefix)
         self._busy = threading.Lock()
@@ -115,6 +118,8 @@ class Pipeline:
         top_p: float = 1.0,
         seed: int | None = None,
         stop: str | Sequence[str] | None = None,
+        skip_special_tokens: bool = True,
+        allow_special_tokens: bool = False,
     ) -> Result:
         """Answer a prompt about a picture, or about several; with a bundle made for videos, about one.
 
@@ -131,6 +136,10 @@ class Pipeline:
                         here, is within so many milliseconds
         temperature     0 is greedy; otherwise sample, from the `top_p` nucleus, repeatable with `seed`
         stop            strings that end the answer and are not part of it
+        skip_special_tokens   False: special tokens that the model writes, such as boxes or document tags,
+                        stay in the answer's text; the token that ends it never does
+        allow_special_tokens  True: the texts may hold the model's special tokens, which then mean what they
+                        mean in transformers' prompts; refused otherwise. The picture's own token always is
 
         Raises UsageError for a bad argument and VtpError for a picture or prompt that cannot be served.
         """
@@ -145,6 +154,8 @@ class Pipeline:
             top_p=top_p,
             seed=seed,
             stop=stop,
+            skip_special_tokens=skip_special_tokens,
+            allow_special_tokens=allow_special_tokens,
         )
         for _ in stream:
             pass
@@ -163,6 +174,8 @@ class Pipeline:
         top_p: float = 1.0,
         seed: int | None = None,
         stop: str | Sequence[str] | None = None,
+        skip_special_tokens: bool = True,
+        allow_special_tokens: bool = False,
     ) -> Stream:
         """Like `generate`, piece by piece: iterate for text, then read `.result`; `.cancel()` ends it."""
         request = self._request(
@@ -174,6 +187,8 @@ class Pipeline:
             max_new_tokens=max_new_tokens,
             sampler=Sampler(temperature=temperature, top_p=top_p, seed=seed),
             stop=stop,
+            skip_special_tokens=skip_special_tokens,
+            allow_special_tokens=allow_special_tokens,
         )
         return Stream(self, request)
 
@@ -190,6 +205,8 @@ class Pipeline:
         top_p: float = 1.0,
         seed: int | None = None,
         stop: str | Sequence[str] | None = None,
+        skip_special_tokens: bool = True,
+        allow_special_tokens: bool = False,
         batch_size: int | None = None,
     ) -> list[Result]:
         """Answer several prompts, each about its own picture (or list of pictures), in batches.
@@ -220,6 +237,8 @@ class Pipeline:
                 max_new_tokens=max_new_tokens,
                 sampler=Sampler(temperature=temperature, top_p=top_p, seed=_later(seed, place)),
                 stop=stop,
+                skip_special_tokens=skip_special_tokens,
+                allow_special_tokens=allow_special_tokens,
             ),
         )
         answers = [self._answer(request) for request in requests]
@@ -276,18 +295,21 @@ class Pipeline:
         max_new_tokens: int,
         sampler: Sampler,
         stop: str | Sequence[str] | None,
+        skip_special_tokens: bool,
+        allow_special_tokens: bool,
     ) -> Request:
         timings = Timings()
         pictures = self._pictures(image, timings)
         request = Request(
             pictures=pictures,
-            prompt=self._encode(prompt, messages, len(pictures), timings),
+            prompt=self._encode(prompt, messages, len(pictures), allow_special_tokens, timings),
             keep=keep,
             max_new_tokens=_whole("max_new_tokens", max_new_tokens),
             sampler=sampler,
             stops=StopStrings(() if stop is None else stop),
             timings=timings,
             started=started,
+            skip_special_tokens=skip_special_tokens,
         )
         self._check_room(request)
         return request
@@ -330,16 +352,17 @@ class Pipeline:
             )
 
     def _encode(
-        self, prompt: str | None, messages: Messages | None, pictures: int, timings: Timings
+        self, prompt: str | None, messages: Messages | None, pictures: int, special: bool, timings: Timings
     ) -> Prompt:
         if (prompt is None) == (messages is None):
             raise UsageError("give either a prompt or messages, not both and not neither")
         with timings.measure("tokenize"):
             if prompt is not None:
-                return self._prompter.encode(self._prompter.messages_for(prompt, pictures), pictures)
-            assert messages is not None  # by the check above
-            media = self.manifest.text.media
-            return self._prompter.encode(_with_images(messages, pictures, media), pictures)
+                turns: Messages = self._prompter.messages_for(prompt, pictures)
+            else:
+                assert messages is not None  # by the check above
+                turns = _with_images(messages, pictures, self.manifest.text.media)
+            return self._prompter.encode(turns, pictures, special)
 
     def _keep(self, wanted: int | None) -> int:
         visual = self.manifest.visual
@@ -491,7 +514,8 @@ def _with_images(messages: Messages, pictures: int, media: str) -> Messages:
     """
     if not isinstance(messages, Sequence) or not all(isinstance(turn, dict) for turn in messages):
         return messages  # malformed: the prompter says how
-    parts = [part for turn in messages if isinstance(turn.get("content"), list) for part in turn["content"]]
+    contents = [turn.get("content") for turn in messages]
+    parts = [part for content in contents if isinstance(content, list | tuple) for part in content]
     if any(isinstance(part, dict) and part.get("type") == media for part in parts):
         return messages
     turns = [dict(turn) for turn in messages]
@@ -499,7 +523,7 @@ def _with_images(messages: Messages, pictures: int, media: str) -> Messages:
         if turn.get("role") == "user":
             content = turn.get("content")
             words = [{"type": "text", "text": content}] if isinstance(content, str) else content
-            if isinstance(words, list):  # anything else is malformed, as above
+            if isinstance(words, list | tuple):  # anything else is malformed, as above
                 turn["content"] = [*({"type": media} for _ in range(pictures)), *words]
             break
     return turns

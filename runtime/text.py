@@ -1,4 +1,4 @@
-"""Between words and token ids: chat template, prompt ids, streaming detokenisation, stop strings.
+"""Between words and token ids: chat template and prompt ids.
 
 Equal to transformers' processors and tokenizers (`apply_chat_template(tokenize=True)` and `decode`), without
 them. Knows nothing about graphs: a `Prompt` says where the image goes, and another module puts it there.
@@ -7,32 +7,34 @@ them. Knows nothing about graphs: a `Prompt` says where the image goes, and anot
 from __future__ import annotations
 
 import dataclasses
-import json
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Template, nodes
-from jinja2.exceptions import SecurityError, TemplateError
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.runtime import Macro
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.utils import Namespace
 from tokenizers import Tokenizer
 
 from vtp.engines.errors import UsageError, VtpError
+from vtp.runtime.detokenizer import Decoding, Detokenizer, StopStrings
+from vtp.runtime.messages import (
+    MEDIA,
+    Message,
+    check_kept,
+    check_messages,
+    check_text,
+    joined_text,
+    parts_of,
+    shape_of,
+)
+from vtp.runtime.template import ChatTemplate, TemplateLimit, first_line
+from vtp.runtime.tokenizer import CheckedTokenizer, special_texts
 
 __all__ = ["Detokenizer", "Prompt", "Prompter", "StopStrings", "TextSpec"]
 
-#: One turn of a conversation: {"role": ..., "content": text or list of {"type": ...} parts}.
-Message = Mapping[str, Any]
-
-_ROLES = ("system", "user", "assistant")
-_WORDS = {"image": "picture", "video": "video"}  # what users call each kind of media
+_MOST_TOKENS = 2**20  # of a prompt, where nobody says how many fit
+_FEWEST_CHARACTERS = 2**16  # of a text that is encoded to see how long it is, however little fits
+_COMPOSED = 4  # characters that a normalizer may make one of
+_SHAPES = 64  # kinds of conversation whose rendering is remembered as complete
 
 
 @dataclass(frozen=True)
@@ -66,8 +68,8 @@ class TextSpec:
             raise VtpError("the text section's placeholder_ids is empty; an image needs at least one id")
         if self.image_token_id not in self.placeholder_ids:
             raise VtpError("the text section's placeholder_ids lacks image_token_id; export the bundle again")
-        if self.media not in _WORDS:
-            raise VtpError(f"the text section's media is {self.media!r}; known: {', '.join(_WORDS)}")
+        if self.media not in MEDIA:
+            raise VtpError(f"the text section's media is {self.media!r}; known: {', '.join(MEDIA)}")
         if not self.image_token:
             raise VtpError("the text section's image_token is empty; name the token that marks an image")
 
@@ -107,47 +109,85 @@ class Prompter:
     """Turns a question or a conversation, with its images in it, into a `Prompt`.
 
     Without a chat template a single user turn becomes LLaVA's plain form, "USER: <image>\\n{question}
-    ASSISTANT:", and longer conversations are refused. A tokenizer.json that cannot be read, and one in which
-    the image token is not a single token with the id of `spec`, raise `VtpError`.
+    ASSISTANT:", and longer conversations are refused. `most_tokens` is what a prompt may have: texts that
+    cannot fit are refused before they are encoded. A template that does not compile, a tokenizer.json that
+    cannot be read or used, and one in which the image token is not a single token with the id of `spec`,
+    raise `VtpError`.
     """
 
-    def __init__(self, spec: TextSpec, tokenizer_json: str | Path) -> None:
+    def __init__(self, spec: TextSpec, tokenizer_json: str | Path, most_tokens: int = _MOST_TOKENS) -> None:
         self.spec = spec
-        self.tokenizer = _load_tokenizer(Path(tokenizer_json))
+        self._words = CheckedTokenizer(Path(tokenizer_json))
+        self._most = most_tokens
         found = self.tokenizer.token_to_id(spec.image_token)
         if found != spec.image_token_id:
             raise VtpError(
                 f"the tokenizer gives image token '{spec.image_token}' the id {found}, the bundle says "
                 f"{spec.image_token_id}; export it again"
             )
-        self.decoding = _Decoding.of(self.tokenizer)
-        self._reserved = _reserved_texts(spec, self.tokenizer)
-        self._template = None if spec.chat_template is None else _compile(spec.chat_template)
+        self.decoding = Decoding.of(self.tokenizer)
+        self._places = _longest_first({spec.image_token, spec.image_mark})
+        self._reserved = _longest_first(
+            special_texts(self.tokenizer) | set(self._places) | set(spec.special_tokens.values())
+        )
+        self._template = None if spec.chat_template is None else ChatTemplate(spec.chat_template)
+        self._complete: dict[tuple[Any, ...], None] = {}
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The bundle's tokenizer, without padding and truncation."""
+        return self._words.tokenizer
 
     def messages_for(self, prompt: str, images: int = 1) -> list[dict[str, Any]]:
         """One user turn: the images, then `prompt`. A prompt that is empty or blank is a `UsageError`."""
         if not isinstance(prompt, str):
             raise UsageError(f"a prompt must be text, not {type(prompt).__name__}")
+        check_text(prompt, "the prompt")
         if not prompt.strip():
-            raise UsageError(f"the prompt is empty; ask something about the {_WORDS[self.spec.media]}")
+            raise UsageError(f"the prompt is empty; ask something about the {MEDIA[self.spec.media]}")
         marks = [{"type": self.spec.media} for _ in range(images)]
         return [{"role": "user", "content": [*marks, {"type": "text", "text": prompt}]}]
 
-    def encode(self, messages: Sequence[Message], images: int = 1) -> Prompt:
+    def encode(
+        self, messages: Sequence[Message], images: int = 1, allow_special_tokens: bool = False
+    ) -> Prompt:
         """Render and tokenize a conversation that ends with the user and has `images` images, in user turns.
 
+        allow_special_tokens  let the texts hold the model's control tokens, which then mean what they mean
+                              in transformers' prompts; the image token never
+
         Raises `UsageError` for messages of another form, for placeholder or other special-token text in them,
-        and where the template refuses them.
+        and where the template refuses them or leaves out words; `VtpError` where it takes no end.
         """
-        checked = _check_messages(messages, images, self.spec.media)
+        checked = check_messages(messages, images, self.spec.media, self._most)
+        self._check_length(sum(len(joined_text(message)) for message in checked))
         for message in checked:
-            self._refuse_reserved(message)
+            self._refuse(message, self._places if allow_special_tokens else self._reserved)
         text = self._render(checked)
-        _check_rendered(text, checked[-1])
+        self._check_kept(checked, text)
         if self.spec.image_mark:
             text = text.replace(self.spec.image_mark, self.spec.image_text)
-        ids = self.tokenizer.encode(text, add_special_tokens=not self._has_bos(text)).ids
+        self._check_length(len(text))
+        ids = self._words.encode(text, add_special_tokens=not self._has_bos(text))
         return self._place_images(text, ids, images)
+
+    def check(self) -> None:
+        """Try a question. Raises `VtpError` for a template and a tokenizer that no prompt can go through."""
+        try:
+            self.encode(self.messages_for("Describe the picture."))
+        except VtpError as error:  # what would be a user's mistake is the model's here
+            raise VtpError(f"this model cannot be prompted: {error}") from error
+
+    def _check_length(self, characters: int) -> None:
+        """Refuse text that must have more tokens than fit: encoding it may take minutes."""
+        if characters <= _FEWEST_CHARACTERS:
+            return
+        most = max(_FEWEST_CHARACTERS, self._most * self._words.longest * _COMPOSED)
+        if characters > most:
+            raise UsageError(
+                f"the prompt has {characters} characters, more than the {most} that {self._most} tokens can "
+                "hold; shorten it, or export with a larger --max-length"
+            )
 
     def _has_bos(self, text: str) -> bool:
         """Whether BOS is there already: at the start, or right after the images at the start."""
@@ -167,27 +207,40 @@ class Prompter:
                 add_generation_prompt=True,
                 **self.spec.special_tokens,
             )
+        except TemplateLimit as error:
+            raise VtpError(
+                f"the model's chat template is refused: {first_line(error)}; use another model"
+            ) from error
         except Exception as error:  # a template is a program: it may raise anything
             raise UsageError(
-                f"the model's chat template refuses these messages: {_first_line(error)}"
+                f"the model's chat template refuses these messages: {first_line(error)}"
             ) from error
+
+    def _check_kept(self, messages: list[dict[str, Any]], text: str) -> None:
+        """Refuse a template that leaves out words; what it does to a kind of conversation is tried once."""
+        shape = shape_of(messages)
+        check_kept(messages, text, None if shape in self._complete else self._render)
+        if len(self._complete) >= _SHAPES:
+            self._complete.clear()
+        self._complete[shape] = None
 
     def _render_plain(self, messages: list[dict[str, Any]]) -> str:
         if len(messages) != 1:
             raise UsageError(
                 "this model has no chat template, so it takes one user turn; ask a single question"
             )
-        images = sum(part["type"] == self.spec.media for part in _parts(messages[0]))
+        images = sum(part["type"] == self.spec.media for part in parts_of(messages[0]))
         marks = f"{self.spec.image_token}\n" * images
-        return f"USER: {marks}{_joined_text(messages[0])} ASSISTANT:"
+        return f"USER: {marks}{joined_text(messages[0])} ASSISTANT:"
 
-    def _refuse_reserved(self, message: dict[str, Any]) -> None:
-        text = _joined_text(message)
-        for reserved in self._reserved:
-            if reserved in text:
+    def _refuse(self, message: dict[str, Any], reserved: Sequence[str]) -> None:
+        text = joined_text(message)
+        for token in reserved:
+            if token in text:
                 raise UsageError(
-                    f"the {message['role']}'s text holds '{reserved}', a control token of this model; "
-                    f"leave it out (the {_WORDS[self.spec.media]}'s place is added for you)"
+                    f"the {message['role']}'s text holds '{token}', a control token of this model; "
+                    f"leave it out (the {MEDIA[self.spec.media]}'s place is added for you)"
+                    + ("" if token in self._places else ", or allow it: allow_special_tokens")
                 )
 
     def _place_images(self, text: str, ids: list[int], images: int) -> Prompt:
@@ -210,322 +263,6 @@ class Prompter:
         return Prompt(text, wide, tuple(starts), len(wide) - images * runs)
 
 
-def _load_tokenizer(path: Path) -> Tokenizer:
-    """Read tokenizer.json; saved padding and truncation are switched off, as they would change prompts."""
-    if not path.is_file():
-        raise VtpError(f"no tokenizer at '{path}'; export the bundle again")
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises bare Exception
-        raise VtpError(f"'{path}' is not a readable tokenizer.json: {_first_line(error)}") from error
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    return tokenizer
-
-
-def _special_texts(tokenizer: Tokenizer) -> set[str]:
-    return {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
-
-
-def _reserved_texts(spec: TextSpec, tokenizer: Tokenizer) -> list[str]:
+def _longest_first(texts: set[str]) -> list[str]:
     """Texts that would turn into control tokens inside a prompt, longest first."""
-    texts = (
-        _special_texts(tokenizer) | {spec.image_token, spec.image_mark} | set(spec.special_tokens.values())
-    )
     return sorted((text for text in texts if text), key=lambda text: (-len(text), text))
-
-
-def _check_messages(messages: object, wanted: int, media: str) -> list[dict[str, Any]]:
-    """Return plain copies of well-formed messages; the first thing that is wrong becomes one line."""
-    word = _WORDS[media]
-    if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
-        raise UsageError(f"messages must be a list of turns, not {type(messages).__name__}")
-    if not messages:
-        raise UsageError("messages is empty; give at least one user turn")
-    checked = [_check_message(message, index, media) for index, message in enumerate(messages)]
-    if checked[-1]["role"] != "user":
-        raise UsageError(
-            f"the last message is the {checked[-1]['role']}'s; end with a user turn to be answered"
-        )
-    images = sum(part["type"] == media for message in checked for part in _parts(message))
-    if images != wanted:
-        given = f"1 {word} is" if wanted == 1 else f"{wanted} {word}s are"
-        raise UsageError(
-            f'the messages hold {images} {media}s, and {given} given; put one {{"type": "{media}"}} for each '
-            "in the user turns"
-        )
-    if not any(_joined_text(message).strip() for message in checked if message["role"] == "user"):
-        raise UsageError(f"the prompt is empty; ask something about the {word}")
-    return checked
-
-
-def _check_message(message: object, index: int, media: str) -> dict[str, Any]:
-    where = f"message {index}"
-    if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
-        given = sorted(map(str, message)) if isinstance(message, Mapping) else type(message).__name__
-        raise UsageError(f"{where} must have the keys role and content, and no others, not {given}")
-    role, content = message["role"], message["content"]
-    if role not in _ROLES:
-        raise UsageError(f"{where} has the role {role!r}; choose {', '.join(_ROLES)}")
-    if isinstance(content, str):
-        return {"role": role, "content": str.__str__(content)}
-    if not isinstance(content, list | tuple) or not content:
-        raise UsageError(f"{where}'s content must be text or a list of parts, not {content!r:.60}")
-    return {"role": role, "content": [_check_part(part, role, where, media) for part in content]}
-
-
-def _check_part(part: object, role: str, where: str, media: str) -> dict[str, str]:
-    kind = part.get("type") if isinstance(part, Mapping) else None
-    if kind == "text" and isinstance(part, Mapping):
-        if set(part) == {"type", "text"} and isinstance(part["text"], str):
-            return {"type": "text", "text": str.__str__(part["text"])}
-        raise UsageError(f'{where} has a text part of another form than {{"type": "text", "text": "..."}}')
-    if kind == media and isinstance(part, Mapping):
-        if set(part) != {"type"}:
-            raise UsageError(
-                f"{where}: give the {_WORDS[media]} as image=, and mark its place by "
-                f'{{"type": "{media}"}} alone'
-            )
-        if role != "user":
-            raise UsageError(
-                f"{where} puts a {_WORDS[media]} into the {role}'s turn; only user turns may hold one"
-            )
-        return {"type": media}
-    raise UsageError(f"{where} has a part of type {kind!r}; choose text or {media}")
-
-
-def _parts(message: dict[str, Any]) -> list[dict[str, str]]:
-    content = message["content"]
-    return [{"type": "text", "text": content}] if isinstance(content, str) else content
-
-
-def _joined_text(message: dict[str, Any]) -> str:
-    """All text of one turn in one string, so that a token split over two parts is seen too."""
-    return "".join(part["text"] for part in _parts(message) if part["type"] == "text")
-
-
-def _check_rendered(text: str, last: dict[str, Any]) -> None:
-    """Refuse a template that lost the question, as those for parts do with plain text, in silence."""
-    for part in _parts(last):
-        if part["type"] == "text" and part["text"].strip() not in text:
-            raise UsageError(
-                "the model's chat template left out the user's text; give the content as a list of parts, "
-                'such as [{"type": "text", "text": "..."}]'
-            )
-
-
-class _GenerationTag(Extension):
-    """{% generation %}...{% endgeneration %}, which marks words for training; rendered as is."""
-
-    tags = {"generation"}  # noqa: RUF012 (jinja2 declares it so)
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.CallBlock(self.call_method("_render"), [], [], body).set_lineno(line)
-
-    def _render(self, caller: Macro) -> str:
-        return caller()
-
-
-class _TemplateNamespace(Namespace):
-    """Jinja's namespace without underscore names, which could reach Python's internals."""
-
-    def __init__(*args: Any, **kwargs: Any) -> None:
-        self, *rest = args
-        attributes = dict(*rest, **kwargs)
-        for name in attributes:
-            _check_attribute(name)
-        Namespace.__init__(self, attributes)
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        _check_attribute(name)
-        super().__setitem__(name, value)
-
-
-def _check_attribute(name: object) -> None:
-    if isinstance(name, str) and name.startswith("_"):
-        raise SecurityError(f"a namespace may not store the underscore-prefixed attribute {name!r}")
-
-
-class _TemplateDict:
-    """`dict` for templates: callable, with `fromkeys`, and no way to the type's other attributes."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
-        return dict(*args, **kwargs)
-
-    def fromkeys(self, *args: Any) -> dict[Any, Any]:
-        return dict.fromkeys(*args)
-
-
-def _compile(source: str) -> Template:
-    """Compile a chat template in the sandbox that transformers sets up for it."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals.update(
-        raise_exception=_raise_exception,
-        strftime_now=lambda format: datetime.now().strftime(format),
-        dict=_TemplateDict(),
-        namespace=_TemplateNamespace,
-    )
-    try:
-        return environment.from_string(source)
-    except TemplateError as error:
-        raise VtpError(f"the model's chat template does not compile: {_first_line(error)}") from error
-
-
-def _raise_exception(message: str) -> None:
-    raise TemplateError(message)
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """Jinja's own filter escapes HTML characters; prompts want them as they are."""
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
-
-
-_BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
-_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-# Decoders whose text for a sequence only ever grows by what the next token adds.
-_GROWING = {"ByteLevel", "ByteFallback", "Fuse", "Strip", "Replace", "Metaspace", "WordPiece", "BPEDecoder"}
-
-
-@dataclass(frozen=True)
-class _Decoding:
-    """How a tokenizer decodes: read once, since vocabularies may have thousands of added tokens."""
-
-    special: frozenset[str]
-    byte_tokens: bool
-    grows: bool  # more tokens only ever add to the text
-
-    @classmethod
-    def of(cls, tokenizer: Tokenizer) -> _Decoding:
-        steps = _decoder_steps(tokenizer)
-        return cls(frozenset(_special_texts(tokenizer)), "ByteFallback" in steps, _text_grows(steps))
-
-
-class Detokenizer:
-    """Streams an answer's text; all pieces together equal `tokenizer.decode(ids, skip_special_tokens=True)`.
-
-    Only a window of the last tokens is decoded for each new one, so an answer of n tokens costs O(n). A run
-    of byte tokens (`<0xE2>`) is held back until it ends, since its decoding depends on the whole run. A
-    decoder whose text could still change (CTC, a replacement across tokens) gives everything at `finish`.
-    """
-
-    _WINDOW = 16  # tokens decoded at most, apart from runs of byte tokens
-    _CONTEXT = 8  # tokens kept when it is full: more than the 3 bytes that a cut character can reach back
-
-    def __init__(self, source: Prompter | Tokenizer) -> None:
-        self._tokenizer = source.tokenizer if isinstance(source, Prompter) else source
-        self._decoding = source.decoding if isinstance(source, Prompter) else _Decoding.of(source)
-        self._window: list[int] = []
-        self._sent = 0  # characters of the window's text that were handed out
-
-    def push(self, token_id: int) -> str:
-        """Add a token; return the text that is certain now, "" while a character is incomplete."""
-        token = self._tokenizer.id_to_token(token_id)
-        if token is None or token in self._decoding.special:
-            return ""
-        self._window.append(token_id)
-        if not self._decoding.grows or (self._decoding.byte_tokens and _BYTE_TOKEN.fullmatch(token)):
-            return ""
-        text = _certain(self._decode())
-        piece, self._sent = text[self._sent :], max(self._sent, len(text))
-        if len(self._window) >= self._WINDOW:
-            self._window = self._window[-self._CONTEXT :]
-            self._sent = len(_certain(self._decode()))
-        return piece
-
-    def finish(self) -> str:
-        """Return what was held back, and start afresh."""
-        piece = self._decode()[self._sent :]
-        self._window, self._sent = [], 0
-        return piece
-
-    def _decode(self) -> str:
-        return self._tokenizer.decode(self._window, skip_special_tokens=False)
-
-
-def _certain(text: str) -> str:
-    """All but a last character that may be the beginning of one whose other bytes are still to come."""
-    return text[:-1] if text.endswith(_REPLACEMENT) else text
-
-
-def _decoder_steps(tokenizer: Tokenizer) -> list[str]:
-    """The types of the tokenizer's decoders, in their order."""
-    if tokenizer.decoder is None:
-        return []
-    state = json.loads(tokenizer.decoder.__getstate__())
-    return [step["type"] for step in state.get("decoders", [state])]
-
-
-def _text_grows(steps: Iterable[str]) -> bool:
-    """Whether more tokens only ever add to the text (apart from an incomplete last character)."""
-    fused = False
-    for step in steps:
-        if step not in _GROWING or (step == "Replace" and fused):
-            return False
-        fused = fused or step in ("Fuse", "ByteLevel")
-    return True
-
-
-class StopStrings:
-    """Cuts a stream of text at the first of some strings, however the pieces split it.
-
-    The string that is complete first wins, and of those the one that began first; it is not part of the
-    result. Empty stop strings are a `UsageError`.
-    """
-
-    def __init__(self, stops: str | Sequence[str] = ()) -> None:
-        if not isinstance(stops, str | Sequence):
-            raise UsageError(f"stop strings must be text or a list of texts, not {type(stops).__name__}")
-        self._stops = (stops,) if isinstance(stops, str) else tuple(stops)
-        for stop in self._stops:
-            if not isinstance(stop, str) or not stop:
-                raise UsageError(f"a stop string must be text of at least one character, not {stop!r}")
-        self._held = ""
-        self.hit = False
-
-    def push(self, text: str) -> str:
-        """Add text; return what cannot be part of a stop string. After the cut, `hit` is set."""
-        if self.hit:
-            return ""
-        text = self._held + text
-        cut = self._find(text)
-        if cut is not None:
-            self._held, self.hit = "", True
-            return text[:cut]
-        keep = self._open_length(text)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
-
-    def finish(self) -> str:
-        """Return what was held back: the answer ended, so no stop string can complete any more."""
-        held, self._held = self._held, ""
-        return held
-
-    def _find(self, text: str) -> int | None:
-        found = [(text.find(stop) + len(stop), text.find(stop)) for stop in self._stops if stop in text]
-        return min(found)[1] if found else None
-
-    def _open_length(self, text: str) -> int:
-        """Length of the longest end of `text` with which a stop string begins."""
-        longest = max((len(stop) for stop in self._stops), default=1) - 1
-        for length in range(min(longest, len(text)), 0, -1):
-            if any(stop.startswith(text[len(text) - length :]) for stop in self._stops):
-                return length
-        return 0

@@ -21,14 +21,17 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
 def ratio(
     theirs: Sequence[float], ours: Sequence[float], draws: int = DRAWS, seed: int = 0
 ) -> dict[str, float]:
-    """How many times longer `theirs` take than `ours`, run by run: the median ratio and its 95 % interval.
+    """How many times longer `theirs` take than `ours`: the ratio of their medians and its 95 % interval.
 
-    The i-th of both were measured one after the other, so a slow moment of the machine meets both. The
-    interval is of a bootstrap over those pairs. Raises ValueError for lists of different lengths or none.
+    It is the quotient of the medians that `spread` gives of the same values, so a page that shows all three
+    agrees with itself. The i-th of both were measured one after the other, so a slow moment of the machine
+    meets both; the interval is of a bootstrap that draws such pairs. Raises ValueError for lists of different
+    lengths or none.
     """
     if len(theirs) != len(ours) or not len(ours):
         raise ValueError(f"{len(theirs)} and {len(ours)} measurements make no pairs")
-    quotients = np.asarray(theirs, float) / np.asarray(ours, float)
-    picks = np.random.default_rng(seed).integers(0, len(quotients), (draws, len(quotients)))
-    low, high = np.quantile(np.median(quotients[picks], axis=1), (0.025, 0.975))
-    return {"ratio": float(np.median(quotients)), "low": float(low), "high": float(high)}
+    one, two = np.asarray(theirs, float), np.asarray(ours, float)
+    picks = np.random.default_rng(seed).integers(0, len(one), (draws, len(one)))
+    drawn = np.median(one[picks], axis=1) / np.median(two[picks], axis=1)
+    low, high = np.quantile(drawn, (0.025, 0.975))
+    return {"ratio": float(np.median(one) / np.median(two)), "low": float(low), "high": float(high)}

@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 
 from vtp.bench.figures import ratio, spread
-from vtp.bench.gpu_checks import COSINE, CPU, WARM_UPS, Job, Opened, WaitingTimings
+from vtp.bench.gpu_checks import CPU, LIMITS, WARM_UPS, Job, Opened, WaitingTimings
 from vtp.bench.gpu_device import Device
 from vtp.bench.gpu_torch import WAYS, Run, TorchModel, bandwidth
 from vtp.bench.gpu_weights import fill_bundles
 from vtp.bench.measure import part_of, step_work
+from vtp.runtime.compare import compare
 from vtp.runtime.images import load_image
 from vtp.runtime.preprocess import preprocess
 from vtp.runtime.result import Timings
@@ -191,11 +192,16 @@ def _logits(shape: Shape, run: Run, steps: int) -> tuple[dict[str, Any], str]:
         mine.append(shape.step(number, token))
         theirs.append(run.step(token))
     pairs = list(zip(mine, theirs, strict=True))
-    cosines = [float(a @ b) / float(np.linalg.norm(a) * np.linalg.norm(b) or 1) for a, b in pairs]
+    found = [compare(one, two, LIMITS) for one, two in pairs]
     equal = sum(int(a.argmax()) == int(b.argmax()) for a, b in pairs)
-    figures = {"compared": len(mine), "equal": equal, "cosine_min": min(cosines)}
-    # Not-a-number fails every comparison, so ask for what is wanted.
-    return figures, "" if min(cosines) >= COSINE else f"logits' cosine with PyTorch's {min(cosines):.4f}"
+    figures = {
+        "compared": len(mine),
+        "equal": equal,
+        "cosine_min": min(one.cosine for one in found),
+        "relative_max": max(one.relative for one in found),
+    }
+    wrong = next((one for one in found if not one.ok), None)
+    return figures, f"logits beside PyTorch's: {wrong.why}" if wrong else ""
 
 
 def _timed(work: Callable[[], Any], device: Device) -> float:

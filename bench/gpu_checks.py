@@ -24,6 +24,8 @@ from vtp.engines.trt import LIBRARIES
 from vtp.runtime import Pipeline
 from vtp.runtime.build import build_bundle, compare_bundle
 from vtp.runtime.bundle import open_bundle
+from vtp.runtime.compare import Comparison
+from vtp.runtime.compare import compare as hold
 from vtp.runtime.images import load_image
 from vtp.runtime.machine import look
 from vtp.runtime.opening import ENGINES, Opening
@@ -36,7 +38,7 @@ from vtp.scenes.exam import Item, held_out, is_right, wilson
 CPU = "ort-cpu"
 ANSWER_TOKENS = 12  # the longest answer of the exam has fewer
 WARM_UPS = 3
-COSINE = 0.999  # of the first logits; float16 alone stays above it
+LIMITS = "float16 kernels"  # of the comparator's table, for logits: kernels sum in float16 or TF32
 
 
 @dataclass(frozen=True)
@@ -300,30 +302,30 @@ def _answers(
 def compare(found: Sequence[Answer], wanted: Sequence[Answer]) -> dict[str, Any]:
     """Figures of two lists of answers to the same questions.
 
-    `cosine_min` and `difference_max` are of the first logits; `kept_equal` counts questions whose every
+    `cosine_min` and `relative_max` are of the first logits; `kept_equal` counts questions whose every
     pruner kept the same tokens, `kept_overlap` is the least share of them in common.
     """
-    cosines, differences, overlaps = [], [], []
+    logits, overlaps = [], []
     for mine, other in zip(found, wanted, strict=True):
-        scale = float(np.linalg.norm(mine.logits) * np.linalg.norm(other.logits))
-        cosines.append(float(mine.logits @ other.logits) / scale if scale else 0.0)
-        differences.append(float(np.abs(mine.logits - other.logits).max()))
+        logits.append(hold(mine.logits, other.logits, LIMITS))
         for name, indices in other.kept.items():
             overlaps.append(len(set(indices) & set(mine.kept.get(name, []))) / len(indices))
     figures: dict[str, Any] = {
         "questions": len(found),
         "answers_equal": sum(a.tokens == b.tokens for a, b in zip(found, wanted, strict=True)),
-        "cosine_min": min(cosines),
-        "difference_max": max(differences),
+        "cosine_min": min((one.cosine for one in logits), default=-1.0),
+        "relative_max": max((one.relative for one in logits), default=float("inf")),
         "kept_equal": sum(a.kept == b.kept for a, b in zip(found, wanted, strict=True)),
         "kept_overlap": min(overlaps, default=1.0),
     }
-    return {"note": _disagreement(figures), **figures}
+    return {"note": _disagreement(figures, logits), **figures}
 
 
-def _disagreement(figures: dict[str, Any]) -> str:
-    # Not-a-number fails every comparison, so ask for what is wanted, not for what is not.
-    notes = [] if figures["cosine_min"] >= COSINE else [f"logits' cosine {figures['cosine_min']:.4f}"]
+def _disagreement(figures: dict[str, Any], logits: Sequence[Comparison]) -> str:
+    if not logits:
+        return "no answer was compared"
+    wrong = next((one for one in logits if not one.ok), None)
+    notes = [f"logits: {wrong.why}"] if wrong else []
     for key, what in (("answers_equal", "answers"), ("kept_equal", "selections")):
         if figures[key] != figures["questions"]:
             notes.append(f"{figures['questions'] - figures[key]} of {figures['questions']} {what} differ")

@@ -87,7 +87,7 @@ def _agreement(bundles: Mapping[str, Any]) -> list[str]:
             f"{label}, {against}",
             f"{one['answers_equal']} of {one['questions']}",
             f"{one['cosine_min']:.6f}",
-            f"{one['difference_max']:.4f}",
+            f"{one['relative_max']:.4f}",
             f"{one['kept_equal']} of {one['questions']}",
             f"{one['kept_overlap']:.3f}",
         ]
@@ -117,7 +117,7 @@ def _engines(bundles: Mapping[str, Any]) -> list[str]:
             name,
             file,
             f"{gate.get('cosine', 0):.6f}",
-            f"{gate.get('max_difference', 0):.4f}",
+            f"{gate.get('relative', 0):.4f}",
             "yes" if gate.get("passed") else "no",
             f"{found['seconds'][file]:.1f}",
         ]

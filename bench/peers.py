@@ -3,9 +3,9 @@
     python -m vtp.bench.peers [--shape llava-ov-0.5b | --model DIR] [--int8] [--int4] [--also NAME=BUNDLE]
 
 Every peer has a process of its own. Its first logits and tokens are held against the others' before anything
-is timed; then it and vtp answer in turns, so that a slow moment of the machine meets both, and their ratio is
-taken turn by turn. What is not installed is named, with the line that installs it. Writes docs/bench.json,
-docs/bench.md and the README's table.
+is timed; then it and vtp answer in turns, so that a slow moment of the machine meets both, and milliseconds
+and ratio of the two come from these turns. What is not installed is named, with the line that installs it.
+Writes docs/bench.json, docs/bench.md and the README's table.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from typing import Any
 import numpy as np
 
 from vtp.bench.cli import PROMPT, stamp, whole
-from vtp.bench.figures import ratio, spread
 from vtp.bench.measure import Task, in_child
+from vtp.bench.pairs import UNPRUNED, fastest_of, pair_of
 from vtp.bench.peer import Spec, missing
-from vtp.bench.peers_report import ROUNDS, write_report
+from vtp.bench.peers_report import FORMAT, ROUNDS, write_report
 from vtp.bench.resident import peak_resident
 from vtp.bench.shape import Wanted, check, free_disk, run_export
 from vtp.bench.worker import Worker, prepare
@@ -34,20 +34,16 @@ from vtp.engines import UsageError, VtpError
 from vtp.engines.child import python_command
 from vtp.export.cli import quiet_libraries
 from vtp.runtime.bundle import MANIFEST, open_bundle
+from vtp.runtime.compare import compare
 from vtp.runtime.console import Parser, Progress, run_command
 from vtp.runtime.machine import look
 from vtp.scenes import examples_dir
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = "vtp vispruner"
-UNPRUNED = ("torch", "transformers-onnx", "openvino")
 # Whose answers are equal: of each line the first that has answered is the measure for the others.
 INT4_DECODERS = ("genai-int4", "vtp decoder int4")
 SAME = ((*UNPRUNED, "vtp none"), (BASE, "torch-vispruner"), ("genai", "vtp decoder"), INT4_DECODERS)
-CLOSE = 1e-3  # of the largest logit: float32 in another order of sums stays well below it
-# Activations are rounded to int8 in every product, so an order of sums decides codes of what follows: the
-# same int4 weights were seen 0.023 apart after 24 layers (all tokens equal), and 3e-7 after two.
-CLOSE_INT4 = 0.05
 _DECODER_TOKENS = 16  # text tokens beside the kept ones, in the decoder-only comparison
 
 
@@ -122,6 +118,7 @@ class Contest:
         self.shape = None if args.model else args.shape
         self.answers: dict[str, tuple[list[int], np.ndarray]] = {}
         self.results: dict[str, Any] = {
+            "format": FORMAT,
             "model": self.shape or self.model.name,
             "keep": self.keep,
             "rounds": self.rounds,
@@ -167,7 +164,7 @@ class Contest:
             self._note_answer(BASE, base)
             for name in [*self._able(UNPRUNED), *self._able(("torch-vispruner",)), "vtp none"]:
                 self._aside(name, lambda name=name: self._pair(name, BASE, base))  # type: ignore[misc]
-        fastest = self._fastest()
+        fastest = fastest_of(self.results)
         for name in ("vtp adaptprune", *self.extra):
             if fastest is not None:
                 self._aside(name, lambda name=name: self._pair(fastest, name))  # type: ignore[misc]
@@ -247,12 +244,11 @@ class Contest:
         same = next((one for one in group if one in self.answers and one != name), None)
         if same is None:
             return
-        limit = CLOSE_INT4 if name in INT4_DECODERS else CLOSE
-        equal = agreement(self.answers[same], self.answers[name], limit)
+        limits = "int4" if name in INT4_DECODERS else "float32"
+        equal = agreement(self.answers[same], self.answers[name], limits)
         self.results["peers"][name]["equal"] = {"to": same, **equal}
         if not equal["close"]:
-            share = f"{equal['difference']:.2g} of the largest"
-            raise Aside(f"its first logits differ from {same}'s by {share}: not timed")
+            raise Aside(f"its answer is not {same}'s, {equal['why']}: not timed")
 
     def _take_turns(self, theirs: str, other: Worker, ours: str, mine: Worker) -> None:
         self.progress.step(f"{theirs} and {ours} in turns, {self.rounds} rounds")
@@ -264,26 +260,10 @@ class Contest:
                 for what, values in times[name].items():
                     values.append(run[what])
         for name, worker in ((theirs, other), (ours, mine)):
+            peak = peak_resident(Path(f"/proc/{worker.pid}/status"))
             found = self.results["peers"][name]
-            found.update({what: spread(values) for what, values in times[name].items()})
-            found["peak"] = peak_resident(Path(f"/proc/{worker.pid}/status"))
-        self.results["pairs"].append(
-            {
-                "theirs": theirs,
-                "ours": ours,
-                **{what: ratio(times[theirs][what], times[ours][what]) for what in ("ttft", "tpot")},
-            }
-        )
-
-    def _fastest(self) -> str | None:
-        """The unpruned peer (not vtp itself) with the least time to first token."""
-        times = {
-            name: self.results["peers"][name]["ttft"]["median"]
-            for name in UNPRUNED
-            if "ttft" in self.results["peers"].get(name, {})
-        }
-        self.results["fastest"] = min(times, key=lambda name: times[name], default=None)
-        return self.results["fastest"]
+            found["peak"] = max(peak, found.get("peak", 0))
+        self.results["pairs"].append(pair_of(theirs, ours, times))
 
     def _stages(self, name: str) -> None:
         self.progress.step(f"{name}: stage by stage")
@@ -302,20 +282,23 @@ class Contest:
 
 
 def agreement(
-    wanted: tuple[list[int], np.ndarray], found: tuple[list[int], np.ndarray], limit: float = CLOSE
+    wanted: tuple[list[int], np.ndarray], found: tuple[list[int], np.ndarray], limits: str = "float32"
 ) -> dict[str, Any]:
-    """Two answers (tokens, first logits): `difference` of the logits as a share of the largest, whether that
-    is `close` (at most `limit`), and how many `tokens` are equal from the first on, of how many."""
+    """Two answers (tokens, first logits): `difference` of the logits (relative, see `compare`), whether they
+    are `close` and `why` not, and how many `tokens` are equal from the first on, of how many."""
     (tokens, logits), (other_tokens, other) = wanted, found
-    if logits.shape != other.shape:
-        return {"close": False, "difference": float("inf"), "tokens": 0, "of": len(tokens)}
-    difference = float(np.abs(logits - other).max() / np.abs(logits).max())
+    result = compare(other, logits, limits)
     pairs = zip(tokens, other_tokens, strict=False)
     equal = next(
         (at for at, (one, two) in enumerate(pairs) if one != two), min(len(tokens), len(other_tokens))
     )
-    close = bool(difference <= limit and equal > 0)
-    return {"close": close, "difference": difference, "tokens": equal, "of": len(tokens)}
+    return {
+        "close": result.ok and equal > 0,
+        "why": f"logits: {result.why}" if not result.ok else "" if equal else "the first token differs",
+        "difference": result.relative,
+        "tokens": equal,
+        "of": len(tokens),
+    }
 
 
 def _chosen(text: str) -> list[str]:

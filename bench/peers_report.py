@@ -7,18 +7,26 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from vtp.bench.pairs import BASE, beside_base, fastest_of, find_pair
+from vtp.engines import UsageError
+from vtp.runtime.console import run_command
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
 COMMAND = "make bench"
+FORMAT = 2  # of docs/bench.json: each pair holds the milliseconds and the ratio of its own turns
+OUTDATED = (
+    "Milliseconds and ratios of this run come from different turns, so they contradict each other in places; "
+    "`make bench` now takes both from the same turns, and writes this anew."
+)
 ROUNDS = "10"  # what the command takes unless told otherwise
 # A share of the machine's rate above this says that the rate was measured too low, and so nothing else.
 POSSIBLE = 1.05
 VERDICT = {True: "met", False: "**missed**", None: "**not known**: above the machine's rate as measured"}
-BASE = "vtp vispruner"
 WHAT = {
     "torch": "PyTorch transformers, all tokens",
     "transformers-onnx": "transformers' OnnxExporter on ONNX Runtime, all tokens",
@@ -46,8 +54,8 @@ Made by `{command}` at {time}: {processor}, {cores} cores, {memory} GB; {system}
 Model `{model}`, float32, batch 1, {threads} threads for everybody. One picture, one short question, greedy, \
 {tokens} new tokens; pruned to {keep} visual tokens. Times go from the picture's file to the token: \
 preprocessing, pruner and host are in them. Every peer has a process of its own; peer and vtp answer in \
-turns, {rounds} rounds. Ratios are taken turn by turn: the median, and the 95 % interval of a bootstrap over \
-the turns. A ratio above 1 is how many times longer the peer takes."""
+turns, {rounds} rounds. A line's milliseconds are the medians of these turns, its ratio is their quotient, \
+with the 95 % interval of a bootstrap over the turns: how many times longer the peer takes."""
 
 
 def write_report(results: Mapping[str, Any], root: Path) -> str:
@@ -69,28 +77,27 @@ def with_table(text: str, table: str) -> str:
 
 
 def summary(results: Mapping[str, Any]) -> str:
-    """The README's table: who, first token, further tokens, and how many times longer than vtp vispruner."""
+    """The README's table: every peer beside vtp vispruner, and every other bundle beside the fastest peer."""
     machine = results["machine"]
-    rows = []
-    for name, found in _timed(results):
-        pair = _pair(results, name, BASE)
-        times = _ratio(pair["ttft"]) if pair else "1" if name == BASE else ""
-        rows.append([WHAT.get(name, name), _ms(found["ttft"]), _ms(found["tpot"]), times])
-    title = f"first token, against vtp at {results['keep']} (95 %)"
-    lines = _table(["", "first token, ms", "each further, ms", title], rows)
+    parts = [_beside(beside_base(results), "peer", f"vtp at {results['keep']} beside it")]
+    variants = _variant_pairs(results)
+    if variants:
+        parts.append(
+            f"The fastest unpruned peer, {WHAT[str(fastest_of(results))]}, beside vtp's other bundles:"
+        )
+        parts.append(_beside(variants, "vtp", "vtp beside it", of="ours"))
     where = f"{results['model']}, float32, {machine['processor']}, {results['threads']} threads"
     where += f", {machine['time'][:10]}. More in [docs/bench.md](docs/bench.md)."
-    return "\n\n".join([lines, *_fewer_bits_in_short(results), where])
+    return "\n\n".join([*parts, where])
 
 
-def _fewer_bits_in_short(results: Mapping[str, Any]) -> list[str]:
-    """How far ahead of the fastest unpruned peer the int8 encoder is, where it took part."""
-    fastest = str(results.get("fastest"))
-    pair = _pair(results, fastest, f"{BASE} int8")
-    if pair is None:
-        return []
-    times = _ratio(pair["ttft"])
-    return [f"To the first token, {WHAT[fastest]} takes {times} times as long as vtp with an int8 encoder."]
+def _beside(pairs: Iterable[Mapping[str, Any]], who: str, ours: str, of: str = "theirs") -> str:
+    """First tokens of pairs in short: the medians of both, and their quotient."""
+    rows = []
+    for pair in pairs:
+        one, two = (pair["ms"][pair[side]]["ttft"] for side in ("theirs", "ours"))
+        rows.append([WHAT.get(pair[of], pair[of]), _ms(one), _ms(two), _ratio(pair["ttft"])])
+    return _table([who, "first token of the peer, ms", f"{ours}, ms", "times (95 %)"], rows)
 
 
 def page(results: Mapping[str, Any]) -> str:
@@ -118,53 +125,45 @@ def _command(results: Mapping[str, Any]) -> str:
     return f'{COMMAND} BENCH="{" ".join(flags)}"' if flags else COMMAND
 
 
-def _timed(results: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
-    """Everybody who answered a picture, slowest first."""
-    rows = [
-        (name, found)
-        for name, found in results["peers"].items()
-        if "ttft" in found and not any(name in pair for pair in DECODERS.values())
-    ]
-    return sorted(rows, key=lambda row: -row[1]["ttft"]["median"])
-
-
-def _pair(results: Mapping[str, Any], theirs: str, ours: str) -> Mapping[str, Any] | None:
-    pairs = results["pairs"]
-    return next((pair for pair in pairs if (pair["theirs"], pair["ours"]) == (theirs, ours)), None)
-
-
 def _whole(results: Mapping[str, Any]) -> str:
     rows = []
-    for name, found in _timed(results):
-        pair = _pair(results, name, BASE)
-        rows.append(
-            [
-                WHAT.get(name, name),
-                _spread(found["ttft"]),
-                _spread(found["tpot"]),
-                f"{found['peak'] / 1e6:.0f}",
-                _ratio(pair["ttft"]) if pair else "1" if name == BASE else "below",
-                _ratio(pair["tpot"]) if pair else "1" if name == BASE else "below",
-                _equal(found.get("equal")),
-            ]
-        )
-    header = ["", "first token, ms (quartiles)", "each further, ms", "peak memory, MB"]
-    header += ["first token, times vtp vispruner's", "each further, times", "held against"]
-    return _table(header, rows)
+    for pair in beside_base(results):
+        found = results["peers"][pair["theirs"]]
+        rows.append([*_both(pair, "theirs"), f"{found['peak'] / 1e6:.0f}", _equal(found.get("equal"))])
+    return _table([*_header("vtp vispruner"), "peak memory, MB", "held against"], rows)
 
 
 def _variants(results: Mapping[str, Any]) -> list[str]:
     """The fastest unpruned peer against every other bundle of vtp's."""
-    fastest = results.get("fastest")
     rows = [
-        [WHAT.get(pair["ours"], pair["ours"]), _ratio(pair["ttft"]), _ratio(pair["tpot"])]
-        for pair in results["pairs"]
-        if pair["theirs"] == fastest
+        [*_both(pair, "ours"), f"{results['peers'][pair['ours']]['peak'] / 1e6:.0f}"]
+        for pair in _variant_pairs(results)
     ]
     if not rows:
         return []
-    said = f"How many times longer {WHAT[str(fastest)]} takes:"
-    return ["## The fastest unpruned peer", said, _table(["than", "first token", "each further"], rows)]
+    said = f"{WHAT[str(fastest_of(results))]} takes the least time of the unpruned peers above. Beside vtp's "
+    said += "other bundles, each line in turns of its own:"
+    table = _table([*_header("the bundle"), "peak memory, MB"], rows)
+    return ["## The fastest unpruned peer", said, table]
+
+
+def _variant_pairs(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    fastest = fastest_of(results)
+    return [pair for pair in results["pairs"] if pair["theirs"] == fastest and pair["ours"] != BASE]
+
+
+def _header(ours: str) -> list[str]:
+    first = ["first token of the peer, ms (quartiles)", f"of {ours}, ms", "times (95 %)"]
+    return ["", *first, "each further, ms", f"of {ours}, ms", "times (95 %)"]
+
+
+def _both(pair: Mapping[str, Any], of: str) -> list[str]:
+    """A line's name, and for first and further tokens: the peer's milliseconds, vtp's, and their quotient."""
+    cells = [WHAT.get(pair[of], pair[of])]
+    for what in ("ttft", "tpot"):
+        one, two = (pair["ms"][pair[side]][what] for side in ("theirs", "ours"))
+        cells += [_spread(one), _spread(two), _ratio(pair[what])]
+    return cells
 
 
 def _fewer_bits(results: Mapping[str, Any]) -> list[str]:
@@ -181,19 +180,19 @@ def _fewer_bits(results: Mapping[str, Any]) -> list[str]:
 
 
 def _decoders(results: Mapping[str, Any]) -> list[str]:
-    found = [(name, pair) for name, pair in DECODERS.items() if _pair(results, *pair)]
+    found = [(name, pair) for name, pair in DECODERS.items() if find_pair(results, *pair)]
     parts = [part for name, pair in found for part in _decoder(results, name, pair)]
     return ["## onnxruntime-genai", *parts] if parts else []
 
 
 def _decoder(results: Mapping[str, Any], precision: str, names: tuple[str, str]) -> list[str]:
-    pair = _pair(results, *names)
+    pair = find_pair(results, *names)
     assert pair is not None  # asked for where there is one
     rows = [
         [
             WHAT[name],
-            _spread(results["peers"][name]["ttft"]),
-            _spread(results["peers"][name]["tpot"]),
+            _spread(pair["ms"][name]["ttft"]),
+            _spread(pair["ms"][name]["tpot"]),
             f"{results['peers'][name]['peak'] / 1e6:.0f}",
         ]
         for name in names
@@ -221,7 +220,7 @@ def _aims(results: Mapping[str, Any]) -> list[str]:
 def aims(results: Mapping[str, Any]) -> list[tuple[str, str, str, bool | None]]:
     """(what, aim, found, met) for every aim whose figures are there; met is None where they cannot tell."""
     rows: list[tuple[str, str, str, bool | None]] = []
-    fastest = results.get("fastest")
+    fastest = fastest_of(results)
     for what, theirs, ours, key, least in (
         ("first token, fastest unpruned peer", fastest, BASE, "ttft", 1.75),
         ("first token, PyTorch unpruned", "torch", BASE, "ttft", 4.3),
@@ -229,7 +228,7 @@ def aims(results: Mapping[str, Any]) -> list[tuple[str, str, str, bool | None]]:
         ("each further token, onnxruntime-genai", *DECODERS["float32"], "tpot", 1.0),
         ("each further token, onnxruntime-genai, int4", *DECODERS["int4"], "tpot", 1.0),
     ):
-        pair = _pair(results, str(theirs), ours)
+        pair = find_pair(results, theirs, ours)
         if pair:
             rows.append((what, f"at least {least:g} times", _ratio(pair[key]), pair[key]["low"] >= least))
     for name, share in ((BASE, 0.01), ("vtp adaptprune", 0.02)):
@@ -340,8 +339,16 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def main() -> int:
     """Write the page and the table again from docs/bench.json."""
-    write_report(json.loads((ROOT / "docs/bench.json").read_text(encoding="utf-8")), ROOT)
-    return 0
+    return run_command("peers_report", _rewrite, debug=False)
+
+
+def _rewrite() -> None:
+    results = json.loads((ROOT / "docs/bench.json").read_text(encoding="utf-8"))
+    if results.get("format") != FORMAT:
+        raise UsageError(
+            "docs/bench.json is of an older format, without the turns of each pair; run: make bench"
+        )
+    write_report(results, ROOT)
 
 
 if __name__ == "__main__":

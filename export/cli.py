@@ -219,10 +219,10 @@ def _parity_cell(file: str, graphs: dict[str, Any], parity: dict[str, Any]) -> s
         return "not checked"
     found = graphs.get(file.removesuffix(".onnx"))
     if found is None:
-        worst = max(case["logits_max_difference"] for case in parity["generation"].values())
+        worst = max(case["relative"] for case in parity["generation"].values())
         return f"end to end {worst:.1e}"
     words = [f"indices {found['indices']}"] if "indices" in found else []
-    return ", ".join([*words, *([f"{found['max_difference']:.1e}"] if "max_difference" in found else [])])
+    return ", ".join([*words, *([f"{found['relative']:.1e}"] if "relative" in found else [])])
 
 
 def _generation_lines(parity: dict[str, Any]) -> list[str]:
@@ -230,8 +230,15 @@ def _generation_lines(parity: dict[str, Any]) -> list[str]:
         return ["fidelity: not checked (--verify none)"]
     return [
         f"fidelity at {keep} kept: {case['equal']} of {case['tokens']} greedy tokens equal torch's, "
-        f"logits within {case['logits_max_difference']:.1e}"
+        f"logits within {case['relative']:.1e} of a row's length"
         for keep, case in parity["generation"].items()
+    ] + _layer_lines(parity)
+
+
+def _layer_lines(parity: dict[str, Any]) -> list[str]:
+    return [
+        f"borders between layers of {graph}: {len(found)} compared, within {max(found.values()):.1e}"
+        for graph, found in parity.get("layers", {}).items()
     ]
 
 

@@ -7,7 +7,6 @@ what is compared is what really flows; in addition, every border between two lay
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -20,24 +19,27 @@ from vtp.export.graphs.modules import DecoderPart
 from vtp.export.plan import Plan
 from vtp.export.slices import SlicedEngine
 from vtp.runtime.bundle import Bundle
+from vtp.runtime.compare import compare
 from vtp.runtime.stages import StageRunner
 
 STEPS = 2  # of generation: each reads all weights twice
 
 
 class Layers:
-    """The layers of all graphs of a bundle, their runner, and the largest difference found at each.
+    """The layers of all graphs of a bundle, their runner, and what was found at each border.
 
-    Differences are relative: the largest in a token's row to the largest value of that row.
+    worst     graph -> border -> the largest relative difference of a token's row (see `compare`)
+    compared  graph -> how often one of its borders was compared
     """
 
-    def __init__(self, bundle: Bundle, plan: Plan, tolerance: float) -> None:
+    def __init__(self, bundle: Bundle, plan: Plan) -> None:
         self.lists = {spec.name: layer_list(spec.module) for spec in plan.graphs}
         self.first = {
             spec.name: spec.module.numbers[0] for spec in plan.graphs if isinstance(spec.module, DecoderPart)
         }
-        self.tolerance = tolerance
+        self.dtype = bundle.manifest.dtype
         self.worst: dict[str, dict[str, float]] = {}
+        self.compared: dict[str, int] = {}
         self.runner = _SlicedRunner(bundle, {f"{name}.onnx": found[0] for name, found in self.lists.items()})
         self._later: dict[tuple[str, int], list[np.ndarray]] = {}
 
@@ -50,6 +52,8 @@ class Layers:
         self._later.clear()
         with ExitStack() as stack:
             for graph in graphs:
+                if self.lists[graph][1]:
+                    self.compared.setdefault(graph, 0)
                 for layer, module in enumerate(self.lists[graph][1]):
                     hook = module.register_forward_pre_hook(self._hook(graph, layer), with_kwargs=True)
                     stack.callback(hook.remove)
@@ -59,6 +63,14 @@ class Layers:
         """Compare the latest run with what torch's layers were given in step `number`, from 1 on."""
         for (graph, layer), given in self._later.items():
             self._check(graph, layer, given[number])
+
+    def check_counts(self) -> None:
+        """Raise VtpError where no border of the bundle was compared: nothing is known then."""
+        if not sum(self.compared.values()):
+            raise VtpError(
+                "fidelity check failed: no border between layers was compared, so --verify layers says "
+                "nothing; check with --verify full"
+            )
 
     def _hook(self, graph: str, layer: int) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -76,17 +88,15 @@ class Layers:
         given = self.runner.borders(graph).get(layer)
         if given is None or given.shape != wanted.shape:
             return  # nothing is cut here, or the graph takes its input in another form
-        found = row_difference(given, wanted)
+        found = compare(given, wanted, self.dtype)
         number = self.first.get(graph, 0) + layer
         where = f"after layer {number - 1} of {graph}" if layer else f"before layer {number} of {graph}"
-        if not found <= self.tolerance:
-            raise VtpError(
-                f"fidelity check failed: {where}, hidden states differ from torch's by {found:.2g} "
-                f"(allowed {self.tolerance:g})"
-            )
+        if not found.ok:
+            raise VtpError(f"fidelity check failed: {where}, hidden states differ from torch's: {found.why}")
+        self.compared[graph] += 1
         name = str(number - 1) if layer else f"before {number}"
         worst = self.worst.setdefault(graph, {})
-        worst[name] = max(found, worst.get(name, 0.0))
+        worst[name] = max(found.relative, worst.get(name, 0.0))
 
 
 class _SlicedRunner(StageRunner):
@@ -113,11 +123,3 @@ def layer_list(module: nn.Module) -> tuple[str, list[nn.Module]]:
         if isinstance(part, nn.ModuleList) and count > most:
             best, most = (name, list(part)), count
     return best
-
-
-def row_difference(given: np.ndarray, wanted: np.ndarray) -> float:
-    """Largest difference in a row (the last axis), relative to the row's largest wanted value."""
-    if not (np.isfinite(given).all() and np.isfinite(wanted).all()):
-        return math.inf
-    gap = np.abs(given.astype(np.float32) - wanted.astype(np.float32)).max(axis=-1)
-    return float((gap / np.maximum(np.abs(wanted).max(axis=-1), 1e-6)).max())

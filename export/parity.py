@@ -6,7 +6,6 @@ own and not the reference's.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from vtp.export.pruners.base import Pruner
 from vtp.export.reference import ReferenceAnswer, reference_generate
 from vtp.export.weights import fill, streamed
 from vtp.runtime.bundle import Bundle
+from vtp.runtime.compare import Comparison, compare, limits_of, row_scale
 from vtp.runtime.preprocess import preprocess
 from vtp.runtime.result import Timings
 from vtp.runtime.sample import PROMPT, sample_for
@@ -35,8 +35,6 @@ from vtp.runtime.stages import StageRunner
 from vtp.runtime.text import Prompter
 
 STEPS = 16
-# Largest difference allowed: absolute for float32; relative to the largest value for float16.
-TOLERANCE = {"float32": 1e-3, "float16": 2e-2}
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,7 @@ def verify(
         layers = None
         if mode == "layers":
             stack.enter_context(streamed(model.family.model))
-            layers = Layers(bundle, plan, TOLERANCE[bundle.manifest.dtype])
+            layers = Layers(bundle, plan)
         else:
             fill(model.family.model)
             model.family.model.float()
@@ -71,6 +69,8 @@ def verify(
         stack.callback(runner.close)
         steps = LAYER_STEPS if layers else STEPS
         found = _check_keeps(bundle, model, plan, chains, runner, steps, layers)
+        if layers:
+            layers.check_counts()
     return {"mode": mode, "engine": "ort-cpu", "steps": steps, **found}
 
 
@@ -83,7 +83,7 @@ def _check_keeps(
     steps: int,
     layers: Layers | None,
 ) -> dict[str, Any]:
-    """The parts of the report that are measured: "graphs", "generation" and, by layers, "layers"."""
+    """What is measured of the report: "graphs", "generation"; by layers also "layers" and "borders"."""
     case = _case(bundle, model)
     by_keep = {chain[-1].keep: chain for chain in chains}
     keeps = bundle.manifest.visual.keep
@@ -97,7 +97,7 @@ def _check_keeps(
                 answer = _reference(model, case, by_keep.get(keep, ()), values, bundle, steps)
             generation[str(keep)] = _check_generation(runner, keep, values, answer, bundle, layers)
     found = {"graphs": graphs, "generation": generation}
-    return {**found, "layers": layers.worst} if layers else found
+    return {**found, "layers": layers.worst, "borders": layers.compared} if layers else found
 
 
 def _case(bundle: Bundle, model: Checkpoint) -> _Case:
@@ -142,23 +142,35 @@ def _check_graphs(
 def _compare(
     spec: GraphSpec, inputs: list[np.ndarray], outputs: dict[str, np.ndarray], dtype: str
 ) -> dict[str, Any]:
+    """A graph's line of the report: "indices" where it chooses some, and the figures of its float outputs."""
     tensors = [_as_reference(array) for array in inputs]
     wanted = _call(spec, tensors)
-    worst = 0.0
+    found: list[Comparison] = []
     for name, tensor in wanted.items():
+        one = compare(outputs[name], tensor.numpy(), dtype)
+        if name == "keep_indices" and not one.ok and _unstable(spec, tensors, tensor):
+            return {"indices": "equal up to ties within 1e-6"}
+        if not one.ok:
+            raise VtpError(
+                f"fidelity check failed: {name} of {spec.name} is not its torch module's: {one.why}"
+            )
         if tensor.is_floating_point():
-            worst = max(worst, _difference(outputs[name], tensor.numpy(), dtype))
-        elif not np.array_equal(outputs[name], tensor.numpy()):
-            if name == "keep_indices" and _unstable(spec, tensors, tensor):
-                return {"indices": "equal up to ties within 1e-6"}
-            raise VtpError(f"fidelity check failed: {spec.name} gives other {name} than its torch module")
-    if not worst <= TOLERANCE[dtype]:
-        raise VtpError(
-            f"fidelity check failed: {spec.name} differs from its torch module by {worst:.2g} "
-            f"(allowed {TOLERANCE[dtype]:g})"
-        )
-    equal = {"indices": "equal"} if "keep_indices" in wanted else {}
-    return {**equal, "max_difference": worst}
+            found.append(one)
+    if not wanted:
+        raise VtpError(f"fidelity check failed: {spec.name} has no output to compare")
+    return {**({"indices": "equal"} if "keep_indices" in wanted else {}), **worst_of(found)}
+
+
+def worst_of(found: Sequence[Comparison]) -> dict[str, Any]:
+    """The figures of several comparisons together; empty for none."""
+    if not found:
+        return {}
+    return {
+        "rows": sum(one.rows for one in found),
+        "relative": max(one.relative for one in found),
+        "element": max(one.element for one in found),
+        "cosine": min(one.cosine for one in found),
+    }
 
 
 def _call(spec: GraphSpec, tensors: list[Tensor]) -> dict[str, Tensor]:
@@ -185,16 +197,6 @@ def _unstable(spec: GraphSpec, tensors: list[Tensor], chosen: Tensor) -> bool:
 def _as_reference(array: np.ndarray) -> Tensor:
     tensor = torch.from_numpy(array.copy())
     return tensor.float() if tensor.is_floating_point() else tensor
-
-
-def _difference(given: np.ndarray, wanted: np.ndarray, dtype: str) -> float:
-    """Largest difference: absolute for float32, relative to the largest wanted value for float16."""
-    if not (np.isfinite(given).all() and np.isfinite(wanted).all()):
-        return math.inf  # NaN would get lost in the first max()
-    gap = float(np.abs(given.astype(np.float64) - wanted.astype(np.float64)).max())
-    if dtype == "float32":
-        return gap
-    return gap / max(float(np.abs(wanted).max()), 1e-6)
 
 
 # -- end to end ----------------------------------------------------------------------------------------------
@@ -271,14 +273,19 @@ def _check_generation(
     dtype = bundle.manifest.dtype
     logits = values["logits"].numpy()[0, 0]
     position = int(values["next_position"].numpy()[0])
-    worst, equal, undecided = 0.0, 0, False
+    found: list[Comparison] = []
+    equal = 0
     for number, token in enumerate(answer.token_ids):
         wanted = answer.step_logits[number].float().numpy()
-        worst = max(worst, _difference(logits, wanted, dtype))
-        undecided = undecided or _margin(wanted) <= TOLERANCE[dtype] * _scale(wanted, dtype)
+        found.append(compare(logits, wanted, dtype))
+        if not found[-1].ok:
+            raise VtpError(
+                f"fidelity check failed: logits of token {number + 1} at {keep} kept are not torch's: "
+                f"{found[-1].why}"
+            )
         if int(logits.argmax()) == token:
             equal += 1
-        elif not undecided:
+        elif not _undecided(wanted, dtype):
             raise VtpError(
                 f"fidelity check failed: greedy token {number + 1} of {keep} kept differs from torch's"
             )
@@ -286,18 +293,14 @@ def _check_generation(
             logits = runner.step(keep, token, position + number)
             if layers:
                 layers.check_step(number + 1)
-    if not worst <= TOLERANCE[dtype]:
-        raise VtpError(
-            f"fidelity check failed: logits at {keep} kept differ from torch's by {worst:.2g} "
-            f"(allowed {TOLERANCE[dtype]:g})"
-        )
-    return {"tokens": len(answer.token_ids), "equal": equal, "logits_max_difference": worst}
+    if not found:
+        raise VtpError(f"fidelity check failed: the answer at {keep} kept has no token to compare")
+    return {"tokens": len(found), "equal": equal, **worst_of(found)}
 
 
-def _margin(logits: np.ndarray) -> float:
-    second, first = np.partition(logits, -2)[-2:]
-    return float(first - second)
-
-
-def _scale(logits: np.ndarray, dtype: str) -> float:
-    return 1.0 if dtype == "float32" else float(np.abs(logits).max())
+def _undecided(logits: np.ndarray, dtype: str) -> bool:
+    """Whether the two largest logits are nearer than rows of this dtype may be apart."""
+    limits = limits_of(dtype)
+    second, first = np.partition(logits.astype(np.float64), -2)[-2:]
+    scale = max(float(row_scale(logits[None].astype(np.float64), limits)[0, 0]), abs(float(first)))
+    return bool(first - second <= limits.relative * scale)

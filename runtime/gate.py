@@ -16,13 +16,13 @@ from PIL import Image
 
 from vtp.engines import Engine, VtpError, open_graph
 from vtp.runtime.bundle import Bundle
+from vtp.runtime.compare import compare
 from vtp.runtime.manifest import GraphInfo, StageInfo
 from vtp.runtime.preprocess import preprocess
 from vtp.runtime.sample import PROMPT, sample_for
 from vtp.runtime.text import Prompter
 
-COSINE = 0.999  # least, of every float output; float16 alone stays above it
-DIFFERENCE = 0.05  # most, as a share of the largest value: a cosine does not see a wrong scale
+LIMITS = "float16 kernels"  # of the comparator's table: sums of a built engine may be float16 themselves
 OVERLAP = 0.9  # least share of kept tokens in common, where float16 turns close calls
 _ORACLE = "ort-cpu"
 _CACHE = "past_key_values."
@@ -42,27 +42,30 @@ class Case:
 class Verdict:
     """How the answers of one engine compare with ONNX Runtime's, over all its cases.
 
-    cosine, difference   the least and the largest of all float outputs
-    overlap              least share of kept indices in common
-    exact                whether all of them must be in common
+    cosine, relative  the least and the largest of all rows of float outputs
+    overlap           least share of kept indices in common
+    exact             whether all of them must be in common
+    cases, compared   how many cases there were, and how many of their outputs were compared
     """
 
     exact: bool = False
     cosine: float = 1.0
-    difference: float = 0.0
+    relative: float = 0.0
     overlap: float = 1.0
     cases: int = 0
+    compared: int = 0
     problems: list[str] = field(default_factory=list)
 
     def to_gate(self, device: str) -> dict[str, Any]:
         """What an engine's stamp keeps."""
         return {
-            "passed": self.cases > 0 and not self.problems,
+            "passed": self.compared > 0 and not self.problems,
             "note": "; ".join(self.problems[:3]),
             "cosine": self.cosine,
-            "max_difference": self.difference,
+            "relative": self.relative,
             "kept_in_common": self.overlap,
             "cases": self.cases,
+            "compared": self.compared,
             "device": device,
             "against": _ORACLE,
         }
@@ -87,7 +90,7 @@ def run_gate(
         try:
             engine = open_built(case.file)
             try:
-                compare(case, _answer(engine, case), verdict)
+                judge(case, _answer(engine, case), verdict)
             finally:
                 engine.close()
         except VtpError as error:
@@ -188,45 +191,35 @@ def _answer(engine: Engine, case: Case) -> dict[str, np.ndarray]:
     return {name: value.numpy() for name, value in engine.run(feeds, into).items()}
 
 
-def compare(case: Case, found: Mapping[str, np.ndarray], verdict: Verdict) -> None:
+def judge(case: Case, found: Mapping[str, np.ndarray], verdict: Verdict) -> None:
     """Add one case to a verdict. Rows that follow from kept indices are compared where these are equal."""
     verdict.cases += 1
     kept = case.outputs.get("keep_indices")
     same_rows = kept is None or np.array_equal(kept, found["keep_indices"])
     for name, wanted in case.outputs.items():
         mine = found[name]
-        if mine.shape != wanted.shape:
-            verdict.problems.append(f"{name} has shape {list(mine.shape)}, not {list(wanted.shape)}")
-        elif name == "keep_indices":
-            _compare_kept(mine, wanted, verdict)
-        elif not same_rows:
-            continue
-        elif wanted.dtype.kind == "f":
-            valid = slice(case.length) if name.startswith("present.") else slice(None)
-            place = (..., valid, slice(None)) if name.startswith("present.") else ...
-            _compare_floats(name, mine[place], wanted[place], verdict)
-        elif not np.array_equal(mine, wanted):
-            verdict.problems.append(f"{name} differs")
+        if name == "keep_indices" and mine.shape == wanted.shape:
+            _judge_kept(mine, wanted, verdict)
+        elif same_rows or mine.shape != wanted.shape:
+            _judge_rows(name, mine, wanted, case.length, verdict)
 
 
-def _compare_kept(mine: np.ndarray, wanted: np.ndarray, verdict: Verdict) -> None:
+def _judge_kept(mine: np.ndarray, wanted: np.ndarray, verdict: Verdict) -> None:
     share = len(set(mine.ravel().tolist()) & set(wanted.ravel().tolist())) / wanted.size
     verdict.overlap = min(verdict.overlap, share)
+    verdict.compared += 1
     if verdict.exact and share < 1:
         verdict.problems.append(f"keeps other tokens: {share:.1%} are ONNX Runtime's, and all must be")
     elif share < OVERLAP:
         verdict.problems.append(f"keeps {share:.0%} of the same tokens, less than {OVERLAP:.0%}")
 
 
-def _compare_floats(name: str, mine: np.ndarray, wanted: np.ndarray, verdict: Verdict) -> None:
-    one, two = (array.astype(np.float64).ravel() for array in (mine, wanted))
-    difference = float(np.abs(one - two).max(initial=0.0))
-    scale = float(np.linalg.norm(one) * np.linalg.norm(two))
-    cosine = float(one @ two) / scale if scale else float(not difference)
-    verdict.difference = max(verdict.difference, difference) if np.isfinite(difference) else float("inf")
-    verdict.cosine = min(verdict.cosine, cosine if np.isfinite(cosine) else -1.0)
-    most = float(np.abs(two).max(initial=0.0))
-    if not cosine >= COSINE:  # not-a-number fails this too, and the next
-        verdict.problems.append(f"{name}: cosine {cosine:.4f}, least allowed {COSINE}")
-    elif not difference <= DIFFERENCE * most:
-        verdict.problems.append(f"{name}: differs by {difference:.3g} where values reach {most:.3g}")
+def _judge_rows(name: str, mine: np.ndarray, wanted: np.ndarray, length: int, verdict: Verdict) -> None:
+    if name.startswith("present.") and mine.shape == wanted.shape:  # beyond `length` a cache holds anything
+        mine, wanted = mine[..., :length, :], wanted[..., :length, :]
+    result = compare(mine, wanted, LIMITS)
+    verdict.cosine = min(verdict.cosine, result.cosine)
+    verdict.relative = max(verdict.relative, result.relative)
+    verdict.compared += result.rows > 0
+    if not result.ok:
+        verdict.problems.append(f"{name}: {result.why}")

@@ -21,6 +21,7 @@ from vtp.engines import VtpError
 from vtp.export.graphs.lower import lower
 from vtp.export.graphs.optimize import optimize
 from vtp.export.graphs.streamed import Streamed, refuse_made_up, stream
+from vtp.export.graphs.unfused import keep_transposes
 from vtp.export.pruners.ops import onnx_translations, translating
 
 OPSET = 23
@@ -112,6 +113,7 @@ def emit(spec: GraphSpec, store: WeightStore, opset: int = OPSET) -> Path:
     stream(model)
     optimize(model, spec.rewrite)
     lower(model, opset)
+    keep_transposes(model)
     refuse_made_up(model, spec.name)
     _strip(model)
     _name_axes(model.graph, spec)

@@ -179,7 +179,7 @@ def _(likeness: Any, weights: Any, keep: int) -> Any:
         for lines, length in ((older, _full(len(picks) - 1)), (newer, (len(picks) - 1) % PART)):
             if length:
                 own = op.GatherElements(lines, op.Expand(place, _axes(op, 1, length, 1)), axis=2)
-                line = op.Sub(line, op.MatMul(op.Transpose(own, perm=[0, 2, 1]), lines))
+                line = op.Sub(line, op.MatMul(op.Reshape(own, _axes(op, -1, 1, length)), lines))
         rest = op.GatherElements(left, place, axis=2)
         line = op.Where(op.Greater(rest, number[2]), op.Div(line, op.Sqrt(rest)), number[4])
         newer = line if newer is None else op.Concat(newer, line, axis=1)

@@ -22,10 +22,12 @@ from torch import nn
 
 from vtp.engines.errors import UsageError
 from vtp.export import pruners
+from vtp.export.graphs.unfused import keep_transposes
 from vtp.export.pruners import ops
 from vtp.export.pruners.base import Pruner
 
 from . import numpy_merging, numpy_pruners_more, numpy_text, text_cues
+from .fusing import fused_in_float64
 from .numpy_pruners import vispruner
 
 METHODS = pruners.method_names()[1:]
@@ -222,6 +224,7 @@ def export(module: Pruner, case: Case, path: Path) -> None:
             custom_translation_table=ops.onnx_translations(),
             verbose=False,
         )
+    keep_transposes(program.model)
     program.save(path)
 
 
@@ -331,6 +334,7 @@ def test_graph_holds_standard_operators_of_fixed_shape(graph_of, name, case):
     onnx.checker.check_model(model, full_check=True)
     assert {node.op_type for node in model.graph.node} <= set(ALLOWED)
     assert {node.domain for node in model.graph.node} <= {""} and not model.functions
+    assert fused_in_float64(graph_of(name, case).path) == []
     assert [item.version for item in model.opset_import if item.domain == ""] == [23]
     outputs = {item.name: item.type.tensor_type.shape.dim for item in model.graph.output}
     assert list(outputs) == ["keep_indices", "kept_rows"][: 1 + pruners.find_method(name).merges]

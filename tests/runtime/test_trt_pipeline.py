@@ -19,7 +19,7 @@ from vtp.engines.trt import BuildOptions
 from vtp.engines.trt_build import find_engine, read_stamp, set_gate
 from vtp.runtime import Pipeline, build, cli
 from vtp.runtime.bundle import Bundle, open_bundle
-from vtp.runtime.gate import Case, Verdict, cases, compare
+from vtp.runtime.gate import Case, Verdict, cases, judge
 from vtp.runtime.machine import Machine, Memory
 from vtp.runtime.opening import Opening
 
@@ -99,7 +99,7 @@ def test_a_second_comparison_is_asked_for(
     folder = tmp_path / "engines"
     plans = build_all(bundle, folder)
     for plan in plans.values():
-        set_gate(plan, {"passed": True, "device": "Orin", "cosine": 0.5, "max_difference": 0.0})
+        set_gate(plan, {"passed": True, "device": "Orin", "cosine": 0.5, "relative": 0.0, "compared": 1})
     assert run(bundle.folder, "--engine", ENGINE, "-o", folder) == 0
     assert "0.500000" in capsys.readouterr().out
     assert run(bundle.folder, "--engine", ENGINE, "-o", folder, "--again") == 0
@@ -321,12 +321,14 @@ def case_of(**outputs: Any) -> Case:
     ("wanted", "found", "problem"),
     [
         ({"a": [1.0, 2.0]}, {"a": [1.0, 2.001]}, ""),
-        ({"a": [1.0, 2.0]}, {"a": [2.0, 4.0]}, "a: differs by 2 where values reach 2"),
-        ({"a": [1.0, 2.0]}, {"a": [2.0, 1.0]}, "a: cosine 0.8000, least allowed 0.999"),
-        ({"a": [1.0, 2.0]}, {"a": [np.nan, 2.0]}, "a: cosine nan"),
+        ({"a": [1.0, 2.0]}, {"a": [2.0, 4.0]}, r"a: row 0 differs by 1 of its length \(allowed 0.04\)"),
+        ({"a": [1.0, 2.0]}, {"a": [2.0, 1.0]}, "a: row 0 differs"),
+        ({"a": [1.0, 2.0]}, {"a": [np.nan, 2.0]}, "a: row 0 has values that are not finite"),
         ({"a": [0.0]}, {"a": [0.0]}, ""),
-        ({"a": [[1.0]]}, {"a": [1.0]}, r"a has shape \[1\], not \[1, 1\]"),
-        ({"position_ids": [1, 2]}, {"position_ids": [1, 3]}, "position_ids differs"),
+        ({"a": [[1.0]]}, {"a": [1.0]}, r"a: shape \[1\] instead of \[1, 1\]"),
+        ({"a": np.zeros((0, 2))}, {"a": np.zeros((0, 2))}, "a: nothing to compare"),
+        ({"a": [[1000.0] + [1.0] * 63]}, {"a": [[1000.0] + [0.0] * 63]}, "a: row 0 differs"),
+        ({"position_ids": [1, 2]}, {"position_ids": [1, 3]}, "position_ids: row 0 has other numbers"),
         (
             {"keep_indices": [[0, 1]], "b": [1.0]},
             {"keep_indices": [[0, 2]], "b": [9.0]},
@@ -336,13 +338,13 @@ def case_of(**outputs: Any) -> Case:
         (
             {"present.0.key": [[[[1.0], [5.0]]]]},
             {"present.0.key": [[[[3.0], [5.0]]]]},
-            "present.0.key: differs",
+            "present.0.key: row 0 differs",
         ),
     ],
 )
 def test_answers_are_compared(wanted: dict, found: dict, problem: str) -> None:
     verdict = Verdict()
-    compare(case_of(**wanted), {name: np.asarray(value) for name, value in found.items()}, verdict)
+    judge(case_of(**wanted), {name: np.asarray(value) for name, value in found.items()}, verdict)
     gate = verdict.to_gate("Orin")
     assert gate["passed"] == (not problem)
     assert re.search(problem or "^$", gate["note"])
@@ -352,7 +354,7 @@ def test_with_a_plugin_every_kept_token_counts() -> None:
     wanted, found = np.arange(100).reshape(1, -1), np.arange(1, 101).reshape(1, -1)
     for exact, passes in ((False, True), (True, False)):
         verdict = Verdict(exact=exact)
-        compare(case_of(keep_indices=wanted), {"keep_indices": found}, verdict)
+        judge(case_of(keep_indices=wanted), {"keep_indices": found}, verdict)
         gate = verdict.to_gate("Orin")
         assert gate["passed"] == passes
         assert ("keeps other tokens: 99.0% are ONNX Runtime's" in gate["note"]) == exact

@@ -1,0 +1,1 @@
+"""Fidelity checks: what an export is held to."""

@@ -5,10 +5,12 @@ DEMO := build/demo
 EXTRAS := export,ort,dev
 OLDEST := build/oldest
 OLDEST_PYTHON ?= $(PYTHON)
+KILLS ?= 200
+SOAK ?= 3600
 TRITON_PYTHON ?= /usr/bin/python3
 OLDEST_PINS := numpy==1.24.4 pillow==9.5.0 tokenizers==0.20.0 jinja2==3.1.6
 
-.PHONY: setup demo test fuzz trtrtx test-trtrtx test-oldest test-triton test-ray check accuracy methods bench scaling scenes clean
+.PHONY: setup demo test fuzz trtrtx test-trtrtx test-oldest test-triton test-ray kill soak check accuracy methods bench scaling scenes clean
 
 setup: .venv/.installed  ## make .venv and install vtp into it
 
@@ -67,6 +69,12 @@ check: setup  ## format, lint, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	.ci/types
+
+kill: setup  ## writers killed 200 times at every border, full disks, readers at once (minutes; KILLS=200)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.kill --kills $(KILLS)
+
+soak: setup  ## one process that answers for an hour: memory, descriptors and threads must not grow (SOAK=3600)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak --seconds $(SOAK)
 
 accuracy: setup  ## exact match of every method on 1,000 held-out questions, as a Markdown table
 	$(BIN)/python -m vtp.bench.accuracy

@@ -87,7 +87,7 @@ def _keep(args: argparse.Namespace) -> None:
         else:
             found = search.best_within(manifest.visual.keep, args.budget_ms, trials)
         progress.end()
-    record = _record(found, goal, metric, len(samples), examiner.engine, stats.mean(reference))
+    record = _record(found, goal, metric, len(samples), examiner, stats.mean(reference))
     report.write_csv(out / "keep.csv", found, floor)
     drawn = report.draw(out / "keep.png", found, f"{manifest.method.name} on {Path(args.data).name}")
     if not args.dry_run:
@@ -145,14 +145,20 @@ def _unpruned(
 
 
 def _record(
-    found: search.Search, goal: dict[str, Any], metric: str, count: int, engine: str, unpruned: stats.Estimate
+    found: search.Search,
+    goal: dict[str, Any],
+    metric: str,
+    count: int,
+    examiner: Examiner,
+    unpruned: stats.Estimate,
 ) -> dict[str, Any]:
-    """What the manifest remembers: the goal, and what was measured at every keep-count tried."""
+    """What the manifest remembers: the goal, what was measured at every keep-count tried, and where."""
     return {
         **goal,
         "metric": metric,
         "questions": count,
-        "engine": engine,
+        "engine": examiner.engine,
+        "conditions": examiner.conditions.to_json(),
         "unpruned": [unpruned.value, unpruned.low, unpruned.high],
         "tried": {
             str(tried.keep): {

@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,34 @@ class Sample:
     prompt: str
     answers: tuple[str, ...] = ()
 
-    @property
+    @cached_property
     def key(self) -> str:
-        """What tells this question from others, for the journal: a hash of its path, prompt and answers."""
-        text = json.dumps([str(self.image), self.prompt, self.answers])
+        """What tells this question from others, for the journal: a hash of the picture's bytes, of prompt and
+        answers. A picture that was replaced under its name is another question, a moved one is not.
+
+        Raises UsageError where the picture cannot be read.
+        """
+        text = json.dumps([picture_hash(self.image), self.prompt, self.answers])
         return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+def picture_hash(image: Path) -> str:
+    """sha256 of a picture's bytes; read again only if the file is another one, or was written to."""
+    try:
+        status = image.stat()
+        return _hash(image, (status.st_ino, status.st_size, status.st_mtime_ns))
+    except OSError as error:
+        raise UsageError(f"cannot read the picture {image}: {error.strerror or error}") from error
+
+
+@cache
+def _hash(image: Path, state: tuple[int, ...]) -> str:
+    """`state` is part of the cache's key, and of nothing else."""
+    digest = hashlib.sha256()
+    with image.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def load_samples(

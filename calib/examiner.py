@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from vtp.calib.journal import Answer, Journal
 from vtp.calib.workers import Job, Workers
 from vtp.runtime import Pipeline
 from vtp.runtime.bundle import MANIFEST, Bundle
+from vtp.runtime.conditions import Conditions, conditions
 
 NEW_TOKENS = 32
 _TIMED = 15  # questions that are timed here where others answered
@@ -92,7 +94,8 @@ class Examiner:
         self._journal = journal
         self._workers = workers
         self._progress = progress
-        self._name = identity(bundle, max_new_tokens)
+        self.conditions = conditions(engine, threads)
+        self._name = identity(bundle, max_new_tokens, self.conditions)
         pictures = tuple(dict.fromkeys(sample.image.absolute() for sample in samples))
         self._exam = Exam(bundle.folder.absolute(), self._name, engine, threads, pictures)
 
@@ -159,8 +162,11 @@ def score(
     return [judge(answer.text, sample.answers) for answer, sample in zip(answers, samples, strict=True)]
 
 
-def identity(bundle: Bundle, max_new_tokens: int) -> str:
-    """What tells one bundle's answers from another's: a hash over its files' and of the answers' length."""
-    files = bundle.manifest.files
-    text = repr(sorted((name, info.sha256) for name, info in files.items())) + f" {max_new_tokens}"
+def identity(bundle: Bundle, max_new_tokens: int, measured: Conditions) -> str:
+    """What tells one bundle's answers from another's, and from its own under other conditions.
+
+    A hash over its files' hashes, the answers' length, and engine, threads, machine and versions.
+    """
+    files = sorted((name, info.sha256) for name, info in bundle.manifest.files.items())
+    text = json.dumps([files, max_new_tokens, measured.to_json()], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:24]

@@ -16,6 +16,7 @@ from importlib import metadata
 from pathlib import Path
 
 from vtp.engines.cuda import CudaProbe, probe_cuda
+from vtp.runtime.cgroup import cgroup_left
 
 # Distributions whose presence decides what runs, in the order in which they are shown.
 DISTRIBUTIONS = (
@@ -33,17 +34,17 @@ _SMI = ("name", "driver_version", "memory.total", "memory.used", "power.limit", 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes: the machine's, what is free now, swap, and the limit of the container (0: none)."""
+    """Bytes: the machine's, what is free now, swap, and what a container's limit leaves (None: no limit)."""
 
     total: int = 0
     available: int = 0
     swap: int = 0
-    limit: int = 0
+    limit: int | None = None
 
     @property
     def usable(self) -> int:
         """What a process that starts now may take."""
-        return min(self.available, self.limit) if self.limit else self.available
+        return self.available if self.limit is None else min(self.available, self.limit)
 
 
 @dataclass(frozen=True)
@@ -179,10 +180,7 @@ def _memory(root: Path) -> Memory:
         int(_find(rf"^{name}:\s+(\d+) kB", text) or 0) * 1024
         for name in ("MemTotal", "MemAvailable", "SwapTotal")
     )
-    limit = _read(root / "sys/fs/cgroup/memory.max").strip()
-    used = _read(root / "sys/fs/cgroup/memory.current").strip()
-    left = max(0, int(limit) - int(used or 0)) if limit.isdecimal() else 0
-    return Memory(total, available, swap, left)
+    return Memory(total, available, swap, cgroup_left(root))
 
 
 def _power(root: Path, gpu: Mapping[str, str]) -> str:
@@ -226,7 +224,8 @@ def _toolkit(root: Path, dpkg: Mapping[str, str]) -> str:
         found = json.loads(_read(root / "usr/local/cuda/version.json"))["cuda"]["version"]
         return str(found)
     except (ValueError, KeyError, TypeError):
-        return max((version for name, version in dpkg.items() if name.startswith("cuda-toolkit")), default="")
+        found = (version for name, version in dpkg.items() if name.startswith("cuda-toolkit"))
+        return max(found, key=_numbers, default="")
 
 
 def _driver(root: Path) -> str:
@@ -239,4 +238,9 @@ def _tensorrt(root: Path, dpkg: Mapping[str, str]) -> str:
         if name.startswith("libnvinfer"):
             return version.partition("-")[0]
     files = (path.name for path in (root / "usr/lib").glob("*/libnvinfer.so.*.*"))
-    return max((name.partition(".so.")[2] for name in files), default="")
+    return max((name.partition(".so.")[2] for name in files), key=_numbers, default="")
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """A version as numbers, so that 10.13 is newer than 10.3."""
+    return tuple(int(part) for part in re.findall(r"\d+", version))

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeAlias
@@ -19,6 +20,7 @@ from vtp.engines.whole import undisturbed
 from vtp.runtime.answer import Answer, Request
 from vtp.runtime.batch import batches, check_lists, each_prompt, write_together
 from vtp.runtime.bundle import Bundle, open_bundle
+from vtp.runtime.conditions import Conditions, conditions
 from vtp.runtime.images import ImageSource, load_image
 from vtp.runtime.opening import Opening
 from vtp.runtime.preprocess import preprocess
@@ -65,6 +67,7 @@ class Pipeline:
         prefix = Prefix() if reuse_prompt else None
         self._runner: StageRunner | None = StageRunner(bundle, choice.engine, threads, opening, prefix)
         self._busy = threading.Lock()
+        self._threads = threads
         self._images = ImageCache(image_cache)
 
     @classmethod
@@ -385,6 +388,11 @@ class Pipeline:
             raise UsageError(
                 f"budget_ms needs times measured on {self.engine}; this bundle is {made}; run: vtp-calib keep"
             )
+        if differs := self._conditions.differs_from(known.get("conditions")):
+            raise UsageError(
+                f"budget_ms needs times measured under these conditions; this bundle's were not: {differs}; "
+                "run: vtp-calib keep"
+            )
         times = {int(keep): tried["ttft_ms"] for keep, tried in known["tried"].items()}
         within = [keep for keep, time_ms in times.items() if time_ms <= budget_ms]
         if not within:
@@ -393,6 +401,11 @@ class Pipeline:
                 f"{min(times.values()):.1f} ms"
             )
         return self._keep(max(within))
+
+    @cached_property
+    def _conditions(self) -> Conditions:
+        """What times measured here depend on; looked up at the first request with a budget."""
+        return conditions(self.engine, self._threads)
 
     def _check_room(self, request: Request) -> None:
         """Refuse a prompt that leaves no room for an answer, before anything runs."""

@@ -19,6 +19,7 @@ from vtp.calib import cli, cluster, examiner
 from vtp.engines import UsageError, VtpError
 from vtp.runtime import Pipeline
 from vtp.runtime.bundle import open_bundle, set_calibration
+from vtp.runtime.conditions import conditions
 from vtp.runtime.memory import bundle_memory
 
 
@@ -144,7 +145,9 @@ def test_budget_ms_takes_the_largest_keep_count_that_was_fast_enough(bundle, pic
     with Pipeline.load(bundle, threads=1) as pipe, pytest.raises(UsageError, match="not calibrated"):
         pipe.generate(picture, "what ?", budget_ms=50)
     tried = {"3": {"ttft_ms": 20.0}, "6": {"ttft_ms": 40.0}}
-    set_calibration(bundle, 3, {"engine": "ort-cpu", "tried": tried})
+    here = conditions("ort-cpu", 1)
+    measured = {"engine": "ort-cpu", "conditions": here.to_json(), "tried": tried}
+    set_calibration(bundle, 3, measured)
     with Pipeline.load(bundle, "ort-cpu", threads=1) as pipe:
         kept = [len(pipe.generate(picture, "w", max_new_tokens=1, budget_ms=ms).kept) for ms in (20, 39, 40)]
         assert kept == [3, 3, 6]
@@ -153,9 +156,29 @@ def test_budget_ms_takes_the_largest_keep_count_that_was_fast_enough(bundle, pic
             pipe.generate(picture, "w", budget_ms=5)
         with pytest.raises(UsageError, match="not both"):
             pipe.generate(picture, "w", budget_ms=50, keep_tokens=3)
+    with Pipeline.load(bundle, "ort-cpu", threads=2) as pipe, pytest.raises(UsageError, match="threads 1"):
+        pipe.generate(picture, "w", budget_ms=50)
     set_calibration(bundle, 3, {"engine": "ort-cuda", "tried": tried})
     with Pipeline.load(bundle, "ort-cpu", threads=1) as pipe, pytest.raises(UsageError, match="ort-cuda"):
         pipe.generate(picture, "w", budget_ms=50)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"machine": "Orin, 6 cores"}, "machine 'Orin, 6 cores'"),
+        ({"versions": {**conditions("ort-cpu", 1).versions, "onnxruntime": "1.17.0"}}, "onnxruntime 1.17.0"),
+        ({"versions": "new"}, "versions were not recorded"),
+        (None, "conditions were not recorded"),
+    ],
+)
+def test_budget_ms_refuses_times_of_other_conditions(bundle, picture, change, says) -> None:
+    measured = {} if change is None else {"conditions": conditions("ort-cpu", 1).to_json() | change}
+    set_calibration(bundle, 3, {"engine": "ort-cpu", "tried": {"3": {"ttft_ms": 20.0}}, **measured})
+    with Pipeline.load(bundle, "ort-cpu", threads=1) as pipe:
+        with pytest.raises(UsageError, match=says):
+            pipe.generate(picture, "w", budget_ms=50)
+        assert len(pipe.generate(picture, "w", max_new_tokens=1).kept) == 3
 
 
 def test_a_keep_count_that_the_bundle_lacks_is_never_written(bundle) -> None:

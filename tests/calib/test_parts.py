@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,8 @@ def test_jsonl_takes_one_answer_several_or_none(folder: Path) -> None:
     assert first == Sample(folder / "a.png", "what ?", ("star",))
     assert second.answers == ("so", "because")
     assert first.key != second.key and first.key == Sample(folder / "a.png", "what ?", ("star",)).key
+    (folder / "a.png").write_bytes(b"another picture under the same name")
+    assert Sample(folder / "a.png", "what ?", ("star",)).key != first.key
     (bare,) = load_samples(write(folder / "bare.jsonl", '{"image": "a.png", "prompt": "x"}'))
     assert bare.answers == ()
 
@@ -162,6 +165,27 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
         estimate = stats.ratio(kept.astype(float), base.astype(float))
         held += estimate.low <= 0.95 <= estimate.high
     assert held >= 52
+
+
+def test_intervals_drawn_in_pieces_are_those_drawn_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    kept, base = rng.random(301), rng.random(301)
+    draws = np.random.default_rng(301).integers(0, 301, (stats.RESAMPLES, 301))
+    shares = kept[draws].mean(axis=1) / base[draws].mean(axis=1)
+    monkeypatch.setattr(stats, "_AT_A_TIME", 7 * 301 + 5)
+    found = stats.ratio(kept, base)
+    assert [found.low, found.high] == list(np.quantile(shares, [0.025, 0.975]))
+    found = stats.mean(kept)
+    assert [found.low, found.high] == list(np.quantile(kept[draws].mean(axis=1), [0.025, 0.975]))
+
+
+def test_intervals_of_a_large_set_take_little_memory() -> None:
+    """As many questions as VQAv2's validation set: all draws at once would be 3.4 GB of question numbers."""
+    tracemalloc.start()
+    stats.ratio(np.ones(214_354), np.ones(214_354))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 200e6
 
 
 @given(st.lists(st.sampled_from([0.0, 0.5, 1.0]), min_size=2, max_size=30))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,66 @@ def test_a_container_s_limit_bounds_what_is_usable(tmp_path: Path) -> None:
         "sys/fs/cgroup/memory.current": "500000000\n",
     }
     assert machine(tmp_path, files).memory.usable == 1_500_000_000
+
+
+_PLENTY = {"proc/meminfo": "MemTotal: 64000000 kB\nMemAvailable: 60000000 kB\n"}
+
+
+@pytest.mark.parametrize(
+    ("usable", "files"),
+    [
+        (0, {"memory.max": "2000000000\n", "memory.current": "2000000000\n"}),  # full, which is not unlimited
+        (0, {"memory.max": "2000000000\n", "memory.current": "2100000000\n"}),
+        (60_000_000 * 1024, {"memory.max": "max\n", "memory.current": "2000000000\n"}),
+        (
+            1_300_000_000,  # the page cache is given back before anything is killed
+            {
+                "memory.max": "2000000000\n",
+                "memory.current": "1900000000\n",
+                "memory.stat": "anon 600000000\nfile 1200000000\nshmem 0\nactive_file 700000000\n"
+                "inactive_file 450000000\nslab_reclaimable 50000000\n",
+            },
+        ),
+        (
+            300_000_000,  # a group above this process's own has the limit
+            {
+                "../../../proc/self/cgroup": "0::/user.slice/job.scope\n",
+                "user.slice/memory.max": "1000000000\n",
+                "user.slice/memory.current": "700000000\n",
+                "user.slice/job.scope/memory.max": "max\n",
+                "user.slice/job.scope/memory.current": "600000000\n",
+            },
+        ),
+        (
+            600_000_000,  # version 1
+            {
+                "../../../proc/self/cgroup": "9:memory:/docker/a\n1:name=systemd:/docker/a\n",
+                "memory/docker/a/memory.limit_in_bytes": "1000000000\n",
+                "memory/docker/a/memory.usage_in_bytes": "500000000\n",
+                "memory/docker/a/memory.stat": "total_inactive_file 100000000\n",
+                "memory/memory.limit_in_bytes": "9223372036854771712\n",
+                "memory/memory.usage_in_bytes": "5000000000\n",
+            },
+        ),
+    ],
+)
+def test_a_control_group_leaves_what_its_limit_says(
+    tmp_path: Path, usable: int, files: dict[str, str]
+) -> None:
+    there = {str(Path(os.path.normpath(f"sys/fs/cgroup/{name}"))): text for name, text in files.items()}
+    assert machine(tmp_path, {**_PLENTY, **there}).memory.usable == usable
+
+
+def test_versions_are_compared_as_numbers(tmp_path: Path) -> None:
+    files = {
+        f"usr/lib/{arch}/libnvinfer.so.{version}": "" for arch, version in (("a", "10.3.0"), ("b", "10.13.2"))
+    }
+    packages = "\n\n".join(
+        f"Package: cuda-toolkit-{name}\nStatus: install ok installed\nVersion: {version}"
+        for name, version in (("12-9", "12.9.1-1"), ("12-10", "12.10.0-1"))
+    )
+    found = machine(tmp_path, {**files, "var/lib/dpkg/status": packages})
+    assert (found.tensorrt, found.toolkit) == ("10.13.2", "12.10.0-1")
 
 
 def test_the_report_of_a_jetson(tmp_path: Path) -> None:

@@ -60,10 +60,11 @@ def read_bounded(path: str | Path, limit: int, within: str | Path | None = None)
     """The whole of a regular file of at most `limit` bytes. Raises VtpError as open_regular, or if longer."""
     with open_regular(path, within) as file:
         try:
-            data = file.read(limit + 1)
+            size = os.fstat(file.fileno()).st_size  # a buffer of `limit` bytes would be taken at once
+            data = file.read(min(limit, size) + 1)
         except OSError as error:
             raise VtpError(f"cannot read {path}: {_reason(error)}") from error
-    if len(data) > limit:
+    if len(data) > min(limit, size):  # it may have grown since
         raise VtpError(f"{path} is larger than {limit} bytes, the most that is read of such a file")
     return data
 

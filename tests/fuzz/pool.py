@@ -78,7 +78,10 @@ class Worker:
 
     def _obituary(self) -> str:
         assert self._process is not None
-        code = self._process.wait(10)
+        try:
+            code = self._process.wait(HANG)
+        except subprocess.TimeoutExpired:
+            code = 0
         self.close()
         if code == -signal.SIGXCPU:
             return "took too much processor time"

@@ -9,6 +9,7 @@ import importlib
 import json
 import os
 import random
+import re
 import resource
 import sys
 import tempfile
@@ -22,11 +23,14 @@ from subject import ROOT, Subject, Wrong
 
 MEMORY = 2 << 30  # bytes of address space that a case may take
 SECONDS = 20  # of processor time
+# What the tokenizers library itself prints before it raises the exception that is then refused.
+_PANIC = re.compile(r"\s*thread '.*' (\(\d+\) )?panicked at ")
 
 
 def main() -> None:
     """Answer cases until standard input ends."""
     subject = Subject(**json.loads(sys.argv[1]))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # gigabytes of it would be written
     answers = os.fdopen(os.dup(1), "w")
     noise = tempfile.TemporaryFile()  # noqa: SIM115 (it lives as long as the process)
     for number in (1, 2):
@@ -36,13 +40,19 @@ def main() -> None:
         areas: dict[str, Any] = {}
         for line in sys.stdin:
             asked = json.loads(line)
-            if asked["area"] not in areas:
-                module = importlib.import_module(f"areas.{asked['area']}")
-                areas[asked["area"]] = module.Area(subject, room.scratch)
-            area = areas[asked["area"]]
-            steps = asked.get("steps") or area.draw(random.Random(asked["seed"]))
+            steps, verdict = asked.get("steps"), {"kind": "bad", "why": ""}
+            try:
+                if asked["area"] not in areas:
+                    module = importlib.import_module(f"areas.{asked['area']}")
+                    areas[asked["area"]] = module.Area(subject, room.scratch)
+                area = areas[asked["area"]]
+                steps = steps or area.draw(random.Random(asked["seed"]))
+            except Exception as error:  # the good subject itself is refused
+                verdict["why"] = f"start of {asked['area']}: {type(error).__name__} {error} {_where(error)}"
             print(json.dumps({"steps": steps}), file=answers, flush=True)
-            print(json.dumps(judge(area, steps, room, noise)), file=answers, flush=True)
+            if not verdict["why"]:
+                verdict = judge(area, steps, room, noise)
+            print(json.dumps(verdict), file=answers, flush=True)
 
 
 class Room:
@@ -75,9 +85,11 @@ def judge(area: Any, steps: Any, room: Room, noise: Any) -> dict[str, str]:
     verdict = _run(area, steps)
     if room.changed():
         verdict = {"kind": "bad", "why": "wrote outside its folder", "spoilt": "yes"}
-    elif verdict["kind"] != "bad" and os.fstat(noise.fileno()).st_size:
+    elif verdict["kind"] != "bad":
         noise.seek(0)
-        verdict = {"kind": "bad", "why": f"noise: {noise.read(200).decode(errors='replace')!r}"}
+        text = noise.read(400).decode(errors="replace")
+        if text and not _PANIC.match(text):
+            verdict = {"kind": "bad", "why": f"noise: {text!r}"}
     return verdict
 
 

@@ -95,7 +95,7 @@ class Area:
         prompter = Prompter(self._spec, self._path)
         for text in _TEXTS:
             prompter.encode(prompter.messages_for(text.replace("<s></s><pad>", "")))
-        decoder = Detokenizer(prompter)
+        decoder = Detokenizer(prompter.tokenizer)
         for token in (0, 5, 6, 100, 300, 383):
             decoder.push(token)
         decoder.finish()

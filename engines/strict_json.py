@@ -45,8 +45,8 @@ def read_json_lines(
 def parse_json(data: bytes | str, what: str, kind: type[VtpError] = VtpError, cure: str = "") -> Any:
     """What JSON text holds; `what` names it in messages, `cure` ends them. Raises `kind`, in one line."""
     tail = f"; {cure}" if cure else ""
+    text = _decode(data, what, kind) if isinstance(data, bytes) else data
     try:
-        text = _decode(data, what, kind) if isinstance(data, bytes) else data
         found = json.loads(
             text,
             object_pairs_hook=_object,
@@ -76,12 +76,12 @@ def _read(path: str | Path, limit: int, kind: type[VtpError]) -> bytes:
 
 def _decode(data: bytes, what: str, kind: type[VtpError]) -> str:
     if data.startswith(codecs.BOM_UTF8):
-        raise kind(f"{shown(what)} begins with a byte order mark; save it as UTF-8 without one")
+        raise kind(f"cannot read {shown(what)}: it begins with a byte order mark; save it without one")
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         byte = f"byte 0x{data[error.start]:02x} at {error.start}"
-        raise kind(f"{shown(what)} is not UTF-8 text: {byte} is no part of it; save it as UTF-8") from error
+        raise kind(f"cannot read {shown(what)}: {byte} is not UTF-8; save it as UTF-8") from error
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from vtp.engines.strict_json import DEPTH, parse_json, read_json, read_json_line
         (b'{"a":' * 100_000 + b"1" + b"}" * 100_000, "more than 64 deep"),
         (b"[" * (DEPTH + 1) + b"]" * (DEPTH + 1), "more than 64 deep"),
         (b'["\xff"]', "byte 0xff at 2"),
-        ('["é"]'.encode("utf-16"), "is not UTF-8 text"),
+        ('["é"]'.encode("utf-16"), "0xff at 0 is not UTF-8"),
         (b"\xef\xbb\xbf{}", "byte order mark"),
         (b'["a\\ud800b"]', "half of a surrogate pair"),
         (b'{"\\udfff": 1}', "half of a surrogate pair"),

@@ -14,7 +14,7 @@ from typing import Any
 
 from subject import Subject
 
-HANG = 180.0  # seconds of waiting; processor time is the worker's own limit
+HANG = 120.0  # seconds of waiting; processor time is the worker's own limit
 
 
 class Worker:

@@ -3,6 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := build/demo
 EXTRAS := export,ort,dev
+# A plain path, which type checkers read, too; the default mode's import hook they do not.
+EDITABLE := --config-settings editable_mode=compat
 OLDEST := build/oldest
 OLDEST_PYTHON ?= $(PYTHON)
 KILLS ?= 200
@@ -18,7 +20,7 @@ setup: .venv/.installed  ## make .venv and install vtp into it
 	@$(PYTHON) -c 'import sys; ok = (3, 11) <= sys.version_info[:2] <= (3, 13); \
 	  sys.exit(0 if ok else f"vtp needs Python 3.11 to 3.13, {sys.executable} is {sys.version.split()[0]}; run make PYTHON=python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(EDITABLE) -e '.[$(EXTRAS)]'
 	touch $@
 
 demo: setup  ## the main job on the built-in model: export with AdaptPrune, ask, show what was kept
@@ -77,25 +79,25 @@ soak: setup  ## one process that answers for an hour: memory, descriptors and th
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak --seconds $(SOAK)
 
 accuracy: setup  ## exact match of every method on 1,000 held-out questions, as a Markdown table
-	$(BIN)/python -m vtp.bench.accuracy
+	$(BIN)/python -m vtp.bench.studies.accuracy
 
 methods: setup  ## every method side by side: docs/measured.md, the plot and the README's table (about an hour)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS),bench]'
-	$(BIN)/python -m vtp.bench.methods --resume
+	$(BIN)/python -m vtp.bench.studies.methods --resume
 
 # Peers that cannot be installed are named in the page. BENCH takes flags, such as "--int8 --int4".
 bench: setup  ## vtp beside its peers on a full-size shape: docs/bench.md and the README's table (ten minutes, idle)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS),bench]'
 	-$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[peers]'
-	$(BIN)/python -m vtp.bench.peers $(BENCH)
+	$(BIN)/python -m vtp.bench.compare.peers $(BENCH)
 
 # SCALING takes flags, such as "--rounds 2" or "--quick". A run that was ended goes on where it stood.
 scaling: setup  ## what a request costs as it grows: docs/scaling.md, .json and .png (about ten minutes, idle)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS),bench]'
-	$(BIN)/python -m vtp.bench.scaling $(SCALING)
+	$(BIN)/python -m vtp.bench.scaling.study $(SCALING)
 
 scenes: setup  ## train the built-in model again (about two hours on 2 CPU cores; resumes)
-	$(BIN)/python -m vtp.scenes.train --run build/scenes
+	$(BIN)/python -m vtp.scenes.training.train --run build/scenes
 
 clean:
 	rm -rf build .venv

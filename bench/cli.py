@@ -15,11 +15,11 @@ from typing import Any
 
 from vtp.bench import report
 from vtp.bench.measure import Task, in_child
-from vtp.bench.shape import Wanted, make
+from vtp.bench.shapes.cached_bundle import Wanted, make
 from vtp.engines import UsageError, engine_names
-from vtp.runtime.bundle import open_bundle
-from vtp.runtime.console import Parser, Progress, run_command, say, say_json, whole_number
-from vtp.runtime.machine import look
+from vtp.runtime.bundle.folder import open_bundle
+from vtp.runtime.commands.console import Parser, Progress, run_command, say, say_json, whole_number
+from vtp.runtime.machine.facts import look
 from vtp.scenes import examples_dir
 
 PROG = "vtp-bench"

@@ -21,19 +21,20 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from vtp.bench import flops
-from vtp.bench.ceiling import Ceiling, open_ceilings
-from vtp.bench.energy import Meter
-from vtp.bench.figures import spread
-from vtp.bench.resident import peak_resident, resident
-from vtp.engines import UsageError, VtpError, choose_engine, ort
+from vtp.bench.common import flops
+from vtp.bench.common.ceiling import Ceiling, open_ceilings
+from vtp.bench.common.energy import Meter
+from vtp.bench.common.figures import spread
+from vtp.bench.common.resident import peak_resident, resident
+from vtp.engines import UsageError, VtpError, choose_engine
 from vtp.engines.child import python_command
+from vtp.engines.ort import session as ort
 from vtp.runtime import Pipeline
-from vtp.runtime.bundle import Bundle, open_bundle
-from vtp.runtime.manifest import Manifest
-from vtp.runtime.memory import bundle_memory
+from vtp.runtime.bundle.folder import Bundle, open_bundle
+from vtp.runtime.bundle.manifest import Manifest
+from vtp.runtime.bundle.memory import bundle_memory
 from vtp.runtime.result import Result
-from vtp.runtime.stages import Stage, StageRunner
+from vtp.runtime.stages.runner import Stage, StageRunner
 
 WARM_UPS = 2
 _ERRORS = {VtpError.exit_code: VtpError, UsageError.exit_code: UsageError}

@@ -11,7 +11,7 @@ from typing import Any
 
 from vtp.engines import UsageError
 from vtp.engines.errors import shown
-from vtp.runtime.console import table
+from vtp.runtime.commands.console import table
 
 _PICTURES = (".png", ".svg", ".pdf")
 _PARTS = ("preprocess", "encoder", "pruner", "prefill", "host")

@@ -7,14 +7,14 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from vtp.calib.cluster import Ray
 from vtp.calib.data import FORMATS, Sample, load_samples
-from vtp.calib.examiner import NEW_TOKENS, Examiner
-from vtp.calib.journal import Journal
+from vtp.calib.keep.examiner import NEW_TOKENS, Examiner
+from vtp.calib.keep.journal import Journal
 from vtp.calib.metrics import METRICS, choose_metric
-from vtp.calib.workers import Local, Workers
+from vtp.calib.workers.cluster import Ray
+from vtp.calib.workers.local import Local, Workers
 from vtp.engines import UsageError, choose_engine
-from vtp.runtime.bundle import open_bundle
+from vtp.runtime.bundle.folder import open_bundle
 
 
 def shared_arguments(parser: argparse.ArgumentParser) -> None:

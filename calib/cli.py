@@ -9,18 +9,18 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from vtp.calib import keep as search
-from vtp.calib import quantize as quantizing
-from vtp.calib import report, stats
+from vtp.calib import stats
 from vtp.calib.arguments import open_examiner, open_workers, read_samples, shared_arguments
-from vtp.calib.examiner import Examiner, Marks, score
-from vtp.calib.journal import Answer, Journal
-from vtp.calib.workers import Workers
+from vtp.calib.keep import report, search
+from vtp.calib.keep.examiner import Examiner, Marks, score
+from vtp.calib.keep.journal import Answer, Journal
+from vtp.calib.quantize import command as quantizing
+from vtp.calib.workers.local import Workers
 from vtp.engines import UsageError
 from vtp.engines.errors import shown
-from vtp.runtime.bundle import set_calibration
-from vtp.runtime.console import Parser, Progress, run_command, say, say_json, table
-from vtp.runtime.memory import bundle_memory
+from vtp.runtime.bundle.folder import set_calibration
+from vtp.runtime.bundle.memory import bundle_memory
+from vtp.runtime.commands.console import Parser, Progress, run_command, say, say_json, table
 
 PROG = "vtp-calib"
 _RESUMES = "every answer so far is written down, and the same command goes on from there"

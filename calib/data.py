@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from vtp.engines import UsageError
+from vtp.engines.disk.files import is_file
 from vtp.engines.errors import quoted, shown
-from vtp.engines.files import is_file
 from vtp.engines.strict_json import read_json, read_json_lines
-from vtp.runtime.batch_file import QUESTION_BYTES
+from vtp.runtime.commands.batch_file import QUESTION_BYTES
 
 FORMATS = ("auto", "jsonl", "vqav2", "gqa", "textvqa")
 

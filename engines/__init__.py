@@ -1,7 +1,9 @@
 """vtp.engines: opens and runs ONE graph file. Knows no model, no pruner and no bundle."""
 
 from vtp.engines.base import Binding, Engine, Held, TensorSpec, Value
-from vtp.engines.choose import (
+from vtp.engines.errors import UsageError, VtpError, nearest
+from vtp.engines.ort.library import disable_telemetry
+from vtp.engines.registry import (
     AUTO,
     Choice,
     Decision,
@@ -10,8 +12,6 @@ from vtp.engines.choose import (
     judge_engines,
     open_graph,
 )
-from vtp.engines.errors import UsageError, VtpError, nearest
-from vtp.engines.ort_library import disable_telemetry
 
 __all__ = [
     "AUTO",

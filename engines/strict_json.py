@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from vtp.engines.disk.files import read_bounded
 from vtp.engines.errors import VtpError, quoted, shown
-from vtp.engines.files import read_bounded
 
 DEPTH = 64  # lists and objects within each other
 LARGEST = 2**63 - 1  # of any whole number

@@ -11,8 +11,17 @@ from typing import Any
 
 from vtp.engines import UsageError, VtpError
 from vtp.engines.errors import shown
-from vtp.runtime.bundle import Bundle
-from vtp.runtime.console import Parser, Progress, note, run_command, say, say_json, table, whole_number
+from vtp.runtime.bundle.folder import Bundle
+from vtp.runtime.commands.console import (
+    Parser,
+    Progress,
+    note,
+    run_command,
+    say,
+    say_json,
+    table,
+    whole_number,
+)
 from vtp.runtime.shell import command_line
 
 PROG = "vtp-export"

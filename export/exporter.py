@@ -8,22 +8,22 @@ from pathlib import Path
 from typing import Any
 
 from vtp.engines import UsageError, VtpError
-from vtp.export import checkpoint
-from vtp.export.chain import Chain, make_chains
-from vtp.export.checkpoint import DTYPES, Checkpoint
-from vtp.export.describe import describe
-from vtp.export.graphs.attention import emitting
-from vtp.export.graphs.emit import WeightStore, emit
-from vtp.export.keep import check_keep, keep_for_ratio, parse_keep
-from vtp.export.parity import PROMPT, verify
-from vtp.export.plan import Plan, make_plan
+from vtp.export.checkpoint import loading as checkpoint
+from vtp.export.checkpoint.loading import DTYPES, Checkpoint
+from vtp.export.graphs.attention.operators import emitting
+from vtp.export.keep_counts import check_keep, keep_for_ratio, parse_keep
+from vtp.export.manifest import describe
+from vtp.export.onnx.emit import WeightStore, emit
+from vtp.export.plan.plan import Plan, make_plan
+from vtp.export.plan.schedule import Chain, make_chains
 from vtp.export.pruners import POSITIONS, parse_options, parse_site, resolve_method
 from vtp.export.pruners.base import Pruner
-from vtp.export.target import TARGETS, Target
-from vtp.runtime.bundle import MANIFEST, Bundle, check_output, open_bundle, whole_bundle
-from vtp.runtime.manifest import TOKENIZER
+from vtp.export.targets import TARGETS, Target
+from vtp.export.verify.parity import PROMPT, verify
+from vtp.runtime.bundle.folder import MANIFEST, Bundle, check_output, open_bundle, whole_bundle
+from vtp.runtime.bundle.manifest import TOKENIZER
 from vtp.runtime.preprocess import FITS
-from vtp.runtime.text import Prompter
+from vtp.runtime.prompt.prompter import Prompter
 
 VERIFY = ("full", "layers", "none")
 MOST_FRAMES = 4096
@@ -56,7 +56,7 @@ def export(
     store: Callable[[Path], WeightStore] = WeightStore,
     note: Callable[[str], None] = lambda _: None,
 ) -> Bundle:
-    """Export a bundle and return it opened. `store` takes the weights (see `vtp.export.hollow`).
+    """Export a bundle and return it opened. `store` takes the weights (see `vtp.bench.shapes.weightless`).
 
     `note` gets a line about every setting of the model that the bundle does not serve.
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from vtp.export import families as family_registry
 from vtp.export import pruners
-from vtp.runtime.console import table
+from vtp.runtime.commands.console import table
 
 
 def methods() -> list[dict[str, Any]]:

@@ -1,8 +1,8 @@
 """vtp.runtime: opens a bundle and answers prompts about pictures. Imports neither torch nor transformers."""
 
 from vtp.engines import UsageError, VtpError
-from vtp.runtime.bundle import Bundle, open_bundle
-from vtp.runtime.manifest import Manifest
+from vtp.runtime.bundle.folder import Bundle, open_bundle
+from vtp.runtime.bundle.manifest import Manifest
 from vtp.runtime.pipeline import Pipeline, Stream
 from vtp.runtime.result import Result, Timings, VisualTokens
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from vtp.engines import Engine, VtpError, open_graph
-from vtp.engines.trt import LIBRARIES
-from vtp.engines.trt_store import cache_folder
-from vtp.runtime.bundle import Bundle
+from vtp.engines.tensorrt.library import LIBRARIES
+from vtp.engines.tensorrt.store import cache_folder
+from vtp.runtime.bundle.folder import Bundle
 from vtp.runtime.shell import command_line
 
 NEVER_RUN = (
@@ -56,7 +56,7 @@ def open_stage(
             allow_cpu_nodes=how.allow_cpu_nodes,
             cuda_graph=how.cuda_graph,
         )
-    from vtp.engines.trt_build import check_gate, find_engine
+    from vtp.engines.tensorrt.build import check_gate, find_engine
 
     folder, rebuild = engines_folder(bundle, how.engines), build_command(bundle, engine, how.engines)
     known = {name: info.sha256 for name, info in bundle.manifest.files.items()}

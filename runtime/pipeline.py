@@ -14,24 +14,24 @@ import numpy as np
 from PIL import Image
 
 from vtp.engines import AUTO, Choice, UsageError, VtpError, choose_engine
-from vtp.engines.trt import LIBRARIES
-from vtp.engines.whole import undisturbed
-from vtp.runtime.answer import Answer, Request
-from vtp.runtime.arguments import is_number, is_whole, shown, whole
-from vtp.runtime.batch import about, batches, check_lists, each_prompt, write_together
-from vtp.runtime.bundle import Bundle, open_bundle
-from vtp.runtime.conditions import Conditions, conditions
-from vtp.runtime.images import ImageSource
-from vtp.runtime.logits_rules import with_penalty
+from vtp.engines.disk.whole import undisturbed
+from vtp.engines.tensorrt.library import LIBRARIES
+from vtp.runtime.bundle.folder import Bundle, open_bundle
+from vtp.runtime.generation.answer import Answer, Request
+from vtp.runtime.generation.arguments import is_number, is_whole, shown, whole
+from vtp.runtime.generation.batch import about, batches, check_lists, each_prompt, write_together
+from vtp.runtime.generation.logits_rules import with_penalty
+from vtp.runtime.generation.sampling import Sampler
+from vtp.runtime.generation.stopping import CANCELLED, Clock, Interrupted, StopSignal
+from vtp.runtime.machine.conditions import Conditions, conditions
+from vtp.runtime.media.images import ImageSource
+from vtp.runtime.media.pictures import Pictures
+from vtp.runtime.media.videos import VideoSource
 from vtp.runtime.opening import Opening
-from vtp.runtime.pictures import Pictures
+from vtp.runtime.prompt.prompter import Prompt, Prompter, StopStrings
 from vtp.runtime.result import Result, Timings
-from vtp.runtime.reuse import ImageCache, Prefix, check_prefix
-from vtp.runtime.sampling import Sampler
-from vtp.runtime.stages import StageRunner
-from vtp.runtime.stopping import CANCELLED, Clock, Interrupted, StopSignal
-from vtp.runtime.text import Prompt, Prompter, StopStrings
-from vtp.runtime.videos import VideoSource
+from vtp.runtime.stages.prefix_cache import ImageCache, Prefix, check_prefix
+from vtp.runtime.stages.runner import StageRunner
 
 Messages = Sequence[dict[str, Any]]
 Images: TypeAlias = "ImageSource | VideoSource | Sequence[ImageSource]"  # of one prompt
@@ -134,7 +134,7 @@ class Pipeline:
 
         image           path, bytes, PIL image or uint8 RGB array [H,W,3]; or a list of such. A video is a
                         list of frames, a uint8 array [frames,H,W,3], a folder of pictures or a file (see
-                        `vtp.runtime.videos`); of more frames than the bundle takes, so many are sampled
+                        `vtp.runtime.media.videos`); of more frames than the bundle takes, so many are sampled
         prompt          the user's words; or
         messages        several turns, as chat templates take them: {"role": ..., "content": str or a list of
                         {"type": "image"} (or "video") and {"type": "text", "text": ...}}; without an image

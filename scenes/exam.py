@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from vtp.scenes.generator import KINDS, ask, draw, held_out_seed
+from vtp.scenes.generator.pictures import KINDS, ask, draw, held_out_seed
 
 SEED = 2026
 _STRIDE = 1_000_003  # keeps the pictures of neighbouring exam seeds apart

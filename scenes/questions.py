@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vtp.engines import UsageError
-from vtp.runtime.console import Parser, run_command
+from vtp.runtime.commands.console import Parser, run_command
 from vtp.scenes.exam import SEED, held_out
 
 FILE = "questions.jsonl"

@@ -15,7 +15,7 @@ import vtp.engines  # noqa: F401  (turns ONNX Runtime's telemetry off before any
 
 MAX_LENGTH = 128
 
-# Tiny models by name: options of tests/export/tiny.py's `save_tiny`. Every one has 16 visual tokens.
+# Tiny models by name: options of tests/models/tiny.py's `save_tiny`. Every one has 16 visual tokens.
 MODELS: dict[str, dict[str, Any]] = {
     "gqa": {"layers": 3},
     "mha": {"layers": 2, "heads": 2, "kv_heads": 2, "vision_layers": 2, "seed": 1},
@@ -66,7 +66,7 @@ class Made:
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Folder of a tiny model by name; written at the first call. Read only: copy it before changing it."""
-    from .export.tiny import save_tiny
+    from .models.tiny import save_tiny
 
     root, made = tmp_path_factory.mktemp("models"), dict[str, Path]()
 

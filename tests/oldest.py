@@ -21,10 +21,11 @@ import numpy as np
 from PIL import Image
 
 from vtp.engines import VtpError, open_graph
-from vtp.runtime import Pipeline, doctor
-from vtp.runtime.bundle import open_bundle
-from vtp.runtime.gate import Case, cases
-from vtp.runtime.machine import look
+from vtp.runtime import Pipeline
+from vtp.runtime.bundle.folder import open_bundle
+from vtp.runtime.commands import doctor
+from vtp.runtime.machine.facts import look
+from vtp.runtime.parity_gate import Case, cases
 
 PROMPTS = ("what color is the star ?", "how many circle ?")
 PACKAGES = ("onnxruntime", "numpy", "tokenizers", "pillow", "jinja2")

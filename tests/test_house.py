@@ -131,7 +131,7 @@ def uses(path: Path) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-@pytest.mark.parametrize("module", sorted(set(MODULES) - {"vtp.engines.ort_library"}))
+@pytest.mark.parametrize("module", sorted(set(MODULES) - {"vtp.engines.ort.library"}))
 def test_onnx_runtime_is_imported_in_one_place(module: str) -> None:
     """Where its telemetry is turned off."""
     assert not [name for name, _ in imports(MODULES[module]) if name.split(".")[0] == "onnxruntime"]
@@ -167,7 +167,13 @@ def test_every_module_says_what_it_is_for(module: str) -> None:
 
 
 def test_importing_the_light_rooms_loads_nothing_heavy() -> None:
-    light = ["vtp.engines", "vtp.runtime", "vtp.runtime.cli", "vtp.scenes", "vtp.scenes.generator"]
+    light = [
+        "vtp.engines",
+        "vtp.runtime",
+        "vtp.runtime.commands.run",
+        "vtp.scenes",
+        "vtp.scenes.generator.pictures",
+    ]
     script = (
         f"import sys; [__import__(name) for name in {light}]; "
         f"print(sorted({HEAVY | {'onnxruntime'}} & set(sys.modules)))"
@@ -181,7 +187,7 @@ def test_commands_show_help_without_torch() -> None:
     blocked = "; ".join(
         f"sys.modules['{name}'] = None" for name in ("torch", "transformers", "onnx", "onnxruntime")
     )
-    for command in ("vtp.export.cli", "vtp.runtime.cli", "vtp.calib.cli"):
+    for command in ("vtp.export.cli", "vtp.runtime.commands.run", "vtp.calib.cli"):
         script = f"import sys; {blocked}; from {command} import main; main(['--help'])"
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
         assert (done.returncode, done.stderr) == (0, "")

@@ -26,8 +26,8 @@ import tritonclient.grpc as triton
 from PIL import Image
 
 from vtp.runtime import Pipeline
-from vtp.runtime.bundle import open_bundle
-from vtp.runtime.triton import write_repository
+from vtp.runtime.bundle.folder import open_bundle
+from vtp.runtime.triton.repository import write_repository
 
 PORT = 18101
 PROMPT = "what color is the star ?"

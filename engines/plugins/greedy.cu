@@ -7,7 +7,7 @@
 // and never lead outside the arrays.
 //
 // Threads talk only across the barrier that ends each phase: within one, a thread writes what no other reads.
-// tests/engines/greedy_host.h compiles this file for a CPU, where a phase runs its threads in any order.
+// tests/stand_ins/greedy_host.h compiles this file for a CPU, where a phase runs its threads in any order.
 
 #include <math.h>
 

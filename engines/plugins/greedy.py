@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from vtp.engines.cuda import probe_cuda
+from vtp.engines.cuda.driver import probe_cuda
 from vtp.engines.errors import UsageError, VtpError
 from vtp.engines.plugins.nvcc import compile_ptx, find_nvcc
 from vtp.engines.plugins.rewrite import DOMAIN, OPERATOR, Greedy, with_greedy_node

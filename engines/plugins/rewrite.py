@@ -12,7 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from vtp.engines.errors import VtpError
-from vtp.engines.graph_file import GraphFile, Node, fields, read_graph
+from vtp.engines.graph.file import GraphFile, Node, fields, read_graph
 
 DOMAIN, OPERATOR = "vtp", "greedy"
 _GONE = b"\x00\x00\x80\xff"  # -inf in float32

@@ -10,10 +10,10 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from vtp.engines import VtpError
+from vtp.export.families.reference import Seams
 from vtp.export.graphs.frames import Frames
 from vtp.export.graphs.modules import Decoder, DecoderPruner, Splice, TextCues
 from vtp.export.pruners.base import Pruner
-from vtp.export.seams import Seams
 from vtp.runtime.preprocess import ImageSpec
 
 # Decoders whose attention, rotary embedding and norms the emitter was held against transformers with.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vtp.export.graphs.attention import Cache, Lengths, Peek, TowerProbe, Watch, active, softcapped
+from vtp.export.graphs.attention.operators import Cache, Lengths, Peek, TowerProbe, Watch, active, softcapped
 from vtp.export.graphs.layout import Layout, lay_out, widened
 from vtp.export.graphs.rotary import AxesRotary
 from vtp.export.pruners.base import Pruner

@@ -27,7 +27,7 @@ __all__ = ["FITS", "Box", "ImageSpec", "preprocess", "source_box", "source_boxes
 
 
 def preprocess(image: Image.Image | Sequence[Image.Image], spec: ImageSpec) -> np.ndarray:
-    """Turn an RGB image (see `vtp.runtime.images.load_image`) into float32 `pixel_values`.
+    """Turn an RGB image (see `vtp.runtime.media.images.load_image`) into float32 `pixel_values`.
 
     Their shape is `spec.shape`: [1, 3, H, W]; [tiles, 3, H, W] for kinds that cut tiles; [patches, values]
     for kind "qwen"; [frames, 3, H, W] of a clip, which is a list of so many images. Raises `VtpError` for

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from vtp.engines.errors import VtpError
-from vtp.runtime.images import MAX_PIXELS
+from vtp.runtime.media.images import MAX_PIXELS
 
 if TYPE_CHECKING:
     from vtp.runtime.preprocess.spec import ImageSpec

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 from vtp.engines.errors import VtpError
-from vtp.runtime.images import MAX_PIXELS
+from vtp.runtime.media.images import MAX_PIXELS
 from vtp.runtime.preprocess.fit import FITS
 from vtp.runtime.preprocess.kinds import KINDS
 from vtp.runtime.preprocess.pixels import Size

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from vtp.bench import adaptive
+from vtp.bench.studies import adaptive
 
 KEEPS = [32, 64, 96]
 

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from vtp.bench import cli, measure, report
-from vtp.bench.ceiling import open_ceilings
-from vtp.bench.energy import SOURCES, Meter
-from vtp.bench.flops import count
-from vtp.bench.resident import peak_resident, resident
-from vtp.bench.shape import Wanted, check
+from vtp.bench.common.ceiling import open_ceilings
+from vtp.bench.common.energy import SOURCES, Meter
+from vtp.bench.common.flops import count
+from vtp.bench.common.resident import peak_resident, resident
+from vtp.bench.shapes.cached_bundle import Wanted, check
 from vtp.engines import UsageError, VtpError
 
 

@@ -1,4 +1,4 @@
-"""`vtp.bench.flops`: operations of graphs whose number is known."""
+"""`vtp.bench.common.flops`: operations of graphs whose number is known."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from vtp.bench.flops import count
+from vtp.bench.common.flops import count
 from vtp.engines import VtpError
 
 FLOAT = TensorProto.FLOAT

@@ -1,4 +1,4 @@
-"""`vtp.bench.gpu` on ort-cpu: all of it runs without a GPU, and nothing that goes wrong stops the rest."""
+"""`vtp.bench.gpu.command` on ort-cpu: all of it runs without a GPU, and nothing that goes wrong stops the rest."""
 
 from __future__ import annotations
 
@@ -13,14 +13,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vtp.bench import gpu, gpu_checks, gpu_device, gpu_report
-from vtp.bench.gpu_checks import Answer, Job
+from vtp.bench.gpu import checks as gpu_checks
+from vtp.bench.gpu import command as gpu
+from vtp.bench.gpu import device as gpu_device
+from vtp.bench.gpu import report as gpu_report
+from vtp.bench.gpu.checks import Answer, Job
 from vtp.engines import VtpError
-from vtp.runtime.build import profiles_of
-from vtp.runtime.bundle import open_bundle
+from vtp.runtime.bundle.folder import open_bundle
+from vtp.runtime.commands.build import profiles_of
 from vtp.runtime.opening import engines_folder
 
-from ..engines.fake_trt import install, install_gpu, store
+from ..stand_ins.fake_trt import install, install_gpu, store
 
 ROOT = Path(__file__).parents[2]
 

@@ -13,15 +13,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vtp.bench import gpu_beside, gpu_pack, gpu_shape, gpu_torch, gpu_weights
-from vtp.bench.gpu_checks import Job
-from vtp.bench.gpu_device import Cpu
+from vtp.bench.gpu import beside as gpu_beside
+from vtp.bench.gpu import beside_torch as gpu_torch
+from vtp.bench.gpu import pack as gpu_pack
+from vtp.bench.gpu import shape as gpu_shape
+from vtp.bench.gpu import weights as gpu_weights
+from vtp.bench.gpu.checks import Job
+from vtp.bench.gpu.device import Cpu
+from vtp.bench.shapes import models as shapes
+from vtp.bench.shapes.weight_map import MODEL, RECIPE, read_recipe
 from vtp.engines import VtpError, open_graph
-from vtp.export import shapes
-from vtp.export.recipe import MODEL, RECIPE, read_recipe
-from vtp.runtime.bundle import open_bundle
+from vtp.runtime.bundle.folder import open_bundle
 
-from ..export.tiny import text_config, vision_config
+from ..models.tiny import text_config, vision_config
 
 ROOT = Path(__file__).parents[2]
 TINY = {"none": ("none", None), "vispruner": ("vispruner", "6,3")}

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from vtp.bench import methods, methods_report
+from vtp.bench.studies import methods, methods_report
 from vtp.scenes.exam import held_out
 
 ROOT = Path(__file__).parents[2]

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from vtp.bench import gpu_checks, gpu_device
-from vtp.bench.gpu_checks import Job
+from vtp.bench.gpu import checks as gpu_checks
+from vtp.bench.gpu import device as gpu_device
+from vtp.bench.gpu.checks import Job
 from vtp.engines import VtpError, choose_engine
 from vtp.runtime import Pipeline
 from vtp.runtime.compare import limits_of
@@ -34,7 +35,7 @@ def test_logits_and_selections_equal_those_of_the_cpu(on: str, bundle: str, expo
         gpu_checks._answers(folder, on, items), gpu_checks._answers(folder, "ort-cpu", items)
     )
     # Tokens of random weights are close calls, which float16 may turn; the built-in model's are compared
-    # by vtp.bench.gpu.
+    # by vtp.bench.gpu.command.
     assert found["cosine_min"] >= limits_of(gpu_checks.LIMITS).cosine
     assert found["kept_equal"] == found["questions"]
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vtp.bench import paired
+from vtp.bench.studies import paired
 from vtp.scenes.exam import held_out
 
 

@@ -1,4 +1,4 @@
-"""`vtp.bench.peers`: its statistics, its report, and that a peer that fails stops nothing else."""
+"""`vtp.bench.compare.peers`: its statistics, its report, and that a peer that fails stops nothing else."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vtp.bench import fewer_bits, peer, peers, peers_report, worker
-from vtp.bench.figures import ratio, spread
-from vtp.bench.pairs import fastest_of, pair_of
-from vtp.bench.peer import Spec, Stopwatch
-from vtp.calib.layers import load_graph
+from vtp.bench.common import fewer_bits
+from vtp.bench.common.figures import ratio, spread
+from vtp.bench.common.pairs import fastest_of, pair_of
+from vtp.bench.compare import peer, peers, peers_report, worker
+from vtp.bench.compare.peer import Spec, Stopwatch
+from vtp.calib.quantize.layers import load_graph
 from vtp.engines import UsageError, VtpError
 from vtp.export.exporter import Request, export
-from vtp.runtime.bundle import open_bundle
-from vtp.runtime.console import Progress
+from vtp.runtime.bundle.folder import open_bundle
+from vtp.runtime.commands.console import Progress
 
-from ..export.tiny import save_tiny
+from ..models.tiny import save_tiny
 
 
 def test_spread_is_median_and_quartiles() -> None:

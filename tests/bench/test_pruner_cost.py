@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from vtp.bench import pruner_cost
+from vtp.bench.studies import pruner_cost
 from vtp.export.pruners import find_method, method_names
 
 

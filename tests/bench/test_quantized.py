@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from vtp.bench import quantized
+from vtp.bench.studies import quantized
 
 
 @pytest.mark.slow

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 
-from vtp.bench import scaling, scaling_report
-from vtp.bench.scaling_run import Bench, Point
+from vtp.bench.scaling import report as scaling_report
+from vtp.bench.scaling import study as scaling
+from vtp.bench.scaling.run import Bench, Point
 from vtp.engines import UsageError, VtpError
-from vtp.runtime.bundle import open_bundle
-from vtp.runtime.memory import PROCESS
+from vtp.runtime.bundle.folder import open_bundle
+from vtp.runtime.bundle.memory import PROCESS
 
 ROOT = Path(__file__).parents[2]
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vtp.bench import paired, trials
+from vtp.bench.studies import paired, trials
 from vtp.export.exporter import Request, export
 from vtp.scenes.exam import by_picture, held_out
 

@@ -15,12 +15,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vtp.calib import cli, cluster, examiner
+from vtp.calib import cli
+from vtp.calib.keep import examiner
+from vtp.calib.workers import cluster
 from vtp.engines import UsageError, VtpError
 from vtp.runtime import Pipeline
-from vtp.runtime.bundle import open_bundle, set_calibration
-from vtp.runtime.conditions import conditions
-from vtp.runtime.memory import bundle_memory
+from vtp.runtime.bundle.folder import open_bundle, set_calibration
+from vtp.runtime.bundle.memory import bundle_memory
+from vtp.runtime.machine.conditions import conditions
 
 
 @pytest.fixture(scope="module")

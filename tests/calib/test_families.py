@@ -16,16 +16,16 @@ from vtp.calib import cli
 from vtp.engines import open_graph
 from vtp.export.exporter import Request, export
 from vtp.runtime import Pipeline
-from vtp.runtime.bundle import open_bundle
-from vtp.runtime.images import load_image
+from vtp.runtime.bundle.folder import open_bundle
+from vtp.runtime.media.images import load_image
 from vtp.runtime.preprocess import preprocess
 
-from ..export.tensorrt_10_3 import refused
-from ..export.tiny import save_tiny
-from ..export.tiny_families import save_anyres
-from ..export.tiny_gemma import save_gemma, tiny_gemma3, tiny_paligemma
-from ..export.tiny_qwen import save_qwen
-from ..export.tiny_split import save_idefics3, save_internvl
+from ..models.tiny import save_tiny
+from ..models.tiny_families import save_anyres
+from ..models.tiny_gemma import save_gemma, tiny_gemma3, tiny_paligemma
+from ..models.tiny_qwen import save_qwen
+from ..models.tiny_split import save_idefics3, save_internvl
+from ..oracles.tensorrt_10_3 import refused
 
 Save = Callable[[Path], Any]
 MODELS: dict[str, tuple[Save, tuple[int, int] | None]] = {

@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from vtp.calib import keep as search
 from vtp.calib import metrics, stats
 from vtp.calib.data import Sample, load_samples
-from vtp.calib.examiner import Marks
-from vtp.calib.journal import Answer, Journal
+from vtp.calib.keep import search
+from vtp.calib.keep.examiner import Marks
+from vtp.calib.keep.journal import Answer, Journal
 from vtp.engines import UsageError, VtpError
 
 # -- data ----------------------------------------------------------------------------------------------------

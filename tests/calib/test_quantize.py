@@ -16,16 +16,18 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
-from vtp.calib import cli, observe, quantize
+from vtp.calib import cli
 from vtp.calib.data import Sample
-from vtp.calib.layers import Int4, Int8, find_layers, load_graph, rewrite
-from vtp.calib.quantizer import Quantizer, Wish
-from vtp.calib.rounding import Range
-from vtp.calib.weights import Store, place_of
+from vtp.calib.quantize import command as quantize
+from vtp.calib.quantize import observe
+from vtp.calib.quantize.layers import Int4, Int8, find_layers, load_graph, rewrite
+from vtp.calib.quantize.quantizer import Quantizer, Wish
+from vtp.calib.quantize.rounding import Range
+from vtp.calib.quantize.weight_store import Store, place_of
 from vtp.engines import open_graph
-from vtp.engines.graph_file import read_graph
+from vtp.engines.graph.file import read_graph
 from vtp.runtime import Pipeline
-from vtp.runtime.bundle import open_bundle
+from vtp.runtime.bundle.folder import open_bundle
 
 BITS = ["--max-new-tokens", "4", "--threads", "1", "--samples", "4"]
 
@@ -188,8 +190,8 @@ def spoil(folder: Path) -> str:
 
 
 def open_bundle_anyhow(folder: Path) -> Any:
-    from vtp.runtime.bundle import describe_files
-    from vtp.runtime.manifest import parse_manifest
+    from vtp.runtime.bundle.folder import describe_files
+    from vtp.runtime.bundle.manifest import parse_manifest
 
     manifest = parse_manifest((folder / "manifest.json").read_text())
     return dataclasses.replace(manifest, files=describe_files(folder))

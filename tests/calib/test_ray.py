@@ -21,11 +21,11 @@ import pytest
 from PIL import Image
 
 from vtp.calib import cli
-from vtp.calib.cluster import Ray
-from vtp.calib.workers import Job, Local
+from vtp.calib.workers.cluster import Ray
+from vtp.calib.workers.local import Job, Local
 from vtp.engines import UsageError, VtpError
 from vtp.runtime import Pipeline
-from vtp.runtime.bundle import open_bundle
+from vtp.runtime.bundle.folder import open_bundle
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install 'vtp-edge[ray]', or make test-ray")
 

@@ -12,7 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
-from vtp.calib.rounding import INT8, Blocks, Range, decibels, int4_blocks, int8_channels, nearest_blocks
+from vtp.calib.quantize.rounding import (
+    INT8,
+    Blocks,
+    Range,
+    decibels,
+    int4_blocks,
+    int8_channels,
+    nearest_blocks,
+)
 
 
 def rounded(values: np.ndarray, step: float) -> np.ndarray:

@@ -11,13 +11,13 @@ import pytest
 from PIL import Image
 
 from vtp.calib.data import Sample
-from vtp.calib.layers import load_graph
-from vtp.calib.quantizer import Quantizer, Wish
-from vtp.engines.trt import INSTALL, Profile, build_engine
+from vtp.calib.quantize.layers import load_graph
+from vtp.calib.quantize.quantizer import Quantizer, Wish
+from vtp.engines.tensorrt.library import INSTALL, Profile, build_engine
 from vtp.export.exporter import Request, export
 from vtp.runtime import Pipeline
-from vtp.runtime.bundle import Bundle, open_bundle, whole_bundle
-from vtp.runtime.manifest import GraphInfo
+from vtp.runtime.bundle.folder import Bundle, open_bundle, whole_bundle
+from vtp.runtime.bundle.manifest import GraphInfo
 
 ENGINE = "tensorrt-rtx"
 MISSING = util.find_spec("tensorrt_rtx") is None

@@ -13,7 +13,7 @@ import pytest
 
 from vtp.engines import VtpError, child
 from vtp.engines.child import python_command, spawn
-from vtp.engines.trt_build import _run_child
+from vtp.engines.tensorrt.build import _run_child
 
 # What a child imports first of all: the library's own, Python's, and what engines need.
 PLANTED = ("numpy", "onnxruntime", "json", "runpy", "multiprocessing", "vtp", "tensorrt")

@@ -8,10 +8,10 @@ from collections.abc import Callable
 import pytest
 
 from vtp.engines import AUTO, UsageError, VtpError, choose_engine, engine_names, judge_engines
-from vtp.engines.choose import installed_providers
-from vtp.engines.cuda import CudaDevice, CudaProbe
+from vtp.engines.cuda.driver import CudaDevice, CudaProbe
+from vtp.engines.registry import installed_providers
 
-from .fake_trt import install
+from ..stand_ins.fake_trt import install
 
 CPU = ["CPUExecutionProvider"]
 GPU = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from vtp.engines.cuda import CudaDevice, probe_cuda
+from vtp.engines.cuda.driver import CudaDevice, probe_cuda
 
 
 class Driver:

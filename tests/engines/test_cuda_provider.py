@@ -13,9 +13,9 @@ import pytest
 from onnx import TensorProto, helper
 
 from vtp.engines import VtpError
-from vtp.engines.graph_file import read_graph
-from vtp.engines.ort import OrtBinding, OrtEngine, _run_options
-from vtp.engines.placement import cpu_nodes, record_assignment, refuse_cpu_nodes
+from vtp.engines.graph.file import read_graph
+from vtp.engines.ort.placement import cpu_nodes, record_assignment, refuse_cpu_nodes
+from vtp.engines.ort.session import OrtBinding, OrtEngine, _run_options
 
 CUDA = "CUDAExecutionProvider"
 

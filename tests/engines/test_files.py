@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from vtp.engines import VtpError
-from vtp.engines.files import open_regular, read_bounded, sha256
+from vtp.engines.disk.files import open_regular, read_bounded, sha256
 
 
 def _pipe(path: Path) -> None:

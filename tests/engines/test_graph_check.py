@@ -17,8 +17,8 @@ from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, SparseTensor
 from onnx import numpy_helper as numbers
 
 from vtp.engines import VtpError
-from vtp.engines.graph_check import check_graph
-from vtp.engines.graph_file import read_graph
+from vtp.engines.graph.check import check_graph
+from vtp.engines.graph.file import read_graph
 
 FILES = {"w.data": 64}
 

@@ -10,7 +10,7 @@ import onnx
 import pytest
 
 from vtp.engines.errors import VtpError
-from vtp.engines.graph_file import read_graph, size_of
+from vtp.engines.graph.file import read_graph, size_of
 
 
 def shape_of(item: onnx.ValueInfoProto) -> tuple[int | str, ...]:

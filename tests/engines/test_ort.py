@@ -11,7 +11,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from vtp.engines import TensorSpec, VtpError, open_graph
-from vtp.engines.ort import OrtEngine
+from vtp.engines.ort.session import OrtEngine
 
 HEADS, CAPACITY, WIDTH = 2, 16, 8
 

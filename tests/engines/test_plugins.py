@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 
 from vtp.engines import UsageError, VtpError
-from vtp.engines.cuda import CudaDevice, CudaProbe, probe_cuda
-from vtp.engines.cuda_memory import CudaMemory, cuda_memory
+from vtp.engines.cuda.driver import CudaDevice, CudaProbe, probe_cuda
+from vtp.engines.cuda.memory import CudaMemory, cuda_memory
 from vtp.engines.plugins import greedy, nvcc
 from vtp.engines.plugins.rewrite import Greedy
 
-from .greedy_host import by_numpy, needs_compiler, pick
+from ..stand_ins.greedy_host import by_numpy, needs_compiler, pick
 
 # -- the kernel ----------------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from vtp.engines.ort_library import SWITCH, load_onnxruntime
+from vtp.engines.ort.library import SWITCH, load_onnxruntime
 
 # Opens a graph of one node, and says what was switched.
 _OPEN = """
@@ -29,7 +29,7 @@ _PLAIN = _OPEN.format(first="", load="import onnxruntime as ort")
 # Importing the package is enough, whoever loads the library then.
 _BEHIND = _OPEN.format(first="import vtp.engines", load="import onnxruntime as ort")
 _LOADED = _OPEN.format(
-    first="", load="from vtp.engines.ort_library import load_onnxruntime; ort = load_onnxruntime()"
+    first="", load="from vtp.engines.ort.library import load_onnxruntime; ort = load_onnxruntime()"
 )
 
 

@@ -17,10 +17,10 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from vtp.engines import UsageError, VtpError, trt_build
-from vtp.engines.cuda import CudaDevice, CudaProbe
-from vtp.engines.trt import INSTALL, BuildOptions, build_engine, load_library, refused_nodes
-from vtp.engines.trt_build import (
+from vtp.engines import UsageError, VtpError
+from vtp.engines.cuda.driver import CudaDevice, CudaProbe
+from vtp.engines.tensorrt import build as trt_build
+from vtp.engines.tensorrt.build import (
     Room,
     check_engine,
     estimate_build,
@@ -29,6 +29,7 @@ from vtp.engines.trt_build import (
     store_engine,
     write_stamp,
 )
+from vtp.engines.tensorrt.library import INSTALL, BuildOptions, build_engine, load_library, refused_nodes
 
 ENGINE = "tensorrt-rtx"
 built_here = [
@@ -233,7 +234,7 @@ class TestStore:
         """What a build really took at its peak, in a process of its own."""
         path = save(tmp_path, layers=40)
         script = (
-            "from vtp.engines.trt import build_engine; "
+            "from vtp.engines.tensorrt.library import build_engine; "
             f"build_engine({str(path)!r}, {ENGINE!r}, {PROFILE!r}); "
             "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
         )

@@ -13,10 +13,10 @@ import pytest
 from onnx import TensorProto, helper
 
 from vtp.engines import VtpError, open_graph
-from vtp.engines.cuda_memory import CudaMemory
-from vtp.engines.trt_run import TrtEngine
+from vtp.engines.cuda.memory import CudaMemory
+from vtp.engines.tensorrt.run import TrtEngine
 
-from .fake_trt import FakeMemory, install, plan
+from ..stand_ins.fake_trt import FakeMemory, install, plan
 
 PROFILE = {"x": ((1, 3), (4, 3), (8, 3)), "cache": ((8, 3),) * 3}
 STEP = {"x": ((1, 3),) * 3, "cache": ((8, 3),) * 3}

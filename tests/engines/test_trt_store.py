@@ -13,11 +13,20 @@ from typing import Any
 
 import pytest
 
-from vtp.engines import VtpError, trt_store
-from vtp.engines.trt_build import STAMP, Stamp, check_engine, find_engine, read_stamp, set_gate, write_stamp
-from vtp.engines.trt_store import cache_folder, check_folder, is_signed, make_folder, sign
+from vtp.engines import VtpError
+from vtp.engines.tensorrt import store as trt_store
+from vtp.engines.tensorrt.build import (
+    STAMP,
+    Stamp,
+    check_engine,
+    find_engine,
+    read_stamp,
+    set_gate,
+    write_stamp,
+)
+from vtp.engines.tensorrt.store import cache_folder, check_folder, is_signed, make_folder, sign
 
-from .fake_trt import install, install_gpu
+from ..stand_ins.fake_trt import install, install_gpu
 
 ENGINE = "tensorrt"
 CONTENT = b"a plan"
@@ -201,7 +210,7 @@ def test_the_signature_covers_every_field() -> None:
 def test_names_with_wildcards_find_their_own_engines_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vtp.engines.trt_build.graph_hash", lambda *_: "f" * 64)
+    monkeypatch.setattr("vtp.engines.tensorrt.build.graph_hash", lambda *_: "f" * 64)
     install_gpu(monkeypatch)
     install(monkeypatch)
     put(tmp_path / "engines")

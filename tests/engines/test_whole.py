@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from vtp.engines import VtpError, whole
-from vtp.engines.exchange import exchange
-from vtp.engines.locks import claim, locked_folder, try_lock
-from vtp.engines.whole import undisturbed, whole_file, whole_folder
+from vtp.engines import VtpError
+from vtp.engines.disk import whole
+from vtp.engines.disk.exchange import exchange
+from vtp.engines.disk.locks import claim, locked_folder, try_lock
+from vtp.engines.disk.whole import undisturbed, whole_file, whole_folder
 
 
 def names(folder: Path) -> set[str]:
@@ -167,7 +168,7 @@ def test_a_writer_is_faster_between_two_renames(tmp_path: Path, monkeypatch: pyt
 WAITING = """
 import sys, time
 from pathlib import Path
-from vtp.engines.whole import whole_file, whole_folder
+from vtp.engines.disk.whole import whole_file, whole_folder
 with {how}(Path(sys.argv[1])) as aside:
     print(aside, flush=True)
     time.sleep(60)

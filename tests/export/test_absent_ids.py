@@ -14,7 +14,7 @@ from vtp.engines import UsageError, VtpError
 from vtp.export.exporter import Request, export
 from vtp.runtime import Pipeline
 
-from . import tiny_gemma
+from ..models import tiny_gemma
 
 WORDS, STEPS = "what shape is it ?", 8
 TOKENS = {"gemma3": "<image_soft_token>", "pali": "<image>"}

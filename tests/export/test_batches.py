@@ -14,11 +14,12 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from vtp.engines import UsageError, VtpError
 from vtp.export.exporter import Request, export
+from vtp.export.families.reference import Seams
 from vtp.export.pruners import find_method
-from vtp.export.seams import Seams
-from vtp.runtime import Pipeline, pictures
+from vtp.runtime import Pipeline
+from vtp.runtime.media import pictures
 from vtp.runtime.result import Result
-from vtp.runtime.stages import StageRunner
+from vtp.runtime.stages.runner import StageRunner
 
 N, LENGTH = 16, 128  # see tests/conftest.py
 PROMPTS = ["what shape is the red ?", "how many ?", "naïve café 你好 where is the blue circle on the left ?"]
@@ -209,7 +210,7 @@ def test_what_shows_without_decoding_is_said_before_any_answer(
     options: dict[str, Any] = {"max_new_tokens": 1, "batch_size": 1}
     with pytest.raises(VtpError, match=r"^prompt 3 of 3: .*half\.png' is truncated or damaged"):
         pipe.generate_batch([whole, whole, tmp_path / "half.png"], PROMPTS, **options)
-    monkeypatch.setattr("vtp.runtime.pictures.load_image", lambda _: pytest.fail("decoded"))
+    monkeypatch.setattr("vtp.runtime.media.pictures.load_image", lambda _: pytest.fail("decoded"))
     for bad, kind in ((tmp_path / "text.png", VtpError), (np.zeros((3, 3)), UsageError), (None, UsageError)):
         with pytest.raises(kind, match=r"^prompt 3 of 3: "):
             pipe.generate_batch([whole, whole, bad], PROMPTS, **options)

@@ -11,13 +11,13 @@ import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from vtp.export.exporter import Request, export
-from vtp.export.parity import Chosen
 from vtp.export.pruners import find_method
-from vtp.export.reference import reference_generate
+from vtp.export.verify.parity import Chosen
+from vtp.export.verify.reference import reference_generate
 from vtp.runtime import Pipeline, Timings, open_bundle
 from vtp.runtime.preprocess import preprocess
-from vtp.runtime.stages import StageRunner
-from vtp.runtime.text import Prompter
+from vtp.runtime.prompt.prompter import Prompter
+from vtp.runtime.stages.runner import StageRunner
 from vtp.scenes import model_dir
 from vtp.scenes.exam import Item, held_out
 

@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save_file
 
 from vtp.engines import UsageError
 from vtp.export.cli import main
-from vtp.export.keep import check_keep, keep_for_ratio, parse_keep
-from vtp.runtime.bundle import open_bundle
-from vtp.runtime.cli import main as run_main
+from vtp.export.keep_counts import check_keep, keep_for_ratio, parse_keep
+from vtp.runtime.bundle.folder import open_bundle
+from vtp.runtime.commands.run import main as run_main
 
 BIN = Path(sys.executable).parent
 PROGRESS = re.compile(r"\[ *\d+\.\d s\] \d+\. [a-z].*")
@@ -387,7 +387,7 @@ def test_a_full_disk_leaves_nothing(
         raise OSError(28, "No space left on device")
 
     argv = spoil(lambda folder: None)
-    monkeypatch.setattr(f"vtp.export.graphs.emit.{place}", full)
+    monkeypatch.setattr(f"vtp.export.onnx.emit.{place}", full)
     capfd.readouterr()
     refuse(argv, 1, "No space left on device; nothing was left behind", capfd)
     assert nothing_left(tmp_path)

@@ -13,20 +13,20 @@ import onnx
 import pytest
 import torch
 
-from vtp.engines.graph_file import read_graph
-from vtp.engines.ort import OrtEngine
-from vtp.engines.trt import INSTALL, build_engine, refused_nodes
+from vtp.engines.graph.file import read_graph
+from vtp.engines.ort.session import OrtEngine
+from vtp.engines.tensorrt.library import INSTALL, build_engine, refused_nodes
 from vtp.export.exporter import Request, export
-from vtp.export.graphs.emit import GraphInput, GraphSpec, WeightStore, emit
+from vtp.export.onnx.emit import GraphInput, GraphSpec, WeightStore, emit
 from vtp.export.pruners import method_names
-from vtp.runtime.bundle import Bundle, open_bundle
+from vtp.runtime.bundle.folder import Bundle, open_bundle
 
 from ..conftest import MAX_LENGTH
-from .tensorrt_10_3 import refused
-from .tiny import save_tiny
-from .tiny_families import save_anyres
-from .tiny_split import save_idefics3, save_internvl
-from .tiny_video import save_onevision, save_video_llava
+from ..models.tiny import save_tiny
+from ..models.tiny_families import save_anyres
+from ..models.tiny_split import save_idefics3, save_internvl
+from ..models.tiny_video import save_onevision, save_video_llava
+from ..oracles.tensorrt_10_3 import refused
 
 ENGINE = "tensorrt-rtx"
 MISSING = util.find_spec("tensorrt_rtx") is None

@@ -53,8 +53,8 @@ def _write(subject: Subject) -> None:
 
 
 def _tiny() -> Any:
-    """tests/export/tiny.py, by its path: tests are no package."""
-    spec = importlib.util.spec_from_file_location("tiny", ROOT / "tests/export/tiny.py")
+    """tests/models/tiny.py, by its path: tests are no package."""
+    spec = importlib.util.spec_from_file_location("tiny", ROOT / "tests/models/tiny.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules["tiny"] = module

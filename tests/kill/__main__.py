@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from vtp.engines import VtpError
-from vtp.engines.exchange import exchange
+from vtp.engines.disk.exchange import exchange
 
 from . import moments
 from .bundles import make_bundles
@@ -188,7 +188,7 @@ def killed_exports(root: Path, count: int, chance: random.Random, tally: Tally) 
 
 
 def _check_export(target: Path, tally: Tally) -> None:
-    from vtp.runtime.bundle import open_bundle
+    from vtp.runtime.bundle.folder import open_bundle
 
     try:
         if target.exists():

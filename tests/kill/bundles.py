@@ -9,7 +9,7 @@ def make_bundles(root: Path) -> tuple[Path, Path]:
     """Two bundles of tiny models that differ in their weights alone: any mixture would open and answer."""
     from vtp.export.exporter import Request, export
 
-    from ..export.tiny import save_tiny  # torch: only where no bundles are given
+    from ..models.tiny import save_tiny  # torch: only where no bundles are given
 
     made = []
     for seed in (0, 1):

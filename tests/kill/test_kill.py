@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from vtp.engines import VtpError, whole
+from vtp.engines import VtpError
+from vtp.engines.disk import whole
 
 from . import borders, moments
 from .moments import Tally

@@ -7,10 +7,10 @@ import shutil
 from abc import ABC, abstractmethod
 from pathlib import Path
 
-from vtp.calib.journal import Answer, Journal
-from vtp.engines import whole
-from vtp.runtime.bundle import MANIFEST, open_bundle, set_calibration, whole_bundle
-from vtp.runtime.triton import write_repository
+from vtp.calib.keep.journal import Answer, Journal
+from vtp.engines.disk import whole
+from vtp.runtime.bundle.folder import MANIFEST, open_bundle, set_calibration, whole_bundle
+from vtp.runtime.triton.repository import write_repository
 
 
 class Work(ABC):

@@ -19,7 +19,7 @@ from PIL import Image
 
 from vtp.engines import UsageError, VtpError
 from vtp.runtime import Pipeline
-from vtp.runtime.text import TextSpec
+from vtp.runtime.prompt.prompter import TextSpec
 
 PROMPT = "what shape is the red ?"
 LENGTH = 128  # the bundles' max_length; see tests/conftest.py
@@ -375,7 +375,7 @@ def test_cancel_from_another_thread(pipe: Pipeline, picture: Image.Image) -> Non
 def test_an_error_half_way_frees_the_pipeline(
     pipe: Pipeline, picture: Image.Image, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vtp.runtime.sampling import Sampler
+    from vtp.runtime.generation.sampling import Sampler
 
     def broken(*_: object) -> int:
         raise VtpError("the model gave NaN")
@@ -425,7 +425,7 @@ def test_a_prompt_too_long_is_refused_before_anything_runs(
     pipe: Pipeline, picture: Image.Image, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     room = LENGTH - VISUAL - 1
-    monkeypatch.setattr("vtp.runtime.stages.Stage.run", lambda *_: pytest.fail("a stage ran"))
+    monkeypatch.setattr("vtp.runtime.stages.runner.Stage.run", lambda *_: pytest.fail("a stage ran"))
     message = f"has {room + 1} tokens; beside 16 visual tokens this bundle has room for {room}; shorten it"
     refuse(message, lambda: pipe.stream(picture, words(pipe, picture, room + 1)), VtpError)
     pipe.stream(picture, words(pipe, picture, room))
@@ -531,7 +531,7 @@ def test_a_template_without_end_is_refused_at_load(spoilt: Path) -> None:
 
 def test_the_runtime_imports_no_torch(exported: Callable[[str], Any], picture_file: Path) -> None:
     script = (
-        "import sys; from vtp.runtime import Pipeline; import vtp.runtime.cli\n"
+        "import sys; from vtp.runtime import Pipeline; import vtp.runtime.commands.run\n"
         "pipe = Pipeline.load(sys.argv[1]); pipe.generate(sys.argv[2], 'what ?', max_new_tokens=2)\n"
         "heavy = {'torch', 'transformers', 'onnx', 'onnxscript', 'safetensors'} & set(sys.modules)\n"
         "export = [name for name in sys.modules if name.startswith('vtp.export')]\n"

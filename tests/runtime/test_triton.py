@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 
 from vtp.engines import open_graph
-from vtp.runtime import Pipeline, build
-from vtp.runtime.bundle import open_bundle
-from vtp.runtime.triton import write_repository
+from vtp.runtime import Pipeline
+from vtp.runtime.bundle.folder import open_bundle
+from vtp.runtime.commands import build
+from vtp.runtime.triton.repository import write_repository
 
 Config = dict[str, Any]  # every field is a list of what stands under its name
 

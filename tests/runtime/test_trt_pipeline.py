@@ -14,16 +14,18 @@ import numpy as np
 import pytest
 
 from vtp.engines import VtpError
-from vtp.engines.cuda import probe_cuda
-from vtp.engines.trt import BuildOptions
-from vtp.engines.trt_build import find_engine, read_stamp, set_gate
-from vtp.runtime import Pipeline, build, cli
-from vtp.runtime.bundle import Bundle, open_bundle
-from vtp.runtime.gate import Case, Verdict, cases, judge
-from vtp.runtime.machine import Machine, Memory
+from vtp.engines.cuda.driver import probe_cuda
+from vtp.engines.tensorrt.build import find_engine, read_stamp, set_gate
+from vtp.engines.tensorrt.library import BuildOptions
+from vtp.runtime import Pipeline
+from vtp.runtime.bundle.folder import Bundle, open_bundle
+from vtp.runtime.commands import build
+from vtp.runtime.commands import run as cli
+from vtp.runtime.machine.facts import Machine, Memory
 from vtp.runtime.opening import Opening, engines_folder
+from vtp.runtime.parity_gate import Case, Verdict, cases, judge
 
-from ..engines.fake_trt import FakeMemory, install, install_gpu, store
+from ..stand_ins.fake_trt import FakeMemory, install, install_gpu, store
 
 ENGINE = "tensorrt"
 PROMPT = "what color is the star ?"

@@ -3,7 +3,7 @@
 import pytest
 
 from vtp.scenes.exam import blank, by_picture, held_out, is_right, report, score, wilson
-from vtp.scenes.generator import KINDS
+from vtp.scenes.generator.pictures import KINDS
 
 
 def test_right_answers_score_full_marks_per_kind() -> None:

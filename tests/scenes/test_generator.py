@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from vtp.scenes.exam import held_out
-from vtp.scenes.generator import (
+from vtp.scenes.generator.pictures import (
     COLORS,
     HELD_OUT,
     KINDS,
@@ -20,7 +20,7 @@ from vtp.scenes.generator import (
     training_seed,
     unique_words,
 )
-from vtp.scenes.labels import ENOUGH, patch_labels
+from vtp.scenes.training.labels import ENOUGH, patch_labels
 
 
 def test_the_same_seed_draws_the_same_picture() -> None:

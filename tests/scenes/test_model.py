@@ -12,7 +12,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from vtp.scenes import examples_dir, model_dir
 from vtp.scenes.exam import held_out, score
-from vtp.scenes.generator import COLORS, SHAPES
+from vtp.scenes.generator.pictures import COLORS, SHAPES
 
 GRAMMAR = "what how many where is the shape color northwest northeast southwest southeast 0 1 2 3 4 5 6 ?"
 WORDS = (*SHAPES, *COLORS, *GRAMMAR.split())

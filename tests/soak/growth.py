@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vtp.bench.resident import resident
+from vtp.bench.common.resident import resident
 
 _ROOM_MB, _ROOM_SHARE = 16.0, 0.03  # what an allocator may keep for itself between two fifths of a run
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from vtp.engines import VtpError
 from vtp.runtime import Pipeline
-from vtp.runtime.bundle import whole_bundle
+from vtp.runtime.bundle.folder import whole_bundle
 
 _WORDS = ("what", "where", "how", "many", "is", "the", "red", "blue", "star", "circle", "color", "left", "?")
 _TOGETHER = 3  # pictures of a batch, at most

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from vtp.engines import VtpError
-from vtp.export import parity
-from vtp.export.graphs.emit import GraphInput, GraphSpec
-from vtp.export.layers import Layers
+from vtp.export.onnx.emit import GraphInput, GraphSpec
+from vtp.export.verify import parity
+from vtp.export.verify.by_layers import Layers
 
 
 class Same(nn.Module):

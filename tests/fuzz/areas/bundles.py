@@ -15,7 +15,7 @@ from mutate import Step, change_bytes, change_json, draw_bytes, draw_json, fresh
 from subject import Subject, Wrong
 
 from vtp.runtime import Pipeline
-from vtp.runtime.doctor import main as doctor
+from vtp.runtime.commands.doctor import main as doctor
 
 from .commands import run_command
 

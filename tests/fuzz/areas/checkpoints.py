@@ -12,7 +12,7 @@ from typing import Any
 from mutate import Step, change_bytes, change_json, draw_bytes, draw_json, fresh_folder, put
 from subject import Subject
 
-from vtp.export import checkpoint
+from vtp.export.checkpoint import loading as checkpoint
 
 _WEIGHTS = "model.safetensors"
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from mutate import Step, change_bytes, draw_bytes, fresh_folder, put
 from subject import Subject
 
-from vtp.engines.files import sha256
+from vtp.engines.disk.files import sha256
 from vtp.runtime import Pipeline
-from vtp.runtime.bundle import open_bundle
-from vtp.runtime.memory import bundle_memory
+from vtp.runtime.bundle.folder import open_bundle
+from vtp.runtime.bundle.memory import bundle_memory
 
 
 class Area:

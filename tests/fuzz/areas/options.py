@@ -11,7 +11,7 @@ from mutate import Step
 from subject import Subject, Wrong
 
 from vtp.runtime import Pipeline
-from vtp.runtime.cli import main
+from vtp.runtime.commands.run import main
 
 from .commands import run_command
 

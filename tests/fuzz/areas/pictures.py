@@ -12,8 +12,8 @@ from mutate import Step, change_bytes, draw_bytes
 from PIL import Image, ImageOps
 from subject import Subject, Wrong
 
-from vtp.runtime.bundle import open_bundle
-from vtp.runtime.images import load_image
+from vtp.runtime.bundle.folder import open_bundle
+from vtp.runtime.media.images import load_image
 from vtp.runtime.preprocess import preprocess
 
 _MODES = {

@@ -12,8 +12,8 @@ from mutate import Step, change_bytes, change_json, draw_bytes, draw_json
 from subject import Subject, Wrong
 
 from vtp.calib.data import load_samples
-from vtp.calib.journal import Answer, Journal
-from vtp.runtime.batch_file import read_lines
+from vtp.calib.keep.journal import Answer, Journal
+from vtp.runtime.commands.batch_file import read_lines
 
 _LINES = [{"image": "a.jpg", "prompt": f"what is {word} ?", "answer": word} for word in ("red", "blue", "né")]
 _FILES: dict[str, tuple[str, Any]] = {

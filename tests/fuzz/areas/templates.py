@@ -9,8 +9,8 @@ from pathlib import Path
 from mutate import Step
 from subject import Subject
 
-from vtp.runtime.bundle import open_bundle
-from vtp.runtime.text import Prompter
+from vtp.runtime.bundle.folder import open_bundle
+from vtp.runtime.prompt.prompter import Prompter
 
 _NAMES = (
     "messages",

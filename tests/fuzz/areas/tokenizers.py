@@ -9,8 +9,8 @@ from pathlib import Path
 from mutate import Step, change_bytes, change_json, draw_bytes, draw_json
 from subject import Subject
 
-from vtp.runtime.bundle import open_bundle
-from vtp.runtime.text import Detokenizer, Prompter
+from vtp.runtime.bundle.folder import open_bundle
+from vtp.runtime.prompt.prompter import Detokenizer, Prompter
 
 _TEXTS = ("what is red ?", "naïve 你好 🙂", "a" * 90, " x ", "\x00\x1b\n\t", "<s></s><pad>x")
 

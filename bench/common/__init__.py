@@ -1,0 +1,1 @@
+"""What several measurements share: figures, ceilings, operations, energy, memory."""

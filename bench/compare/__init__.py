@@ -1,0 +1,1 @@
+"""vtp beside its peers, each in a process of its own."""

@@ -1,0 +1,340 @@
+"""vtp beside what one would use instead: the same weights, picture and question, in one run, in turns.
+
+    python -m vtp.bench.compare.peers [--shape llava-ov-0.5b | --model DIR] [--int8] [--int4] [--also NAME=BUNDLE]
+
+Every peer has a process of its own. Its first logits and tokens are held against the others' before anything
+is timed; then it and vtp answer in turns, so that a slow moment of the machine meets both, and milliseconds
+and ratio of the two come from these turns. What is not installed is named, with the line that installs it.
+Writes docs/bench.json, docs/bench.md and the README's table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vtp.bench.cli import PROMPT, stamp, whole
+from vtp.bench.common.pairs import UNPRUNED, fastest_of, pair_of
+from vtp.bench.common.resident import peak_resident
+from vtp.bench.compare.peer import Spec, missing
+from vtp.bench.compare.peers_report import FORMAT, ROUNDS, write_report
+from vtp.bench.compare.worker import Worker, prepare
+from vtp.bench.measure import Task, in_child
+from vtp.bench.shapes.cached_bundle import Wanted, check, free_disk, run_export
+from vtp.engines import UsageError, VtpError
+from vtp.engines.child import python_command
+from vtp.export.cli import quiet_libraries
+from vtp.runtime.bundle.folder import MANIFEST, open_bundle
+from vtp.runtime.commands.console import Parser, Progress, run_command
+from vtp.runtime.compare import compare
+from vtp.runtime.machine.facts import look
+from vtp.scenes import examples_dir
+
+ROOT = Path(__file__).resolve().parents[2]
+BASE = "vtp vispruner"
+# Whose answers are equal: of each line the first that has answered is the measure for the others.
+INT4_DECODERS = ("genai-int4", "vtp decoder int4")
+SAME = ((*UNPRUNED, "vtp none"), (BASE, "torch-vispruner"), ("genai", "vtp decoder"), INT4_DECODERS)
+_DECODER_TOKENS = 16  # text tokens beside the kept ones, in the decoder-only comparison
+
+
+class Aside(Exception):
+    """A peer that cannot take part, and why; the others go on."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code: 0 also where a peer is missing, for that is a result."""
+    parser = Parser(prog="python -m vtp.bench.compare.peers", description="vtp beside its peers.")
+    add = parser.add_argument
+    add("--shape", default="llava-ov-0.5b", help="full-size shape, random weights (default: %(default)s)")
+    add("--model", metavar="DIR", help="instead: a LLaVA in Hugging Face layout")
+    add("--int8", action="store_true", help="also vispruner with an int8 encoder")
+    add("--int4", action="store_true", help="also the int4 decoder, against onnxruntime-genai's")
+    add("--also", action="append", default=[], metavar="NAME=DIR", help="one more bundle of the same model")
+    add("--peers", default="all", help="names, or all (default: %(default)s)")
+    add("--keep", default="64", help="visual tokens kept (default: %(default)s)")
+    add("--rounds", default=ROUNDS, help="turns of every pair (default: %(default)s)")
+    add("--tokens", default="16", help="tokens of every answer (default: %(default)s)")
+    add("--threads", help="CPU threads of everybody (default: all cores)")
+    add("--work", default=str(ROOT / "build/bench"), help="folder for what is made (default: %(default)s)")
+    add("--out", default=str(ROOT), help="checkout whose docs/ and README are written (default: this one)")
+    add("--make-only", action="store_true", help="make models, bundles and graphs, and measure nothing yet")
+    add("--debug", action="store_true", help="show tracebacks")
+    args = parser.parse_args(argv)
+    return run_command("peers", lambda: _run(args), args.debug)
+
+
+def _run(args: argparse.Namespace) -> None:
+    quiet_libraries()
+    contest = Contest(args, Progress())
+    contest.make()
+    if args.make_only:
+        contest.progress.end()
+        return
+    contest.run()
+    contest.progress.end()
+    text = write_report(contest.results, Path(args.out))
+    print(text)
+    print(f"\ndocs/bench.json, docs/bench.md and the README's table written in {args.out}")
+
+
+class Contest:
+    """The peers, the pairs, and what came out of them."""
+
+    def __init__(self, args: argparse.Namespace, progress: Progress) -> None:
+        """Read the flags. Raises UsageError for bad ones."""
+        self.progress = progress
+        self.work = Path(args.work) / (Path(args.model).name if args.model else args.shape)
+        self.log = self.work / "peers.log"
+        self.rounds, self.keep = whole("rounds", args.rounds), whole("keep", args.keep)
+        self.wanted = Wanted(args.shape, "none", None, "float32", "ort-cpu", self.work)
+        self.model = Path(args.model) if args.model else self.work / "model"
+        self.bundles = {f"vtp {name}": self.work / name for name in ("none", "vispruner", "adaptprune")}
+        self.fewer = _fewer(args.int8, args.int4)
+        self.extra = {f"vtp {name}": self.work / name.replace(" ", "-") for name in self.fewer}
+        self.extra |= dict(_named(text) for text in args.also)
+        self.chosen = _chosen(args.peers)
+        if args.int4 and "genai" in self.chosen:
+            self.chosen.append("genai-int4")
+        self.spec = Spec(
+            model=str(self.model),
+            work=str(self.work),
+            image=str(examples_dir() / "scene.png"),
+            prompt=PROMPT,
+            tokens=whole("tokens", args.tokens),
+            threads=whole("threads", args.threads) if args.threads else os.cpu_count() or 1,
+            ids=_ids(self.keep + _DECODER_TOKENS),
+            keep=self.keep,
+        )
+        self.shape = None if args.model else args.shape
+        self.answers: dict[str, tuple[list[int], np.ndarray]] = {}
+        self.results: dict[str, Any] = {
+            "format": FORMAT,
+            "model": self.shape or self.model.name,
+            "keep": self.keep,
+            "rounds": self.rounds,
+            "tokens": self.spec.tokens,
+            "threads": self.spec.threads,
+            "decoder_tokens": len(self.spec.ids),
+            "flags": _flags(args),
+            "fewer_bits": {},
+            "machine": {},
+            "peers": {},
+            "pairs": [],
+            "missing": {},
+            "failed": {},
+            "stages": {},
+        }
+
+    def make(self) -> None:
+        """The model, the bundles, and what every peer opens; all is kept for the next time."""
+        if self.shape:
+            check(
+                dataclasses.replace(self.wanted, shape=self.shape), look().memory.usable, free_disk(self.work)
+            )
+            if not self.model.exists():
+                from vtp.bench.shapes.models import write_shape
+
+                self.progress.step(f"make a {self.shape} with random weights")
+                write_shape(self.shape, self.model, "float32")
+        for name, folder in self.bundles.items():
+            if not (folder / MANIFEST).exists():
+                self.progress.step(f"export {name}")
+                method = folder.name
+                keep = [] if method == "none" else ["--keep-tokens", str(self.keep)]
+                run_export(["--model", str(self.model), "--method", method, *keep, "-o", str(folder)])
+        for name, (vision, decoder) in self.fewer.items():
+            self._quantise(f"vtp {name}", ["--vision", vision, "--decoder", decoder])
+        for name in self.chosen:
+            self._aside(name, lambda name=name: self._prepare(name))  # type: ignore[misc]
+
+    def run(self) -> None:
+        """All pairs, then where vtp's own time goes."""
+        self.results["machine"] = stamp()
+        with self._open(BASE) as base:
+            self._note_answer(BASE, base)
+            for name in [*self._able(UNPRUNED), *self._able(("torch-vispruner",)), "vtp none"]:
+                self._aside(name, lambda name=name: self._pair(name, BASE, base))  # type: ignore[misc]
+        fastest = fastest_of(self.results)
+        for name in ("vtp adaptprune", *self.extra):
+            if fastest is not None:
+                self._aside(name, lambda name=name: self._pair(fastest, name))  # type: ignore[misc]
+        if self._able(("genai",)):
+            self._aside("genai", lambda: self._pair("genai", "vtp decoder"))
+        if self._able(("genai-int4",)):
+            self._aside("genai-int4", lambda: self._pair(*INT4_DECODERS))
+        for name in (BASE, "vtp adaptprune", *self.extra):
+            self._aside(f"{name}, stages", lambda name=name: self._stages(name))  # type: ignore[misc]
+
+    def _quantise(self, name: str, flags: Sequence[str]) -> None:
+        """A bundle in fewer bits, in a process of its own; notes how many layers are."""
+        folder = self.extra[name]
+        if not (folder / MANIFEST).exists():
+            self.progress.step(f"quantise {name}")
+            command = python_command("vtp.bench.common.fewer_bits", str(self.bundles[BASE]), str(folder))
+            command += [*flags, "--threads", str(self.spec.threads)]
+            code = subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode
+            if code:
+                raise VtpError(
+                    f"{name} could not be quantised: vtp.bench.common.fewer_bits left with {code}, see above"
+                )
+        record = open_bundle(folder).manifest.quantization
+        self.results["fewer_bits"][name] = {
+            "layers": len(record["layers"]),
+            "left": len(record["left_in_float"]),
+        }
+
+    def _prepare(self, name: str) -> None:
+        line = missing(name)
+        if line:
+            self.results["missing"][name] = line
+            return
+        self.progress.step(f"prepare {name}")
+        prepare(name, self.spec, self.log)
+
+    def _able(self, names: Sequence[str]) -> list[str]:
+        barred = {*self.results["missing"], *self.results["failed"]}
+        return [name for name in names if name in self.chosen and name not in barred]
+
+    def _aside(self, name: str, work: Callable[[], None]) -> None:
+        """Do a peer's part; what goes wrong with it is noted and ends nothing else."""
+        try:
+            work()
+        except (VtpError, Aside) as error:
+            self.results["failed"][name] = str(error)
+            self.progress.step(f"{name}: {error}")
+
+    def _open(self, name: str) -> Worker:
+        """Start a peer or one of vtp's bundles, and note how much memory it takes so far."""
+        self.progress.step(f"open {name}")
+        kind, spec = name, self.spec
+        if name in {**self.bundles, **self.extra}:
+            kind, spec = "vtp", dataclasses.replace(spec, bundle=str({**self.bundles, **self.extra}[name]))
+        elif name == "vtp decoder":
+            kind, spec = "vtp-decoder", dataclasses.replace(spec, bundle=str(self.bundles[BASE]))
+        elif name == "vtp decoder int4":
+            made = next(f"vtp {one}" for one, (_, decoder) in self.fewer.items() if decoder == "int4")
+            kind, spec = "vtp-decoder", dataclasses.replace(spec, bundle=str(self.extra[made]))
+        return Worker(kind, spec, self.log)
+
+    def _pair(self, theirs: str, ours: str, mine: Worker | None = None) -> None:
+        """Open both (`mine` may be open already), compare what should be equal, let them answer in turns."""
+        with ExitStack() as stack:
+            other = stack.enter_context(self._open(theirs))
+            self._note_answer(theirs, other)
+            if mine is None:
+                mine = stack.enter_context(self._open(ours))
+                self._note_answer(ours, mine)
+            self._take_turns(theirs, other, ours, mine)
+
+    def _note_answer(self, name: str, worker: Worker) -> None:
+        """Keep a peer's answer, and hold it against the first of its kind. Aside when they differ."""
+        self.answers[name] = worker.run()["tokens"], worker.logits()
+        self.results["peers"].setdefault(name, {})
+        group = next((group for group in SAME if name in group), ())
+        same = next((one for one in group if one in self.answers and one != name), None)
+        if same is None:
+            return
+        limits = "int4" if name in INT4_DECODERS else "float32"
+        equal = agreement(self.answers[same], self.answers[name], limits)
+        self.results["peers"][name]["equal"] = {"to": same, **equal}
+        if not equal["close"]:
+            raise Aside(f"its answer is not {same}'s, {equal['why']}: not timed")
+
+    def _take_turns(self, theirs: str, other: Worker, ours: str, mine: Worker) -> None:
+        self.progress.step(f"{theirs} and {ours} in turns, {self.rounds} rounds")
+        times: dict[str, dict[str, list[float]]] = {name: {"ttft": [], "tpot": []} for name in (theirs, ours)}
+        for number in range(self.rounds):
+            turn = [(theirs, other), (ours, mine)]
+            for name, worker in turn if number % 2 else turn[::-1]:
+                run = worker.run()
+                for what, values in times[name].items():
+                    values.append(run[what])
+        for name, worker in ((theirs, other), (ours, mine)):
+            peak = peak_resident(Path(f"/proc/{worker.pid}/status"))
+            found = self.results["peers"][name]
+            found["peak"] = max(peak, found.get("peak", 0))
+        self.results["pairs"].append(pair_of(theirs, ours, times))
+
+    def _stages(self, name: str) -> None:
+        self.progress.step(f"{name}: stage by stage")
+        folder = {**self.bundles, **self.extra}[name]
+        task = Task(
+            bundle=str(folder),
+            image=self.spec.image,
+            prompt=self.spec.prompt,
+            engine="ort-cpu",
+            threads=self.spec.threads,
+            max_new_tokens=self.spec.tokens,
+            repeats=self.rounds,
+            small_ceilings=self.shape is None,
+        )
+        self.results["stages"][name] = in_child(task)
+
+
+def agreement(
+    wanted: tuple[list[int], np.ndarray], found: tuple[list[int], np.ndarray], limits: str = "float32"
+) -> dict[str, Any]:
+    """Two answers (tokens, first logits): `difference` of the logits (relative, see `compare`), whether they
+    are `close` and `why` not, and how many `tokens` are equal from the first on, of how many."""
+    (tokens, logits), (other_tokens, other) = wanted, found
+    result = compare(other, logits, limits)
+    pairs = zip(tokens, other_tokens, strict=False)
+    equal = next(
+        (at for at, (one, two) in enumerate(pairs) if one != two), min(len(tokens), len(other_tokens))
+    )
+    return {
+        "close": result.ok and equal > 0,
+        "why": f"logits: {result.why}" if not result.ok else "" if equal else "the first token differs",
+        "difference": result.relative,
+        "tokens": equal,
+        "of": len(tokens),
+    }
+
+
+def _chosen(text: str) -> list[str]:
+    known = [*UNPRUNED, "torch-vispruner", "genai"]
+    names = known if text == "all" else text.split(",")
+    for name in names:
+        if name not in known:
+            raise UsageError(f"unknown peer '{name}'; peers: {', '.join(known)}")
+    return names
+
+
+def _fewer(int8: bool, int4: bool) -> dict[str, tuple[str, str]]:
+    """Bundles to make in fewer bits: name -> (vision, decoder)."""
+    found = {"vispruner int8": ("int8", "none")} if int8 else {}
+    if int4:
+        found["vispruner int8 int4" if int8 else "vispruner int4"] = ("int8" if int8 else "none", "int4")
+    return found
+
+
+def _flags(args: argparse.Namespace) -> list[str]:
+    """What the report's command line says of this run, for it to be repeated."""
+    flags = [f"--{name}" for name in ("int8", "int4") if getattr(args, name)]
+    return [*flags, *([] if args.rounds == ROUNDS else ["--rounds", args.rounds])]
+
+
+def _named(text: str) -> tuple[str, Path]:
+    name, equals, folder = text.partition("=")
+    if not (equals and name and (Path(folder) / MANIFEST).is_file()):
+        raise UsageError(f"--also '{text}' is not NAME=DIR with a bundle in DIR")
+    return f"vtp {name}", Path(folder)
+
+
+def _ids(count: int) -> list[int]:
+    """Tokens of the decoder-only comparison: any, within every vocabulary."""
+    return np.random.default_rng(0).integers(10, 250, count).tolist()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

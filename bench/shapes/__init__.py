@@ -1,0 +1,1 @@
+"""Full-size models with random weights: speed without a download."""

@@ -1,0 +1,98 @@
+"""Bundles without weights: graphs and manifest of a shape, a few MB, to be filled where they are measured.
+
+`HollowStore` takes the place of the WeightStore. What would go into data files is written down in a recipe:
+which tensor of the model lies where, transposed or not. Whoever has the numbers fills the files by it
+(`vtp.bench.shapes.weight_map`, `vtp.bench.gpu.weights`). The manifest lists no data files, for there are none yet.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from unittest import mock
+
+import onnx_ir as ir
+from torch import Tensor
+
+from vtp.bench.shapes.models import write_hollow
+from vtp.bench.shapes.weight_map import MODEL, Piece, is_small, write_recipe
+from vtp.engines import VtpError
+from vtp.export.checkpoint.weights import Source
+from vtp.export.exporter import Request, export
+from vtp.export.onnx.emit import WeightStore, aligned
+from vtp.export.onnx.external_data import Streamed
+from vtp.runtime.bundle.folder import Bundle
+
+
+class HollowStore(WeightStore):
+    """Gives every weight its place and writes none; other constants stay in the graph files."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.pieces: list[Piece] = []
+        self._ends: dict[str, int] = {}
+        self._given: dict[tuple[object, ...], Piece] = {}
+
+    def externalize(self, model: ir.Model, name: str) -> None:
+        """Replace the streamed initializers of `model` by references into files that are not there."""
+        for value in model.graph.initializers.values():
+            tensor = value.const_value
+            if not isinstance(tensor, Streamed):
+                continue
+            piece = self._piece(tensor, f"{name}.onnx.data")
+            value.const_value = ir.ExternalTensor(
+                piece.file,
+                piece.offset,
+                tensor.nbytes,
+                tensor.dtype,
+                shape=tensor.shape,
+                name=value.name or "",
+                base_dir=self.folder,
+            )
+
+    def _piece(self, tensor: Streamed, file: str) -> Piece:
+        if tensor.origin not in self._given:
+            offset = aligned(self._ends.get(file, 0))
+            self._ends[file] = offset + tensor.nbytes
+            source = tensor.source
+            piece = Piece(file, offset, source.name, source.shape, tensor.transposed)
+            self._given[tensor.origin] = piece
+            self.pieces.append(piece)
+        return self._given[tensor.origin]
+
+
+def _view(view: Callable[[Source], Tensor]) -> Callable[[Source], Tensor]:
+    """`Source.view` for what has numbers: an export that reads a hole would write its zeros into a graph."""
+
+    def checked(source: Source) -> Tensor:
+        if not is_small(source.shape):
+            raise VtpError(
+                f"the export looked at the numbers of {source.name}, which a hollow model does not have"
+            )
+        return view(source)
+
+    return checked
+
+
+def export_hollow(shape: str, request: Request, progress: Callable[[str], None] = lambda _: None) -> Bundle:
+    """Export a shape without weights, by `request` (its model and verify are not looked at).
+
+    The bundle holds its recipe and config.json beside the graphs (`vtp.bench.shapes.weight_map`). Raises as `export`
+    and `write_hollow` do.
+    """
+    stores: list[HollowStore] = []
+
+    def store(folder: Path) -> HollowStore:
+        stores.append(HollowStore(folder))
+        return stores[-1]
+
+    with tempfile.TemporaryDirectory() as aside:
+        model = write_hollow(shape, Path(aside) / shape, request.dtype or "float16")
+        with mock.patch.object(Source, "view", _view(Source.view)):
+            bundle = export(replace(request, model=str(model), verify="none"), progress, store)
+        shutil.copyfile(model / "config.json", bundle.path(MODEL))
+    write_recipe(bundle.folder, stores[-1].pieces)
+    return bundle

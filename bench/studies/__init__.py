@@ -1,0 +1,1 @@
+"""Studies behind the project's own decisions; not shipped."""

@@ -1,0 +1,1 @@
+"""How many tokens to keep: questions asked at several keep-counts, the search, the report."""

@@ -1,0 +1,1 @@
+"""How few bits: what flows through the layers, rounding, a bundle written in fewer bits."""

@@ -1,0 +1,276 @@
+"""The layers of a graph that can be quantised, and the graph with some of them in fewer bits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+
+from vtp.calib.quantize.rounding import INT8, Blocks, Range, int4_blocks, int8_channels, nearest_blocks
+from vtp.calib.quantize.weight_store import Store, place_of, read
+
+_FLOATS: dict[int, str] = {TensorProto.FLOAT: "float32", TensorProto.FLOAT16: "float16"}
+_MICROSOFT = "com.microsoft"
+_COMPUTE_INT8 = 4  # MatMulNBits' accuracy level: activations in int8 while multiplying
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A MatMul or Gemm with a constant weight.
+
+    source      the tensor that goes in [..., K]
+    output      the tensor that comes out [..., N]
+    weight      the initializer's name, [K,N], or [N,K] where `transposed`
+    place       (file, offset, bytes) of the weight: layers that share it are one
+    """
+
+    file: str
+    node: str
+    source: str
+    output: str
+    weight: str
+    place: tuple[str, int, int] | str
+    shape: tuple[int, int]  # K, N
+    transposed: bool
+    dtype: str
+
+    @property
+    def stem(self) -> str:
+        """What new names of the weight begin with."""
+        return f"{self.weight}_transposed" if self.transposed else self.weight
+
+    @property
+    def label(self) -> str:
+        """Its name for people."""
+        return f"{Path(self.file).stem}/{self.node} [{self.shape[0]}x{self.shape[1]}]"
+
+
+def load_graph(path: Path) -> onnx.ModelProto:
+    """A graph without its external data."""
+    return onnx.load(path, load_external_data=False)
+
+
+def find_layers(model: onnx.ModelProto, file: str) -> list[Layer]:
+    """Every layer of a graph, in its order."""
+    weights = {item.name: item for item in model.graph.initializer}
+    layers = []
+    for node in model.graph.node:
+        if node.op_type in ("MatMul", "Gemm") and node.domain == "" and len(node.input) > 1:
+            weight = weights.get(node.input[1])
+            if weight is not None and _fits(node, weight):
+                layers.append(_layer(file, node, weight))
+    return layers
+
+
+def _fits(node: onnx.NodeProto, weight: onnx.TensorProto) -> bool:
+    if len(weight.dims) != 2 or weight.data_type not in _FLOATS or node.input[0] == node.input[1]:
+        return False
+    plain = _attribute(node, "alpha", 1.0) == 1 and not _attribute(node, "transA", 0)
+    return node.op_type == "MatMul" or (plain and (len(node.input) < 3 or _attribute(node, "beta", 1.0) == 1))
+
+
+def _attribute(node: onnx.NodeProto, name: str, otherwise: float) -> float:
+    found = [helper.get_attribute_value(item) for item in node.attribute if item.name == name]
+    return found[0] if found else otherwise
+
+
+def _layer(file: str, node: onnx.NodeProto, weight: onnx.TensorProto) -> Layer:
+    transposed = node.op_type == "Gemm" and bool(_attribute(node, "transB", 0))
+    rows, columns = reversed(weight.dims) if transposed else weight.dims
+    place = place_of(weight) or f"{file}:{weight.name}"
+    dtype = _FLOATS[weight.data_type]
+    shape = (int(rows), int(columns))
+    return Layer(file, node.name, node.input[0], node.output[0], weight.name, place, shape, transposed, dtype)
+
+
+@dataclass(frozen=True)
+class Int8:
+    """A layer with int8 weights per channel, and int8 (or uint8) activations by one scale."""
+
+    layer: Layer
+    range: Range
+    activations: str  # "int8", or "uint8" around 128, which is the same numbers
+
+
+@dataclass(frozen=True)
+class Int4:
+    """A layer with int4 weights in blocks; `energy` [K] are the sums of squares of what goes in.
+
+    nearest  round to the nearest, instead of searching each block's scale by the energy
+    """
+
+    layer: Layer
+    energy: np.ndarray
+    block: int
+    target: str
+    nearest: bool = False
+
+    def blocks(self, weight: np.ndarray) -> Blocks:
+        """The codes of the layer's weight [K,N], or of some of its columns."""
+        if self.nearest:
+            return nearest_blocks(weight, self.block, self.layer.dtype)
+        return int4_blocks(weight, self.energy, self.block, self.layer.dtype, self.target != "ort")
+
+
+Change = Int8 | Int4
+
+
+def weight_of(layer: Layer, model: onnx.ModelProto, folder: Path) -> np.ndarray:
+    """A layer's weight [K,N], mapped from its file."""
+    tensor = next(item for item in model.graph.initializer if item.name == layer.weight)
+    values = read(tensor, folder)
+    return values.T if layer.transposed else values
+
+
+def rewrite(model: onnx.ModelProto, changes: Iterable[Change], store: Store, file: str) -> None:
+    """Change layers of a graph in place; every weight, changed or not, goes to the store."""
+    data = f"{file}.data"
+    writer = _Writer(model, store, data)
+    wanted = {change.layer.node: change for change in changes}
+    nodes = list(model.graph.node)
+    for node in nodes:
+        change = wanted.get(node.name)
+        if isinstance(change, Int8):
+            writer.int8(node, change)
+        elif change is not None:
+            writer.int4(node, change)
+        else:
+            writer.nodes.append(node)
+    writer.finish()
+
+
+class _Writer:
+    """Builds the new node list and initializers of one graph."""
+
+    def __init__(self, model: onnx.ModelProto, store: Store, data: str) -> None:
+        self.nodes: list[onnx.NodeProto] = []
+        self._model, self._store, self._data = model, store, data
+        self._made: dict[str, onnx.TensorProto] = {}
+        self._rounded: dict[str, str] = {}  # activation -> the same, rounded
+
+    def int8(self, node: onnx.NodeProto, change: Int8) -> None:
+        """QuantizeLinear and DequantizeLinear before both factors; the product stays in float."""
+        layer = change.layer
+        weight, name = weight_of(layer, self._model, self._store.source), f"{layer.stem}__int8"
+        if name not in self._made:
+            codes, scales = int8_channels(np.asarray(weight, np.float32))
+            self._add(name, codes, TensorProto.INT8, list(layer.shape))
+            self._float(f"{name}_scale", scales, layer.dtype)
+            self._add(f"{name}_zero", np.zeros(layer.shape[1], np.int8), TensorProto.INT8, [layer.shape[1]])
+            self._as_weight(f"{name}_float", layer)
+            inputs = [name, f"{name}_scale", f"{name}_zero"]
+            self.nodes.append(
+                helper.make_node("DequantizeLinear", inputs, [f"{name}_float"], f"{name}_dq", axis=1)
+            )
+        self._product(node, self._round(change), f"{name}_float")
+
+    def _as_source(self, name: str, source: str) -> None:
+        """Say that a new tensor has another's shape: memory and operations are told from shapes."""
+        graph = self._model.graph
+        for info in (*graph.value_info, *graph.input, *graph.output):
+            if info.name == source:
+                known = onnx.ValueInfoProto(name=name, type=info.type)
+                graph.value_info.append(known)
+                return
+
+    def _as_weight(self, name: str, layer: Layer) -> None:
+        """Say that a new tensor has a weight's shape."""
+        kind = TensorProto.FLOAT16 if layer.dtype == "float16" else TensorProto.FLOAT
+        self._model.graph.value_info.append(helper.make_tensor_value_info(name, kind, layer.shape))
+
+    def _round(self, change: Int8) -> str:
+        source = change.layer.source
+        if source not in self._rounded:
+            name, unsigned = f"{source}__rounded", change.activations == "uint8"
+            self._float(f"{name}_scale", np.array(change.range.scale(INT8)), change.layer.dtype)
+            zero, kind = (128, TensorProto.UINT8) if unsigned else (0, TensorProto.INT8)
+            self._add(f"{name}_zero", np.array(zero, np.uint8), kind, [])
+            parts = [f"{name}_scale", f"{name}_zero"]
+            self.nodes.append(
+                helper.make_node("QuantizeLinear", [source, *parts], [f"{name}_codes"], f"{name}_q")
+            )
+            self.nodes.append(
+                helper.make_node("DequantizeLinear", [f"{name}_codes", *parts], [name], f"{name}_dq")
+            )
+            self._as_source(name, source)
+            self._rounded[source] = name
+        return self._rounded[source]
+
+    def int4(self, node: onnx.NodeProto, change: Int4) -> None:
+        """MatMulNBits for ONNX Runtime; a DequantizeLinear by blocks before the product for TensorRT."""
+        layer, (rows, columns) = change.layer, change.layer.shape
+        name = f"{layer.stem}__int4"
+        if name not in self._made:
+            weight = weight_of(layer, self._model, self._store.source)
+            blocks = change.blocks(weight)
+            if change.target == "ort":
+                packed = blocks.packed()
+                self._add(name, packed, TensorProto.UINT8, list(packed.shape))
+                self._float(f"{name}_scale", blocks.scales.reshape(-1), layer.dtype)
+            else:
+                self._add(name, blocks.packed_tensor(), TensorProto.INT4, [rows, columns])
+                self._float(f"{name}_scale", np.ascontiguousarray(blocks.scales.T), layer.dtype)
+                self._as_weight(f"{name}_float", layer)
+                inputs, made = [name, f"{name}_scale"], [f"{name}_float"]
+                self.nodes.append(
+                    helper.make_node(
+                        "DequantizeLinear", inputs, made, f"{name}_dq", axis=0, block_size=change.block
+                    )
+                )
+        if change.target != "ort":
+            self._product(node, layer.source, f"{name}_float")
+            return
+        product = helper.make_node(
+            "MatMulNBits",
+            [layer.source, name, f"{name}_scale"],
+            [self._result(node)],
+            node.name,
+            domain=_MICROSOFT,
+            K=rows,
+            N=columns,
+            bits=4,
+            block_size=change.block,
+            accuracy_level=_COMPUTE_INT8,
+        )
+        self._end(node, product)
+
+    def _product(self, node: onnx.NodeProto, source: str, weight: str) -> None:
+        self._end(node, helper.make_node("MatMul", [source, weight], [self._result(node)], node.name))
+
+    def _result(self, node: onnx.NodeProto) -> str:
+        """What the product is called: the node's own output, unless a bias is still to be added."""
+        return f"{node.output[0]}__product" if len(node.input) > 2 and node.input[2] else node.output[0]
+
+    def _end(self, node: onnx.NodeProto, product: onnx.NodeProto) -> None:
+        self.nodes.append(product)
+        if product.output[0] != node.output[0]:
+            inputs = [product.output[0], node.input[2]]
+            self.nodes.append(helper.make_node("Add", inputs, [node.output[0]], f"{node.name}_bias"))
+
+    def _float(self, name: str, values: np.ndarray, dtype: str) -> None:
+        kind = TensorProto.FLOAT16 if dtype == "float16" else TensorProto.FLOAT
+        self._add(name, values.astype(dtype), kind, list(values.shape))
+
+    def _add(self, name: str, values: np.ndarray, kind: int, dims: list[int]) -> None:
+        self._made[name] = self._store.tensor(name, values, kind, dims, self._data)
+
+    def finish(self) -> None:
+        """Put the new parts into the graph, without the weights that nothing reads any more."""
+        graph = self._model.graph
+        del graph.node[:]
+        graph.node.extend(self.nodes)
+        read_names = {name for node in graph.node for name in node.input} | {
+            item.name for item in graph.output
+        }
+        kept = [item for item in graph.initializer if item.name in read_names]
+        for item in kept:
+            self._store.move(item, self._data)
+        del graph.initializer[:]
+        graph.initializer.extend([*kept, *self._made.values()])
+        known = {item.domain for item in self._model.opset_import}
+        for domain in {node.domain for node in graph.node} - known:
+            self._model.opset_import.append(helper.make_opsetid(domain, 1))

@@ -1,0 +1,250 @@
+"""A bundle's layers judged on what flows through them, and the bundle written with fewer bits.
+
+A layer whose rounding error is loud beside its output (measured with the user's own pictures and prompts)
+stays in float, as does one whose int4 weight would be stored beside its float self.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from vtp.calib.data import Sample
+from vtp.calib.quantize.layers import Change, Int4, Int8, Layer, find_layers, load_graph, rewrite, weight_of
+from vtp.calib.quantize.observe import Sights, observe
+from vtp.calib.quantize.rounding import INT8, Range, decibels, int8_channels
+from vtp.calib.quantize.weight_store import Store, place_of
+from vtp.calib.workers.local import Workers
+from vtp.engines import VtpError
+from vtp.runtime.bundle.folder import MANIFEST, Bundle, describe_files
+from vtp.runtime.bundle.manifest import TOKENIZER, Manifest
+
+# Below these ratios of signal to rounding noise a layer stays in float. Weights of a normal distribution give
+# about 20 dB in int4 and 40 dB in int8; what is 8 or 15 dB worse has outliers that its scale cannot hold.
+QUIET = {"int8": 25.0, "int4": 12.0}
+_COLUMNS = 512  # of a weight, by which an int4 layer is judged
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What to make: int8 (or none) for vision encoder and projector, int4 (or none) for the decoder.
+
+    block        weights that share a scale, int4
+    activations  "int8" or "uint8" (the same numbers around 128); "auto": what the bundle's engine is fast in
+    head         "float" leaves a head tied to the embedding alone; "int4" stores it beside the embedding's
+                 float rows: a sixth more bytes on the disk, a seventh of the bytes read at every step
+    nearest      int4 by plain rounding (see `nearest_blocks`), for comparisons with others' codes
+    """
+
+    vision: str
+    decoder: str
+    block: int = 32
+    activations: str = "auto"
+    head: str = "float"
+    nearest: bool = False
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A layer, what it would become, its signal-to-noise ratio in dB, and why it stays in float, if so."""
+
+    layer: Layer
+    bits: str
+    decibels: float
+    left: str = ""
+
+
+class Quantizer:
+    """One bundle on its way to fewer bits: observe, judge, then write as often as needed."""
+
+    def __init__(self, bundle: Bundle, wish: Wish) -> None:
+        self.bundle, self.wish = bundle, wish
+        manifest = bundle.manifest
+        self._bits = _bits_of(manifest, wish)
+        self._layers = {
+            file: find_layers(load_graph(bundle.path(file)), file) if file in self._bits else []
+            for file in manifest.graphs
+        }
+        if not any(self._layers.values()):
+            raise VtpError("this bundle has no layer to quantise: its graphs hold no constant matrix")
+        self._seen: Sights = {}
+        self.judged: list[Judged] = []
+
+    def observe(
+        self,
+        folder: Path,
+        samples: Sequence[Sample],
+        engine: str,
+        threads: int | None,
+        progress: Callable[[str], None],
+        workers: Workers | None = None,
+    ) -> None:
+        """Run the samples and judge every layer by them. `folder` must not exist; it is removed again."""
+        full, summed = self._of("int8"), self._of("int4")
+        keep = self.bundle.manifest.visual.default_keep
+        try:
+            self._seen = observe(
+                self.bundle, folder, full, summed, samples, keep, engine, threads, progress, workers
+            )
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        progress("judge the layers")
+        shared = self._shared_with_float()
+        for file, layers in self._layers.items():
+            model = load_graph(self.bundle.path(file)) if layers else None
+            for layer in layers:
+                assert model is not None
+                self.judged.append(self._judge(layer, model, shared))
+
+    def worst(self, share: float) -> set[str]:
+        """Labels of the noisiest `share` of the layers, those left in float already included."""
+        order = sorted(self.judged, key=lambda one: (not one.left, one.decibels))
+        return {one.layer.label for one in order[: round(share * len(order))]}
+
+    def write(self, folder: Path, also_left: set[str]) -> Manifest:
+        """Write the bundle into `folder`, which must hold none; returns its manifest, still unmeasured.
+
+        also_left  labels of layers that stay in float beside those judged to
+        """
+        source = self.bundle.folder
+        store, plan = Store(source, folder), self._plan(also_left)
+        for file in self.bundle.manifest.graphs:
+            model = load_graph(self.bundle.path(file))
+            rewrite(model, plan.get(file, []), store, file)
+            onnx.save(model, folder / file)
+        shutil.copyfile(source / TOKENIZER, folder / TOKENIZER)
+        manifest = dataclasses.replace(
+            self.bundle.manifest,
+            files=describe_files(folder),
+            parity={"mode": "not measured"},
+            calibration={},  # its times are of the float graphs
+            quantization=self.record(also_left),
+        )
+        (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+        return manifest
+
+    def record(self, also_left: set[str]) -> dict[str, Any]:
+        """What the manifest says of the layers."""
+        left = {one.layer.label: one.left for one in self.judged if one.left}
+        left |= {label: "accuracy fell with it" for label in also_left if label not in left}
+        made = {
+            one.layer.label: {"to": one.bits, "db": round(one.decibels, 1)}
+            for one in self.judged
+            if one.layer.label not in left
+        }
+        return {
+            "vision": self.wish.vision,
+            "decoder": self.wish.decoder,
+            "int8": f"static, symmetric, per output channel; activations {self.activations}",
+            "int4": f"weights only, symmetric, blocks of {self.wish.block} inputs",
+            "layers": made,
+            "left_in_float": left,
+        }
+
+    @property
+    def activations(self) -> str:
+        """uint8 around 128 where ONNX Runtime's x86 kernels will run it, else int8, which TensorRT wants."""
+        manifest = self.bundle.manifest
+        if self.wish.activations != "auto":
+            return self.wish.activations
+        return "uint8" if (manifest.target, manifest.dtype) == ("ort", "float32") else "int8"
+
+    def _of(self, bits: str) -> list[Layer]:
+        return [
+            layer for file, group in self._layers.items() if self._bits.get(file) == bits for layer in group
+        ]
+
+    def _plan(self, also_left: set[str]) -> dict[str, list[Change]]:
+        plan: dict[str, list[Change]] = {}
+        for one in self.judged:
+            if not one.left and one.layer.label not in also_left:
+                plan.setdefault(one.layer.file, []).append(self._change(one))
+        return plan
+
+    def _change(self, one: Judged) -> Change:
+        layer = one.layer
+        if one.bits == "int8":
+            return Int8(layer, self._range(layer), self.activations)
+        return self._int4(layer)
+
+    def _int4(self, layer: Layer) -> Int4:
+        target = self.bundle.manifest.target
+        return Int4(layer, self._energy(layer), self.wish.block, target, self.wish.nearest)
+
+    def _range(self, layer: Layer) -> Range:
+        return self._seen[layer.file, layer.source].range
+
+    def _energy(self, layer: Layer) -> np.ndarray:
+        """Squares of what meets the weight, wherever it is used: so its codes are the same everywhere."""
+        users = [other for other in self._of("int4") if other.place == layer.place]
+        seen = [self._seen[other.file, other.source].energy for other in users]
+        return np.sum([energy for energy in seen if energy is not None], axis=0)
+
+    def _judge(self, layer: Layer, model: onnx.ModelProto, shared: set[Any]) -> Judged:
+        bits = self._bits[layer.file]
+        block = self.wish.block
+        if layer.place in shared and (bits, self.wish.head) != ("int4", "int4"):
+            return Judged(
+                layer, bits, 0.0, "its weight is also used in float, by which it is not stored twice"
+            )
+        if bits == "int4" and self.bundle.manifest.target != "ort" and layer.shape[0] % block:
+            return Judged(layer, bits, 0.0, f"its {layer.shape[0]} inputs are no multiple of {block}")
+        if (layer.file, layer.source) not in self._seen:
+            return Judged(layer, bits, 0.0, "no prompt ran through it")
+        weight = weight_of(layer, model, self.bundle.folder)
+        ratio = self._loudness8(layer, weight) if bits == "int8" else self._loudness4(layer, weight)
+        loud = f"{ratio:.1f} dB, below {QUIET[bits]:g}" if ratio < QUIET[bits] else ""
+        return Judged(layer, bits, ratio, loud)
+
+    def _loudness8(self, layer: Layer, weight: np.ndarray) -> float:
+        """Signal to noise of the layer's product, on rows kept from all pictures."""
+        seen = self._seen[layer.file, layer.source]
+        rows, step = np.concatenate(seen.rows), seen.range.scale(INT8)
+        codes, scales = int8_channels(np.asarray(weight, np.float32))
+        rounded = np.clip(np.rint(rows / step), -INT8 - 1, INT8) * step
+        product = rows @ np.asarray(weight, np.float32)
+        noise = product - rounded @ (codes * scales)
+        return decibels(float(np.square(product).sum()), float(np.square(noise).sum()))
+
+    def _loudness4(self, layer: Layer, weight: np.ndarray) -> float:
+        """The same from sums of squares, taking the inputs as uncorrelated, on some columns."""
+        step = -(-layer.shape[1] // _COLUMNS)
+        part = np.asarray(weight[:, ::step], np.float32)
+        blocks = self._int4(layer).blocks(part)
+        off = np.square(part - blocks.weight(layer.shape[0]))
+        noise = (
+            float((self._seen[layer.file, layer.source].energy @ off).sum()) * layer.shape[1] / part.shape[1]
+        )
+        return decibels(self._seen[layer.file, layer.output].signal, noise)
+
+    def _shared_with_float(self) -> set[Any]:
+        """Places of weights that something else than a layer to be quantised reads as well."""
+        uses: Counter[Any] = Counter()
+        for file in self.bundle.manifest.graphs:
+            for item in load_graph(self.bundle.path(file)).graph.initializer:
+                place = place_of(item)
+                if place is not None:
+                    uses[place] += 1
+        ours: Counter[Any] = Counter()
+        for layers in self._layers.values():
+            ours.update(place for _, place in {(layer.weight, layer.place) for layer in layers})
+        return {place for place, count in ours.items() if uses[place] > count}
+
+
+def _bits_of(manifest: Manifest, wish: Wish) -> dict[str, str]:
+    """Graph file -> what its layers become. Pruners and splices stay as they are."""
+    bits: dict[str, str] = {}
+    for stage in manifest.stages:
+        if manifest.graphs[stage.file].kv is not None:
+            bits[stage.file] = wish.decoder
+        elif stage.when == "image" and not stage.name.startswith("pruner"):
+            bits[stage.file] = wish.vision
+    return {file: kind for file, kind in bits.items() if kind != "none"}

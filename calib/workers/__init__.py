@@ -1,0 +1,1 @@
+"""Who does the work of a calibration: this process, or a Ray cluster."""

@@ -1,0 +1,1 @@
+"""The CUDA driver, asked without a toolkit and without torch: devices, memory, one stream."""

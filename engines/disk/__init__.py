@@ -1,0 +1,1 @@
+"""Files and folders on disk: opened only if regular, written whole, locked while it lasts."""

@@ -1,0 +1,1 @@
+"""TensorRT and TensorRT-RTX: the library, the store of built engines, running them."""

@@ -1,0 +1,1 @@
+"""The LLaVA families: CLIP or SigLIP tower, tiles, frames."""

@@ -1,0 +1,1 @@
+"""The Qwen-VL families: patches at the picture's own size, positions along three axes."""

@@ -1,0 +1,124 @@
+"""Where the reference cuts Qwen-VL models: patches and merged tokens, positions along three axes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Collection
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from vtp.export.families.reference import Seams
+
+
+class PatchSeams(Seams):
+    """Qwen2-VL's: pixel_values are the patches [P,values] of one picture."""
+
+    @property
+    def tower(self) -> Any:
+        return self.model.model.visual
+
+    @property
+    def mlp(self) -> Any:
+        """The part of the merger that takes a token's patches side by side."""
+        return self.tower.merger.mlp
+
+    @property
+    def grid(self) -> Tensor:
+        """image_grid_thw int64 [1,3]."""
+        assert self.image_size is not None  # bundles of this family always have one
+        patch = self.model.config.vision_config.patch_size
+        return torch.tensor([[1, *(edge // patch for edge in self.image_size)]])
+
+    def order(self) -> Tensor:
+        """int64 [N]: where in the tower's own order the visual tokens are."""
+        merge = self.model.config.vision_config.spatial_merge_size
+        return torch.arange(int(self.grid.prod()) // merge**2)
+
+    def vision(self, pixel_values: Tensor, wanted: Collection[str]) -> dict[str, Tensor]:
+        """As `Seams.vision`: image_features [1,N,C] are what enters the merger's MLP.
+
+        Both cues are the last block's: attention_scores the mean over a token's patches of the attention they
+        receive, mean over heads and all rows (0 from other windows); vision_keys their keys side by side.
+        """
+        last, module = self.tower.blocks[-1].attn, sys.modules[type(self.tower).__module__]
+        eager, entering, rows, weights = module.eager_attention_forward, list[Tensor](), [], list[Tensor]()
+
+        def watched(attention: Any, *args: Any, **kwargs: Any) -> Any:
+            answer = eager(attention, *args, **kwargs)
+            if attention is last:
+                weights.append(answer[1][0])
+            return answer
+
+        hooks = [
+            self.mlp.register_forward_pre_hook(lambda _module, inputs: entering.append(inputs[0])),
+            last.qkv.register_forward_hook(lambda _module, _inputs, output: rows.append(output)),
+        ]
+        try:
+            with mock.patch.object(module, "eager_attention_forward", watched):
+                self.tower(pixel_values.to(self.model.dtype), grid_thw=self.grid)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        order, width = self.order(), rows[0].shape[1] // 3
+        received = torch.cat([chunk.float().mean(dim=0).sum(dim=0) for chunk in weights]) / len(rows[0])
+        cues = {
+            "image_features": entering[0][order],
+            "attention_scores": received.view(len(order), -1).mean(dim=1)[order],
+            "vision_keys": rows[0][:, width : 2 * width].reshape(len(order), -1)[order],
+        }
+        return {name: cue[None] for name, cue in cues.items() if name in {"image_features", *wanted}}
+
+    def project(self, image_features: Tensor) -> Tensor:
+        return self.mlp(image_features)
+
+    def tokens(self, pixel_values: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
+        tokens = self.model.model.get_image_features(pixel_values, self.grid, return_dict=True)
+        return tokens.pooler_output[0][None], torch.arange(patches.shape[1])
+
+    def numbers(self, input_ids: Tensor) -> tuple[Tensor, int]:
+        kinds = (input_ids == self.model.config.image_token_id).int()
+        grids = self.grid.repeat(int(kinds.sum()) // len(self.order()), 1)  # one for every picture
+        numbers, _ = self.model.model.get_rope_index(input_ids, kinds, image_grid_thw=grids)
+        return numbers[:, 0], int(numbers.max()) + 1
+
+
+class WindowSeams(PatchSeams):
+    """Qwen2.5-VL's: the tower takes the visual tokens window by window."""
+
+    def order(self) -> Tensor:
+        from transformers.vision_utils import get_vision_window_index
+
+        vision = self.model.config.vision_config
+        index, _ = get_vision_window_index(
+            self.grid, vision.spatial_merge_size, vision.window_size, vision.patch_size
+        )
+        return index.argsort()
+
+
+class DeepSeams(PatchSeams):
+    """Qwen3-VL's: features of earlier tower blocks are added to visual tokens after the first layers."""
+
+    deep: list[Tensor]  # by decoder layer: of every picture looked at, one after the other
+
+    @property
+    def mlp(self) -> Any:
+        return self.tower.merger.linear_fc1
+
+    def project(self, image_features: Tensor) -> Tensor:
+        merger = self.tower.merger
+        main = image_features[..., : merger.linear_fc1.in_features]  # a bundle's rows hold the others too
+        return merger.linear_fc2(merger.act_fn(merger.linear_fc1(main)))
+
+    def tokens(self, pixel_values: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
+        tokens = self.model.model.get_image_features(pixel_values, self.grid, return_dict=True)
+        own, before = [block[0] for block in tokens.deepstack_features], getattr(self, "deep", [])
+        self.deep = [torch.cat(pair) for pair in zip(before, own, strict=True)] if before else own
+        return tokens.pooler_output[0][None], torch.arange(patches.shape[1])
+
+    def after(self, layer: int, hidden: Tensor, image: Tensor, kept: Tensor) -> Tensor:
+        if layer >= len(self.deep):
+            return hidden
+        return hidden.index_add(1, image, self.deep[layer][kept][None].to(hidden.dtype))

@@ -1,0 +1,196 @@
+"""Idefics3: a SigLIP tower on tiles, factor x factor patches to a token, and every tile named in the prompt.
+
+Source: transformers' modeling_idefics3.py and processing_idefics3.py (Laurençon et al., arXiv 2408.12637).
+The parts of a picture, then the picture as a whole go through the tower one by one. In the prompt a mark says
+which part the tokens behind it show; marks are text, and whatever is pruned, they stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vtp.engines import VtpError
+from vtp.export.families.base import Family
+from vtp.export.families.tiled.reference import Idefics3Seams
+from vtp.export.families.tiled.runs import Runs, RunsDecoderPruner, RunsSplice, RunsTextCues
+from vtp.export.families.tiled.shuffle import ShuffledEncoder
+from vtp.export.graphs.modules import Decoder, DecoderPruner, Projector, Splice, TextCues, VisionEncoder
+from vtp.export.pruners.base import Pruner
+from vtp.runtime.preprocess import ImageSpec
+from vtp.runtime.preprocess.idefics3 import tiles
+
+_TILED = MappingProxyType({"grid": "its tokens lie in several tiles"})
+
+
+class Idefics3(Family):
+    """Idefics3ForConditionalGeneration."""
+
+    name = "idefics3"
+    architectures = ("Idefics3ForConditionalGeneration",)
+    sites = ("vision", "projector", "decoder")
+    several = True
+    limits = (
+        "one image size per bundle; K is for the whole picture, all tiles together; the marks between tiles "
+        "stay; methods that need a grid only at one tile; no video"
+    )
+    image_kinds = ("idefics3",)
+    seams = Idefics3Seams
+
+    @classmethod
+    def check(cls, config: dict[str, Any]) -> None:
+        cls.check_decoder((config.get("text_config") or {}).get("model_type", "llama"))
+        vision = config.get("vision_config") or {}
+        for name in ("image_size", "patch_size"):
+            if not isinstance(vision.get(name, 1), int):
+                raise VtpError(f"vision_config.{name} is {vision[name]!r}; only a whole number is supported")
+
+    def prepare(self, image: ImageSpec) -> None:
+        self._tiles = tiles(image)
+        self._views = image.views
+        if self._views > 1:
+            self.lacks = _TILED
+        if self._side % self._factor:
+            raise VtpError(f"{self._side} patches along an edge are not whole tokens of {self._factor}")
+
+    def read_marks(self, tokenizer: Any) -> None:
+        block = self._block(tokenizer)
+        self._ids = [int(number) for number in tokenizer(block, add_special_tokens=False)["input_ids"]]
+        if self._ids.count(self.image_token_id) != self._views:
+            raise VtpError(f"the tokenizer does not know the marks of tiles in {block[:60]!r}")
+
+    def _block(self, tokenizer: Any) -> str:
+        """transformers' prompt of one picture, with one image token for a tile's many."""
+        fake = getattr(tokenizer, "fake_image_token", "<fake_token_around_image>")
+        whole = fake + getattr(tokenizer, "global_image_token", "<global-img>")
+        image = tokenizer.convert_ids_to_tokens(self.image_token_id)
+        rows = [
+            "".join(f"{fake}<row_{row + 1}_col_{column + 1}>{image}" for column in range(self._tiles[1]))
+            for row in range(self._tiles[0] if self._views > 1 else 0)
+        ]
+        return "".join(f"{row}\n" for row in rows) + ("\n" if rows else "") + whole + image + fake
+
+    @property
+    def views(self) -> int:
+        return self._views
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        side = self._side // self._factor
+        return (side, side) if self._views == 1 else (1, self._views * side * side)
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        return self._vision.image_size, self._vision.image_size
+
+    @property
+    def feature_width(self) -> int:
+        return self._vision.hidden_size * self._factor**2
+
+    @property
+    def decoder(self) -> Decoder:
+        return Decoder(self.model.model.text_model, self.model.lm_head)
+
+    @property
+    def image_token_id(self) -> int:
+        return self.model.config.image_token_id
+
+    @property
+    def placeholder_ids(self) -> list[int]:
+        return self._ids
+
+    @property
+    def placeholders(self) -> int:
+        return len(self._span)
+
+    @property
+    def picture_ids(self) -> list[int]:
+        count, image = self.runs.lengths[0], self.image_token_id
+        return [item for number in self._span for item in [number] * (count if number == image else 1)]
+
+    @property
+    def runs(self) -> Runs:
+        """The tokens of the tiles, and the marks between them."""
+        per_view = (self._side // self._factor) ** 2
+        groups = [(key, len(list(items))) for key, items in groupby(self._span, self.image_token_id.__eq__)]
+        return Runs((per_view,) * self._views, tuple(count for is_image, count in groups if not is_image))
+
+    @property
+    def _span(self) -> list[int]:
+        """The block from its first image id to its last."""
+        image = self.image_token_id
+        return self._ids[self._ids.index(image) : len(self._ids) - self._ids[::-1].index(image)]
+
+    @property
+    def tower(self) -> Any:
+        return self.model.model.vision_model
+
+    def vision_encoder(self, cues: Sequence[str]) -> nn.Module:
+        embed, norm = _Patches(self.tower.embeddings), self.tower.post_layernorm
+        encoder = VisionEncoder(embed, list(self.tower.encoder.layers), has_cls=False, cues=cues, norm=norm)
+        return ShuffledEncoder(encoder, cues, self._factor, self._views == 1)
+
+    def projector(self, whole: bool) -> nn.Module:
+        del whole  # it has no tokens but its patches
+        return Projector(self.model.model.connector.modality_projection)
+
+    def splice(self, positions: str) -> Splice:
+        if self._views == 1:
+            return super().splice(positions)
+        return RunsSplice(self.placeholders, self.runs, positions)
+
+    def text_cues(self) -> TextCues:
+        return super().text_cues() if self._views == 1 else RunsTextCues(self.placeholders, self.runs)
+
+    def decoder_pruner(self, pruner: Pruner, others: Sequence[str]) -> DecoderPruner:
+        if self._views == 1:
+            return super().decoder_pruner(pruner, others)
+        return RunsDecoderPruner(pruner, others, self.runs)
+
+    @property
+    def _vision(self) -> Any:
+        return self.model.config.vision_config
+
+    @property
+    def _side(self) -> int:
+        """Patches along an edge of a tile."""
+        return self._vision.image_size // self._vision.patch_size
+
+    @property
+    def _factor(self) -> int:
+        """Patches of a token along an edge."""
+        return self.model.config.scale_factor
+
+
+class _Patches(nn.Module):
+    """pixel_values [V,3,H,W] -> [V,n,C]: patches with the positions that they have in a whole tile."""
+
+    numbers: Tensor
+
+    def __init__(self, embeddings: Any) -> None:
+        super().__init__()
+        self.patches, self.positions = embeddings.patch_embedding, embeddings.position_embedding
+        numbers = position_numbers(embeddings.num_patches_per_side)
+        self.register_buffer("numbers", numbers, persistent=False)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return self.patches(pixel_values).flatten(2).transpose(1, 2) + self.positions(self.numbers)
+
+
+def position_numbers(side: int) -> Tensor:
+    """int64 [side²]: the learned position of every patch of a tile that nothing is padding in.
+
+    transformers finds them by comparing fractions in float32, where neighbours may fall together.
+    """
+    bounds = torch.arange(1 / side, 1.0, 1 / side)
+    fractions = torch.arange(side, dtype=torch.float32) * (1.0 / torch.tensor([side]))
+    line = torch.bucketize(fractions.clamp(max=1.0 - 1e-6), bounds, right=True)
+    return (line.unsqueeze(1) * side + line.unsqueeze(0)).flatten()
+
+
+FAMILY = Idefics3

@@ -1,0 +1,118 @@
+"""Seams of the families whose tokens are several patches of the tower: InternVL, Idefics3, SmolVLM.
+
+The views of a picture go through the tower one after the other: eager attention on all of them at once would
+take gigabytes where a picture has a dozen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vtp.export.families.reference import Seams
+
+
+class ShuffledSeams(Seams):
+    """pixel_values [V,3,H,W] are the views of one picture."""
+
+    def vision(self, pixel_values: Tensor, wanted: Collection[str]) -> dict[str, Tensor]:
+        views = [self._view(view.unsqueeze(0).to(self.model.dtype)) for view in pixel_values]
+        cues = {"image_features": self._tokens_of([view["states"] for view in views])}
+        if "attention_scores" in wanted:
+            scores = self._tokens_of([view["scores"].unsqueeze(2) for view in views])
+            cues["attention_scores"] = scores.mean(dim=2)
+        if "vision_keys" in wanted:
+            cues["vision_keys"] = self._tokens_of([view["keys"] for view in views])
+        return cues
+
+    def tokens(self, pixel_values: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
+        views = [self._features(view.unsqueeze(0)) for view in pixel_values]
+        return torch.cat(views).unsqueeze(0), torch.arange(patches.shape[1])
+
+    def _view(self, pixel_values: Tensor) -> dict[str, Tensor]:
+        """Of one view [1,3,H,W]: states [1,n,C], scores float32 [1,n] and keys [1,n,C] of its patches."""
+        raise NotImplementedError
+
+    def _features(self, pixel_values: Tensor) -> Tensor:
+        """transformers' own projected tokens [n,D] of one view."""
+        raise NotImplementedError
+
+    def _shuffle(self, patches: Tensor) -> Tensor:
+        """transformers' own pixel shuffle of one view: [1,n,C] -> [m,.]."""
+        raise NotImplementedError
+
+    def _tokens_of(self, views: list[Tensor]) -> Tensor:
+        return torch.cat([self._shuffle(view) for view in views]).unsqueeze(0)
+
+    def _watched(self, attention: Any, keys: Any, pixel_values: Tensor, **more: Any) -> tuple[Any, ...]:
+        """The tower's answer, and what one attention module gave: its weights [1,H,n,n], its keys [1,n,C]."""
+        seen: dict[str, Tensor] = {}
+        hooks = [
+            attention.register_forward_hook(lambda _m, _i, output: seen.update(weights=output[1])),
+            keys.register_forward_hook(lambda _m, _i, output: seen.update(keys=output)),
+        ]
+        try:
+            answer = self.tower(pixel_values, return_dict=True, **more)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return answer, seen["weights"].float().mean(dim=1), seen["keys"]
+
+
+class InternVLSeams(ShuffledSeams):
+    """InternVL's: the tower has CLS."""
+
+    def _view(self, pixel_values: Tensor) -> dict[str, Tensor]:
+        layers, layer = self.tower.encoder.layer, self.model.config.vision_feature_layer
+        attention = layers[range(len(layers) + 1)[layer] - 1].attention
+        out, weights, keys = self._watched(
+            attention, attention.k_norm, pixel_values, output_hidden_states=True
+        )
+        states = out.last_hidden_state if layer == -1 else out.hidden_states[layer]
+        return {"states": states[:, 1:], "scores": weights[:, 0, 1:], "keys": keys[:, 1:]}
+
+    def _features(self, pixel_values: Tensor) -> Tensor:
+        config = self.model.config
+        return self.model.model.get_image_features(
+            pixel_values,
+            vision_feature_layer=config.vision_feature_layer,
+            vision_feature_select_strategy=config.vision_feature_select_strategy,
+            return_dict=True,
+        ).pooler_output[0]
+
+    def _shuffle(self, patches: Tensor) -> Tensor:
+        side = int(patches.shape[1] ** 0.5)
+        square = patches.reshape(1, side, side, -1)
+        ratio = self.model.config.downsample_ratio
+        return self.model.model.pixel_shuffle(square, scale_factor=ratio).flatten(0, 2)
+
+
+class Idefics3Seams(ShuffledSeams):
+    """Idefics3's and SmolVLM's: no CLS."""
+
+    @property
+    def tower(self) -> Any:
+        return self.model.model.vision_model
+
+    @property
+    def text(self) -> Any:
+        return self.model.model.text_model
+
+    def project(self, image_features: Tensor) -> Tensor:
+        return self.model.model.connector.modality_projection(image_features)
+
+    def _view(self, pixel_values: Tensor) -> dict[str, Tensor]:
+        last = self.tower.encoder.layers[-1].self_attn
+        out, weights, keys = self._watched(last, last.k_proj, pixel_values)
+        return {"states": out.last_hidden_state, "scores": weights.mean(dim=1), "keys": keys}
+
+    def _features(self, pixel_values: Tensor) -> Tensor:
+        answer = self.model.model.get_image_features(pixel_values.unsqueeze(0), return_dict=True)
+        return answer.pooler_output[0]
+
+    def _shuffle(self, patches: Tensor) -> Tensor:
+        connector = self.model.model.connector
+        return connector.pixel_shuffle(patches, connector.scale_factor)[0]

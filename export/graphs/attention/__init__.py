@@ -1,0 +1,1 @@
+"""Attention as the graphs need it: grouped queries, a fixed cache, plain operators."""

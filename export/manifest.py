@@ -1,0 +1,146 @@
+"""The manifest of a bundle that was just written: read off its graphs, its plan and its model."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+
+import onnx
+
+from vtp.export.checkpoint.loading import Checkpoint
+from vtp.export.graphs.frames import Frames
+from vtp.export.graphs.modules import DecoderPart, DecoderPruner
+from vtp.export.onnx.emit import GraphSpec
+from vtp.export.plan.plan import Plan
+from vtp.export.plan.schedule import Chain, site_of
+from vtp.export.pruners import NONE
+from vtp.runtime.bundle.folder import describe_files
+from vtp.runtime.bundle.manifest import (
+    FrameInfo,
+    GraphInfo,
+    Manifest,
+    MethodInfo,
+    ModelInfo,
+    TensorInfo,
+    VisualInfo,
+)
+
+BATCH = 8  # prompts that run together, or pictures, at most
+TYPICAL_TEXT = 64  # tokens of a usual prompt: what engines should be tuned for
+
+
+def describe(
+    folder: Path,
+    model: Checkpoint,
+    plan: Plan,
+    chains: Sequence[Chain],
+    *,
+    positions: str,
+    max_length: int,
+    target: str,
+    dtype: str,
+) -> Manifest:
+    """The manifest of the graphs that stand in `folder`; its parity report is still empty."""
+    family = model.family
+    count = family.grid[0] * family.grid[1]
+    keep = [chain[-1].keep for chain in chains] or [count]
+    config = family.decoder.model.config
+    return Manifest(
+        model=ModelInfo(
+            name=model.name,
+            architecture=type(family.model).__name__,
+            family=family.name,
+            hidden_size=family.decoder.width,
+            vocab_size=config.vocab_size,
+            max_length=max_length,
+        ),
+        method=_method_info(chains, positions),
+        target=target,
+        dtype=dtype,
+        visual=VisualInfo(
+            count, list(family.grid), keep, _default_keep(chains, keep, count), _frame_info(family.layout)
+        ),
+        image=model.image,
+        text=model.text,
+        graphs={
+            f"{spec.name}.onnx": _graph_info(spec, plan, folder, max_length, keep[-1], count)
+            for spec in plan.graphs
+        },
+        stages=plan.stages,
+        files=describe_files(folder),
+        versions=_versions(),
+        generation=model.generation.info,
+    )
+
+
+def _frame_info(frames: Frames | None) -> FrameInfo | None:
+    return None if frames is None else FrameInfo(list(frames.grid), frames.before, frames.step)
+
+
+def _default_keep(chains: Sequence[Chain], keep: list[int], count: int) -> int:
+    """The method's own default where the bundle holds it, else the largest."""
+    usual = chains[0][0].default_keep(count) if chains else count
+    return usual if usual in keep else max(keep)
+
+
+def _method_info(chains: Sequence[Chain], positions: str) -> MethodInfo:
+    if not chains:
+        return MethodInfo(NONE, NONE, {}, positions, "")
+    first = chains[0][0]
+    return MethodInfo(first.name, site_of(chains[0]), dict(first.settings), positions, first.paper)
+
+
+def _graph_info(
+    spec: GraphSpec, plan: Plan, folder: Path, max_length: int, keep: int, count: int
+) -> GraphInfo:
+    """A graph's inputs, outputs and [least, usual, most] of every dynamic axis; `keep` is the largest."""
+    graph = onnx.load(folder / f"{spec.name}.onnx", load_external_data=False).graph
+    inputs = {value.name: _tensor_info(value) for value in graph.input}
+    outputs = {value.name: _tensor_info(value) for value in graph.output}
+    named = {
+        axis for info in [*inputs.values(), *outputs.values()] for axis in info.shape if isinstance(axis, str)
+    }
+    cache = plan.caches.get(spec.name)
+    least, arriving = _visual_tokens(spec, keep, count)
+    text, kept, prompt = (min(size, max_length) for size in (TYPICAL_TEXT, keep, arriving + TYPICAL_TEXT))
+    images = max(1, max_length // count)
+    ranges = {
+        "batch": [1, 1, BATCH],
+        "images": [1, 1, images],
+        "pictures": [1, 1, max(BATCH, images)],
+        "text": [1, text, max_length],
+        "text_rows": [1, text, max_length],
+        "visual": [1, kept, max_length],
+        "sequence": [least, prompt, max_length],
+        "kept_sequence": [1, min(keep + TYPICAL_TEXT, max_length), max_length],
+        "capacity": [1, max_length, max_length] if cache is None else [1, cache.capacity, cache.capacity],
+    }
+    return GraphInfo(inputs, outputs, {name: ranges[name] for name in sorted(named)}, cache)
+
+
+def _visual_tokens(spec: GraphSpec, keep: int, count: int) -> tuple[int, int]:
+    """How many visual tokens a graph's prompts hold: at least, and usually, before the text is added."""
+    if isinstance(spec.module, DecoderPruner):
+        return spec.module.pruner.count, spec.module.pruner.count
+    if isinstance(spec.module, DecoderPart) and not spec.module.final:
+        return 1, count  # a single step has one token; later parts see fewer
+    return 1, keep
+
+
+def _tensor_info(value: onnx.ValueInfoProto) -> TensorInfo:
+    tensor = value.type.tensor_type
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
+    return TensorInfo(dtype, [axis.dim_param or axis.dim_value for axis in tensor.shape.dim])
+
+
+def _versions() -> dict[str, str]:
+    names = ("vtp-edge", "torch", "transformers", "onnx", "onnxscript", "onnxruntime", "tokenizers", "numpy")
+    found = {"python": platform.python_version()}
+    for name in names:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found

@@ -1,0 +1,1 @@
+"""From a family and a method to graphs and an ordered list of stages."""

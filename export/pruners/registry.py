@@ -1,0 +1,229 @@
+"""The registry of pruning methods: one file per method, its name the method's name on the command line.
+
+Files are listed, not imported: a method's module is imported when the method is asked for.
+`none` (keep every token) is a method name without a pruner: the baseline of every comparison.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import math
+import pkgutil
+import re
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from vtp.engines.errors import UsageError, nearest
+from vtp.export.pruners.base import Pruner
+
+NONE = "none"
+
+# Modules of this package that are no methods.
+_SUPPORT = {"base", "greedy", "merge", "ops", "registry"}
+_PACKAGE = __name__.rpartition(".")[0]
+
+# What a pruner may ask for, by the kind of its site.
+CUES: dict[str, tuple[str, ...]] = {
+    "vision": ("image_features", "attention_scores", "vision_keys"),
+    "projector": ("image_embeds", "attention_scores", "text_embeds", "text_mask"),
+    "decoder": (
+        "attention_scores",
+        "next_scores",
+        "keys",
+        "hidden_states",
+        "text_attention",
+        "text_gravity",
+        "image_embeds",
+        "text_embeds",
+        "text_mask",
+    ),
+}
+POSITIONS = ("compact", "original")
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
+_BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+
+
+def method_names() -> list[str]:
+    """Every method the command line knows: "none", then the files of this package, sorted."""
+    files = (module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)]))
+    return [NONE, *sorted(name for name in files if name not in _SUPPORT and not name.startswith("_"))]
+
+
+def find_method(name: str) -> type[Pruner]:
+    """Import the pruner class of a method by its name.
+
+    Raises UsageError for an unknown name (with the nearest one and the list) and for "none",
+    which has no class.
+    """
+    known = method_names()
+    if name not in known:
+        raise UsageError(
+            f"unknown method '{name}'{nearest(name, known)}; methods: {', '.join(known)}, or FILE.py:CLASS"
+        )
+    if name == NONE:
+        raise UsageError("method none keeps every visual token and has no pruner")
+    module = importlib.import_module(f"{_PACKAGE}.{name}")
+    method = _only_class(module)
+    if method.name != name:
+        raise UsageError(f"method file {name}.py declares the name '{method.name}'; the two must be equal")
+    return method
+
+
+def load_outside(spec: str) -> type[Pruner]:
+    """Load a pruner class from a user's own file, written "FILE.py:CLASS", and check its declaration.
+
+    The file is executed. Raises UsageError in one line: no such file or class, an exception while
+    the file ran, a class that is no Pruner, or a declaration that cannot work.
+    """
+    path, _, name = spec.rpartition(":")
+    if not path.endswith(".py") or not name.isidentifier():
+        raise UsageError(f"method '{spec}' is not of the form FILE.py:CLASS, for example ./mine.py:Mine")
+    module = _run_file(Path(path))
+    if not hasattr(module, name):
+        classes = ", ".join(found.__name__ for found in _classes(module)) or "none"
+        raise UsageError(f"{path} has no class '{name}'; its pruners: {classes}")
+    return check_method(getattr(module, name), spec)
+
+
+def resolve_method(text: str) -> type[Pruner] | None:
+    """What `--method` means: a name, FILE.py:CLASS, or None for "none"; UsageError otherwise."""
+    if text == NONE:
+        return None
+    return load_outside(text) if ".py" in text else find_method(text)
+
+
+def parse_site(site: str) -> tuple[str, int | None]:
+    """Split a site into ("vision", None), ("projector", None) or ("decoder", L); UsageError otherwise.
+
+    ("decoder", None) is a method that names its layers itself (`Pruner.sites`).
+    """
+    if site in ("vision", "projector", "decoder"):
+        return site, None
+    kind, _, layer = str(site).partition(":")
+    if kind == "decoder" and layer.isascii() and layer.isdecimal() and int(layer) >= 1:
+        return kind, int(layer)
+    raise UsageError(
+        f"site '{site}' is not vision, projector, decoder:L with L = 1 or more (2: before layer 2), or "
+        "decoder with its layers in sites()"
+    )
+
+
+def check_method(method: Any, label: str) -> type[Pruner]:
+    """Return `method` if its declaration can work; else raise UsageError, one line that names `label`."""
+    if not (isinstance(method, type) and issubclass(method, Pruner)):
+        raise UsageError(f"{label} is not a subclass of vtp.export.pruners.base.Pruner")
+    problem = _problem(method)
+    if problem:
+        raise UsageError(f"{label}: {problem}")
+    return method
+
+
+def parse_options(method: type[Pruner], texts: Iterable[str]) -> dict[str, Any]:
+    """Turn `k=v` strings into options of `method`, each of its default's type (int, float, bool or str).
+
+    Raises UsageError for a string without "=", an unknown or repeated option, or an unfit value.
+    """
+    options: dict[str, Any] = {}
+    for text in texts:
+        key, equals, value = (part.strip() for part in text.partition("="))
+        if not equals or not key:
+            raise UsageError(f"method-option '{text}' is not of the form name=value")
+        if key not in method.options:
+            known = sorted(method.options)
+            listed = ", ".join(known) or "none"
+            raise UsageError(
+                f"method {method.name} has no option '{key}'{nearest(key, known)}; its options: {listed}"
+            )
+        if key in options:
+            raise UsageError(f"method-option '{key}' is given twice; give it once")
+        options[key] = _convert(key, value, method.options[key])
+    return options
+
+
+def _convert(key: str, text: str, default: Any) -> Any:
+    kind = type(default)
+    try:
+        value = _BOOLEANS[text.lower()] if kind is bool else kind(text)
+    except (ValueError, KeyError):
+        value = None
+    if value is None or (kind is float and not math.isfinite(value)):
+        wanted = {bool: "true or false", int: "a whole number", float: "a finite number"}[kind]
+        raise UsageError(f"method-option {key}={text}: {key} takes {wanted} (default {default})")
+    return value
+
+
+def _problem(method: type[Pruner]) -> str:
+    """Say what is wrong with a declaration, or ""."""
+    name, site, needs = (getattr(method, field, None) for field in ("name", "site", "needs"))
+    if not (isinstance(name, str) and _NAME.fullmatch(name)) or name == NONE:
+        return f"name is {name!r}; give a lower-case word such as 'mine' (not '{NONE}')"
+    try:
+        kind, _ = parse_site(site or "")
+    except UsageError as error:
+        return str(error)
+    allowed = CUES[kind]
+    if not isinstance(needs, tuple) or not needs or not set(needs) <= set(allowed):
+        return f"needs is {needs!r}; give a tuple of names, for site {site} from: {', '.join(allowed)}"
+    if len(set(needs)) != len(needs):
+        return f"needs names a cue twice: {needs!r}"
+    if method.forward is Pruner.forward:
+        return "forward is missing; it takes the cues by name and returns keep_indices int64 [B,K]"
+    if site == "decoder" and inspect.getattr_static(method, "sites") is vars(Pruner)["sites"]:
+        return "site decoder needs sites(), which says at which layers; or give one site, such as decoder:2"
+    if method.merges and kind == "decoder":
+        return f"a method at site {site} cannot merge; choose site vision or projector"
+    if method.positions not in POSITIONS:
+        return f"positions is {method.positions!r}; give {' or '.join(POSITIONS)}"
+    return _option_problem(method.options)
+
+
+def _option_problem(options: Any) -> str:
+    if not isinstance(options, dict):
+        return f"options is {options!r}; give a dict of name -> default"
+    for key, default in options.items():
+        if key == "positions":
+            return "option positions is every method's already; choose another name"
+        if type(default) not in (bool, int, float, str):
+            return f"option {key} has the default {default!r}; give an int, a float, a bool or a str"
+    return ""
+
+
+def _classes(module: ModuleType) -> list[type[Pruner]]:
+    """The pruners that `module` itself defines (not those it imports)."""
+    found = vars(module).values()
+    return [
+        value
+        for value in found
+        if inspect.isclass(value) and issubclass(value, Pruner) and value.__module__ == module.__name__
+    ]
+
+
+def _only_class(module: ModuleType) -> type[Pruner]:
+    classes = _classes(module)
+    if len(classes) != 1:
+        raise UsageError(f"method file {module.__name__} defines {len(classes)} pruners; it must define one")
+    return check_method(classes[0], module.__name__)
+
+
+def _run_file(path: Path) -> ModuleType:
+    """Execute a user's file as a module of its own; any exception becomes one line."""
+    if not path.is_file():
+        raise UsageError(f"method file {path} does not exist")
+    name = f"vtp_outside_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None  # given for every .py path
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and torch.export look a class's module up there
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        reason = " ".join(str(error).split())
+        raise UsageError(f"method file {path} fails when run: {type(error).__name__}: {reason}") from error
+    return module

@@ -1,0 +1,63 @@
+"""What a bundle can be made for: the facts that differ between targets, and nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from vtp.export.graphs.attention.decomposed import DECOMPOSED, MASKED
+from vtp.export.graphs.attention.fixed_cache import FIXED_CACHE, fix_capacity
+from vtp.export.graphs.attention.fixed_cache import OPSET as FIXED_CACHE_OPSET
+from vtp.export.graphs.attention.operators import GROUPED_QUERY, Attending
+from vtp.export.graphs.modules import Decoder
+from vtp.export.onnx.emit import OPSET
+from vtp.export.onnx.lower import OPSET as DECOMPOSED_OPSET
+from vtp.export.plan.plan import Plan
+
+
+@dataclass(frozen=True)
+class Target:
+    """How graphs are written for one kind of engine.
+
+    dtype         the default; what most of its devices are fastest in
+    attending     what attention (on a cache and in towers), rotary embeddings and RMS norms are written as
+    static_cache  whether the cache's length is a constant of the graph
+    float64       whether the engine computes in float64; methods that would like to are told if not
+    """
+
+    name: str
+    opset: int
+    dtype: str
+    attending: Attending
+    static_cache: bool
+    float64: bool
+
+    def serving(self, decoder: Decoder) -> Target:
+        """This target for a decoder whose prompts are not read from left to right alone: masked attention."""
+        plain = decoder.sight == "causal" or self.attending is not GROUPED_QUERY
+        return self if plain else replace(self, attending=MASKED)
+
+    def prepare(self, plan: Plan) -> Plan:
+        """The plan as this target wants it."""
+        if not self.float64:
+            for part in (module for spec in plan.graphs for module in spec.module.modules()):
+                if hasattr(part, "exact"):
+                    part.exact = False  # type: ignore[assignment]
+        if not self.static_cache:
+            return plan
+        graphs = [
+            fix_capacity(spec, plan.caches[spec.name].capacity) if spec.name in plan.caches else spec
+            for spec in plan.graphs
+        ]
+        return replace(plan, graphs=graphs)
+
+
+TARGETS = {
+    target.name: target
+    for target in (
+        Target("ort", OPSET, "float32", GROUPED_QUERY, static_cache=False, float64=True),
+        # TensorRT 10.15 and TensorRT-RTX 1 or newer: standard operators only.
+        Target("tensorrt", FIXED_CACHE_OPSET, "float16", FIXED_CACHE, static_cache=True, float64=False),
+        # TensorRT 10.3: no operator for attention, rotary embeddings, RMS norms or the cache.
+        Target("jetpack6", DECOMPOSED_OPSET, "float16", DECOMPOSED, static_cache=True, float64=False),
+    )
+}

@@ -1,0 +1,256 @@
+"""The reference that a bundle's answers are held against: pruning inside an unmodified transformers model.
+
+Written without the exporter's graphs: plain PyTorch around the model's own modules (a family's `Seams` say
+where they are), eager attention, one growing cache, greedy choice. All N visual tokens are projected and
+placed in the prompt as transformers does it; then the prompt is cut down to the kept places, in front of the
+first decoder layer (vision and projector sites) or in front of layer L (decoder:L, or several L in turn).
+Rows that a method merged take the places of the tokens they stand for. Slow, simple, batch 1.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from vtp.engines.errors import UsageError, VtpError
+from vtp.export.families.reference import Seams
+from vtp.export.pruners import parse_site
+from vtp.export.pruners.base import Pruner
+
+
+@dataclass
+class ReferenceAnswer:
+    """A greedy answer.
+
+    token_ids     the new tokens; the last one is an EOS if one came.
+    keep_indices  int64 [K], the kept visual tokens (0 to N-1, ascending); all N without a pruner. Of several
+                  pictures one after the other, the second's from N on.
+    step_logits   per new token, the logits float32 [V] that chose it.
+    cache_lengths tokens in the cache of every decoder layer at the end.
+    """
+
+    token_ids: list[int]
+    keep_indices: Tensor
+    step_logits: list[Tensor]
+    cache_lengths: list[int] = field(default_factory=list)
+
+    @property
+    def first_logits(self) -> Tensor:
+        """Logits float32 [V] of the last prompt position."""
+        return self.step_logits[0]
+
+
+def reference_generate(
+    model: Any,
+    pruner: Pruner | Sequence[Pruner] | None,
+    input_ids: Tensor,
+    pixel_values: Tensor | Sequence[Tensor],
+    max_new_tokens: int = 32,
+    eos_ids: Collection[int] = (),
+    positions: str = "compact",
+    image_size: tuple[int, int] | None = None,
+    seams: type[Seams] = Seams,
+) -> ReferenceAnswer:
+    """Answer one prompt greedily, in the model's dtype.
+
+    pruner        a method's pruner, or one for every site in turn, or None
+    input_ids     int64 [1,T] with N image placeholders for every picture.
+    pixel_values  float [1,3,H,W], or what the family's tower takes ([F,3,H,W] of a clip's frames); cast to
+                  the model's dtype. A list of such for several pictures, each of which is pruned by itself.
+    positions     "compact" (pruned tokens never existed) or "original" (kept tokens keep their places and new
+                  ones go on from T). Decoder sites always keep the original ones.
+    image_size    (height, width) of the picture, for models that see it in several views: pixel_values are
+                  then [V,3,H,W], and what a vision or projector site chooses from are the P patches.
+    seams         the family's
+
+    Raises VtpError where the model cannot serve the pruner's site, or a decoder site several pictures, and
+    UsageError for an unknown `positions`.
+    """
+    if positions not in ("compact", "original"):
+        raise UsageError(f"positions is '{positions}'; choose compact or original")
+    chain = [pruner] if isinstance(pruner, Pruner) else list(pruner or [])
+    site = parse_site(chain[0].site)[0] if chain else "none"
+    pictures = [pixel_values] if isinstance(pixel_values, Tensor) else list(pixel_values)
+    if site == "decoder" and len(pictures) > 1:
+        raise VtpError(f"site {chain[0].site} takes one picture per prompt, not {len(pictures)}")
+    parts = seams(model, image_size)
+    with torch.no_grad(), parts.eager():
+        decoder = _Decoder(parts, input_ids, site == "decoder" or positions == "original")
+        text, first = decoder.text_cues(), chain[0] if site in ("vision", "projector") else None
+        looks = [_look(parts, pixels, first, text) for pixels in pictures]
+        decoder.start(torch.cat([look.embeds for look in looks], dim=1))
+        if first is not None:
+            size = looks[0].embeds.shape[1]
+            decoder.cut(torch.cat([number * size + look.keep for number, look in enumerate(looks)]))
+        decoder.prefill(chain if site == "decoder" else [], looks[0].cues)
+        tokens, logits = decoder.answer(max_new_tokens, eos_ids)
+    return ReferenceAnswer(tokens, decoder.kept, logits, decoder.cache_lengths())
+
+
+@dataclass(frozen=True)
+class _Look:
+    """One picture: what methods see of it, its N tokens [1,N,D], and which of them go into the prompt."""
+
+    cues: dict[str, Tensor]
+    embeds: Tensor
+    keep: Tensor
+
+
+def _look(parts: Seams, pixel_values: Tensor, pruner: Pruner | None, text: dict[str, Tensor]) -> _Look:
+    """Look at one picture, with the pruner of a vision or projector site if there is one."""
+    wanted = {"attention_scores", "vision_keys"} & set(pruner.needs if pruner else ())
+    cues = {**text, **parts.vision(pixel_values, wanted)}
+    cues["image_embeds"] = parts.project(cues["image_features"])
+    embeds, places = parts.tokens(pixel_values, cues["image_embeds"])
+    if pruner is None:
+        return _Look({**cues, "image_embeds": embeds}, embeds, torch.arange(embeds.shape[1]))
+    chosen, rows = _select(pruner, cues)
+    keep = places[chosen]
+    if rows is not None:
+        at_tower = parse_site(pruner.site)[0] == "vision"
+        rows = parts.project(rows.to(cues["image_features"].dtype)) if at_tower else rows
+        rows = rows[..., : embeds.shape[-1]]  # a bundle's may have streams beside them
+        embeds = embeds.index_copy(1, keep, rows.to(embeds.dtype))
+    return _Look(cues, embeds, keep)
+
+
+class _Decoder:
+    """The decoder's own layers, run one by one over a prompt that shrinks on the way.
+
+    hidden [1,S,D] holds the tokens that are left; `numbers` [S] are their positions, `image` and `other` the
+    places among them of visual and of text tokens, `kept` the visual tokens' numbers within the picture (the
+    second's from N on). Positions with A axes are [A,S].
+    """
+
+    hidden: Tensor
+
+    def __init__(self, parts: Seams, input_ids: Tensor, original: bool) -> None:
+        self.parts = parts
+        self.text: Any = parts.text
+        self.ids = input_ids
+        self.original = original
+        image = input_ids[0] == parts.token_id
+        self.image = image.nonzero().flatten()
+        self.other = (~image).nonzero().flatten()
+        self.kept = torch.arange(len(self.image))
+        self.numbers, self.next_number = parts.numbers(input_ids)
+        self.cache = DynamicCache()
+
+    def text_cues(self) -> dict[str, Tensor]:
+        """text_embeds [1,R,D], and text_mask float32 [1,R]: 1 after the first picture."""
+        embeds = self.parts.embed(self.ids[:, self.other])
+        return {"text_embeds": embeds, "text_mask": (self.other > self.image[0]).float().unsqueeze(0)}
+
+    def start(self, image_embeds: Tensor) -> None:
+        """Embed the prompt [1,T,D], with all N visual tokens in their places."""
+        if image_embeds.shape[1] != len(self.image):
+            raise VtpError(
+                f"the prompt has {len(self.image)} placeholders for {image_embeds.shape[1]} tokens"
+            )
+        prompt = self.parts.embed(self.ids)
+        self.hidden = prompt.index_copy(1, self.image, image_embeds.to(prompt.dtype))
+
+    def cut(self, keep: Tensor) -> None:
+        """Leave only the visual tokens `keep` [K], numbered among those that are left."""
+        stay, first = torch.cat([self.other, self.image[keep]]).sort().values, int(self.numbers.flatten()[0])
+        self.hidden, self.numbers = self.hidden[:, stay], self.numbers[..., stay]
+        self.image, self.other = (
+            torch.searchsorted(stay, self.image[keep]),
+            torch.searchsorted(stay, self.other),
+        )
+        self.kept = self.kept[keep]
+        if not self.original:
+            self.numbers = first + torch.arange(len(stay))
+            self.next_number = first + len(stay)
+
+    def prefill(self, chain: Sequence[Pruner], cues: dict[str, Tensor]) -> None:
+        """Run all layers, cutting the prompt in front of the layer that each pruner names."""
+        layers = [parse_site(pruner.site)[1] or 0 for pruner in chain]
+        if layers and not 0 < layers[-1] < len(self.text.layers):
+            raise VtpError(f"site decoder:{layers[-1]} needs a decoder of more than {layers[-1]} layers")
+        for pruner, (first, end) in zip(chain, pairwise([0, *layers]), strict=True):
+            keep, _ = _select(pruner, {**cues, **self._run_to(first, end, pruner)})
+            self.cut(keep)
+        self.run(layers[-1] if layers else 0, len(self.text.layers))
+
+    def _run_to(self, first: int, end: int, pruner: Pruner) -> dict[str, Tensor]:
+        """Run layers `first` to `end` - 1; the cues of that cut, per token cut to the image."""
+        weights: list[Tensor] = []
+        attention = self.text.layers[end - 1].self_attn
+        hook = attention.register_forward_hook(lambda _module, _inputs, outputs: weights.append(outputs[1]))
+        try:
+            self.run(first, end)
+        finally:
+            hook.remove()
+        rows, hidden, layer = weights[0].float(), self.hidden, self.text.layers[end]
+        normed = layer.input_layernorm(hidden)
+        keys = layer.self_attn.k_proj(normed if pruner.settings.get("keys") == "normed" else hidden)
+        _, coming = layer.self_attn(
+            normed,
+            position_embeddings=self.parts.turns(end, hidden, self.numbers),
+            attention_mask=self.parts.mask(end, hidden, self.image, 0),
+        )
+        return {
+            "hidden_states": hidden[:, self.image],
+            "attention_scores": rows[:, :, -1].mean(dim=1)[:, self.image],
+            "next_scores": coming[:, :, -1].float().mean(dim=1)[:, self.image],
+            "keys": keys[:, self.image],
+            "text_attention": rows[:, :, self.other][..., self.image],
+            "text_gravity": self._gravity(end - 1)[:, self.other][..., self.image],
+        }
+
+    def _gravity(self, layer: int) -> Tensor:
+        """[1,S,S]: all-ones queries and keys, turned as a layer turns them; products / sqrt(head_dim)."""
+        cos, sin = (part.float() for part in self.parts.turns(layer, self.hidden, self.numbers))
+        ones = torch.ones_like(cos).unsqueeze(1)
+        query, key = sys.modules[type(self.text).__module__].apply_rotary_pos_emb(ones, ones, cos, sin)
+        return (query @ key.transpose(2, 3))[:, 0] / cos.shape[-1] ** 0.5
+
+    def run(self, first: int, end: int) -> None:
+        """Run layers `first` to `end` - 1 on `hidden`, after what the cache holds."""
+        prompt = self.hidden.shape[1] > 1
+        for number in range(first, end):
+            past = self.cache.get_seq_length(number)
+            hidden = self.text.layers[number](
+                self.hidden,
+                attention_mask=self.parts.mask(number, self.hidden, self.image, past),
+                past_key_values=self.cache,
+                use_cache=True,
+                position_embeddings=self.parts.turns(number, self.hidden, self.numbers),
+            )
+            self.hidden = self.parts.after(number, hidden, self.image, self.kept) if prompt else hidden
+
+    def answer(self, steps: int, eos_ids: Collection[int]) -> tuple[list[int], list[Tensor]]:
+        """Go on greedily after the prompt."""
+        tokens: list[int] = []
+        logits: list[Tensor] = []
+        while True:
+            logits.append(self.parts.lm_head(self.text.norm(self.hidden[:, -1]))[0].float())
+            tokens.append(int(logits[-1].argmax()))
+            if tokens[-1] in eos_ids or len(tokens) >= steps:
+                return tokens, logits
+            self.hidden = self.parts.embed(self.ids.new_tensor([tokens[-1:]]))
+            self.numbers = torch.full_like(self.numbers[..., :1], self.next_number)
+            self.next_number += 1
+            self.run(0, len(self.text.layers))
+
+    def cache_lengths(self) -> list[int]:
+        """How many tokens every layer's cache holds."""
+        return [self.cache.get_seq_length(layer) for layer in range(len(self.text.layers))]
+
+
+def _select(pruner: Pruner, cues: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+    """keep_indices [K] among the tokens that arrive, and the rows [1,K,.] of a method that merges."""
+    whole = "image_embeds" if pruner.site == "projector" else "image_features"
+    count = cues["hidden_states" if "hidden_states" in cues else whole].shape[1]
+    if pruner.count != count:
+        raise VtpError(f"the pruner was made for {pruner.count} visual tokens; this model has {count}")
+    answer = pruner(**{name: cues[name] for name in pruner.needs})
+    return (answer[0][0], answer[1]) if pruner.merges else (answer[0], None)

@@ -1,0 +1,372 @@
+"""The bundle contract: `manifest.json` as dataclasses, read strictly.
+
+The manifest is all that export and runtime share. Unknown keys, missing keys and unknown schema versions are
+refused, so that a bundle never runs with half of what it asked for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any
+
+from vtp.engines import VtpError
+from vtp.engines.errors import quoted
+from vtp.engines.strict_json import parse_json
+from vtp.runtime.preprocess import ImageSpec
+from vtp.runtime.prompt.prompter import TextSpec
+
+SCHEMA = 1
+WHEN = ("image", "prefill", "step")
+TOKENIZER = "tokenizer.json"
+SINGLE = ("batch", "images", "pictures")  # axes that are 1 for one prompt about one picture
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """dtype (numpy's name) and shape of a graph's input or output; a dynamic axis is named."""
+
+    dtype: str
+    shape: list[int | str]
+
+
+@dataclass(frozen=True)
+class KvInfo:
+    """The KV cache of one decoder stage: one [batch, heads, capacity, head_dim] key and value per layer.
+
+    `layers` are absolute layer numbers. `lengths` names the convention by which the graph learns how much of
+    the cache is filled: "seqlens_k" is GroupQueryAttention's (int32 [B] valid tokens minus one, and int32
+    scalar total_sequence_length).
+    """
+
+    layers: list[int]
+    heads: int
+    head_dim: int
+    capacity: int
+    dtype: str
+    lengths: str
+
+
+@dataclass(frozen=True)
+class StageInfo:
+    """One run of one graph. A graph that serves prefill and step is listed once for each.
+
+    when      "image" (once a picture), "prefill" (once a prompt) or "step" (once a new token).
+    keep      the keep-count this stage belongs to; None: any.
+    inputs    graph's tensor name -> pipeline's name. Cache and length tensors are fed from `kv` instead.
+    outputs   graph's tensor name -> pipeline's name.
+    """
+
+    name: str
+    file: str
+    when: str
+    keep: int | None
+    inputs: dict[str, str]
+    outputs: dict[str, str]
+
+
+@dataclass(frozen=True)
+class GraphInfo:
+    """What a graph file takes and gives, the ranges of its named axes, and its cache if it has one."""
+
+    inputs: dict[str, TensorInfo]
+    outputs: dict[str, TensorInfo]
+    axes: dict[str, list[int]]  # name -> [min, opt, max]
+    kv: KvInfo | None
+
+
+@dataclass(frozen=True)
+class MethodInfo:
+    """How tokens are dropped: the method, its site and the options it was exported with."""
+
+    name: str
+    site: str
+    options: dict[str, Any]
+    positions: str
+    paper: str
+
+
+@dataclass(frozen=True)
+class FrameInfo:
+    """The visual tokens of a video: patch i of frame f is number first + f * step + i of them.
+
+    grid  (rows, columns) of the patches of a frame, in whose order i counts
+    """
+
+    grid: list[int]
+    first: int
+    step: int
+
+
+@dataclass(frozen=True)
+class VisualInfo:
+    """N = rows x columns visual tokens before pruning; the keep-counts this bundle holds, and its default.
+
+    `frame` says where the frames of a video lie; null for pictures.
+    """
+
+    count: int
+    grid: list[int]
+    keep: list[int]
+    default_keep: int
+    frame: FrameInfo | None = None
+
+
+@dataclass(frozen=True)
+class GenerationInfo:
+    """What the model's generation_config asks of every answer, greedy or sampled; the defaults ask nothing.
+
+    Names and meaning are those of transformers' `GenerationConfig`, and lengths count as there: with all N
+    visual tokens of every picture. `min_length` is 0 where `min_new_tokens` stands in its place.
+    """
+
+    repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+    bad_words_ids: list[list[int]] = field(default_factory=list)
+    min_length: int = 0
+    min_new_tokens: int = 0
+    forced_eos_token_id: list[int] = field(default_factory=list)
+    suppress_tokens: list[int] = field(default_factory=list)
+    begin_suppress_tokens: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """Where the bundle comes from. `max_length` bounds text + N visual + new tokens of one conversation."""
+
+    name: str
+    architecture: str
+    family: str
+    hidden_size: int
+    vocab_size: int
+    max_length: int
+
+
+@dataclass(frozen=True)
+class FileInfo:
+    """Identity of one file of the bundle."""
+
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything a runtime needs to know about a bundle; see the classes of its fields."""
+
+    model: ModelInfo
+    method: MethodInfo
+    target: str
+    dtype: str
+    visual: VisualInfo
+    image: ImageSpec
+    text: TextSpec
+    graphs: dict[str, GraphInfo]
+    stages: list[StageInfo]
+    files: dict[str, FileInfo]
+    versions: dict[str, str]
+    parity: dict[str, Any] = field(default_factory=dict)
+    # What vtp-calib measured on its user's data and machine: keep-count -> {"score", "share", "ttft_ms"}
+    # under "tried", beside the goal, the metric and the engine.
+    calibration: dict[str, Any] = field(default_factory=dict)
+    # What vtp-calib quantize made of the bundle's graphs, layer by layer, and what it cost; {}: nothing.
+    quantization: dict[str, Any] = field(default_factory=dict)
+    generation: GenerationInfo = field(default_factory=GenerationInfo)
+    schema: int = SCHEMA
+
+    def stages_for(self, when: str, keep: int) -> list[StageInfo]:
+        """The stages of one moment for one keep-count, in order."""
+        return [stage for stage in self.stages if stage.when == when and stage.keep in (None, keep)]
+
+    @property
+    def single_picture_stages(self) -> list[StageInfo]:
+        """Stages whose graph knows where one picture of a prompt begins, and not where further ones do."""
+        return [
+            stage
+            for stage in self.stages
+            for name, source in stage.inputs.items()
+            if source == "image_start" and isinstance(self.graphs[stage.file].inputs[name].shape[1], int)
+        ]
+
+    def to_json(self) -> str:
+        """The text of manifest.json."""
+        return json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False) + "\n"
+
+
+def parse_manifest(text: str | bytes) -> Manifest:
+    """Read manifest.json. Raises VtpError, in one line, for what is not a manifest of this schema."""
+    data = parse_json(text, "manifest.json", cure="export the bundle again")
+    if not isinstance(data, dict) or "schema" not in data:
+        raise VtpError("manifest.json has no schema version; this is not a vtp bundle")
+    if data["schema"] != SCHEMA:
+        raise VtpError(
+            f"this bundle has schema version {quoted(data['schema'])}; this vtp reads version {SCHEMA}: "
+            "export the bundle again, or install the vtp that made it"
+        )
+    manifest = _build(Manifest, data, "manifest")
+    _check(manifest)
+    return manifest
+
+
+def _check(manifest: Manifest) -> None:
+    """Hold the parts against each other, so that a stage never meets a name or a number it cannot use."""
+    visual, longest = manifest.visual, manifest.model.max_length
+    _agree(len(visual.grid) == 2 and min(visual.grid) > 0, "manifest.visual.grid is not (rows, columns)")
+    _agree(visual.count == visual.grid[0] * visual.grid[1], "manifest.visual.count is not rows x columns")
+    _agree(all(1 <= keep <= visual.count for keep in visual.keep), "manifest.visual.keep is out of range")
+    _agree(visual.default_keep in visual.keep, "manifest.visual.default_keep is not one of keep")
+    clips = manifest.image.frames is not None
+    _agree(clips == (manifest.text.media == "video"), "manifest.text.media and manifest.image.frames differ")
+    _agree(clips == (visual.frame is not None), "manifest.visual.frame and manifest.image.frames differ")
+    _check_frame(visual, manifest.image.frames or 0)
+    _check_generation(manifest.generation, manifest.model.vocab_size)
+    _agree(TOKENIZER in manifest.files, f"manifest.files lacks {TOKENIZER}")
+    for file, graph in manifest.graphs.items():
+        _agree(file in manifest.files, f"graph {file} is not one of manifest.files")
+        _check_cache(file, graph, longest)
+    for stage in manifest.stages:
+        _check_stage(stage, manifest)
+    for keep in visual.keep:
+        _check_flow(manifest, keep)
+
+
+def _check_frame(visual: VisualInfo, frames: int) -> None:
+    if visual.frame is None:
+        return
+    grid, first, step = visual.frame.grid, visual.frame.first, visual.frame.step
+    _agree(len(grid) == 2 and min(grid) > 0, "manifest.visual.frame.grid is not (rows, columns)")
+    patches = grid[0] * grid[1]
+    fits = first >= 0 and step >= patches and first + (frames - 1) * step + patches <= visual.count
+    _agree(fits, "manifest.visual.frame does not fit the visual tokens")
+
+
+def _check_generation(asked: GenerationInfo, vocabulary: int) -> None:
+    penalty = asked.repetition_penalty
+    _agree(0 < penalty < float("inf"), f"manifest.generation.repetition_penalty {penalty} is not above 0")
+    for name in ("no_repeat_ngram_size", "min_length", "min_new_tokens"):
+        _agree(getattr(asked, name) >= 0, f"manifest.generation.{name} is negative")
+    _agree(all(asked.bad_words_ids), "manifest.generation.bad_words_ids holds an empty word")
+    ids = [*asked.forced_eos_token_id, *(token for word in asked.bad_words_ids for token in word)]
+    _agree(
+        all(0 <= token < vocabulary for token in ids), "manifest.generation names tokens that do not exist"
+    )
+
+
+def _check_cache(file: str, graph: GraphInfo, longest: int) -> None:
+    kv = graph.kv
+    if kv is None:
+        return
+    _agree(kv.heads > 0 and kv.head_dim > 0 and bool(kv.layers), f"the cache of {file} is empty")
+    _agree(0 < kv.capacity <= longest, f"the cache of {file} has {kv.capacity} places, not 1 to {longest}")
+    for layer in kv.layers:
+        for part in ("key", "value"):
+            past = graph.inputs.get(f"past_key_values.{layer}.{part}")
+            fits = past is not None and past.dtype == kv.dtype and len(past.shape) == 4
+            _agree(fits, f"the cache of {file} does not fit its inputs at layer {layer}")
+
+
+def _check_stage(stage: StageInfo, manifest: Manifest) -> None:
+    if stage.when not in WHEN:
+        raise VtpError(f"stage {stage.name} runs at unknown moment '{stage.when}'; known: {', '.join(WHEN)}")
+    if stage.file not in manifest.graphs:
+        raise VtpError(f"stage {stage.name} names '{stage.file}', which the manifest does not describe")
+    _agree(
+        stage.keep in (None, *manifest.visual.keep), f"stage {stage.name} has the unknown keep {stage.keep}"
+    )
+    graph = manifest.graphs[stage.file]
+    cached = {name for name in graph.inputs if graph.kv and _is_cache(name)}
+    missing = sorted(set(graph.inputs) - set(stage.inputs) - cached)
+    _agree(not missing, f"stage {stage.name} feeds nothing to input {missing}")
+    for name in stage.inputs:
+        _agree(name in graph.inputs, f"stage {stage.name} feeds '{name}', which {stage.file} does not take")
+    for name in stage.outputs:
+        _agree(name in graph.outputs, f"stage {stage.name} reads '{name}', which {stage.file} does not give")
+    _agree(graph.kv is None or "position_ids" in stage.inputs, f"stage {stage.name} has no position_ids")
+    for name, source in stage.inputs.items():
+        fits = source != "image_start" or len(graph.inputs[name].shape) == 2
+        _agree(fits, f"image_start of {stage.file} is not [batch, images]")
+
+
+def _is_cache(name: str) -> bool:
+    return name.startswith("past_key_values.") or name in ("seqlens_k", "total_sequence_length")
+
+
+def _check_flow(manifest: Manifest, keep: int) -> None:
+    """Every pipeline tensor is there before a stage reads it, and what the pipeline reads comes out."""
+    known: set[str] = set()
+    for when, given, wanted in (
+        ("image", {"pixel_values"}, set()),
+        ("prefill", {"input_ids", "image_start", "text_length"}, {"logits", "next_position"}),
+        ("step", {"input_ids", "position_ids"}, {"logits"}),
+    ):
+        known = given if when == "step" else known | given
+        for stage in manifest.stages_for(when, keep):
+            lacking = sorted(set(stage.inputs.values()) - known)
+            _agree(not lacking, f"stage {stage.name} ({when}) reads {lacking} before any stage gives it")
+            known = known | set(stage.outputs.values())
+        _agree(wanted <= known, f"the {when} stages do not give {sorted(wanted)}")
+
+
+def _agree(fits: bool, problem: str) -> None:
+    if not fits:
+        raise VtpError(f"manifest.json contradicts itself: {problem}; export the bundle again")
+
+
+def _build(kind: Any, data: Any, where: str) -> Any:
+    """Turn JSON data into `kind`, refusing what does not fit; `where` is the path for the message."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return data
+    if origin in (typing.Union, types.UnionType):
+        return _build_union(arguments, data, where)
+    if dataclasses.is_dataclass(kind):
+        return _build_dataclass(kind, data, where)
+    if origin is list:
+        _expect(isinstance(data, list), where, "a list", data)
+        return [_build(arguments[0], item, f"{where}[{place}]") for place, item in enumerate(data)]
+    if origin is tuple:
+        _expect(isinstance(data, list), where, "a list", data)
+        return tuple(_build(arguments[0], item, where) for item in data)
+    if origin is dict:
+        _expect(isinstance(data, dict), where, "an object", data)
+        return {key: _build(arguments[1], item, f"{where}.{key}") for key, item in data.items()}
+    if kind is float:
+        _expect(isinstance(data, int | float) and not isinstance(data, bool), where, "a number", data)
+        return float(data)
+    fits = isinstance(data, kind) and (kind is bool or not isinstance(data, bool))
+    _expect(fits, where, "null" if kind is type(None) else kind.__name__, data)
+    return data
+
+
+def _build_union(choices: tuple[Any, ...], data: Any, where: str) -> Any:
+    if data is None and type(None) in choices:
+        return None
+    for choice in choices:
+        try:
+            if choice is not type(None):
+                return _build(choice, data, where)
+        except VtpError as error:
+            last = error
+    raise last
+
+
+def _build_dataclass(kind: Any, data: Any, where: str) -> Any:
+    _expect(isinstance(data, dict), where, "an object", data)
+    hints = typing.get_type_hints(kind)
+    fields = {item.name: item for item in dataclasses.fields(kind)}
+    unknown = sorted(set(data) - set(fields))
+    if unknown:
+        raise VtpError(f"{where} has the unknown key '{unknown[0]}'; this bundle was made by another vtp")
+    for name, item in fields.items():
+        required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
+        if required and name not in data:
+            raise VtpError(f"{where} lacks the key '{name}'; export the bundle again")
+    return kind(**{name: _build(hints[name], value, f"{where}.{name}") for name, value in data.items()})
+
+
+def _expect(fits: bool, where: str, what: str, data: Any) -> None:
+    if not fits:
+        raise VtpError(f"{where} should be {what}, not {quoted(data, 60)}; export the bundle again")

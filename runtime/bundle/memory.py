@@ -1,0 +1,111 @@
+"""What a bundle needs in memory, told before anything is loaded: every shape is bounded at export."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from vtp.engines.graph.memory import CACHE, graph_memory
+from vtp.engines.tensorrt.library import LIBRARIES
+from vtp.runtime.bundle.folder import Bundle
+from vtp.runtime.bundle.manifest import SINGLE, GraphInfo, Manifest
+
+# Beside a bundle, measured on x86: Python with the runtime and ONNX Runtime; a CUDA context with cuBLAS.
+PROCESS = 100_000_000
+CUDA_CONTEXT = 500_000_000
+# On the CPU, ONNX Runtime widens float16 weights to float32 and keeps the originals (measured: 2.8 times).
+_WIDENED = 3
+_DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """Bytes of one graph of a bundle, on the engine asked about; activations are an upper bound.
+
+    `unknown` counts inner tensors of unknown shape, which the bound leaves out.
+    """
+
+    file: str
+    weights: int
+    cache: int
+    activations: int
+    unknown: int
+
+    @property
+    def total(self) -> int:
+        """All of it together."""
+        return self.weights + self.cache + self.activations
+
+
+@dataclass(frozen=True)
+class BundleMemory:
+    """Bytes of a bundle with every stage open, one conversation at the full length."""
+
+    engine: str
+    stages: list[StageMemory]
+    beside: int
+
+    @property
+    def total(self) -> int:
+        """All stages and what the engine takes beside them."""
+        return self.beside + sum(stage.total for stage in self.stages)
+
+
+def bundle_memory(bundle: Bundle, engine: str, keep: int | None = None) -> BundleMemory:
+    """Memory of a bundle on an engine, batch 1, at the longest prompt and answer that it was exported for.
+
+    keep  the keep-count that all prompts use (None: the longest sequence that each graph takes). Weights of
+          other keep-counts and the cache stay: a pipeline opens all graphs, with caches of fixed size.
+
+    Every open graph is counted with all it may hold at once: engines do not give memory back between stages.
+    """
+    on_cpu = engine == "ort-cpu"
+    longest = {} if keep is None else _longest(bundle.manifest, keep)
+    stages = [
+        _stage(bundle, file, graph, on_cpu, longest.get(file, {}))
+        for file, graph in bundle.manifest.graphs.items()
+    ]
+    if engine in LIBRARIES and bundle.manifest.target != "tensorrt":
+        # TensorRT writes in place what TensorScatter writes; another cache has two places that change roles.
+        stages = [replace(stage, cache=2 * stage.cache) for stage in stages]
+    return BundleMemory(engine, stages, PROCESS if on_cpu else PROCESS + CUDA_CONTEXT)
+
+
+def _longest(manifest: Manifest, keep: int) -> dict[str, dict[str, int]]:
+    """Graph file -> axes that are shorter at a keep-count, for graphs that run after the last pruner."""
+    visual, shorter = manifest.visual, dict[str, dict[str, int]]()
+    stages = [stage for when in ("image", "prefill") for stage in manifest.stages_for(when, keep)]
+    cuts = [place for place, stage in enumerate(stages) if stage.name.startswith("pruner")]
+    for stage in stages[cuts[-1] + 1 :] if cuts else []:
+        shorter[stage.file] = {"visual": keep, "sequence": manifest.model.max_length - visual.count + keep}
+    return shorter
+
+
+def _stage(
+    bundle: Bundle, file: str, graph: GraphInfo, on_cpu: bool, longest: Mapping[str, int]
+) -> StageMemory:
+    # One prompt; a prompt of several pictures has no more visual tokens than the longest has room for.
+    axes = {name: 1 if name in SINGLE else sizes[-1] for name, sizes in graph.axes.items()}
+    axes |= {name: min(size, axes[name]) for name, size in longest.items() if name in axes}
+    if graph.kv is not None and "sequence" in axes:
+        axes["sequence"] = min(axes["sequence"], graph.kv.capacity)
+    found = graph_memory(bundle.path(file), axes)
+    widened = on_cpu and bundle.manifest.dtype == "float16"
+    return StageMemory(
+        file,
+        found.weights * (_WIDENED if widened else 1),
+        _cache(graph),
+        found.activations * (2 if widened else 1) + (found.scores if on_cpu else 0),
+        found.unknown,
+    )
+
+
+def _cache(graph: GraphInfo) -> int:
+    """Keys and values of every layer, one buffer each; past and present share it."""
+    kv = graph.kv
+    if kv is None:
+        return 0
+    width = _DTYPE_BYTES.get(kv.dtype, 4)
+    return sum(
+        kv.heads * kv.capacity * kv.head_dim * width for name in graph.inputs if name.startswith(CACHE[0])
+    )

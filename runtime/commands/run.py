@@ -1,0 +1,237 @@
+"""vtp-run: pictures or a video and a prompt, or a file of prompts, and the answers of a bundle."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from vtp.engines import UsageError, engine_names
+from vtp.engines.errors import shown
+from vtp.engines.tensorrt.library import LIBRARIES
+from vtp.runtime.bundle.manifest import Manifest
+from vtp.runtime.commands.batch_file import Line, read_lines
+from vtp.runtime.commands.console import (
+    Parser,
+    note,
+    run_command,
+    say,
+    say_json,
+    say_piece,
+    table,
+    whole_number,
+)
+from vtp.runtime.media.images import load_image
+from vtp.runtime.media.show_kept import (
+    check_one_view,
+    check_picture_path,
+    save_picture,
+    show_kept,
+    show_kept_frames,
+)
+from vtp.runtime.media.videos import load_video
+from vtp.runtime.opening import NEVER_RUN, Opening
+from vtp.runtime.pipeline import DEFAULT_NEW_TOKENS, Pipeline
+from vtp.runtime.result import Result
+
+PROG = "vtp-run"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags of vtp-run."""
+    parser = Parser(prog=PROG, description="Answer a prompt about a picture or a video with a bundle.")
+    add = parser.add_argument
+    add("bundle", metavar="BUNDLE", help="a folder that vtp-export made")
+    add("--image", action="append", default=[], metavar="FILE", help="the picture; again for a further one")
+    add(
+        "--video",
+        metavar="FOLDER|FILE",
+        help="instead, for a bundle made with vtp-export --frames: a folder of frames, an animated GIF or "
+        "WebP, or a video file (through OpenCV)",
+    )
+    add("--prompt", metavar="TEXT", help="what to ask about it")
+    add(
+        "--batch",
+        metavar="FILE.jsonl",
+        help='instead: {"image": path or list of paths, "prompt": text} a line; prints a JSON object a line',
+    )
+    add("--keep-tokens", metavar="K", help="one of the bundle's keep-counts (default: the bundle's)")
+    add("--engine", default="auto", help=f"one of {', '.join(engine_names())} (default: %(default)s)")
+    add("--max-new-tokens", default=str(DEFAULT_NEW_TOKENS), metavar="N", help="default: %(default)s")
+    add("--temperature", default="0", metavar="T", help="0 is greedy (default)")
+    add(
+        "--top-p",
+        default="1",
+        metavar="P",
+        help="sample from the smallest set of tokens with this probability",
+    )
+    add("--seed", metavar="N", help="makes sampling repeatable")
+    add(
+        "--repetition-penalty",
+        metavar="P",
+        help="above 1: repeat less of the prompt and the answer (default: the model's own; 1 is off)",
+    )
+    add("--stop", action="append", default=[], metavar="TEXT", help="end the answer before this text")
+    add(
+        "--special-tokens",
+        action="store_true",
+        help="keep special tokens in the answer: boxes, document tags",
+    )
+    add("--allow-special-tokens", action="store_true", help="let the prompt hold the model's special tokens")
+    add("--timeout-ms", metavar="MS", help="end the answer after so many milliseconds, with what there is")
+    add("--threads", metavar="N", help="CPU threads (default: all cores)")
+    add("--engines", metavar="DIR", help="where vtp-build -o put TensorRT engines (default: in the cache)")
+    add("--allow-cpu-nodes", action="store_true", help="on CUDA, go on where nodes are left to the CPU")
+    add(
+        "--cuda-graph",
+        action="store_true",
+        help="on CUDA, replay image stages and single steps as CUDA graphs",
+    )
+    add("--show-kept", metavar="OUT.png", help="write the picture (or frames) with dropped patches dimmed")
+    add("--check-hashes", action="store_true", help="compare every file's sha256 with the manifest first")
+    add("--json", action="store_true", help="print one JSON object")
+    add("--debug", action="store_true", help="show tracebacks")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of vtp-run; returns the exit code."""
+    args = build_parser().parse_args(argv)
+    return run_command(PROG, lambda: _run(args), args.debug)
+
+
+def _run(args: argparse.Namespace) -> None:
+    _check_flags(args)
+    lines = read_lines(Path(args.batch)) if args.batch else []
+    if args.show_kept:
+        check_picture_path(args.show_kept)
+    threads = None if args.threads is None else whole_number("threads", args.threads)
+    opening = Opening(Path(args.engines) if args.engines else None, args.allow_cpu_nodes, args.cuda_graph)
+    with Pipeline.load(args.bundle, args.engine, threads, args.check_hashes, opening=opening) as pipe:
+        if pipe.engine in LIBRARIES:
+            note(PROG, NEVER_RUN)
+        _check_media(pipe.manifest.image.frames, args)
+        if args.batch:
+            _answer_lines(pipe, lines, args)
+        else:
+            _answer_one(pipe, args)
+        for line in pipe.notes:
+            note(PROG, line)
+
+
+def _check_flags(args: argparse.Namespace) -> None:
+    """Refuse flags that do not go together."""
+    if args.batch and (args.image or args.video or args.prompt is not None or args.show_kept):
+        raise UsageError(
+            "--batch names its pictures and prompts: leave out --image, --video, --prompt and --show-kept"
+        )
+    if args.image and args.video:
+        raise UsageError("give either --image or --video: a bundle answers about pictures or about videos")
+    if not args.batch and not ((args.image or args.video) and args.prompt is not None):
+        raise UsageError(
+            "the following arguments are required: --image (or --video) and --prompt (or --batch FILE.jsonl)"
+        )
+    if args.show_kept and len(args.image) > 1:
+        raise UsageError("--show-kept shows one picture; give one --image")
+
+
+def _check_media(frames: int | None, args: argparse.Namespace) -> None:
+    """Refuse pictures for a bundle that answers about videos of so many frames, and the other way round."""
+    if frames is None and args.video:
+        raise UsageError(
+            "this bundle answers about pictures, not videos: give --image, or a bundle made with vtp-export "
+            "--frames"
+        )
+    if frames is not None and not args.video:
+        given = "--batch, which names pictures" if args.batch else "--image"
+        raise UsageError(
+            f"this bundle answers about videos of {frames} frames: give --video instead of {given}"
+        )
+
+
+def _answer_one(pipe: Pipeline, args: argparse.Namespace) -> None:
+    spec = pipe.manifest.image
+    if args.show_kept:
+        check_one_view(spec)
+    if spec.frames is not None:
+        images = load_video(args.video, spec.frames)
+    else:
+        images = [load_image(image) for image in args.image]
+    stream = pipe.stream(images, args.prompt, **_options(args))
+    for piece in stream:
+        if not args.json:
+            say_piece(piece)
+    if args.show_kept:
+        save_picture(_shown(images, pipe.manifest, stream.result.kept), args.show_kept)
+    if args.json:
+        say_json(_as_data(stream.result, pipe), indent=None)
+    else:
+        print()
+        say(_report(stream.result, args.show_kept), sys.stderr)
+
+
+def _shown(images: Sequence[Image.Image], manifest: Manifest, kept: Sequence[int]) -> Image.Image:
+    """The picture, or the frames of the video, with the kept tokens in colour."""
+    visual, spec = manifest.visual, manifest.image
+    frame = visual.frame
+    if frame is None:
+        return show_kept(images[0], spec, (visual.grid[0], visual.grid[1]), kept)
+    firsts = [frame.first + number * frame.step for number in range(len(images))]
+    return show_kept_frames(images, spec, (frame.grid[0], frame.grid[1]), firsts, kept)
+
+
+def _answer_lines(pipe: Pipeline, lines: Sequence[Line], args: argparse.Namespace) -> None:
+    """Print a JSON object for each line, a batch at a time."""
+    options = _options(args)
+    for first in range(0, len(lines), pipe.batch_size):
+        some = lines[first : first + pipe.batch_size]
+        seed = None if options["seed"] is None else options["seed"] + first
+        images, prompts = [line.images for line in some], [line.prompt for line in some]
+        for result in pipe.generate_batch(images, prompts, **{**options, "seed": seed}):
+            say_json(_as_data(result, pipe), indent=None)
+
+
+def _as_data(result: Result, pipe: Pipeline) -> dict[str, Any]:
+    return {**result.to_json(), "engine": pipe.engine}
+
+
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    """The keyword arguments of a generation."""
+    return {
+        "max_new_tokens": whole_number("max-new-tokens", args.max_new_tokens),
+        "keep_tokens": None if args.keep_tokens is None else whole_number("keep-tokens", args.keep_tokens),
+        "temperature": _number("temperature", args.temperature),
+        "top_p": _number("top-p", args.top_p),
+        "seed": None if args.seed is None else whole_number("seed", args.seed),
+        "repetition_penalty": None
+        if args.repetition_penalty is None
+        else _number("repetition-penalty", args.repetition_penalty),
+        "stop": args.stop,
+        "skip_special_tokens": not args.special_tokens,
+        "allow_special_tokens": args.allow_special_tokens,
+        "timeout_ms": None if args.timeout_ms is None else _number("timeout-ms", args.timeout_ms),
+    }
+
+
+def _report(result: Result, kept: str | None) -> str:
+    before, after = result.visual_tokens
+    rows = [[name, f"{value:.2f}"] for name, value in result.timings.to_dict().items()]
+    lines = ["", table(["stage", "ms"], rows), "", f"visual tokens: {before} → {after}"]
+    if kept:
+        lines.append(f"kept tokens shown in {shown(Path(kept))}")
+    return "\n".join(lines)
+
+
+def _number(name: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise UsageError(f"{name} '{shown(text)}' is not a number") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

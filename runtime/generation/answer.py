@@ -1,0 +1,155 @@
+"""One answer while it is written: token by token, until an end token, a stop string or a full cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from vtp.runtime.bundle.manifest import GenerationInfo, Manifest
+from vtp.runtime.generation.logits_rules import LogitsRules, written_out
+from vtp.runtime.generation.sampling import Sampler
+from vtp.runtime.generation.stopping import CANCELLED, Clock, StopSignal
+from vtp.runtime.media.pictures import Pictures
+from vtp.runtime.prompt.prompter import Detokenizer, Prompt, Prompter, StopStrings
+from vtp.runtime.result import Result, Timings, VisualTokens
+from vtp.runtime.stages.runner import Row
+
+
+@dataclass(frozen=True)
+class Request:
+    """Everything one generation needs, checked; `pictures` are loaded before it begins."""
+
+    pictures: Pictures
+    prompt: Prompt
+    keep: int
+    max_new_tokens: int
+    sampler: Sampler
+    generation: GenerationInfo
+    stops: StopStrings
+    timings: Timings
+    clock: Clock
+    stop_signal: StopSignal
+    skip_special_tokens: bool = True
+
+    def load(self) -> None:
+        """Decode the pictures, if there is time left to answer about them."""
+        if self.stop_signal.reason is None:
+            self.pictures.load(self.timings)
+
+    @property
+    def row(self) -> Row:
+        """The prompt as the stages take it."""
+        return Row(self.prompt.ids, self.prompt.image_starts)
+
+
+class Answer:
+    """What a request gets, and where its next token goes: `token` at `position`.
+
+    `add` a step's logits, ask whether it `ends`, go on or `finish`.
+    """
+
+    def __init__(self, request: Request, manifest: Manifest, prompter: Prompter) -> None:
+        self.request = request
+        self.result = _empty(request, manifest)
+        self.position = 0
+        self._ends = manifest.text.eos_token_ids
+        self._longest = manifest.model.max_length
+        self._detokenizer = Detokenizer(prompter.tokenizer, prompter.decoding, request.skip_special_tokens)
+        self._rules = _rules(request, manifest)
+
+    @property
+    def token(self) -> int:
+        """The last one that was chosen."""
+        return self.result.token_ids[-1]
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the text itself has come to its end."""
+        return self.token in self._ends or self.request.stops.hit
+
+    def begin(self, kept: np.ndarray | None, position: int) -> None:
+        """Note what the prompt's stages gave: the kept tokens [pictures,K], if any were chosen, and where
+        the first new token goes."""
+        if kept is not None:
+            rows = kept.tolist()
+            self.result.kept = rows[0] if len(rows) == 1 else rows
+        self.position = position
+
+    def add(self, logits: np.ndarray) -> str:
+        """Choose a token by logits [V]; returns the text that is certain now."""
+        token = self.request.sampler.pick(logits, self._rules)
+        if self._rules is not None:
+            self._rules.add(token)
+        self._count(token)
+        if token in self._ends:
+            return ""
+        return self._write(self.request.stops.push(self._detokenizer.push(token)))
+
+    def ends(self, room: int) -> bool:
+        """Whether it is over, with a cache that has `room` for more tokens; the result then says why."""
+        request, result = self.request, self.result
+        # With original positions a small keep-count leaves room in the caches past the last position.
+        full = room < 1 or self.position >= self._longest
+        if self.token in self._ends:
+            result.finish_reason = "eos"
+        elif request.stops.hit:
+            result.finish_reason = "stop"
+        elif full or len(result.token_ids) >= request.max_new_tokens:
+            result.finish_reason = "length"
+        else:
+            return False
+        return True
+
+    def interrupt(self, reason: str) -> None:
+        """Note that it ends here, and why."""
+        self.result.finish_reason = reason
+        self.result.timings.total = self.request.clock.ms
+
+    def finish(self) -> str:
+        """Returns the text that was held back."""
+        stops = self.request.stops
+        if stops.hit:
+            return ""
+        piece = self._write(stops.push(self._detokenizer.finish()) + stops.finish())
+        if stops.hit:
+            self.result.finish_reason = "stop"
+        return piece
+
+    def _write(self, piece: str) -> str:
+        self.result.text += piece
+        return piece
+
+    def _count(self, token: int) -> None:
+        """Note a token and the time it came."""
+        now = self.request.clock.ms
+        self.result.token_ids.append(token)
+        timings = self.result.timings
+        if len(self.result.token_ids) == 1:
+            timings.ttft = now
+        else:
+            timings.tpot = (now - timings.ttft) / (len(self.result.token_ids) - 1)
+        timings.total = now
+
+
+def _rules(request: Request, manifest: Manifest) -> LogitsRules | None:
+    """What the model's settings ask of this answer's logits; None: nothing, and then it costs nothing."""
+    if request.generation == GenerationInfo():
+        return None
+    ids = written_out(request.prompt.ids, manifest.text, manifest.visual.count)
+    return LogitsRules(request.generation, ids, manifest.text.eos_token_ids, request.max_new_tokens)
+
+
+def _empty(request: Request, manifest: Manifest) -> Result:
+    visual, pictures = manifest.visual, len(request.pictures)
+    kept: list[Any] = list(range(visual.count)) if request.keep == visual.count else []
+    return Result(
+        text="",
+        token_ids=[],
+        visual_tokens=VisualTokens(pictures * visual.count, pictures * request.keep),
+        kept=kept if pictures == 1 else [list(kept) for _ in range(pictures)],
+        timings=request.timings,
+        prompt_tokens=request.prompt.text_tokens,
+        finish_reason=CANCELLED,
+    )

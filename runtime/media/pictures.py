@@ -1,0 +1,52 @@
+"""The pictures of one prompt, or its video: checked when the prompt is taken, decoded when its turn comes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from vtp.engines.errors import UsageError
+from vtp.runtime.media.images import check_image, load_image
+from vtp.runtime.media.videos import check_video, load_video
+from vtp.runtime.preprocess import ImageSpec, preprocess
+from vtp.runtime.result import Timings
+
+
+class Pictures:
+    """What a caller gave as `image`; its length is the number of pictures, a video being one.
+
+    `pixels` holds pixel_values of one picture each, between `load` and `release`.
+    """
+
+    def __init__(self, image: Any, spec: ImageSpec) -> None:
+        several = spec.frames is None and isinstance(image, list | tuple)
+        self._sources: Sequence[Any] = image if several else [image]
+        self._spec = spec
+        self.pixels: list[np.ndarray] = []
+        if not self._sources:
+            raise UsageError("no picture is given; give one, or a list of at least one")
+
+    def __len__(self) -> int:
+        return len(self._sources)
+
+    def check(self, timings: Timings) -> None:
+        """Raise what `load` would, as far as that shows without decoding."""
+        frames = self._spec.frames
+        with timings.measure("preprocess"):
+            for source in self._sources:
+                check_image(source) if frames is None else check_video(source, frames)
+
+    def load(self, timings: Timings) -> None:
+        """Decode and preprocess; VtpError or UsageError for what cannot be."""
+        frames = self._spec.frames
+        with timings.measure("preprocess"):
+            self.pixels = [
+                preprocess(load_image(source) if frames is None else load_video(source, frames), self._spec)
+                for source in self._sources
+            ]
+
+    def release(self) -> None:
+        """Give the memory of `pixels` back."""
+        self.pixels = []

@@ -1,0 +1,1 @@
+"""Between words and token ids: messages, chat template, tokenizer, stop strings."""

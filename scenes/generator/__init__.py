@@ -1,0 +1,1 @@
+"""Pictures of coloured shapes, made from a seed."""

@@ -1,0 +1,188 @@
+"""The manifest: written and read back the same, and refused in one line for anything else."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from vtp.engines import VtpError
+from vtp.runtime.bundle.manifest import SCHEMA, GenerationInfo, parse_manifest
+
+Data = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def text(exported: Callable[[str], Any]) -> str:
+    """The manifest of a bundle with two decoder stages and two keep-counts."""
+    return (exported("adaptprune").folder / "manifest.json").read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def data(text: str) -> Data:
+    return json.loads(text)
+
+
+def refuse(data: Any, match: str) -> None:
+    with pytest.raises(VtpError, match=match) as caught:
+        parse_manifest(data if isinstance(data, str) else json.dumps(data))
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 400
+
+
+def test_round_trip(text: str) -> None:
+    manifest = parse_manifest(text)
+    assert manifest.to_json() == text
+    assert parse_manifest(manifest.to_json()) == manifest
+
+
+def test_stages_of_one_moment_and_keep(text: str) -> None:
+    manifest = parse_manifest(text)
+    names = [stage.name for stage in manifest.stages_for("prefill", 4)]
+    assert names == ["embed_tokens", "splice", "decoder_head", "pruner", "decoder"]
+    files = {stage.file for keep in (4, 7) for stage in manifest.stages_for("prefill", keep)}
+    assert {"pruner_4.onnx", "pruner_7.onnx"} <= files
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '"x"', "{}", "\ufeff{}", "[" * 100_000])
+def test_what_is_no_manifest(text: str) -> None:
+    refuse(text, "manifest.json")
+
+
+@pytest.mark.parametrize("version", [0, 2, "1", None, [], 1.5])
+def test_unknown_schema_says_which_is_read(data: Data, version: Any) -> None:
+    refuse({**data, "schema": version}, f"schema version .*this vtp reads version {SCHEMA}")
+
+
+def objects(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Paths of all objects that are sections of the manifest, one per kind of list or table entry."""
+    if isinstance(value, dict):
+        yield path
+        for name, item in list(value.items()):
+            if path[-1:] not in (
+                ("parity",),
+                ("calibration",),
+                ("quantization",),
+                ("options",),
+                ("versions",),
+            ):
+                yield from objects(item, (*path, name))
+    elif isinstance(value, list) and value and isinstance(value[0], dict):
+        yield from objects(value[0], (*path, 0))
+
+
+def at(data: Data, path: tuple[Any, ...]) -> Any:
+    for step in path:
+        data = data[step]
+    return data
+
+
+# Tables whose keys are names, not fields: an entry more or less is judged by what it says.
+TABLES = {"graphs", "files", "inputs", "outputs", "axes", "versions", "options", "special_tokens"}
+TABLES |= {"parity", "calibration", "quantization"}  # what was measured, free in form
+
+
+def sections(data: Data) -> list[tuple[Any, ...]]:
+    return [path for path in objects(data) if not (path and path[-1] in TABLES)]
+
+
+def test_unknown_keys_are_refused_at_every_level(data: Data) -> None:
+    paths = sections(data)
+    assert len(paths) > 20
+    for path in paths:
+        changed = copy.deepcopy(data)
+        at(changed, path)["surprise"] = 1
+        refuse(changed, "unknown key 'surprise'")
+
+
+def test_missing_keys_are_refused_at_every_level(data: Data) -> None:
+    optional = {
+        "image",
+        "text",
+        "parity",
+        "calibration",
+        "quantization",
+        "generation",
+    }  # sections with defaults of their own; frame is of bundles for videos
+    for path in sections(data):
+        if path and path[0] in optional:
+            continue
+        for key in at(data, path):
+            if key in ("schema", "parity", "calibration", "quantization", "frame", "generation"):
+                continue
+            changed = copy.deepcopy(data)
+            del at(changed, path)[key]
+            refuse(changed, f"lacks the key '{key}'")
+
+
+@pytest.mark.parametrize("wrong", [None, "x", -1, True, [None], {"a": None}])
+def test_wrong_types_are_refused_everywhere(data: Data, wrong: Any) -> None:
+    """Put a wrong value in every field: it is refused, or it was allowed there (and then it parses)."""
+    for path in sections(data):
+        for key in at(data, path):
+            changed = copy.deepcopy(data)
+            at(changed, path)[key] = wrong
+            try:
+                parse_manifest(json.dumps(changed))
+            except VtpError as error:
+                assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("visual", "grid"), [4], "grid"),
+        (("visual", "grid"), [2, 4], "count is not rows x columns"),
+        (("visual", "grid"), [-4, -4], "grid"),
+        (("visual", "keep"), [], "default_keep"),
+        (("visual", "keep"), [4, 99], "keep is out of range"),
+        (("visual", "default_keep"), 5, "default_keep"),
+        (("stages", 0, "when"), "later", "unknown moment 'later'; known: image, prefill, step"),
+        (("stages", 0, "file"), "other.onnx", "does not describe"),
+        (("stages", 0, "keep"), 5, "unknown keep 5"),
+        (("stages", 0, "inputs"), {}, r"feeds nothing to input \['pixel_values'\]"),
+        (("stages", 0, "inputs"), {"pixel_values": "nowhere"}, r"reads \['nowhere'\] before any stage"),
+        (("stages", 0, "outputs"), {"ghost": "ghost"}, "reads 'ghost'"),
+        (("stages", 0, "outputs"), {}, r"reads \['image_features'\] before"),
+        (("stages",), [], "do not give"),
+        (("graphs", "decoder.onnx", "kv", "capacity"), 0, "cache of decoder.onnx has 0 places"),
+        (("graphs", "decoder.onnx", "kv", "capacity"), 10**15, "cache of decoder.onnx"),
+        (("graphs", "decoder.onnx", "kv", "layers"), [77], "does not fit its inputs at layer 77"),
+        (("graphs", "decoder.onnx", "kv", "layers"), [], "is empty"),
+        (("graphs", "decoder.onnx", "kv", "dtype"), "object", "does not fit its inputs"),
+        (("graphs", "decoder.onnx", "kv", "heads"), -2, "is empty"),
+        (("files", "tokenizer.json"), ..., "lacks tokenizer.json"),
+        (("files", "decoder.onnx"), ..., "decoder.onnx is not one of manifest.files"),
+        (("image", "kind"), "hologram", "unknown image preprocessing 'hologram'"),
+        (("image", "mean"), [0.5], "mean must be three numbers"),
+        (("text", "placeholder_ids"), [], "placeholder_ids is empty"),
+        (("generation", "repetition_penalty"), 0, "repetition_penalty 0.0 is not above 0"),
+        (("generation", "min_new_tokens"), -1, "min_new_tokens is negative"),
+        (("generation", "bad_words_ids"), [[5], []], "bad_words_ids holds an empty word"),
+        (("generation", "bad_words_ids"), [[9999]], "names tokens that do not exist"),
+        (("generation", "forced_eos_token_id"), [-1], "names tokens that do not exist"),
+    ],
+)
+def test_contradictions_are_refused(data: Data, path: tuple[Any, ...], value: Any, message: str) -> None:
+    place = at(data, path[:-1])
+    if value is ...:
+        del place[path[-1]]
+    else:
+        place[path[-1]] = value
+    refuse(data, message)
+
+
+def test_a_manifest_from_before_generation_settings_asks_for_none(data: Data) -> None:
+    del data["generation"]
+    assert parse_manifest(json.dumps(data)).generation == GenerationInfo()
+
+
+def test_a_prefill_tensor_is_not_there_at_a_step(data: Data) -> None:
+    step = next(
+        stage for stage in data["stages"] if (stage["name"], stage["when"]) == ("decoder_head", "step")
+    )
+    step["inputs"]["inputs_embeds"] = "prompt_embeds"
+    refuse(data, r"decoder_head \(step\) reads \['prompt_embeds'\] before any stage gives it")

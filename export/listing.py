@@ -7,6 +7,7 @@ from typing import Any
 
 from vtp.export import families as family_registry
 from vtp.export import pruners
+from vtp.export.pruners.base import Pruner
 from vtp.runtime.commands.console import table
 
 
@@ -40,7 +41,7 @@ def methods() -> list[dict[str, Any]]:
     return rows
 
 
-def _options(method: type[pruners.Pruner]) -> dict[str, Any]:
+def _options(method: type[Pruner]) -> dict[str, Any]:
     """A method's own options, and the exporter's `positions` where tokens can be renumbered."""
     at_decoder = pruners.parse_site(method.site)[0] == "decoder"
     return dict(method.options) if at_decoder else {**method.options, "positions": method.positions}

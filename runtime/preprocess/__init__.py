@@ -17,11 +17,9 @@ import numpy as np
 from PIL import Image
 
 from vtp.engines.errors import VtpError
-from vtp.runtime.preprocess.fit import FITS
-from vtp.runtime.preprocess.kinds import KINDS
-from vtp.runtime.preprocess.pixels import Box
+from vtp.runtime.preprocess import kinds  # noqa: F401 (fills the table)
 from vtp.runtime.preprocess.processors import spec_from_processor
-from vtp.runtime.preprocess.spec import ImageSpec
+from vtp.runtime.preprocess.spec import FITS, KINDS, Box, ImageSpec
 
 __all__ = ["FITS", "Box", "ImageSpec", "preprocess", "source_box", "source_boxes", "spec_from_processor"]
 

@@ -10,16 +10,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from vtp.runtime.preprocess.fit import fitted_size, pad, padded_box
-from vtp.runtime.preprocess.pixels import Box, Size, cut_tiles, paste, resize, values_of
-
-if TYPE_CHECKING:
-    from vtp.runtime.preprocess.spec import ImageSpec
+from vtp.runtime.preprocess.pixels import cut_tiles, paste, resize, values_of
+from vtp.runtime.preprocess.spec import Box, ImageSpec, Size
 
 FIELDS = ("image_height", "image_width", "fit", "height", "width", "pinpoints")
 

@@ -6,16 +6,14 @@ InternVL at one tile.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from vtp.engines.errors import VtpError
-from vtp.runtime.preprocess.pixels import Box, Size, check_area, mean_colour, paste, resize, values_of
-
-if TYPE_CHECKING:
-    from vtp.runtime.preprocess.spec import ImageSpec
+from vtp.runtime.preprocess.pixels import check_area, mean_colour, paste, resize, values_of
+from vtp.runtime.preprocess.spec import Box, ImageSpec, Size
 
 FIELDS = (
     *("do_pad", "shortest_edge", "height", "width", "do_center_crop", "crop_height", "crop_width"),

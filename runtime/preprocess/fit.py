@@ -11,17 +11,11 @@ refuse      it is refused, in one line.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from PIL import Image
 
 from vtp.engines.errors import VtpError
-from vtp.runtime.preprocess.pixels import Box, Size, check_area, mean_colour, paste
-
-if TYPE_CHECKING:
-    from vtp.runtime.preprocess.spec import ImageSpec
-
-FITS = ("letterbox", "stretch", "refuse")
+from vtp.runtime.preprocess.pixels import check_area, mean_colour, paste
+from vtp.runtime.preprocess.spec import Box, ImageSpec, Size
 
 
 def fitted_size(spec: ImageSpec, picture: Size, own: object, made_for: object) -> Size:

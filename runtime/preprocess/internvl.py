@@ -8,16 +8,13 @@ picture over it. A bundle for one tile is of kind "clip".
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
 from vtp.runtime.preprocess.fit import fitted_size, pad, padded_box
-from vtp.runtime.preprocess.pixels import Box, Size, cut_tiles, resize, values_of
-
-if TYPE_CHECKING:
-    from vtp.runtime.preprocess.spec import ImageSpec
+from vtp.runtime.preprocess.pixels import cut_tiles, resize, values_of
+from vtp.runtime.preprocess.spec import Box, ImageSpec, Size
 
 FIELDS = ("image_height", "image_width", "fit", "height", "width", "min_tiles", "max_tiles")
 

@@ -4,38 +4,15 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from vtp.engines.errors import VtpError
 from vtp.runtime.media.images import MAX_PIXELS
-
-if TYPE_CHECKING:
-    from vtp.runtime.preprocess.spec import ImageSpec
+from vtp.runtime.preprocess.spec import ImageSpec, Size
 
 _ROWS = 16  # looked up at a time: numpy widens the pixels to indices, and a picture of those is fresh memory
-Size = tuple[int, int]  # (height, width), in pixels, as transformers writes sizes
-
-
-class Box(NamedTuple):
-    """A rectangle in pixels of the source picture; where padding was added, it reaches beyond."""
-
-    left: float
-    top: float
-    right: float
-    bottom: float
-
-    def cut(self, rows: int, columns: int) -> tuple[Box, ...]:
-        """The box in `rows` x `columns` equal parts, row by row."""
-        x = [self.left + (self.right - self.left) * part / columns for part in range(columns + 1)]
-        y = [self.top + (self.bottom - self.top) * part / rows for part in range(rows + 1)]
-        return tuple(
-            Box(x[column], y[row], x[column + 1], y[row + 1])
-            for row in range(rows)
-            for column in range(columns)
-        )
 
 
 def values_of(image: Image.Image, spec: ImageSpec) -> np.ndarray:

@@ -7,9 +7,7 @@ from typing import Any, NamedTuple
 
 from vtp.engines.errors import UsageError, VtpError
 from vtp.runtime.preprocess import anyres, idefics3, internvl, qwen
-from vtp.runtime.preprocess.fit import FITS
-from vtp.runtime.preprocess.pixels import Size
-from vtp.runtime.preprocess.spec import CLIP_MEAN, CLIP_STD, ImageSpec, is_int
+from vtp.runtime.preprocess.spec import CLIP_MEAN, CLIP_STD, FITS, ImageSpec, Size, is_int
 
 _HALF = (0.5, 0.5, 0.5)
 Settings = dict[str, Any]

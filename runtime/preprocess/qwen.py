@@ -8,17 +8,14 @@ the order in which the model merges patches: merge x merge neighbours follow one
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
 from vtp.engines.errors import VtpError
 from vtp.runtime.preprocess.fit import fitted_size, pad, padded_box
-from vtp.runtime.preprocess.pixels import Box, Size, resize, values_of
-
-if TYPE_CHECKING:
-    from vtp.runtime.preprocess.spec import ImageSpec
+from vtp.runtime.preprocess.pixels import resize, values_of
+from vtp.runtime.preprocess.spec import Box, ImageSpec, Size
 
 FIELDS = (
     *("image_height", "image_width", "fit"),

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
+
+import numpy as np
+from PIL import Image
 
 from vtp.engines.errors import VtpError
 from vtp.runtime.media.images import MAX_PIXELS
-from vtp.runtime.preprocess.fit import FITS
-from vtp.runtime.preprocess.kinds import KINDS
-from vtp.runtime.preprocess.pixels import Size
 
+FITS = ("letterbox", "stretch", "refuse")  # see `fit`
+Size = tuple[int, int]  # (height, width), in pixels, as transformers writes sizes
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -21,6 +23,49 @@ _LENGTHS = (
     *("shortest_edge", "height", "width", "crop_height", "crop_width", "image_height", "image_width"),
     *("longest_edge", "min_tiles", "max_tiles", "patch_size", "temporal_patch_size", "merge_size", "frames"),
 )
+
+
+class Box(NamedTuple):
+    """A rectangle in pixels of the source picture; where padding was added, it reaches beyond."""
+
+    left: float
+    top: float
+    right: float
+    bottom: float
+
+    def cut(self, rows: int, columns: int) -> tuple[Box, ...]:
+        """The box in `rows` x `columns` equal parts, row by row."""
+        x = [self.left + (self.right - self.left) * part / columns for part in range(columns + 1)]
+        y = [self.top + (self.bottom - self.top) * part / rows for part in range(rows + 1)]
+        return tuple(
+            Box(x[column], y[row], x[column + 1], y[row + 1])
+            for row in range(rows)
+            for column in range(columns)
+        )
+
+
+class Kind(NamedTuple):
+    """What one kind can do.
+
+    check   raises VtpError for a spec that no picture could go through; fields that all kinds share are
+            checked already.
+    fields  names of the spec's fields that belong to this kind and not to all.
+    size    (H, W) of the pixels that the vision tower sees at once: of a tile, where there are tiles.
+    shape   shape of `pixel_values`.
+    pixels  the work itself.
+    boxes   where each tile lies in a source picture of (width, height).
+    """
+
+    check: Callable[[ImageSpec], None]
+    fields: tuple[str, ...]
+    size: Callable[[ImageSpec], Size]
+    shape: Callable[[ImageSpec], tuple[int, ...]]
+    pixels: Callable[[Image.Image, ImageSpec], np.ndarray]
+    boxes: Callable[[ImageSpec, int, int], tuple[Box, ...]]
+
+
+# Filled by `kinds`, which imports every kind's module; a kind's module knows the spec, the spec no kind.
+KINDS: dict[str, Kind] = {}
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from vtp.engines.disk.whole import whole_folder
 
 # The builder's options for both precisions: logits of the last prompt position only, as everybody has them.
 _LAST = "prune_lm_head=true"
-# Its quantiser's plain rounding, which `vtp.bench.common.fewer_bits` follows; the embedding stays in float, and int8
-# activations while multiplying are what vtp's own int4 has.
+# Its quantiser's plain rounding, which `vtp.bench.common.fewer_bits` follows; the embedding stays in float,
+# and int8 activations while multiplying are what vtp's own int4 has.
 _INT4 = (
     "algo_config=default",
     "block_size=32",

@@ -1,6 +1,7 @@
 """vtp beside what one would use instead: the same weights, picture and question, in one run, in turns.
 
-    python -m vtp.bench.compare.peers [--shape llava-ov-0.5b | --model DIR] [--int8] [--int4] [--also NAME=BUNDLE]
+    python -m vtp.bench.compare.peers [--shape llava-ov-0.5b | --model DIR] [--int8] [--int4] [--also
+    NAME=BUNDLE]
 
 Every peer has a process of its own. Its first logits and tokens are held against the others' before anything
 is timed; then it and vtp answer in turns, so that a slow moment of the machine meets both, and milliseconds

@@ -4,8 +4,8 @@
 
 Takes the bundles that `vtp.bench.gpu.pack` packed, unpacked into the folder --work, fills them with random
 numbers (once; 14 GB of disk for LLaVA-1.5-7B) and measures each in a process of its own. Needs what
-`vtp.bench.gpu.command` needs, and transformers. Results are written after every bundle; a second run goes on with
-what is missing. With --engine ort-cpu all of it runs without a GPU, on a tiny shape.
+`vtp.bench.gpu.command` needs, and transformers. Results are written after every bundle; a second run goes on
+with what is missing. With --engine ort-cpu all of it runs without a GPU, on a tiny shape.
 """
 
 from __future__ import annotations

@@ -131,9 +131,9 @@ def tensor_shapes(config: Any, architecture: str) -> dict[str, tuple[int, ...]]:
 def write_hollow(name: str, folder: Path, dtype: str = "float16") -> Path:
     """Write the folder of a shape with the numbers of small tensors alone: the rest of the file is a hole.
 
-    For exports that write no weights (`vtp.bench.shapes.weightless`). Exporters look at small tensors, to fold equal
-    ones into one: these are what they will be when the bundle is filled (`vtp.bench.shapes.weight_map`). Weights have
-    the names of the model's own state_dict. Raises UsageError for an unknown shape or dtype.
+    For exports that write no weights (`vtp.bench.shapes.weightless`). Exporters look at small tensors, to
+    fold equal ones into one: these are what they will be when the bundle is filled
+    (`vtp.bench.shapes.weight_map`). Weights have the names of the model's own state_dict. Raises UsageError for an unknown shape or dtype.
     """
     shape = find_shape(name)
     shape.bytes(dtype)

@@ -2,7 +2,8 @@
 
 `HollowStore` takes the place of the WeightStore. What would go into data files is written down in a recipe:
 which tensor of the model lies where, transposed or not. Whoever has the numbers fills the files by it
-(`vtp.bench.shapes.weight_map`, `vtp.bench.gpu.weights`). The manifest lists no data files, for there are none yet.
+(`vtp.bench.shapes.weight_map`, `vtp.bench.gpu.weights`). The manifest lists no data files, for there are
+none yet.
 """
 
 from __future__ import annotations
@@ -80,8 +81,8 @@ def _view(view: Callable[[Source], Tensor]) -> Callable[[Source], Tensor]:
 def export_hollow(shape: str, request: Request, progress: Callable[[str], None] = lambda _: None) -> Bundle:
     """Export a shape without weights, by `request` (its model and verify are not looked at).
 
-    The bundle holds its recipe and config.json beside the graphs (`vtp.bench.shapes.weight_map`). Raises as `export`
-    and `write_hollow` do.
+    The bundle holds its recipe and config.json beside the graphs (`vtp.bench.shapes.weight_map`). Raises as
+    `export` and `write_hollow` do.
     """
     stores: list[HollowStore] = []
 

@@ -1,6 +1,7 @@
 """One method against others, question by question: the difference in exact match and how sure it is.
 
-    python -m vtp.bench.studies.paired focal vispruner adaptprune [--keep 64,32,16] [--seed 2026] [--count 1000]
+    python -m vtp.bench.studies.paired focal vispruner adaptprune [--keep 64,32,16] [--seed 2026] [--count
+    1000]
 
 A method is a name, a name with options (vispruner:positions=original,r=0.3) or the folder of a bundle that
 holds the keep-counts. The first is compared with each of the others on the same questions of the built-in

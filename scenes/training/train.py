@@ -1,4 +1,4 @@
-"""Trains the built-in model from nothing, with checkpoints and resume: `python -m vtp.scenes.training.train`."""
+"""Trains the built-in model from nothing, with resume: `python -m vtp.scenes.training.train`."""
 
 import argparse
 from pathlib import Path

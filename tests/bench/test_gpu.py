@@ -1,4 +1,4 @@
-"""`vtp.bench.gpu.command` on ort-cpu: all of it runs without a GPU, and nothing that goes wrong stops the rest."""
+"""`vtp.bench.gpu.command` on ort-cpu: it runs without a GPU, and nothing that goes wrong stops the rest."""
 
 from __future__ import annotations
 

@@ -164,7 +164,8 @@ sys.exit(run_command("vtp-run", work))
 
 
 def test_streams_that_the_shell_closed() -> None:
-    script = "from vtp.runtime.commands.console import *; sys.exit(run_command('x', lambda: (say('a'), say_piece('b'))))"
+    work = "lambda: (say('a'), say_piece('b'))"
+    script = f"from vtp.runtime.commands.console import *; sys.exit(run_command('x', {work}))"
     command = f"exec {command_line(sys.executable, '-c', script)} >&- 2>&-"
     assert subprocess.run(["sh", "-c", command], check=False).returncode == 0
 

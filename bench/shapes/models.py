@@ -133,7 +133,8 @@ def write_hollow(name: str, folder: Path, dtype: str = "float16") -> Path:
 
     For exports that write no weights (`vtp.bench.shapes.weightless`). Exporters look at small tensors, to
     fold equal ones into one: these are what they will be when the bundle is filled
-    (`vtp.bench.shapes.weight_map`). Weights have the names of the model's own state_dict. Raises UsageError for an unknown shape or dtype.
+    (`vtp.bench.shapes.weight_map`). Weights have the names of the model's own state_dict. Raises
+    UsageError for an unknown shape or dtype.
     """
     shape = find_shape(name)
     shape.bytes(dtype)

@@ -1,8 +1,9 @@
 """`--verify layers`: what goes into every layer of a bundle against what goes into it in transformers.
 
 For models that do not fit into memory: the torch model reads its weights while it runs (see
-`vtp.export.checkpoint.weights`), the bundle's graphs run in slices (see `vtp.export.onnx.slices`). Both do the
-whole job, so what is compared is what really flows; in addition, every border between two layers is compared.
+`vtp.export.checkpoint.weights`), the bundle's graphs run in slices (see `vtp.export.onnx.slices`). Both do
+the whole job, so what is compared is what really flows; in addition, every border between two layers is
+compared.
 """
 
 from __future__ import annotations

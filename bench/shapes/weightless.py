@@ -1,7 +1,7 @@
 """Bundles without weights: graphs and manifest of a shape, a few MB, to be filled where they are measured.
 
 `HollowStore` takes the place of the WeightStore. What would go into data files is written down in a recipe:
-which tensor of the model lies where, transposed or not. Whoever has the numbers fills the files by it
+which tensor of the model lies where, transposed or not. A program that has the numbers fills the files by it
 (`vtp.bench.shapes.weight_map`, `vtp.bench.gpu.weights`). The manifest lists no data files, for there are
 none yet.
 """
@@ -70,9 +70,7 @@ def _view(view: Callable[[Source], Tensor]) -> Callable[[Source], Tensor]:
 
     def checked(source: Source) -> Tensor:
         if not is_small(source.shape):
-            raise VtpError(
-                f"the export looked at the numbers of {source.name}, which a hollow model does not have"
-            )
+            raise VtpError(f"the export looked at the numbers of {source.name}, which it does not have")
         return view(source)
 
     return checked

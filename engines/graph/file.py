@@ -109,13 +109,13 @@ def read_graph(path: str | Path) -> GraphFile:
     try:
         return _model(memoryview(read_bounded(path, GRAPH_BYTES)))
     except (ValueError, IndexError, KeyError, struct.error, TypeError, AttributeError) as error:
-        raise VtpError(f"{path} is no ONNX graph; export the bundle again") from error
+        raise VtpError(f"{path} is not an ONNX graph; export the bundle again") from error
 
 
 def fields(data: Data) -> Iterator[tuple[int, int | Data]]:
     """Field numbers and values of one message: an int for numbers, bytes for everything with a length.
 
-    Raises ValueError or IndexError for what is no protocol buffer.
+    Raises ValueError or IndexError for anything that is not a protocol buffer.
     """
     place = 0
     while place < len(data):

@@ -84,7 +84,7 @@ def test_public_sets_are_recognised(folder: Path) -> None:
             '{"image": "a.png", "prompt": "x"}\n{"image": "a.png", "prompt": "x", "answer": "y"}',
             "some questions have answers",
         ),
-        ("d.json", "[1]", "no format known here"),
+        ("d.json", "[1]", "has an unknown format"),
         ("d.json", "{", "is not valid JSON"),
         ("d.json", '{"questions": []}', "--annotations"),
         ("d.json", '{"1": {"imageId": "7", "answer": "x"}}', "no gqa file"),

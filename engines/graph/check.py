@@ -68,7 +68,7 @@ def check_graph(path: str | Path, files: Mapping[str, int]) -> None:
     except _Refused as error:
         raise VtpError(f"{path.name} {error}; vtp writes no such graph: do not use this bundle") from error
     except (ValueError, IndexError, TypeError) as error:
-        raise VtpError(f"{path} is no ONNX graph; export the bundle again") from error
+        raise VtpError(f"{path} is not an ONNX graph; export the bundle again") from error
 
 
 def _check_model(data: Buffer, files: Mapping[str, int]) -> None:

@@ -109,7 +109,7 @@ def read_graph(path: str | Path) -> GraphFile:
     try:
         return _model(memoryview(read_bounded(path, GRAPH_BYTES)))
     except (ValueError, IndexError, KeyError, struct.error, TypeError, AttributeError) as error:
-        raise VtpError(f"{path} is no ONNX graph; export the bundle again") from error
+        raise VtpError(f"{path} is not an ONNX graph; export the bundle again") from error
 
 
 def fields(data: Data) -> Iterator[tuple[int, int | Data]]:

@@ -304,7 +304,7 @@ def test_what_is_no_graph_is_one_line(tmp_path: Path, content: bytes) -> None:
         try:
             read(path)
         except VtpError as error:
-            assert "is no ONNX graph" in str(error) and "\n" not in str(error)
+            assert "is not an ONNX graph" in str(error) and "\n" not in str(error)
         else:
             assert read is not read_graph  # inputs are its job
 

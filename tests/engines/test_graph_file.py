@@ -55,7 +55,7 @@ def test_four_bit_weights_take_half_a_byte() -> None:
 @pytest.mark.parametrize("content", [b"", b"garbage" * 40, bytes(64), b"\x3a\xff\x01ab"])
 def test_what_is_no_graph_is_one_line(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "g.onnx").write_bytes(content)
-    with pytest.raises(VtpError, match="is no ONNX graph"):
+    with pytest.raises(VtpError, match="is not an ONNX graph"):
         read_graph(tmp_path / "g.onnx")
     with pytest.raises(VtpError, match="cannot read"):
         read_graph(tmp_path / "missing.onnx")

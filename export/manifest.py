@@ -10,8 +10,9 @@ from pathlib import Path
 import onnx
 
 from vtp.export.checkpoint.loading import Checkpoint
+from vtp.export.graphs.decoder import DecoderPart
 from vtp.export.graphs.frames import Frames
-from vtp.export.graphs.modules import DecoderPart, DecoderPruner
+from vtp.export.graphs.pruner import DecoderPruner
 from vtp.export.onnx.emit import GraphSpec
 from vtp.export.plan.plan import Plan
 from vtp.export.plan.schedule import Chain, site_of

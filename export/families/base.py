@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from vtp.engines import VtpError
 from vtp.export.families.reference import Seams
+from vtp.export.graphs.decoder import Decoder
 from vtp.export.graphs.frames import Frames
-from vtp.export.graphs.modules import Decoder, DecoderPruner, Splice, TextCues
+from vtp.export.graphs.pruner import DecoderPruner
+from vtp.export.graphs.splice import Splice, TextCues
 from vtp.export.pruners.base import Pruner
 from vtp.runtime.preprocess import ImageSpec
 

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from vtp.export.families.base import Family
-from vtp.export.graphs.modules import PART_CUES, TEXT_CUES, DecoderPart, EmbedTokens, FeaturePruner
+from vtp.export.graphs.decoder import PART_CUES, TEXT_CUES, DecoderPart
+from vtp.export.graphs.pruner import FeaturePruner
+from vtp.export.graphs.splice import EmbedTokens
 from vtp.export.onnx.emit import GraphInput, GraphSpec
 from vtp.export.plan.schedule import Chain, layers_of
 from vtp.export.pruners import parse_site

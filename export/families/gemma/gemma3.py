@@ -17,7 +17,8 @@ from vtp.engines import VtpError
 from vtp.export.families.gemma.lookahead import AheadPruner, AheadSplice
 from vtp.export.families.gemma.paligemma import PaliGemma
 from vtp.export.families.gemma.reference import Gemma3Seams
-from vtp.export.graphs.modules import Decoder, Splice
+from vtp.export.graphs.decoder import Decoder
+from vtp.export.graphs.splice import Splice
 from vtp.export.pruners.base import Pruner
 
 

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from vtp.export.graphs.layout import lay_out, widened
-from vtp.export.graphs.modules import DecoderPruner, Splice
+from vtp.export.graphs.pruner import DecoderPruner
+from vtp.export.graphs.splice import Splice
 
 
 def looking_ahead(length: int, starts: Tensor, visual: int) -> Tensor:

@@ -17,7 +17,9 @@ from vtp.export.families.base import Family
 from vtp.export.families.gemma.lookahead import OneBasedSplice
 from vtp.export.families.gemma.reference import PaliGemmaSeams
 from vtp.export.families.reference import Seams
-from vtp.export.graphs.modules import Decoder, Projector, Splice, VisionEncoder
+from vtp.export.graphs.decoder import Decoder
+from vtp.export.graphs.encoder import Projector, VisionEncoder
+from vtp.export.graphs.splice import Splice
 
 
 class PaliGemma(Family):

@@ -17,7 +17,8 @@ from vtp.export.families.base import Family
 from vtp.export.families.qwen_vl.positions import GridSplice
 from vtp.export.families.qwen_vl.reference import PatchSeams
 from vtp.export.families.qwen_vl.tower import PatchGrid, PatchTower, TowerParts
-from vtp.export.graphs.modules import Decoder, Projector
+from vtp.export.graphs.decoder import Decoder
+from vtp.export.graphs.encoder import Projector
 from vtp.runtime.preprocess import ImageSpec
 
 

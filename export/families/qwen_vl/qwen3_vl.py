@@ -16,7 +16,7 @@ from torch import nn
 from vtp.export.families.qwen_vl.qwen2_vl import Qwen2VL
 from vtp.export.families.qwen_vl.reference import DeepSeams
 from vtp.export.families.qwen_vl.tower import DeepProjector, JoinedNorm, PlaceTable, TowerParts
-from vtp.export.graphs.modules import Decoder
+from vtp.export.graphs.decoder import Decoder
 
 
 class Qwen3VL(Qwen2VL):

@@ -20,7 +20,10 @@ from vtp.export.families.base import Family
 from vtp.export.families.tiled.reference import Idefics3Seams
 from vtp.export.families.tiled.runs import Runs, RunsDecoderPruner, RunsSplice, RunsTextCues
 from vtp.export.families.tiled.shuffle import ShuffledEncoder
-from vtp.export.graphs.modules import Decoder, DecoderPruner, Projector, Splice, TextCues, VisionEncoder
+from vtp.export.graphs.decoder import Decoder
+from vtp.export.graphs.encoder import Projector, VisionEncoder
+from vtp.export.graphs.pruner import DecoderPruner
+from vtp.export.graphs.splice import Splice, TextCues
 from vtp.export.pruners.base import Pruner
 from vtp.runtime.preprocess import ImageSpec
 from vtp.runtime.preprocess.idefics3 import tiles

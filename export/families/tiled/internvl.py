@@ -18,7 +18,8 @@ from vtp.engines import VtpError
 from vtp.export.families.base import Family
 from vtp.export.families.tiled.reference import InternVLSeams
 from vtp.export.families.tiled.shuffle import ShuffledEncoder
-from vtp.export.graphs.modules import Decoder, Projector, VisionEncoder
+from vtp.export.graphs.decoder import Decoder
+from vtp.export.graphs.encoder import Projector, VisionEncoder
 from vtp.runtime.preprocess import ImageSpec
 
 _TILED = MappingProxyType({"grid": "its tokens lie in several tiles"})

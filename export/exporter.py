@@ -16,7 +16,7 @@ from vtp.export.manifest import describe
 from vtp.export.onnx.emit import WeightStore, emit
 from vtp.export.plan.plan import Plan, make_plan
 from vtp.export.plan.schedule import Chain, make_chains
-from vtp.export.pruners import POSITIONS, parse_options, parse_site, resolve_method
+from vtp.export.pruners import POSITIONS, Site, parse_options, resolve_method
 from vtp.export.pruners.base import Pruner
 from vtp.export.targets import TARGETS, Target
 from vtp.export.verify.parity import PROMPT, verify
@@ -148,7 +148,7 @@ def _method(request: Request) -> tuple[type[Pruner] | None, dict[str, Any], str]
 
 def _positions(method: type[Pruner], texts: Sequence[str]) -> str:
     """What `--method-option positions=...` says, else the method's own default."""
-    at_decoder = parse_site(method.site)[0] == "decoder"
+    at_decoder = Site.parse(method.site).in_decoder
     if not texts:
         return "original" if at_decoder else method.positions
     if len(texts) > 1:

@@ -90,7 +90,7 @@ def _method_info(chains: Sequence[Chain], positions: str) -> MethodInfo:
     if not chains:
         return MethodInfo(NONE, NONE, {}, positions, "")
     first = chains[0][0]
-    return MethodInfo(first.name, site_of(chains[0]), dict(first.settings), positions, first.paper)
+    return MethodInfo(first.name, str(site_of(chains[0])), dict(first.settings), positions, first.paper)
 
 
 def _graph_info(

@@ -14,8 +14,7 @@ from vtp.export.graphs.decoder import PART_CUES, TEXT_CUES, DecoderPart
 from vtp.export.graphs.pruner import FeaturePruner
 from vtp.export.graphs.splice import EmbedTokens
 from vtp.export.onnx.emit import GraphInput, GraphSpec
-from vtp.export.plan.schedule import Chain, layers_of
-from vtp.export.pruners import parse_site
+from vtp.export.plan.schedule import Chain, site_of
 from vtp.runtime.bundle.manifest import KvInfo, StageInfo
 
 BATCH, SEQUENCE, TEXT, ROWS, VISUAL, CAPACITY = (
@@ -68,10 +67,10 @@ class _Planner:
         self.count = family.grid[0] * family.grid[1]
         self.patches = family.patch_grid[0] * family.patch_grid[1]
         first = chains[0][0] if chains else None
-        self.site = parse_site(first.site)[0] if first else "none"
+        self.site = site_of(chains[0]).kind if chains else "none"
         self.needs = first.needs if first else ()
         self.normed_keys = first is not None and first.settings.get("keys") == "normed"
-        self.cuts = layers_of(chains[0]) if chains else []
+        self.cuts = list(site_of(chains[0]).layers) if chains else []
         self.reads_text = any(name.startswith("text_") for name in self.needs)
         self.looks_ahead = family.decoder.sight == "image"
         # Before a decoder-site pruner, or without any, nothing is missing yet: places and positions agree.

@@ -23,6 +23,7 @@ from vtp.export.onnx.emit import GraphSpec
 from vtp.export.plan.plan import Plan
 from vtp.export.plan.schedule import Chain
 from vtp.export.pruners.base import Pruner
+from vtp.export.pruners.site import Site
 from vtp.export.verify.by_layers import STEPS as LAYER_STEPS
 from vtp.export.verify.by_layers import Layers
 from vtp.export.verify.overflow import check_finite, refuse_overflow
@@ -234,7 +235,7 @@ def chosen(
     ]
     answers: list[Pruner] = []
     arriving = torch.arange(bundle.manifest.visual.count)
-    if places is not None and chain and not chain[0].site.startswith("decoder"):
+    if places is not None and chain and not Site.parse(chain[0].site).in_decoder:
         arriving = places
     for pruner, stage in zip(chain, stages, strict=True):
         kept = torch.from_numpy(values[stage.outputs["keep_indices"]].numpy())

@@ -21,8 +21,8 @@ from transformers import DynamicCache
 
 from vtp.engines.errors import UsageError, VtpError
 from vtp.export.families.reference import Seams
-from vtp.export.pruners import parse_site
 from vtp.export.pruners.base import Pruner
+from vtp.export.pruners.site import Site
 
 
 @dataclass
@@ -76,20 +76,21 @@ def reference_generate(
     if positions not in ("compact", "original"):
         raise UsageError(f"positions is '{positions}'; choose compact or original")
     chain = [pruner] if isinstance(pruner, Pruner) else list(pruner or [])
-    site = parse_site(chain[0].site)[0] if chain else "none"
+    site = Site.parse(chain[0].site) if chain else None
+    in_decoder = site is not None and site.in_decoder
     pictures = [pixel_values] if isinstance(pixel_values, Tensor) else list(pixel_values)
-    if site == "decoder" and len(pictures) > 1:
-        raise VtpError(f"site {chain[0].site} takes one picture per prompt, not {len(pictures)}")
+    if in_decoder and len(pictures) > 1:
+        raise VtpError(f"site {site} takes one picture per prompt, not {len(pictures)}")
     parts = seams(model, image_size)
     with torch.no_grad(), parts.eager():
-        decoder = _Decoder(parts, input_ids, site == "decoder" or positions == "original")
-        text, first = decoder.text_cues(), chain[0] if site in ("vision", "projector") else None
+        decoder = _Decoder(parts, input_ids, in_decoder or positions == "original")
+        text, first = decoder.text_cues(), None if in_decoder or not chain else chain[0]
         looks = [_look(parts, pixels, first, text) for pixels in pictures]
         decoder.start(torch.cat([look.embeds for look in looks], dim=1))
         if first is not None:
             size = looks[0].embeds.shape[1]
             decoder.cut(torch.cat([number * size + look.keep for number, look in enumerate(looks)]))
-        decoder.prefill(chain if site == "decoder" else [], looks[0].cues)
+        decoder.prefill(chain if in_decoder else [], looks[0].cues)
         tokens, logits = decoder.answer(max_new_tokens, eos_ids)
     return ReferenceAnswer(tokens, decoder.kept, logits, decoder.cache_lengths())
 
@@ -114,7 +115,7 @@ def _look(parts: Seams, pixel_values: Tensor, pruner: Pruner | None, text: dict[
     chosen, rows = _select(pruner, cues)
     keep = places[chosen]
     if rows is not None:
-        at_tower = parse_site(pruner.site)[0] == "vision"
+        at_tower = Site.parse(pruner.site).kind == "vision"
         rows = parts.project(rows.to(cues["image_features"].dtype)) if at_tower else rows
         rows = rows[..., : embeds.shape[-1]]  # a bundle's may have streams beside them
         embeds = embeds.index_copy(1, keep, rows.to(embeds.dtype))
@@ -172,7 +173,7 @@ class _Decoder:
 
     def prefill(self, chain: Sequence[Pruner], cues: dict[str, Tensor]) -> None:
         """Run all layers, cutting the prompt in front of the layer that each pruner names."""
-        layers = [parse_site(pruner.site)[1] or 0 for pruner in chain]
+        layers = [layer for pruner in chain for layer in Site.parse(pruner.site).layers or (0,)]
         if layers and not 0 < layers[-1] < len(self.text.layers):
             raise VtpError(f"site decoder:{layers[-1]} needs a decoder of more than {layers[-1]} layers")
         for pruner, (first, end) in zip(chain, pairwise([0, *layers]), strict=True):
@@ -248,7 +249,7 @@ class _Decoder:
 
 def _select(pruner: Pruner, cues: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
     """keep_indices [K] among the tokens that arrive, and the rows [1,K,.] of a method that merges."""
-    whole = "image_embeds" if pruner.site == "projector" else "image_features"
+    whole = "image_embeds" if Site.parse(pruner.site).kind == "projector" else "image_features"
     count = cues["hidden_states" if "hidden_states" in cues else whole].shape[1]
     if pruner.count != count:
         raise VtpError(f"the pruner was made for {pruner.count} visual tokens; this model has {count}")

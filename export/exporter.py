@@ -95,5 +95,5 @@ def _verify(folder: Path, manifest: Manifest, job: Job, plan: Plan, mode: str, p
         manifest.parity.update({"mode": "none"})
     else:
         progress(f"verify against the torch model ({mode})")
-        manifest.parity.update(verify(bundle, job.model, plan, job.chains, mode))
+        manifest.parity.update(verify(bundle, job.model, plan, job.schedules, mode))
     (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")

@@ -66,15 +66,15 @@ def _frame_info(frames: Frames | None) -> FrameInfo | None:
 
 def _default_keep(job: Job) -> int:
     """The method's own default where the bundle holds it, else the largest."""
-    usual = job.chains[0][0].default_keep(job.count) if job.chains else job.count
+    usual = job.schedules[0][0].default_keep(job.count) if job.schedules else job.count
     return usual if usual in job.keep else max(job.keep)
 
 
 def _method_info(job: Job) -> MethodInfo:
-    if not job.chains:
+    if not job.schedules:
         return MethodInfo(NONE, NONE, {}, job.positions, "")
-    first = job.chains[0][0]
-    site = str(site_of(job.chains[0]))
+    first = job.schedules[0][0]
+    site = str(site_of(job.schedules[0]))
     return MethodInfo(first.name, site, dict(first.settings), job.positions, first.paper)
 
 

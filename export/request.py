@@ -12,7 +12,7 @@ from vtp.engines import UsageError, VtpError
 from vtp.export.checkpoint.loading import DTYPES, Checkpoint
 from vtp.export.keep_counts import check_keep, keep_for_ratio, parse_keep
 from vtp.export.plan.bundle_layout import BundleLayout
-from vtp.export.plan.schedule import Chain, make_chains
+from vtp.export.plan.schedule import Schedule, make_schedules
 from vtp.export.pruners import POSITIONS, Site, parse_options, resolve_method
 from vtp.export.pruners.base import Pruner
 from vtp.export.targets import TARGETS, Target
@@ -29,7 +29,7 @@ class Job:
     """One export with nothing left to decide.
 
     model       the model, without its weights
-    chains      the pruners of every keep-count, ascending; none for method `none`
+    schedules   the pruners of every keep-count, ascending; none for method `none`
     positions   how kept tokens are numbered: "compact" or "original"
     max_length  positions of one conversation
     target      as it writes this model's decoder
@@ -37,7 +37,7 @@ class Job:
     """
 
     model: Checkpoint
-    chains: list[Chain]
+    schedules: list[Schedule]
     positions: str
     max_length: int
     target: Target
@@ -47,7 +47,7 @@ class Job:
     def layout(self) -> BundleLayout:
         """What the plan is made from."""
         return BundleLayout(
-            self.model.family, self.chains, self.positions, DTYPES[self.dtype], self.max_length
+            self.model.family, self.schedules, self.positions, DTYPES[self.dtype], self.max_length
         )
 
     @property
@@ -58,7 +58,7 @@ class Job:
     @property
     def keep(self) -> list[int]:
         """The keep-counts, ascending; N alone for method `none`."""
-        return [chain[-1].keep for chain in self.chains] or [self.count]
+        return [schedule[-1].keep for schedule in self.schedules] or [self.count]
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class Request:
         return Job(
             model=model,
             positions=_served_positions(self.choice, model),
-            chains=_chains(self, model),
+            schedules=_schedules(self, model),
             max_length=_max_length(self, model),
             target=TARGETS[self.target].serving(model.family.decoder),
             dtype=self.precision,
@@ -201,13 +201,13 @@ def _served_positions(choice: Choice, model: Checkpoint) -> str:
     return served[0]
 
 
-def _chains(request: Request, model: Checkpoint) -> list[Chain]:
-    """One chain of pruners per keep-count, checked against what the family serves."""
+def _schedules(request: Request, model: Checkpoint) -> list[Schedule]:
+    """One schedule of pruners per keep-count, checked against what the family serves."""
     choice, count = request.choice, visual_tokens(model)
     if choice.method is None:
         _refuse_keep_for_none(request, count)
         return []
-    return make_chains(
+    return make_schedules(
         choice.method, model.family, _keep_counts(request, choice.method, count), choice.options
     )
 

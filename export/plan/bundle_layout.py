@@ -11,7 +11,7 @@ import torch
 from vtp.export.families.base import Family
 from vtp.export.graphs.decoder import TEXT_CUES
 from vtp.export.plan.names import pruner_name
-from vtp.export.plan.schedule import Chain, site_of
+from vtp.export.plan.schedule import Schedule, site_of
 from vtp.export.pruners.site import Site
 
 
@@ -24,14 +24,14 @@ class BundleLayout:
     """
 
     family: Family
-    chains: Sequence[Chain]
+    schedules: Sequence[Schedule]
     positions: str
     dtype: torch.dtype
     max_length: int
 
     @property
     def site(self) -> Site | None:
-        return site_of(self.chains[0]) if self.chains else None
+        return site_of(self.schedules[0]) if self.schedules else None
 
     @property
     def kind(self) -> str:
@@ -56,7 +56,7 @@ class BundleLayout:
     @property
     def needs(self) -> tuple[str, ...]:
         """The method's cues."""
-        return self.chains[0][0].needs if self.chains else ()
+        return self.schedules[0][0].needs if self.schedules else ()
 
     @property
     def reads_text(self) -> bool:
@@ -64,7 +64,7 @@ class BundleLayout:
 
     @property
     def normed_keys(self) -> bool:
-        return bool(self.chains) and self.chains[0][0].settings.get("keys") == "normed"
+        return bool(self.schedules) and self.schedules[0][0].settings.get("keys") == "normed"
 
     @property
     def looks_ahead(self) -> bool:
@@ -90,17 +90,17 @@ class BundleLayout:
         """Width of image_features, with what becomes the decoder's streams."""
         return self.family.feature_width * (1 + self.family.decoder.streams)
 
-    def pruner_file(self, chain: Chain, number: int) -> str:
-        """The graph of a chain's pruner; the keep-count is in its name where there are several."""
-        return pruner_name(number, len(chain), chain[-1].keep if len(self.chains) > 1 else None)
+    def pruner_file(self, schedule: Schedule, number: int) -> str:
+        """The graph of a schedule's pruner; the keep-count is in its name where there are several."""
+        return pruner_name(number, len(schedule), schedule[-1].keep if len(self.schedules) > 1 else None)
 
     def capacity(self, number: int) -> int:
         """Of a part's cache. A head sees all N visual tokens; what comes after pruning holds at most what the
         largest keeps."""
-        if not self.chains or (self.cuts and number == 0):
+        if not self.schedules or (self.cuts and number == 0):
             return self.max_length
         site = number - 1 if self.cuts else 0
-        return self.max_length - self.count + max(chain[site].keep for chain in self.chains)
+        return self.max_length - self.count + max(schedule[site].keep for schedule in self.schedules)
 
 
 def reads_rows(cues: Sequence[str]) -> bool:

@@ -46,9 +46,9 @@ def feature_pruners(layout: BundleLayout, when: str, rows: str, kept: str) -> It
     cues = [rows, *(name for name in layout.needs if name != rows)]
     tensors = examples.feature_cues(layout)
     outputs = ["keep_indices", kept]
-    for chain in layout.chains:
-        file, family = layout.pruner_file(chain, 0), layout.family
-        module = FeaturePruner(chain[0], cues, family.places(), family.widths)
+    for schedule in layout.schedules:
+        file, family = layout.pruner_file(schedule, 0), layout.family
+        module = FeaturePruner(schedule[0], cues, family.places(), family.widths)
         inputs = [GraphInput(cue, tensors[cue], axes(cue)) for cue in cues]
         yield GraphSpec(file, module, inputs, outputs, rewrite=False)
-        yield stage("pruner", when, cues, outputs, file=file, keep=chain[0].keep)
+        yield stage("pruner", when, cues, outputs, file=file, keep=schedule[0].keep)

@@ -24,7 +24,7 @@ from vtp.export.plan.names import (
     stage,
     tail,
 )
-from vtp.export.plan.schedule import Chain
+from vtp.export.plan.schedule import Schedule
 from vtp.runtime.bundle.manifest import KvInfo, StageInfo
 
 
@@ -144,10 +144,10 @@ def _decoder_pruners(
         for name in outputs
         if name in ("kept_hidden_states", "kept_position_ids", "kept_ahead")
     }
-    for chain in layout.chains:
-        file = layout.pruner_file(chain, number)
-        inputs = _decoder_pruner_inputs(layout, chain, number, names)
-        module = layout.family.decoder_pruner(chain[number], names)
+    for schedule in layout.schedules:
+        file = layout.pruner_file(schedule, number)
+        inputs = _decoder_pruner_inputs(layout, schedule, number, names)
+        module = layout.family.decoder_pruner(schedule[number], names)
         yield GraphSpec(file, module, inputs, outputs, own, rewrite=False)
         yield stage(
             pruner_name(number, len(layout.cuts), None),
@@ -155,7 +155,7 @@ def _decoder_pruners(
             {item.name: reads.get(item.name, item.name) for item in inputs},
             {item: item + end for item in outputs},
             file=file,
-            keep=chain[-1].keep,
+            keep=schedule[-1].keep,
         )
 
 
@@ -172,9 +172,9 @@ def _pruner_inputs(layout: BundleLayout, number: int, part_cues: Sequence[str]) 
 
 
 def _decoder_pruner_inputs(
-    layout: BundleLayout, chain: Chain, number: int, names: Sequence[str]
+    layout: BundleLayout, schedule: Schedule, number: int, names: Sequence[str]
 ) -> list[GraphInput]:
-    tensors = examples.decoder_cues(layout, chain[number].count, layout.cuts[number])
+    tensors = examples.decoder_cues(layout, schedule[number].count, layout.cuts[number])
     scores = {"attention_scores": {1: SEQUENCE}}  # of the whole prompt here, of the picture elsewhere
     return [
         GraphInput(name, tensors[name], {**axes(name), **scores.get(name, {})})

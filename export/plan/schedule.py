@@ -16,37 +16,37 @@ from vtp.export.pruners import Site, find_method, method_names
 from vtp.export.pruners.base import Pruner
 
 # The pruners of one keep-count, in the order of their sites: one, but for methods that prune repeatedly.
-Chain = tuple[Pruner, ...]
+Schedule = tuple[Pruner, ...]
 
 
-def make_chains(
+def make_schedules(
     method: type[Pruner], family: Family, keeps: Sequence[int], settings: Mapping[str, Any]
-) -> list[Chain]:
-    """One chain per keep-count, checked against what the family serves.
+) -> list[Schedule]:
+    """One schedule per keep-count, checked against what the family serves.
 
     Raises UsageError, in one line, for a method that this family or model cannot serve, and VtpError for one
     whose choice is not K indices, each once, in raster order.
     """
     _check_served(method, family)
     count, layers = family.grid[0] * family.grid[1], len(family.decoder.layers)
-    chains: list[Chain] = []
+    schedules: list[Schedule] = []
     for keep in keeps:
         sites = _sites(method, layers, count, keep, settings)
         grid = family.grid if Site.parse(method.site).in_decoder else family.patch_grid
-        chains.append(_chain(method, grid, sites, settings))
-    if len({tuple(pruner.site for pruner in chain) for chain in chains}) > 1:
+        schedules.append(_schedule(method, grid, sites, settings))
+    if len({tuple(pruner.site for pruner in schedule) for schedule in schedules}) > 1:
         raise UsageError(
             f"method {method.name} names other layers for other keep-counts; export them one by one"
         )
-    for chain in chains:
-        for number, pruner in enumerate(chain):
+    for schedule in schedules:
+        for number, pruner in enumerate(schedule):
             _check_choice(pruner, family, number)
-    return chains
+    return schedules
 
 
-def site_of(chain: Chain) -> Site:
-    """Where the whole chain prunes: at the tower, at the projector, or before several decoder layers."""
-    sites = [Site.parse(pruner.site) for pruner in chain]
+def site_of(schedule: Schedule) -> Site:
+    """Where the whole schedule prunes: at the tower, at the projector, or before several decoder layers."""
+    sites = [Site.parse(pruner.site) for pruner in schedule]
     return Site(sites[0].kind, tuple(layer for site in sites for layer in site.layers))
 
 
@@ -113,20 +113,20 @@ def _sites(
     return [(Site("decoder", (layer,)), number) for layer, number in pairs]
 
 
-def _chain(
+def _schedule(
     method: type[Pruner],
     grid: tuple[int, int],
     sites: Sequence[tuple[Site, int]],
     settings: Mapping[str, Any],
-) -> Chain:
-    chain: list[Pruner] = []
+) -> Schedule:
+    schedule: list[Pruner] = []
     for site, keep in sites:
         with _blaming(method, "the constructor"):
             pruner = method(grid, keep, **settings)
         pruner.site = str(site)
-        chain.append(pruner)
+        schedule.append(pruner)
         grid = (1, keep)
-    return tuple(chain)
+    return tuple(schedule)
 
 
 @contextmanager

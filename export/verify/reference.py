@@ -75,8 +75,8 @@ def reference_generate(
     """
     if positions not in ("compact", "original"):
         raise UsageError(f"positions is '{positions}'; choose compact or original")
-    chain = [pruner] if isinstance(pruner, Pruner) else list(pruner or [])
-    site = Site.parse(chain[0].site) if chain else None
+    schedule = [pruner] if isinstance(pruner, Pruner) else list(pruner or [])
+    site = Site.parse(schedule[0].site) if schedule else None
     in_decoder = site is not None and site.in_decoder
     pictures = [pixel_values] if isinstance(pixel_values, Tensor) else list(pixel_values)
     if in_decoder and len(pictures) > 1:
@@ -84,13 +84,13 @@ def reference_generate(
     parts = seams(model, image_size)
     with torch.no_grad(), parts.eager():
         decoder = _Decoder(parts, input_ids, in_decoder or positions == "original")
-        text, first = decoder.text_cues(), None if in_decoder or not chain else chain[0]
+        text, first = decoder.text_cues(), None if in_decoder or not schedule else schedule[0]
         looks = [_look(parts, pixels, first, text) for pixels in pictures]
         decoder.start(torch.cat([look.embeds for look in looks], dim=1))
         if first is not None:
             size = looks[0].embeds.shape[1]
             decoder.cut(torch.cat([number * size + look.keep for number, look in enumerate(looks)]))
-        decoder.prefill(chain if in_decoder else [], looks[0].cues)
+        decoder.prefill(schedule if in_decoder else [], looks[0].cues)
         tokens, logits = decoder.answer(max_new_tokens, eos_ids)
     return ReferenceAnswer(tokens, decoder.kept, logits, decoder.cache_lengths())
 
@@ -171,12 +171,12 @@ class _Decoder:
             self.numbers = first + torch.arange(len(stay))
             self.next_number = first + len(stay)
 
-    def prefill(self, chain: Sequence[Pruner], cues: dict[str, Tensor]) -> None:
+    def prefill(self, schedule: Sequence[Pruner], cues: dict[str, Tensor]) -> None:
         """Run all layers, cutting the prompt in front of the layer that each pruner names."""
-        layers = [layer for pruner in chain for layer in Site.parse(pruner.site).layers or (0,)]
+        layers = [layer for pruner in schedule for layer in Site.parse(pruner.site).layers or (0,)]
         if layers and not 0 < layers[-1] < len(self.text.layers):
             raise VtpError(f"site decoder:{layers[-1]} needs a decoder of more than {layers[-1]} layers")
-        for pruner, (first, end) in zip(chain, pairwise([0, *layers]), strict=True):
+        for pruner, (first, end) in zip(schedule, pairwise([0, *layers]), strict=True):
             keep, _ = _select(pruner, {**cues, **self._run_to(first, end, pruner)})
             self.cut(keep)
         self.run(layers[-1] if layers else 0, len(self.text.layers))

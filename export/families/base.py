@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from vtp.engines import VtpError
-from vtp.export.families.reference import Seams
+from vtp.export.families.reference import Reference
 from vtp.export.graphs.decoder import Decoder
 from vtp.export.graphs.frames import Frames
 from vtp.export.graphs.pruner import DecoderPruner
@@ -25,7 +25,7 @@ ROTARY = ("default", "linear", "llama3", "yarn")
 
 
 class Family(ABC):
-    """One loaded model of a family, cut at its seams.
+    """One loaded model of a family, and where it is cut.
 
     Class attributes:
     name            the file's name
@@ -38,7 +38,7 @@ class Family(ABC):
     positions       how its kept tokens may be numbered: "compact", "original" or either
     decoders        kinds of decoder (model_type) that it may have
     template        chat template that stands for what its processor does to a prompt; None: the model's own
-    seams           where the reference cuts its transformers model
+    reference       its reference: where an unmodified transformers model is cut
     media           what it looks at: "image", or "video" for a family's `clips`
     clips           the same models as a family that answers about videos, where they can
     """
@@ -53,7 +53,7 @@ class Family(ABC):
     positions: ClassVar[tuple[str, ...]] = ("compact", "original")
     decoders: ClassVar[tuple[str, ...]] = DECODERS
     template: ClassVar[str | None] = None
-    seams: ClassVar[type[Seams]] = Seams
+    reference: ClassVar[type[Reference]] = Reference
     media: ClassVar[str] = "image"
     clips: ClassVar[type[Family] | None] = None
 

@@ -260,7 +260,7 @@ def _reference(
             eos_ids=(),
             positions=bundle.manifest.method.positions,
             image_size=bundle.manifest.image.image_size if bundle.manifest.image.image_height else None,
-            seams=model.family.seams,
+            reference=model.family.reference,
         )
 
 

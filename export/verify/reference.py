@@ -1,6 +1,6 @@
 """The reference that a bundle's answers are held against: pruning inside an unmodified transformers model.
 
-Written without the exporter's graphs: plain PyTorch around the model's own modules (a family's `Seams` say
+Written without the exporter's graphs: plain PyTorch around the model's own modules (a `Reference` knows
 where they are), eager attention, one growing cache, greedy choice. All N visual tokens are projected and
 placed in the prompt as transformers does it; then the prompt is cut down to the kept places, in front of the
 first decoder layer (vision and projector sites) or in front of layer L (decoder:L, or several L in turn).
@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from vtp.engines.errors import UsageError, VtpError
-from vtp.export.families.reference import Seams
+from vtp.export.families.reference import Reference
 from vtp.export.pruners.base import Pruner
 from vtp.export.pruners.site import Site
 
@@ -56,7 +56,7 @@ def reference_generate(
     eos_ids: Collection[int] = (),
     positions: str = "compact",
     image_size: tuple[int, int] | None = None,
-    seams: type[Seams] = Seams,
+    reference: type[Reference] = Reference,
 ) -> ReferenceAnswer:
     """Answer one prompt greedily, in the model's dtype.
 
@@ -68,7 +68,7 @@ def reference_generate(
                   ones go on from T). Decoder sites always keep the original ones.
     image_size    (height, width) of the picture, for models that see it in several views: pixel_values are
                   then [V,3,H,W], and what a vision or projector site chooses from are the P patches.
-    seams         the family's
+    reference     the family's
 
     Raises VtpError where the model cannot serve the pruner's site, or a decoder site several pictures, and
     UsageError for an unknown `positions`.
@@ -81,7 +81,7 @@ def reference_generate(
     pictures = [pixel_values] if isinstance(pixel_values, Tensor) else list(pixel_values)
     if in_decoder and len(pictures) > 1:
         raise VtpError(f"site {site} takes one picture per prompt, not {len(pictures)}")
-    parts = seams(model, image_size)
+    parts = reference(model, image_size)
     with torch.no_grad(), parts.eager():
         decoder = _Decoder(parts, input_ids, in_decoder or positions == "original")
         text, first = decoder.text_cues(), None if in_decoder or not schedule else schedule[0]
@@ -104,7 +104,7 @@ class _Look:
     keep: Tensor
 
 
-def _look(parts: Seams, pixel_values: Tensor, pruner: Pruner | None, text: dict[str, Tensor]) -> _Look:
+def _look(parts: Reference, pixel_values: Tensor, pruner: Pruner | None, text: dict[str, Tensor]) -> _Look:
     """Look at one picture, with the pruner of a vision or projector site if there is one."""
     wanted = {"attention_scores", "vision_keys"} & set(pruner.needs if pruner else ())
     cues = {**text, **parts.vision(pixel_values, wanted)}
@@ -132,7 +132,7 @@ class _Decoder:
 
     hidden: Tensor
 
-    def __init__(self, parts: Seams, input_ids: Tensor, original: bool) -> None:
+    def __init__(self, parts: Reference, input_ids: Tensor, original: bool) -> None:
         self.parts = parts
         self.text: Any = parts.text
         self.ids = input_ids

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from vtp.engines import VtpError
 from vtp.export.families.gemma.lookahead import AheadPruner, AheadSplice
 from vtp.export.families.gemma.paligemma import PaliGemma
-from vtp.export.families.gemma.reference import Gemma3Seams
+from vtp.export.families.gemma.reference import Gemma3Reference
 from vtp.export.graphs.decoder import Decoder
 from vtp.export.graphs.splice import Splice
 from vtp.export.pruners.base import Pruner
@@ -29,7 +29,7 @@ class Gemma3(PaliGemma):
     architectures = ("Gemma3ForConditionalGeneration",)
     decoders = ("gemma3_text",)
     limits = "without pan and scan; attention in single operators, since GroupQueryAttention is causal"
-    seams = Gemma3Seams
+    reference = Gemma3Reference
     template = None
 
     @classmethod

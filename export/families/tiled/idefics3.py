@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vtp.engines import VtpError
 from vtp.export.families.base import Family
-from vtp.export.families.tiled.reference import Idefics3Seams
+from vtp.export.families.tiled.reference import Idefics3Reference
 from vtp.export.families.tiled.runs import Runs, RunsDecoderPruner, RunsSplice, RunsTextCues
 from vtp.export.families.tiled.shuffle import ShuffledEncoder
 from vtp.export.graphs.decoder import Decoder
@@ -43,7 +43,7 @@ class Idefics3(Family):
         "stay; methods that need a grid only at one tile; no video"
     )
     image_kinds = ("idefics3",)
-    seams = Idefics3Seams
+    reference = Idefics3Reference
 
     @classmethod
     def check(cls, config: dict[str, Any]) -> None:

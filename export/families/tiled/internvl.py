@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vtp.engines import VtpError
 from vtp.export.families.base import Family
-from vtp.export.families.tiled.reference import InternVLSeams
+from vtp.export.families.tiled.reference import InternVLReference
 from vtp.export.families.tiled.shuffle import ShuffledEncoder
 from vtp.export.graphs.decoder import Decoder
 from vtp.export.graphs.encoder import Projector, VisionEncoder
@@ -38,7 +38,7 @@ class InternVL(Family):
         "grid only at one tile; no video"
     )
     image_kinds = ("internvl", "clip")  # the second at an image size of one tile
-    seams = InternVLSeams
+    reference = InternVLReference
     _views = 1
 
     @classmethod

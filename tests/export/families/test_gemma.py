@@ -43,7 +43,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "pali2_deep": lambda: tiny_paligemma("gemma2", layers=4, seed=2),
     "gemma3": lambda: tiny_gemma3(seed=3),
 }
-SEAMS = {"pali": PaliGemma.seams, "pali2": PaliGemma.seams, "gemma3": Gemma3.seams}
+REFERENCES = {"pali": PaliGemma.reference, "pali2": PaliGemma.reference, "gemma3": Gemma3.reference}
 HALF = {"dtype": "float16"}
 TENSORRT = {"target": "tensorrt"}
 BUNDLES: dict[str, tuple[str, str, str | None, dict[str, Any]]] = {
@@ -248,7 +248,7 @@ def test_unpruned_equals_transformers(bundle: Callable[[str], Made], name: str) 
     assert tokens == answer.sequences[0, -24:].tolist()
 
     reference = reference_generate(
-        made.model, None, given["input_ids"], given["pixel_values"], 24, seams=SEAMS[made.kind]
+        made.model, None, given["input_ids"], given["pixel_values"], 24, reference=REFERENCES[made.kind]
     )
     assert reference.token_ids == tokens
     for ours, theirs in zip(reference.step_logits, answer.logits, strict=True):

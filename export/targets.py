@@ -33,7 +33,7 @@ class Target:
 
     def serving(self, decoder: Decoder) -> Target:
         """This target for a decoder whose prompts are not read from left to right alone: masked attention."""
-        plain = decoder.sight == "causal" or self.attending is not GROUPED_QUERY
+        plain = decoder.mask_kind == "causal" or self.attending is not GROUPED_QUERY
         return self if plain else replace(self, attending=MASKED)
 
     def prepare(self, plan: Plan) -> Plan:

@@ -18,18 +18,18 @@ from vtp.export.pruners.ops import gather_rows
 class Decoder:
     """The parts of a transformers decoder that graphs are made of.
 
-    sight    what a token of a prompt sees beside itself and those before it: nothing ("causal"), the whole
-             prompt ("prompt"), or, if it is a visual token, all those of its picture ("image")
-    windows  whether layers with a sliding window keep to it; where not, no prompt may outgrow the window
-    softcap  the logits are bent to stay within -softcap to softcap
-    axes     numbers by which a position is told: position_ids are [B,S], or [B,S,axes] above 1
-    streams  L: what is added to visual tokens after each of the first L layers travels beside the embeddings,
-             which are then (1 + L)·D wide; the text's is 0
+    mask_kind  what a token of a prompt sees beside itself and those before it: nothing ("causal"), the whole
+               prompt ("prompt"), or, if it is a visual token, all those of its picture ("image")
+    windows    whether layers with a sliding window keep to it; if not, no prompt may outgrow the window
+    softcap    the logits are bent to stay within -softcap to softcap
+    axes       numbers by which a position is told: position_ids are [B,S], or [B,S,axes] above 1
+    streams    L: what is added to visual tokens after each of the first L layers travels beside the
+               embeddings, which are then (1 + L)·D wide; the text's is 0
     """
 
     model: Any  # the base model: .layers, .norm, .rotary_emb, .embed_tokens, .config
     lm_head: Any
-    sight: str = "causal"
+    mask_kind: str = "causal"
     windows: bool = False
     softcap: float | None = None
     axes: int = 1
@@ -79,10 +79,11 @@ class DecoderPart(nn.Module):
     """Decoder layers first..last on a bound cache, for prefill and single steps alike.
 
     hidden [B,S,D], position_ids int64 [B,S] or [B,S,A], seqlens_k int32 [B], total_sequence_length int32 [],
-    then ahead int64 [B,S] if visual tokens see all those of their picture, then text_rows int64 [B,R] if a
-    cue of TEXT_CUES is asked for, then past key and value [B,G,capacity,d] per layer. A part with the last
-    layer gives logits float32 [B,1,V] of every row's last real position; an earlier part gives hidden_states
-    [B,S,D] and the cues that the pruner after it reads. Both then give present key and value per layer.
+    then the lookahead int64 [B,S] if visual tokens see all those of their picture (mask_kind "image"), then
+    text_rows int64 [B,R] if a cue of TEXT_CUES is asked for, then past key and value [B,G,capacity,d] per
+    layer. A part with the last layer gives logits float32 [B,1,V] of every row's last real position; an
+    earlier part gives hidden_states [B,S,D] and the cues that the pruner after it reads. Both then give
+    present key and value per layer.
     """
 
     def __init__(
@@ -93,7 +94,7 @@ class DecoderPart(nn.Module):
         self.rotary: Any = decoder.rotary
         self.numbers = range(first, end)
         self.turning = [decoder.turning(layer) for layer in range(first, min(end + 1, len(decoder.layers)))]
-        self.sight, self.windows, self.softcap = decoder.sight, decoder.windows, decoder.softcap
+        self.mask_kind, self.windows, self.softcap = decoder.mask_kind, decoder.windows, decoder.softcap
         self.width = decoder.width
         self.cues = tuple(cues)
         self.reads_text = bool(set(cues) & set(TEXT_CUES))
@@ -113,12 +114,12 @@ class DecoderPart(nn.Module):
         *others: Tensor,
     ) -> tuple[Tensor, ...]:
         past = list(others)
-        ahead = past.pop(0) if self.sight == "image" else None
+        lookahead = past.pop(0) if self.mask_kind == "image" else None
         rows = past.pop(0) if self.reads_text else None
-        if self.sight == "prompt":
-            ahead = torch.zeros_like(position_ids) + hidden.shape[1]
+        if self.mask_kind == "prompt":
+            lookahead = torch.zeros_like(position_ids) + hidden.shape[1]
         pairs = zip(past[::2], past[1::2], strict=True)
-        lengths = Lengths(seqlens_k, total_sequence_length, ahead, self.windows)
+        lengths = Lengths(seqlens_k, total_sequence_length, lookahead, self.windows)
         watch = Watch(self.numbers[-1], rows)
         cache = Cache(
             dict(zip(self.numbers, pairs, strict=True)), lengths, watch=watch if self.cues else None

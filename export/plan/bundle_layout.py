@@ -67,8 +67,8 @@ class BundleLayout:
         return bool(self.schedules) and self.schedules[0][0].settings.get("keys") == "normed"
 
     @property
-    def looks_ahead(self) -> bool:
-        return self.family.decoder.sight == "image"
+    def has_lookahead(self) -> bool:
+        return self.family.decoder.mask_kind == "image"
 
     @property
     def splice_positions(self) -> str:

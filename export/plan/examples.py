@@ -94,7 +94,7 @@ def decoder_inputs(layout: BundleLayout, source: str, first: int, end: int, text
         GraphInput("position_ids", _positions(layout, _T), rows),
         GraphInput("seqlens_k", torch.full((_B,), _T - 1, dtype=torch.int32), {0: BATCH}),
         GraphInput("total_sequence_length", torch.tensor(_T, dtype=torch.int32)),
-        *([ahead] if layout.looks_ahead else []),
+        *([ahead] if layout.has_lookahead else []),
         *([places] if text else []),
         *_past(layout, first, end),
     ]

@@ -79,7 +79,7 @@ def _splice(layout: BundleLayout) -> Iterator[GraphSpec | StageInfo]:
     inputs = [embeds, tokens, start]
     if splice.reads_keep and layout.on_features:
         inputs.append(keep)
-    outputs = ["prompt_embeds", "position_ids", "next_position", *(["ahead"] if layout.looks_ahead else [])]
+    outputs = ["prompt_embeds", "position_ids", "next_position", *(["ahead"] if layout.has_lookahead else [])]
     own = {name: {1: SEQUENCE} for name in ("prompt_embeds", "position_ids", "ahead")}
     yield GraphSpec("splice", splice, inputs, outputs, own)
     reads = {item.name: item.name for item in inputs}
@@ -123,7 +123,7 @@ def _part(
     reads = {source: flow.hidden, "position_ids": flow.positions}
     if reads_rows(cues):
         reads["text_rows"] = flow.rows
-    if layout.looks_ahead:
+    if layout.has_lookahead:
         reads["ahead"] = flow.ahead
     yield stage(name, "prefill", reads, {item: item + tail(number, cuts) for item in answer})
 
@@ -138,7 +138,7 @@ def _decoder_pruners(
     reads.update({"previous_indices": flow.kept, "text_rows": flow.rows})
     outputs = ["keep_indices", "kept_hidden_states", "kept_position_ids"]
     outputs += ["kept_text_rows"] if "text_rows" in names else []
-    outputs += ["kept_ahead"] if layout.looks_ahead else []
+    outputs += ["kept_ahead"] if layout.has_lookahead else []
     own = {
         name: {1: KEPT_SEQUENCE}
         for name in outputs

@@ -19,7 +19,7 @@ def step_stages(layout: BundleLayout) -> Iterator[StageInfo]:
         if not last and reads_rows(layout.needs):
             # Nobody reads the cues of a step: any indices will do, and these are at hand.
             reads["text_rows"] = "input_ids"
-        if layout.looks_ahead:
+        if layout.has_lookahead:
             reads["ahead"] = "input_ids"  # a single token is the row's end, and sees no further
         outputs = {"logits": "logits"} if last else {"hidden_states": gives}
         yield stage(part_name(number, cuts), "step", reads, outputs)

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from vtp.engines import VtpError
-from vtp.export.families.gemma.lookahead import AheadPruner, AheadSplice
+from vtp.export.families.gemma.lookahead import LookaheadPruner, LookaheadSplice
 from vtp.export.families.gemma.paligemma import PaliGemma
 from vtp.export.families.gemma.reference import Gemma3Reference
 from vtp.export.graphs.decoder import Decoder
@@ -47,7 +47,7 @@ class Gemma3(PaliGemma):
 
     @property
     def decoder(self) -> Decoder:
-        return Decoder(self.model.model.language_model, self.model.lm_head, sight="image", windows=True)
+        return Decoder(self.model.model.language_model, self.model.lm_head, mask_kind="image", windows=True)
 
     def image_text(self, token: Callable[[int], str]) -> tuple[str, str]:
         config = self.model.config
@@ -65,10 +65,10 @@ class Gemma3(PaliGemma):
         return _Projector(self._projector)
 
     def splice(self, positions: str) -> Splice:
-        return AheadSplice(self.placeholders, self.grid[0] * self.grid[1], positions)
+        return LookaheadSplice(self.placeholders, self.grid[0] * self.grid[1], positions)
 
-    def decoder_pruner(self, pruner: Pruner, others: Sequence[str]) -> AheadPruner:
-        return AheadPruner(pruner, others)
+    def decoder_pruner(self, pruner: Pruner, others: Sequence[str]) -> LookaheadPruner:
+        return LookaheadPruner(pruner, others)
 
     @property
     def _projector(self) -> Any:

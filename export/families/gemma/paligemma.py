@@ -66,7 +66,9 @@ class PaliGemma(Family):
     @property
     def decoder(self) -> Decoder:
         softcap = getattr(self.model.config.text_config, "final_logit_softcapping", None)
-        return Decoder(self.model.model.language_model, self.model.lm_head, sight="prompt", softcap=softcap)
+        return Decoder(
+            self.model.model.language_model, self.model.lm_head, mask_kind="prompt", softcap=softcap
+        )
 
     @property
     def image_token_id(self) -> int:

@@ -56,14 +56,14 @@ class Lengths:
 
     seqlens_k int32 [B]: valid tokens in the cache after this run, minus one.
     total_sequence_length int32 []: the longest row after this run.
-    ahead int64 [B,S]: how many tokens after itself each token of this run sees, up to the row's end. None: a
-    token sees itself and those before it.
+    lookahead int64 [B,S]: how many tokens after itself each token of this run sees, up to the row's end.
+    None: a token sees itself and those before it.
     windows: whether sliding windows are kept to; they need not be where no cache is longer than a window.
     """
 
     seqlens_k: Tensor
     total_sequence_length: Tensor
-    ahead: Tensor | None = None
+    lookahead: Tensor | None = None
     windows: bool = False
 
     def last_index(self, sequence: int) -> Tensor:
@@ -71,18 +71,18 @@ class Lengths:
         past = self.total_sequence_length.to(torch.int64) - sequence
         return (self.seqlens_k.to(torch.int64) - past).clamp(0, sequence - 1)
 
-    def seen(self, place: Tensor, columns: int, rule: Rule, ahead: Tensor | None) -> Tensor:
+    def seen(self, place: Tensor, columns: int, rule: Rule, lookahead: Tensor | None) -> Tensor:
         """Which of the cache's first `columns` places tokens at `place` int64 [B,R] see: bool [B,R,columns].
 
-        `ahead` int64 [B,R] is those tokens' own. Padding after a row's end sees what the row's last token
+        `lookahead` int64 [B,R] is those tokens' own. Padding after a row's end sees what the row's last token
         sees, so that no row of the answer is empty.
         """
         column = torch.arange(columns)
-        if ahead is None and rule.window is None:
+        if lookahead is None and rule.window is None:
             return column <= place.unsqueeze(2)
         end = self.seqlens_k.to(torch.int64).unsqueeze(1)
         place = torch.minimum(place, end)
-        reach = place if ahead is None else torch.minimum(place + ahead, end)
+        reach = place if lookahead is None else torch.minimum(place + lookahead, end)
         near = column <= reach.unsqueeze(2)
         return near if rule.window is None else near & (column > place.unsqueeze(2) - rule.window)
 
@@ -229,7 +229,7 @@ def grouped_query_attention(
     query: Tensor, key: Tensor, value: Tensor, past: tuple[Tensor, Tensor], lengths: Lengths, rule: Rule
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """Emit ONNX Runtime's GroupQueryAttention; see `Attend`. It is causal and sees the whole cache."""
-    if lengths.ahead is not None or rule != Rule(rule.scale):
+    if lengths.lookahead is not None or rule != Rule(rule.scale):
         raise VtpError("GroupQueryAttention is written for plain causal attention; this decoder's is not")
     batch, heads, sequence, width = query.shape
     groups = key.shape[1]
@@ -277,8 +277,8 @@ def attention_rows(query: Tensor, key: Tensor, rule: Rule, lengths: Lengths, row
     asked = asked.reshape(batch, groups, heads // groups * count, width)
     logits = rule.bend(torch.matmul(asked, key.transpose(2, 3)))
     logits = logits.reshape(batch, heads, count, sequence)
-    ahead = None if lengths.ahead is None else torch.gather(lengths.ahead, 1, places)
-    hidden = ~lengths.seen(places, sequence, rule, ahead)
+    lookahead = None if lengths.lookahead is None else torch.gather(lengths.lookahead, 1, places)
+    hidden = ~lengths.seen(places, sequence, rule, lookahead)
     logits = logits.masked_fill(hidden.unsqueeze(1), torch.finfo(torch.float32).min)
     return torch.softmax(logits, dim=-1)
 

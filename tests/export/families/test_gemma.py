@@ -19,7 +19,7 @@ from vtp.engines.ort.session import OrtEngine
 from vtp.engines.tensorrt.library import refused_nodes
 from vtp.export.exporter import Request, export
 from vtp.export.families.gemma.gemma3 import Gemma3
-from vtp.export.families.gemma.lookahead import looking_ahead
+from vtp.export.families.gemma.lookahead import lookahead
 from vtp.export.families.gemma.paligemma import PaliGemma
 from vtp.export.graphs.attention import operators as attention
 from vtp.export.graphs.attention.operators import Lengths, Rule
@@ -136,7 +136,7 @@ def test_what_a_prompt_sees(texts: list[int], visual: int, end: int, window: int
         picture += [number] * visual + [-1] * after
     total = len(picture)
     end = min(end, total)
-    place, ahead = torch.arange(total).unsqueeze(0), looking_ahead(total, torch.tensor([starts]), visual)
+    place, ahead = torch.arange(total).unsqueeze(0), lookahead(total, torch.tensor([starts]), visual)
     lengths = Lengths(torch.tensor([end - 1], dtype=torch.int32), torch.tensor(total, dtype=torch.int32))
     seen = lengths.seen(place, total + 3, Rule(1.0, window=window), ahead)[0]
     own = [*picture, -2, -2, -2]

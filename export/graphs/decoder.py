@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vtp.export.graphs.attention.operators import Cache, Lengths, Peek, Watch, active, softcapped
+from vtp.export.graphs.attention.operators import Cache, LastRowProbe, LayerProbe, Lengths, active, softcapped
 from vtp.export.graphs.rotary import AxesRotary
 from vtp.export.pruners.ops import gather_rows
 
@@ -120,9 +120,9 @@ class DecoderPart(nn.Module):
             lookahead = torch.zeros_like(position_ids) + hidden.shape[1]
         pairs = zip(past[::2], past[1::2], strict=True)
         lengths = Lengths(seqlens_k, total_sequence_length, lookahead, self.windows)
-        watch = Watch(self.numbers[-1], rows)
+        probe = LayerProbe(self.numbers[-1], rows)
         cache = Cache(
-            dict(zip(self.numbers, pairs, strict=True)), lengths, watch=watch if self.cues else None
+            dict(zip(self.numbers, pairs, strict=True)), lengths, probe=probe if self.cues else None
         )
         hidden, *deep = hidden.split(self.width, dim=-1) if hidden.shape[-1] > self.width else (hidden,)
         turns = self._turns(hidden, position_ids)
@@ -139,7 +139,7 @@ class DecoderPart(nn.Module):
         present = tuple(tensor for number in self.numbers for tensor in cache.present[number])
         if self.final:
             return (self._logits(hidden, lengths), *present)
-        cues = self._cues(hidden, turns, watch, lengths)
+        cues = self._cues(hidden, turns, probe, lengths)
         return (torch.cat([hidden, *deep], dim=-1) if deep else hidden, *cues, *present)
 
     def _turns(self, hidden: Tensor, position_ids: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -157,12 +157,12 @@ class DecoderPart(nn.Module):
         return softcapped(self.lm_head(self.norm(row)).float(), self.softcap).unsqueeze(1)
 
     def _cues(
-        self, hidden: Tensor, turns: list[tuple[Tensor, Tensor]], watch: Watch, lengths: Lengths
+        self, hidden: Tensor, turns: list[tuple[Tensor, Tensor]], probe: LayerProbe, lengths: Lengths
     ) -> list[Tensor]:
         read: dict[str, Callable[[], Any]] = {
-            "attention_scores": lambda: watch.last,
-            "text_attention": lambda: watch.text,
-            "text_gravity": lambda: _gravity(turns[-2], watch),
+            "attention_scores": lambda: probe.last,
+            "text_attention": lambda: probe.text,
+            "text_gravity": lambda: _gravity(turns[-2], probe),
             "keys": lambda: self._keys(hidden),
             "next_scores": lambda: self._next_scores(hidden, turns[-1], lengths),
         }
@@ -174,24 +174,24 @@ class DecoderPart(nn.Module):
 
     def _next_scores(self, hidden: Tensor, rotary: tuple[Tensor, Tensor], lengths: Lengths) -> Tensor:
         """The last token's row in the layer that comes next: its attention runs up to that row."""
-        watch = Watch(self.numbers[-1] + 1)
-        with active(Peek(watch, lengths)):
+        probe = LayerProbe(self.numbers[-1] + 1)
+        with active(LastRowProbe(probe, lengths)):
             self.next_layer.self_attn(
                 self.next_layer.input_layernorm(hidden), position_embeddings=rotary, attention_mask=None
             )
-        assert watch.last is not None  # the attention function read it
-        return watch.last
+        assert probe.last is not None  # the attention function read it
+        return probe.last
 
 
-def _gravity(rotary: tuple[Tensor, Tensor], watch: Watch) -> Tensor:
+def _gravity(rotary: tuple[Tensor, Tensor], probe: LayerProbe) -> Tensor:
     """Products float32 [B,R,S] of all-ones queries at the text's places and all-ones keys, both turned.
 
     A pair of ones turned by an angle a is (cos a - sin a, cos a + sin a), and two such pairs have the
     product 2 cos(a - b); cos and sin [B,S,d] hold every angle twice.
     """
     cos, sin = (part.float() for part in rotary)
-    assert watch.text_rows is not None  # given with every cue of TEXT_CUES
-    places = watch.text_rows.clamp(0, cos.shape[1] - 1)
+    assert probe.text_rows is not None  # given with every cue of TEXT_CUES
+    places = probe.text_rows.clamp(0, cos.shape[1] - 1)
     products = torch.matmul(gather_rows(cos, places), cos.transpose(1, 2))
     products = products + torch.matmul(gather_rows(sin, places), sin.transpose(1, 2))
     return products * cos.shape[2] ** -0.5

@@ -34,8 +34,8 @@ class VisionEncoder(nn.Module):
         self.cues = tuple(cues)
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
-        watched = self.layers[-1].self_attn if self.cues else None
-        probe = TowerProbe(watched, self.has_cls)  # type: ignore[arg-type]
+        probed = self.layers[-1].self_attn if self.cues else None
+        probe = TowerProbe(probed, self.has_cls)  # type: ignore[arg-type]
         hidden = self.embed(pixel_values)
         with active(probe):
             for layer in self.layers:

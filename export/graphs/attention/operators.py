@@ -88,7 +88,7 @@ class Lengths:
 
 
 @dataclass
-class Watch:
+class LayerProbe:
     """A decoder layer whose attention a method reads, and what was read once that layer ran.
 
     layer      absolute number
@@ -110,10 +110,10 @@ class Watch:
 
 
 @dataclass
-class Peek:
+class LastRowProbe:
     """Only what a layer would attend to: its attention leaves the last row here and gives zeros."""
 
-    watch: Watch
+    probe: LayerProbe
     lengths: Lengths
 
 
@@ -124,7 +124,7 @@ class Cache:
     past: dict[int, tuple[Tensor, Tensor]]
     lengths: Lengths
     present: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    watch: Watch | None = None
+    probe: LayerProbe | None = None
 
     def update(self, key: Tensor, value: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         return key, value
@@ -132,7 +132,7 @@ class Cache:
 
 @dataclass
 class TowerProbe:
-    """Which tower attention module to watch; the scores [B,N] and the keys [B,N,C] it gave."""
+    """Which tower attention module to read; the scores [B,N] and the keys [B,N,C] it gave."""
 
     module: nn.Module | None
     has_cls: bool
@@ -187,7 +187,7 @@ def attending() -> Attending:
 
 
 @contextmanager
-def active(context: Cache | Peek | TowerProbe) -> Iterator[None]:
+def active(context: Cache | LastRowProbe | TowerProbe) -> Iterator[None]:
     """Make `context` the one that the registered attention functions read and write."""
     _active.append(context)
     try:
@@ -211,13 +211,13 @@ def _decoder_attention(
     refused = sorted(name for name, given in kwargs.items() if name not in _HARMLESS and given is not None)
     if refused:
         raise VtpError(f"this decoder's attention uses '{refused[0]}', which the exporter does not serve")
-    cache: Cache | Peek = _active[-1]
+    cache: Cache | LastRowProbe = _active[-1]
     layer = module.layer_idx
     scale = float(scaling if scaling is not None else query.shape[-1] ** -0.5)
     rule = Rule(scale, softcap, sliding_window if cache.lengths.windows else None)
-    if cache.watch is not None and layer == cache.watch.layer:
-        cache.watch.read(query, key, rule, cache.lengths)
-    if isinstance(cache, Peek):
+    if cache.probe is not None and layer == cache.probe.layer:
+        cache.probe.read(query, key, rule, cache.lengths)
+    if isinstance(cache, LastRowProbe):
         return torch.zeros_like(query).transpose(1, 2), None
     output, cache.present[layer] = _attending[-1].decoder(
         query, key, value, cache.past[layer], cache.lengths, rule
@@ -292,7 +292,7 @@ def _tower_attention(
     scaling: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Fused attention for a vision tower; the watched module also leaves its scores with the probe."""
+    """Fused attention for a vision tower; the probed module also leaves its scores with the probe."""
     probe: TowerProbe = _active[-1]
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     if module is probe.module:

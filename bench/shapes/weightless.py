@@ -13,7 +13,6 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from unittest import mock
 
 import onnx_ir as ir
 from torch import Tensor
@@ -25,6 +24,7 @@ from vtp.export.checkpoint.weights import Source
 from vtp.export.exporter import Request, export
 from vtp.export.onnx.emit import WeightStore, aligned
 from vtp.export.onnx.external_data import Streamed
+from vtp.export.patched import patched
 from vtp.runtime.bundle.folder import Bundle
 
 
@@ -94,7 +94,7 @@ def export_weightless(
 
     with tempfile.TemporaryDirectory() as aside:
         model = write_weightless(shape, Path(aside) / shape, request.dtype or "float16")
-        with mock.patch.object(Source, "view", _view(Source.view)):
+        with patched(Source, "view", _view(Source.view)):
             bundle = export(replace(request, model=str(model), verify="none"), progress, store)
         shutil.copyfile(model / "config.json", bundle.path(MODEL))
     write_weight_map(bundle.folder, stores[-1].pieces)

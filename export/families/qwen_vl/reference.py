@@ -5,12 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Collection
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
 
 from vtp.export.families.reference import Reference
+from vtp.export.patched import patched
 
 
 class PatchReference(Reference):
@@ -57,7 +57,7 @@ class PatchReference(Reference):
             last.qkv.register_forward_hook(lambda _module, _inputs, output: rows.append(output)),
         ]
         try:
-            with mock.patch.object(module, "eager_attention_forward", watched):
+            with patched(module, "eager_attention_forward", watched):
                 self.tower(pixel_values.to(self.model.dtype), grid_thw=self.grid)
         finally:
             for hook in hooks:

@@ -9,16 +9,17 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from vtp.engines.errors import VtpError
+from vtp.export.patched import patched
 
 DECODER_ATTENTION = "vtp_decoder"
 TOWER_ATTENTION = "vtp_tower"
@@ -177,23 +178,24 @@ class Attending:
     norm: Norm = norm_operator
 
 
-_active: list[Any] = []
-_attending: list[Attending] = []
+# What the attention functions read and write while a graph is traced, and how the target writes it.
+_active: ContextVar[Any] = ContextVar("active")
+_attending: ContextVar[Attending] = ContextVar("attending")
 
 
 def attending() -> Attending:
     """What the target writes whose graphs are being traced, for modules that attend by themselves."""
-    return _attending[-1]
+    return _attending.get()
 
 
 @contextmanager
 def active(context: Cache | LastRowProbe | TowerProbe) -> Iterator[None]:
     """Make `context` the one that the registered attention functions read and write."""
-    _active.append(context)
+    token = _active.set(context)
     try:
         yield
     finally:
-        _active.pop()
+        _active.reset(token)
 
 
 def _decoder_attention(
@@ -211,7 +213,7 @@ def _decoder_attention(
     refused = sorted(name for name, given in kwargs.items() if name not in _HARMLESS and given is not None)
     if refused:
         raise VtpError(f"this decoder's attention uses '{refused[0]}', which the exporter does not serve")
-    cache: Cache | LastRowProbe = _active[-1]
+    cache: Cache | LastRowProbe = _active.get()
     layer = module.layer_idx
     scale = float(scaling if scaling is not None else query.shape[-1] ** -0.5)
     rule = Rule(scale, softcap, sliding_window if cache.lengths.windows else None)
@@ -219,7 +221,7 @@ def _decoder_attention(
         cache.probe.read(query, key, rule, cache.lengths)
     if isinstance(cache, LastRowProbe):
         return torch.zeros_like(query).transpose(1, 2), None
-    output, cache.present[layer] = _attending[-1].decoder(
+    output, cache.present[layer] = _attending.get().decoder(
         query, key, value, cache.past[layer], cache.lengths, rule
     )
     return output, None
@@ -293,13 +295,13 @@ def _tower_attention(
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Fused attention for a vision tower; the probed module also leaves its scores with the probe."""
-    probe: TowerProbe = _active[-1]
+    probe: TowerProbe = _active.get()
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     if module is probe.module:
         probe.scores = _cls_row(query, key, scale) if probe.has_cls else attention_received(query, key, scale)
         keys = _merge_heads(key)
         probe.keys = keys[:, 1:] if probe.has_cls else keys
-    return _attending[-1].tower(query, key, value, attention_mask, scale).transpose(1, 2), None
+    return _attending.get().tower(query, key, value, attention_mask, scale).transpose(1, 2), None
 
 
 def fused_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -348,18 +350,18 @@ def _rotate(
 ) -> tuple[Tensor, Tensor]:
     """`apply_rotary_pos_emb` as the target writes it; cos and sin [B,S,d] hold two equal halves."""
     half = cos.shape[-1] // 2
-    cos, sin, turn = cos[..., :half], sin[..., :half], _attending[-1].rotary
+    cos, sin, turn = cos[..., :half], sin[..., :half], _attending.get().rotary
     return turn(query, cos, sin), turn(key, cos, sin)
 
 
 def _rms_norm(module: Any, hidden: Tensor) -> Tensor:
-    return _attending[-1].norm(hidden, module.weight, module.variance_epsilon)
+    return _attending.get().norm(hidden, module.weight, module.variance_epsilon)
 
 
 def _centred_rms_norm(module: Any, hidden: Tensor) -> Tensor:
     """Gemma's: weights lie around 0, and the product with 1 + weight is taken in float32."""
     weight = module.weight.float() + 1.0
-    return _attending[-1].norm(hidden.float(), weight, module.eps).type_as(hidden)
+    return _attending.get().norm(hidden.float(), weight, module.eps).type_as(hidden)
 
 
 def _norm_of(module: nn.Module) -> Callable[[Any, Tensor], Tensor] | None:
@@ -384,15 +386,14 @@ def emitting(
     """
     register()
     with ExitStack() as stack:
-        _attending.append(attending)
-        stack.callback(_attending.pop)
+        stack.callback(_attending.reset, _attending.set(attending))
         for part, name in ((decoder, DECODER_ATTENTION), (tower, TOWER_ATTENTION)):
             if part is not None:
                 stack.enter_context(_attention_implementation(part, name))
         for module in [*decoder.modules(), *(tower.modules() if tower is not None else ())]:
             if norm := _norm_of(module):
-                stack.enter_context(mock.patch.object(module, "forward", MethodType(norm, module)))
-        stack.enter_context(mock.patch.object(_modeling(decoder), "apply_rotary_pos_emb", _rotate))
+                stack.enter_context(patched(module, "forward", MethodType(norm, module)))
+        stack.enter_context(patched(_modeling(decoder), "apply_rotary_pos_emb", _rotate))
         yield
 
 

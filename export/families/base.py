@@ -132,11 +132,11 @@ class Family(ABC):
     @property
     @abstractmethod
     def feature_width(self) -> int:
-        """C: width of image_features before the projector, without a decoder's streams."""
+        """C: width of image_features before the projector, without deepstack features."""
 
     @property
     def widths(self) -> dict[str, int]:
-        """What methods see of tensors that a decoder's streams travel beside."""
+        """What methods see of tensors that deepstack features travel beside."""
         embeds = dict.fromkeys(("image_embeds", "text_embeds", "hidden_states"), self.decoder.width)
         return {"image_features": self.feature_width, **embeds}
 

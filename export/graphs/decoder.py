@@ -23,7 +23,7 @@ class Decoder:
     windows    whether layers with a sliding window keep to it; if not, no prompt may outgrow the window
     softcap    the logits are bent to stay within -softcap to softcap
     axes       numbers by which a position is told: position_ids are [B,S], or [B,S,axes] above 1
-    streams    L: what is added to visual tokens after each of the first L layers travels beside the
+    deepstack  L: what is added to visual tokens after each of the first L layers travels beside the
                embeddings, which are then (1 + L)·D wide; the text's is 0
     """
 
@@ -33,7 +33,7 @@ class Decoder:
     windows: bool = False
     softcap: float | None = None
     axes: int = 1
-    streams: int = 0
+    deepstack: int = 0
 
     @property
     def layers(self) -> Sequence[Any]:
@@ -67,7 +67,7 @@ class Decoder:
 
     def wide(self, layer: int) -> int:
         """Width of what enters a layer, with what is still to be added after it and later ones."""
-        return self.width * (1 + max(0, self.streams - layer))
+        return self.width * (1 + max(0, self.deepstack - layer))
 
 
 # Cues that a decoder part computes; those named TEXT_CUES need the places of the text tokens.

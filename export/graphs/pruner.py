@@ -37,7 +37,9 @@ class FeaturePruner(nn.Module):
         given = dict(zip(self.cues, inputs, strict=True))
         answer = self.pruner(**{name: narrowed(name, given[name], self.widths) for name in self.pruner.needs})
         keep, rows = answer if self.pruner.merges else (answer, gather_rows(inputs[0], answer))
-        if rows.shape[-1] < inputs[0].shape[-1]:  # a merged row's streams are those of its own token
+        if (
+            rows.shape[-1] < inputs[0].shape[-1]
+        ):  # a merged row's deepstack features are those of its own token
             rows = torch.cat([rows, gather_rows(inputs[0][..., rows.shape[-1] :], keep)], dim=-1)
         if self.places is None:
             return keep, rows
@@ -113,7 +115,7 @@ class DecoderPruner(nn.Module):
 
 
 def narrowed(name: str, tensor: Tensor, widths: Mapping[str, int]) -> Tensor:
-    """A cue without the streams beside it (`Decoder.streams`), which no method reads."""
+    """A cue without the deepstack features beside it (`Decoder.deepstack`), which no method reads."""
     width = widths.get(name, tensor.shape[-1])
     return tensor if width == tensor.shape[-1] else tensor[..., :width]
 

@@ -11,7 +11,7 @@ from vtp.export.pruners.ops import gather_rows
 
 
 class EmbedTokens(nn.Module):
-    """input_ids int64 [B,T] -> inputs_embeds [B,T,D], and `more` zeros beside them: see `Decoder.streams`.
+    """input_ids int64 [B,T] -> inputs_embeds [B,T,D], and `more` zeros beside them: see `Decoder.deepstack`.
 
     `absent` is an id that the table has no row for, the image token of some models: what it gives is replaced
     by visual tokens, and any row will do, as in transformers.

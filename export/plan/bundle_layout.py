@@ -87,8 +87,8 @@ class BundleLayout:
 
     @property
     def features(self) -> int:
-        """Width of image_features, with what becomes the decoder's streams."""
-        return self.family.feature_width * (1 + self.family.decoder.streams)
+        """Width of image_features, with what becomes deepstack features in the decoder."""
+        return self.family.feature_width * (1 + self.family.decoder.deepstack)
 
     def pruner_file(self, schedule: Schedule, number: int) -> str:
         """The graph of a schedule's pruner; the keep-count is in its name where there are several."""

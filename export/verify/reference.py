@@ -117,7 +117,7 @@ def _look(parts: Reference, pixel_values: Tensor, pruner: Pruner | None, text: d
     if rows is not None:
         at_tower = Site.parse(pruner.site).kind == "vision"
         rows = parts.project(rows.to(cues["image_features"].dtype)) if at_tower else rows
-        rows = rows[..., : embeds.shape[-1]]  # a bundle's may have streams beside them
+        rows = rows[..., : embeds.shape[-1]]  # a bundle's may have deepstack features beside them
         embeds = embeds.index_copy(1, keep, rows.to(embeds.dtype))
     return _Look(cues, embeds, keep)
 

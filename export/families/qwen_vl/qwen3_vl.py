@@ -2,8 +2,8 @@
 
 Source: transformers' modeling_qwen3_vl.py (DeepStack: Meng et al., arXiv 2406.04334). After each of the first
 L decoder layers, what a merger of its own made of an earlier tower block is added to the visual tokens. These
-L streams travel beside image_features and embeddings, so that whatever picks tokens picks them too; methods
-see the first part alone.
+L deepstack features travel beside image_features and embeddings, so that whatever picks tokens picks them
+too; methods see the first part alone.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Qwen3VL(Qwen2VL):
     @property
     def decoder(self) -> Decoder:
         text, head = self.model.model.language_model, self.model.lm_head
-        return Decoder(text, head, axes=3, streams=len(self._deep()))
+        return Decoder(text, head, axes=3, deepstack=len(self._deep()))
 
     def projector(self, whole: bool) -> nn.Module:
         del whole  # it has no tokens but its patches

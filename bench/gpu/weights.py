@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from vtp.bench.shapes.weight_map import SCALE, Piece, draw_small, is_small, read_recipe, seed_of
+from vtp.bench.shapes.weight_map import SCALE, Piece, draw_small, is_small, read_weight_map, seed_of
 from vtp.engines import VtpError
 from vtp.engines.disk.whole import whole_file
 
@@ -39,15 +39,15 @@ def fill_model(model: Any, device: str) -> None:
 
 
 def fill_bundles(folders: Iterable[Path], device: str) -> dict[str, int]:
-    """Write the data files that the bundles' recipes ask for; files of equal content are one on the disk.
+    """Write the data files that the bundles' weight maps ask for; files of equal content are one on the disk.
 
     What lies there with the right size is left alone. Returns the bytes of `written` and `linked` files.
-    Raises VtpError where the disk has no room, or a folder no recipe.
+    Raises VtpError where the disk has no room, or a folder no weight map.
     """
     made: dict[tuple[Piece, ...], Path] = {}
     found = {"written": 0, "linked": 0}
     for folder in folders:
-        for file, pieces in read_recipe(folder).items():
+        for file, pieces in read_weight_map(folder).items():
             path, content = folder / file, tuple(pieces)
             if not _is_whole(path, pieces):
                 if content in made:

@@ -128,7 +128,7 @@ def tensor_shapes(config: Any, architecture: str) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in revert_weight_conversion(model, state).items()}
 
 
-def write_hollow(name: str, folder: Path, dtype: str = "float16") -> Path:
+def write_weightless(name: str, folder: Path, dtype: str = "float16") -> Path:
     """Write the folder of a shape with the numbers of small tensors alone: the rest of the file is a hole.
 
     For exports that write no weights (`vtp.bench.shapes.weightless`). Exporters look at small tensors, to

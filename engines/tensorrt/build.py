@@ -377,7 +377,7 @@ def _run_child(job: Mapping[str, Any], step: Step) -> dict[str, Any]:
             raise VtpError(answer["error"])
         aside.seek(0)
         said = " ".join(aside.read()[-300:].decode(errors="replace").split())
-    raise VtpError(_obituary(name, code, said))
+    raise VtpError(_crash_message(name, code, said))
 
 
 def _follow(child: Any, job: Mapping[str, Any], step: Step) -> dict[str, Any]:
@@ -403,7 +403,7 @@ def _word(line: str) -> dict[str, Any]:
         return {}
 
 
-def _obituary(name: str, code: int, said: str) -> str:
+def _crash_message(name: str, code: int, said: str) -> str:
     if code == -signal.SIGKILL:
         return (
             f"building {name} was killed: most likely the machine ran out of memory; "

@@ -16,7 +16,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from vtp.engines import Engine, VtpError
-from vtp.export.graphs.modules import DecoderPart
+from vtp.export.graphs.decoder import DecoderPart
 from vtp.export.onnx.slices import SlicedEngine
 from vtp.export.plan.plan import Plan
 from vtp.runtime.bundle.folder import Bundle

@@ -285,4 +285,4 @@ def test_what_a_library_prints_between_a_build_s_words_is_passed_over() -> None:
     ("code", "words"), [(-9, "ran out of memory"), (-11, "signal 11"), (3, "(exit code 3): boo")]
 )
 def test_how_a_build_died_is_said(code: int, words: str) -> None:
-    assert words in trt_build._obituary("g.onnx", code, "boo")
+    assert words in trt_build._crash_message("g.onnx", code, "boo")

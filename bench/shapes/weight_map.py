@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from vtp.engines import VtpError
+from vtp.runtime.bundle.folder import MANIFEST
+from vtp.runtime.bundle.manifest import Manifest
 
 WEIGHT_MAP = "weights.json"
 SMALL = 1 << 16  # elements: up to there an exporter may look at numbers, to fold or to share them
@@ -33,6 +35,11 @@ class Piece:
 def write_weight_map(folder: Path, pieces: Sequence[Piece]) -> None:
     """Write the weight map of a bundle's folder."""
     (folder / WEIGHT_MAP).write_text(json.dumps([asdict(piece) for piece in pieces]), encoding="utf-8")
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write the manifest of a bundle whose data files came or went."""
+    (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
 
 
 def read_weight_map(folder: Path) -> dict[str, list[Piece]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +18,7 @@ import onnx_ir as ir
 from torch import Tensor
 
 from vtp.bench.shapes.models import write_weightless
-from vtp.bench.shapes.weight_map import MODEL, Piece, is_small, write_weight_map
+from vtp.bench.shapes.weight_map import MODEL, Piece, is_small, write_manifest, write_weight_map
 from vtp.engines import VtpError
 from vtp.export.checkpoint.weights import Source
 from vtp.export.exporter import Request, export
@@ -29,7 +29,7 @@ from vtp.runtime.bundle.folder import Bundle
 
 
 class WeightlessStore(WeightStore):
-    """Gives every weight its place and writes none; other constants stay in the graph files."""
+    """Gives every weight its place in a file that is one hole; other constants stay in the graph files."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -38,7 +38,7 @@ class WeightlessStore(WeightStore):
         self._given: dict[tuple[object, ...], Piece] = {}
 
     def externalize(self, model: ir.Model, name: str) -> None:
-        """Replace the streamed initializers of `model` by references into files that are not there."""
+        """Replace the streamed initializers of `model` by references into files that are still empty."""
         for value in model.graph.initializers.values():
             tensor = value.const_value
             if not isinstance(tensor, Streamed):
@@ -53,6 +53,9 @@ class WeightlessStore(WeightStore):
                 name=value.name or "",
                 base_dir=self.folder,
             )
+        for file, end in self._ends.items():
+            with (self.folder / file).open("ab") as out:
+                out.truncate(end)
 
     def _piece(self, tensor: Streamed, file: str) -> Piece:
         if tensor.origin not in self._given:
@@ -98,4 +101,13 @@ def export_weightless(
             bundle = export(replace(request, model=str(model), verify="none"), progress, store)
         shutil.copyfile(model / "config.json", bundle.path(MODEL))
     write_weight_map(bundle.folder, stores[-1].pieces)
+    _drop_holes(bundle, {piece.file for piece in stores[-1].pieces})
     return bundle
+
+
+def _drop_holes(bundle: Bundle, files: Collection[str]) -> None:
+    """Take empty data files out of a bundle and its manifest: they are written where they are measured."""
+    rest = {name: info for name, info in bundle.manifest.files.items() if name not in files}
+    for name in files:
+        bundle.path(name).unlink()
+    write_manifest(bundle.folder, replace(bundle.manifest, files=rest))

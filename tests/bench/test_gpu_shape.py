@@ -225,7 +225,7 @@ def test_a_lease_goes_on_where_it_ended(tmp_path: Path) -> None:
     assert lease(tmp_path, 600).count("done before") == 4
     calls = (tmp_path / "calls").read_text().splitlines()
     modules = [line.split()[1].rsplit(".", 1)[-1] for line in calls]
-    assert modules == ["gpu", *["gpu_shape", "gpu_shape", "gpu"] * 2]
+    assert modules == ["command", *["shape", "shape", "command"] * 2]
     assert sorted(path.name for path in (tmp_path / "out").glob("*.json")) == [
         "built-in.json",
         "quick.json",

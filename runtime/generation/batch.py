@@ -11,7 +11,8 @@ from contextlib import contextmanager
 import numpy as np
 
 from vtp.engines import UsageError, VtpError
-from vtp.runtime.generation.answer import Answer, Request
+from vtp.runtime.generation.answer import Answer
+from vtp.runtime.generation.request import Request
 from vtp.runtime.generation.stopping import Interrupted
 from vtp.runtime.result import Timings
 from vtp.runtime.stages.prefix_cache import ImageCache

@@ -201,6 +201,7 @@ class StageRunner:
         self._engines: dict[str, Engine] = {}
         self._caches: dict[str, KvCache] = {}
         self._batch = 1
+        self._closed = False
         self._steps: dict[int, tuple[dict[str, Value], list[tuple[Stage, Binding]]]] = {}
         # Of image stages that are replayed: pixel_values by shape; bindings by graph and inputs.
         self._pixels: dict[tuple[int, ...], Value] = {}
@@ -370,8 +371,14 @@ class StageRunner:
         fixed = self._engine in LIBRARIES or not all(isinstance(axis, str) for axis in axes)
         return 1 if fixed else min(graph.axes[str(axis)][-1] for axis in axes)
 
+    def check_open(self) -> None:
+        """VtpError after `close`."""
+        if self._closed:
+            raise VtpError("this pipeline is closed; load the bundle again")
+
     def close(self) -> None:
         """Free every graph and cache."""
+        self._closed = True
         self._steps.clear()
         self._whole.clear()
         self._pixels.clear()

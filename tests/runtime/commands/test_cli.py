@@ -339,7 +339,7 @@ def test_an_unforeseen_error_is_one_line_too(
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("first\nsecond")
 
-    monkeypatch.setattr("vtp.runtime.pipeline.preprocess", fail)
+    monkeypatch.setattr("vtp.runtime.media.pictures.preprocess", fail)
     assert run(ask) == 1
     assert (
         capsys.readouterr().err == "vtp-run: error: RuntimeError: first second (a bug; --debug shows where)\n"

@@ -105,7 +105,7 @@ def test_no_piece_comes_after_a_cancel(
         stream = pipe.stream(picture, PROMPT, max_new_tokens=30, **options)
 
         def in_a_step(_: object, stream: Any = stream) -> None:
-            if stream._writing.result.text:
+            if stream._answer.result.text:
                 in_a_thread(stream.cancel)
 
         with monkeypatch.context() as patch:

@@ -34,7 +34,8 @@ from vtp.runtime.bundle.folder import Bundle, open_bundle
 from vtp.runtime.bundle.manifest import Manifest
 from vtp.runtime.bundle.memory import bundle_memory
 from vtp.runtime.result import Result
-from vtp.runtime.stages.runner import Stage, StageRunner
+from vtp.runtime.stages.runner import StageRunner
+from vtp.runtime.stages.stage import Stage
 
 WARM_UPS = 2
 _ERRORS = {VtpError.exit_code: VtpError, UsageError.exit_code: UsageError}

@@ -30,8 +30,9 @@ from vtp.runtime.opening import Opening
 from vtp.runtime.prompt.messages import Messages
 from vtp.runtime.prompt.prompter import Prompter
 from vtp.runtime.result import Result
-from vtp.runtime.stages.prefix_cache import ImageCache, Prefix, check_prefix
+from vtp.runtime.stages.prefix_cache import Prefix, check_prefix
 from vtp.runtime.stages.runner import StageRunner
+from vtp.runtime.stages.vision_feature_cache import VisionFeatureCache
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # typing's own from Python 3.11 on
@@ -52,12 +53,12 @@ class Pipeline:
         bundle: Bundle,
         choice: Choice,
         threads: int | None = None,
-        image_cache: int = 0,
-        reuse_prompt: bool = False,
+        vision_feature_cache: int = 0,
+        prefix_caching: bool = False,
         opening: Opening | None = None,
     ) -> None:
         """Open every graph of a verified bundle; most users call `Pipeline.load`."""
-        if reuse_prompt:
+        if prefix_caching:
             check_prefix(bundle)
         self.bundle = bundle
         self.manifest = bundle.manifest
@@ -68,11 +69,13 @@ class Pipeline:
         )
         self._prompter.check()
         self._requests = RequestMaker(self.manifest, self._prompter, choice.engine)
-        prefix = Prefix() if reuse_prompt else None
-        self._runner: StageRunner | None = StageRunner(bundle, choice.engine, threads, opening, prefix)
+        self._features = VisionFeatureCache(vision_feature_cache) if vision_feature_cache else None
+        prefix = Prefix() if prefix_caching else None
+        self._runner: StageRunner | None = StageRunner(
+            bundle, choice.engine, threads, opening, prefix, self._features
+        )
         self._busy = threading.Lock()
         self._threads = threads
-        self._images = ImageCache(image_cache)
 
     @classmethod
     def load(
@@ -81,36 +84,41 @@ class Pipeline:
         engine: str = AUTO,
         threads: int | None = None,
         check_hashes: bool = False,
+        vision_feature_cache: int = 0,
+        prefix_caching: bool = False,
+        opening: Opening | None = None,
+        *,
         image_cache: int = 0,
         reuse_prompt: bool = False,
-        opening: Opening | None = None,
     ) -> Pipeline:
         """Open a bundle folder.
 
         engine        "auto" (the best that can run here), or one by name, such as "ort-cpu"
         threads       CPU threads of one operator; None: all cores
         check_hashes  also compare every file's sha256 with the manifest (reads all weights)
-        image_cache   keep what the image stages gave for the pictures of so many prompts, for a next prompt
-                      about any of them; `image_cache_bytes` says how much memory that takes
-        reuse_prompt  read a prompt on from what it shares with the one before (and its answer): a picture and
-                      the turns of a conversation are then read once
+        vision_feature_cache  keep what the image stages gave for the pictures of the last N prompts, for a
+                      next prompt about any of them; `vision_feature_cache_bytes` says how much memory that
+                      takes
+        prefix_caching  read a prompt on from what it shares with the one before (and its answer): a picture
+                      and the turns of a conversation are then read once
         opening       where TensorRT's engines lie, and what CUDA may do (see `Opening`)
+        image_cache, reuse_prompt  the earlier names of `vision_feature_cache` and `prefix_caching`
 
-        `image_cache` and `reuse_prompt` change timings, and the last bits of logits (the former where several
-        pictures would run together): both are off unless asked for.
+        Both caches change timings, and the last bits of logits (the vision feature cache if several pictures
+        would run together): they are off unless asked for.
 
         Raises VtpError for a bundle that is damaged or cannot run here, UsageError for a bad argument.
         """
         threads = None if threads is None else whole("threads", threads)
-        if not is_whole(image_cache) or image_cache < 0:
-            raise UsageError(
-                f"image_cache {shown(image_cache)} is not a number of prompts; give 0 (off) or more"
-            )
+        for name, prompts in (("vision_feature_cache", vision_feature_cache), ("image_cache", image_cache)):
+            if not is_whole(prompts) or prompts < 0:
+                raise UsageError(f"{name} {shown(prompts)} is not a number of prompts; give 0 (off) or more")
+        most = max(vision_feature_cache, image_cache)
 
         def load(folder: Path) -> Pipeline:
             opened = open_bundle(folder, check_hashes)
             choice = choose_engine(engine, opened.manifest.dtype, target=opened.manifest.target)
-            return cls(opened, choice, threads, image_cache, reuse_prompt, opening)
+            return cls(opened, choice, threads, most, prefix_caching or reuse_prompt, opening)
 
         return undisturbed(load)(bundle)  # one bundle, even while another takes its place
 
@@ -213,7 +221,7 @@ class Pipeline:
                 for place in places:
                     with about(place, count):
                         requests[place].load()
-                write_together(runner, keep, [answers[place] for place in places], self._images)
+                write_together(runner, keep, [answers[place] for place in places])
                 for place in places:
                     requests[place].pictures.release()
         return [answer.result for answer in answers]
@@ -224,9 +232,14 @@ class Pipeline:
         return self._open_runner().rows_together
 
     @property
+    def vision_feature_cache_bytes(self) -> int:
+        """Memory that the vision feature cache takes now, with the pictures of the last prompts."""
+        return self._features.bytes if self._features else 0
+
+    @property
     def image_cache_bytes(self) -> int:
-        """Memory that the image cache takes now, with the pictures of the last prompts."""
-        return self._images.bytes
+        """The earlier name of `vision_feature_cache_bytes`."""
+        return self.vision_feature_cache_bytes
 
     @property
     def notes(self) -> list[str]:
@@ -245,7 +258,8 @@ class Pipeline:
         if self._runner is not None:
             self._runner.close()
             self._runner = None
-            self._images.clear()
+            if self._features:
+                self._features.clear()
 
     def __enter__(self) -> Pipeline:
         return self
@@ -262,7 +276,7 @@ class Pipeline:
         """The pieces of an answer; leaving the generator by any door frees the pipeline."""
         answer.request.clock.go_on()
         with self._claimed() as runner:
-            yield from write(runner, answer, self._images)
+            yield from write(runner, answer)
 
     def _keep(self, options: GenerateOptions) -> int:
         return choose_keep(options, self.manifest, self.engine, lambda: self._conditions)

@@ -13,7 +13,7 @@ from vtp.runtime.media.images import load_image
 from vtp.runtime.preprocess import preprocess
 from vtp.runtime.prompt.prompter import Prompter
 from vtp.runtime.result import Timings
-from vtp.runtime.stages.runner import KvCache
+from vtp.runtime.stages.kv_cache import KvCache
 
 CPU = "ort-cpu"
 

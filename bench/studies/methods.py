@@ -115,7 +115,7 @@ def take_exam(folder: Path, items: Sequence[Item]) -> dict[str, list[int]]:
     A picture is encoded once for its questions and keep-counts. "blank" holds the answers to a grey picture,
     for a bundle that keeps everything.
     """
-    with Pipeline.load(folder, image_cache=1) as pipe:
+    with Pipeline.load(folder, vision_feature_cache=1) as pipe:
         visual = pipe.manifest.visual
         right: dict[str, list[int]] = {str(keep): [] for keep in visual.keep}
         for group in by_picture(items):

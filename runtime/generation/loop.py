@@ -11,14 +11,13 @@ import numpy as np
 
 from vtp.runtime.generation.answer import Answer
 from vtp.runtime.generation.stopping import CANCELLED, Interrupted
-from vtp.runtime.stages.prefix_cache import ImageCache
 from vtp.runtime.stages.runner import StageRunner
 
 
-def write(runner: StageRunner, answer: Answer, images: ImageCache) -> Iterator[str]:
+def write(runner: StageRunner, answer: Answer) -> Iterator[str]:
     """The pieces of an answer, to its end or until its stop signal ends it early."""
     try:
-        yield from generate(runner, answer, images)
+        yield from generate(runner, answer)
     except Interrupted as error:
         answer.interrupt(error.reason)
     if answer.request.stop_signal.cancelled:
@@ -27,7 +26,7 @@ def write(runner: StageRunner, answer: Answer, images: ImageCache) -> Iterator[s
         yield piece
 
 
-def generate(runner: StageRunner, answer: Answer, images: ImageCache) -> Iterator[str]:
+def generate(runner: StageRunner, answer: Answer) -> Iterator[str]:
     """The loop itself: every piece but what is held back to the end.
 
     Raises `Interrupted` before the first stage or token for which there is no time left.
@@ -35,7 +34,7 @@ def generate(runner: StageRunner, answer: Answer, images: ImageCache) -> Iterato
     request = answer.request
     check = request.stop_signal.check
     check()
-    logits = prefill(runner, answer, images)
+    logits = prefill(runner, answer)
     while True:
         check()
         if piece := answer.add(logits):
@@ -49,12 +48,11 @@ def generate(runner: StageRunner, answer: Answer, images: ImageCache) -> Iterato
         answer.position += 1
 
 
-def prefill(runner: StageRunner, answer: Answer, images: ImageCache) -> np.ndarray:
+def prefill(runner: StageRunner, answer: Answer) -> np.ndarray:
     """Run the image and prompt stages; returns the first logits [V]."""
     request = answer.request
-    pixels = request.pictures.pixels
     values = runner.prefill_rows(
-        request.keep, pixels, [request.row], request.timings, images.find(pixels), request.stop_signal.check
+        request.keep, request.pictures.pixels, [request.row], request.timings, request.stop_signal.check
     )
     kept = values["keep_indices"].numpy() if "keep_indices" in values else None
     answer.begin(kept, int(values["next_position"].numpy()[0]))

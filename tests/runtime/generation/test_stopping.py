@@ -16,7 +16,8 @@ from vtp.runtime import Pipeline
 from vtp.runtime.generation import stopping
 from vtp.runtime.generation.stopping import Clock, StopSignal
 from vtp.runtime.media import pictures
-from vtp.runtime.stages.runner import Stage, StageRunner
+from vtp.runtime.stages.runner import StageRunner
+from vtp.runtime.stages.stage import Stage
 
 PROMPT = "what shape is the red ?"
 OTHER = Image.new("RGB", (60, 60), "green")

@@ -226,9 +226,10 @@ def part_of(manifest: Manifest, stage: str) -> str:
     """Which of preprocess, encoder, pruner and prefill a stage belongs to; host for the rest."""
     if stage == "preprocess":
         return "preprocess"
-    if stage.startswith("pruner"):
+    known = [info for info in manifest.stages if info.name == stage]
+    if any(info.role == "pruner" for info in known):
         return "pruner"
-    moments = {info.when for info in manifest.stages if info.name == stage}
+    moments = {info.when for info in known}
     return "encoder" if "image" in moments else "prefill" if "prefill" in moments else "host"
 
 

@@ -147,7 +147,8 @@ def time_to_first_token(bundles: Mapping[str, Path], item: Item, rounds: int) ->
                     timings = pipe.generate(
                         item.image, item.prompt, keep_tokens=keep, max_new_tokens=1
                     ).timings
-                    pruner = sum(ms for stage, ms in timings.stages.items() if stage.startswith("pruner"))
+                    pruners = {stage.name for stage in pipe.manifest.stages_of("pruner")}
+                    pruner = sum(ms for stage, ms in timings.stages.items() if stage in pruners)
                     if number:
                         row = seen.setdefault(name, {}).setdefault(str(keep), {"ttft": [], "pruner": []})
                         row["ttft"].append(timings.ttft)

@@ -93,7 +93,7 @@ class _Planner:
         chosen = self.site in ("vision", "projector")
         encoder = self.family.vision_encoder(cues) if chosen else self.family.whole_encoder()
         self._add(GraphSpec("vision_encoder", encoder, [self._pixels_input()], outputs))
-        self._stage("vision_encoder", "image", ["pixel_values"], outputs)
+        self._stage("vision_encoder", "image", ["pixel_values"], outputs, role="encoder")
         if self.site == "vision":
             self._feature_pruners("image", "image_features", "kept_features")
         projector = self.family.projector(whole=not chosen)
@@ -123,7 +123,7 @@ class _Planner:
 
     def _prompt_stages(self) -> None:
         self._embed_graph()
-        self._stage("embed_tokens", "prefill", ["input_ids"], ["inputs_embeds"])
+        self._stage("embed_tokens", "prefill", ["input_ids"], ["inputs_embeds"], role="embed")
         if self.reads_text:
             self._text_cues()
         if self.site == "projector" and self.reads_text:
@@ -182,10 +182,11 @@ class _Planner:
             if self.looks_ahead:
                 reads["ahead"] = flow.ahead
             if last:
-                self._stage(name, "prefill", reads, ["logits"])
+                self._stage(name, "prefill", reads, ["logits"], role=self._part_role(number))
                 return
             tail = self._tail(number)
-            self._stage(name, "prefill", reads, {item: item + tail for item in ["hidden_states", *given]})
+            gives = {item: item + tail for item in ["hidden_states", *given]}
+            self._stage(name, "prefill", reads, gives, role=self._part_role(number))
             self._decoder_pruners(number, given, flow)
             kept = "kept_hidden_states", "kept_position_ids", "kept_text_rows", "kept_ahead", "keep_indices"
             flow = _Flow(*(item + tail for item in kept))
@@ -266,12 +267,13 @@ class _Planner:
                 {item: item + tail for item in outputs},
                 file=name,
                 keep=chain[-1].keep,
+                role="pruner",
             )
 
     # -- once a token --------------------------------------------------------------------------------------
 
     def _step_stages(self) -> None:
-        self._stage("embed_tokens", "step", ["input_ids"], ["inputs_embeds"])
+        self._stage("embed_tokens", "step", ["input_ids"], ["inputs_embeds"], role="embed")
         hidden = "inputs_embeds"
         for number in range(len(self.cuts) + 1):
             last, tail = number == len(self.cuts), self._tail(number)
@@ -282,7 +284,7 @@ class _Planner:
             if self.looks_ahead:
                 reads["ahead"] = "input_ids"  # a single token is the row's end, and sees no further
             gives = {"logits": "logits"} if last else {"hidden_states": "hidden_states" + tail}
-            self._stage(self._part_name(number), "step", reads, gives)
+            self._stage(self._part_name(number), "step", reads, gives, role=self._part_role(number))
             hidden = "hidden_states" + tail
 
     # -- small things --------------------------------------------------------------------------------------
@@ -295,6 +297,9 @@ class _Planner:
         if number == len(self.cuts):
             return "decoder"
         return "decoder_head" if number == 0 else f"decoder_{number}"
+
+    def _part_role(self, number: int) -> str:
+        return "decoder" if number == len(self.cuts) else "decoder_head"
 
     def _part_source(self, number: int) -> str:
         """The input's name: a middle part gives hidden_states itself, and no graph has a name twice."""
@@ -387,8 +392,11 @@ class _Planner:
         outputs: Mapping[str, str] | Sequence[str],
         file: str = "",
         keep: int | None = None,
+        role: str = "",
     ) -> None:
-        self.stages.append(StageInfo(name, f"{file or name}.onnx", when, keep, _map(inputs), _map(outputs)))
+        """List a stage; without a `role`, its name says it."""
+        file = f"{file or name}.onnx"
+        self.stages.append(StageInfo(name, role or name, file, when, keep, _map(inputs), _map(outputs)))
 
     def _float(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=self.dtype)

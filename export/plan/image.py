@@ -31,7 +31,7 @@ def _vision_encoder(layout: BundleLayout) -> Iterator[GraphSpec | StageInfo]:
     outputs = ["image_features", *cues]
     encoder = family.vision_encoder(cues) if layout.on_features else family.whole_encoder()
     yield GraphSpec("vision_encoder", encoder, [examples.pixels(layout)], outputs)
-    yield stage("vision_encoder", "image", ["pixel_values"], outputs)
+    yield stage("vision_encoder", "image", ["pixel_values"], outputs, role="encoder")
 
 
 def _projector(layout: BundleLayout) -> Iterator[GraphSpec | StageInfo]:

@@ -49,6 +49,11 @@ def part_name(number: int, cuts: Sequence[int]) -> str:
     return "decoder_head" if number == 0 else f"decoder_{number}"
 
 
+def part_role(number: int, cuts: Sequence[int]) -> str:
+    """The role of a part: the last one, or a whole decoder, gives the logits."""
+    return "decoder" if number == len(cuts) else "decoder_head"
+
+
 def part_source(number: int, cuts: Sequence[int]) -> str:
     """The input of a part: a middle one gives hidden_states itself, and no graph has a name twice."""
     if number == 0:
@@ -79,9 +84,10 @@ def stage(
     outputs: Mapping[str, str] | Sequence[str],
     file: str = "",
     keep: int | None = None,
+    role: str = "",
 ) -> StageInfo:
-    """One run of graph `file` (or `name`); tensors without another name in the pipeline keep their own."""
-    return StageInfo(name, f"{file or name}.onnx", when, keep, _map(inputs), _map(outputs))
+    """One run of graph `file` (or `name`), whose name is its role if none is given; tensors without another name in the pipeline keep their own."""
+    return StageInfo(name, role or name, f"{file or name}.onnx", when, keep, _map(inputs), _map(outputs))
 
 
 def _map(names: Mapping[str, str] | Sequence[str]) -> dict[str, str]:

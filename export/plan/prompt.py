@@ -19,6 +19,7 @@ from vtp.export.plan.names import (
     axes,
     cache_names,
     part_name,
+    part_role,
     part_source,
     pruner_name,
     stage,
@@ -62,7 +63,7 @@ def _embed_tokens(layout: BundleLayout) -> Iterator[GraphSpec | StageInfo]:
     absent = image if image >= table.num_embeddings else None
     embedding = EmbedTokens(table, decoder.wide(0) - decoder.width, absent)
     yield GraphSpec("embed_tokens", embedding, [examples.input_ids()], ["inputs_embeds"])
-    yield stage("embed_tokens", "prefill", ["input_ids"], ["inputs_embeds"])
+    yield stage("embed_tokens", "prefill", ["input_ids"], ["inputs_embeds"], role="embed")
 
 
 def _text_cues(layout: BundleLayout) -> Iterator[GraphSpec | StageInfo]:
@@ -125,7 +126,8 @@ def _part(
         reads["text_rows"] = flow.rows
     if layout.has_lookahead:
         reads["ahead"] = flow.ahead
-    yield stage(name, "prefill", reads, {item: item + tail(number, cuts) for item in answer})
+    gives = {item: item + tail(number, cuts) for item in answer}
+    yield stage(name, "prefill", reads, gives, role=part_role(number, cuts))
 
 
 def _decoder_pruners(
@@ -156,6 +158,7 @@ def _decoder_pruners(
             {item: item + end for item in outputs},
             file=file,
             keep=schedule[-1].keep,
+            role="pruner",
         )
 
 

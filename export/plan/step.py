@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from vtp.export.plan.bundle_layout import BundleLayout, reads_rows
-from vtp.export.plan.names import part_name, part_source, stage, tail
+from vtp.export.plan.names import part_name, part_role, part_source, stage, tail
 from vtp.runtime.bundle.manifest import StageInfo
 
 
 def step_stages(layout: BundleLayout) -> Iterator[StageInfo]:
     """Stages: embed_tokens -> decoder, or all its parts in turn."""
-    yield stage("embed_tokens", "step", ["input_ids"], ["inputs_embeds"])
+    yield stage("embed_tokens", "step", ["input_ids"], ["inputs_embeds"], role="embed")
     hidden, cuts = "inputs_embeds", layout.cuts
     for number in range(len(layout.parts)):
         last, gives = number == len(cuts), "hidden_states" + tail(number, cuts)
@@ -22,5 +22,5 @@ def step_stages(layout: BundleLayout) -> Iterator[StageInfo]:
         if layout.has_lookahead:
             reads["ahead"] = "input_ids"  # a single token is the row's end, and sees no further
         outputs = {"logits": "logits"} if last else {"hidden_states": gives}
-        yield stage(part_name(number, cuts), "step", reads, outputs)
+        yield stage(part_name(number, cuts), "step", reads, outputs, role=part_role(number, cuts))
         hidden = gives

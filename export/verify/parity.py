@@ -110,7 +110,8 @@ def _case(bundle: Bundle, model: Checkpoint) -> _Case:
     pixels = preprocess(sample_for(image), image)
     start, width = prompt.image_start, model.family.placeholders
     expanded = [*prompt.ids[:start], *model.family.picture_ids, *prompt.ids[start + width :]]
-    dtype = bundle.manifest.graphs["vision_encoder.onnx"].inputs["pixel_values"].dtype
+    encoder = bundle.manifest.stages_of("encoder")[0]
+    dtype = bundle.manifest.graphs[encoder.file].inputs["pixel_values"].dtype
     return _Case(pixels.astype(dtype), prompt.ids, start, torch.tensor([expanded]))
 
 

@@ -261,7 +261,7 @@ def spoil_weights(folder: Path) -> None:
         (spoil_missing, "lacks the file decoder.onnx.data"),
         (spoil_truncated, "decoder.onnx.data has 1000 bytes where the manifest says"),
         (spoil_weights, "decoder.onnx.data does not have the manifest's sha256"),
-        (spoil_schema, "schema version 99; this vtp reads version 1"),
+        (spoil_schema, "schema version 99; this vtp reads versions 1 to 2"),
         (spoil_path, "'../../etc/passwd', which leaves the bundle"),
         (spoil_graph, "projector.onnx is not an ONNX graph"),
         (spoil_manifest, "manifest.json is not valid JSON"),

@@ -12,7 +12,7 @@ SOAK ?= 3600
 TRITON_PYTHON ?= /usr/bin/python3
 OLDEST_PINS := numpy==1.24.4 pillow==9.5.0 tokenizers==0.20.0 jinja2==3.1.6
 
-.PHONY: setup demo test fuzz trtrtx test-trtrtx test-oldest test-triton test-ray kill soak check accuracy methods bench scaling scenes clean
+.PHONY: setup demo test test-all fuzz trtrtx test-trtrtx test-oldest test-triton test-ray kill soak check accuracy methods bench scaling scenes clean
 
 setup: .venv/.installed  ## make .venv and install vtp into it
 
@@ -30,6 +30,9 @@ demo: setup  ## the main job on the built-in model: export with AdaptPrune, ask,
 
 test: setup  ## the tests (CPU, no network), a file per process and core
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+
+test-all: setup  ## the same and the slow ones (an hour or more)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile -m "slow or not slow"
 
 # FUZZ=SECONDS or CASES=NUMBER; SEED=N draws other cases; AREAS=bundles,graphs some of them only.
 fuzz: setup  ## hostile bundles, graphs, templates, tokenizers, pictures, prompts, options, folders, questions
@@ -78,8 +81,9 @@ kill: setup  ## writers killed 200 times at every border, full disks, readers at
 soak: setup  ## one process that answers for an hour: memory, descriptors and threads must not grow (SOAK=3600)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak --seconds $(SOAK)
 
-accuracy: setup  ## exact match of every method on 1,000 held-out questions, as a Markdown table
-	$(BIN)/python -m vtp.bench.studies.accuracy
+# ACCURACY takes flags, such as "--methods none,focal --keep 64".
+accuracy: setup  ## exact match on 1,000 held-out questions, as a Markdown table
+	$(BIN)/python -m vtp.bench.studies.accuracy $(ACCURACY)
 
 methods: setup  ## every method side by side: docs/measured.md, the plot and the README's table (about an hour)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS),bench]'

@@ -99,7 +99,7 @@ def _run(args: argparse.Namespace) -> None:
 
 def _task(args: argparse.Namespace) -> Task:
     if (args.bundle is None) == (args.shape is None):
-        raise UsageError("give either a BUNDLE or --shape NAME, not both and not neither")
+        raise UsageError("give either a BUNDLE or --shape NAME, exactly one of the two")
     if args.engine not in engine_names():
         raise UsageError(f"unknown engine '{args.engine}'; choose one of {', '.join(engine_names())}")
     image = Path(args.image) if args.image else examples_dir() / "scene.png"

@@ -51,7 +51,7 @@ def read_samples(args: argparse.Namespace) -> tuple[list[Sample], str]:
 def open_workers(stack: ExitStack, args: argparse.Namespace) -> Workers:
     """Who does the work, until `stack` closes: this process, or a Ray cluster."""
     if args.ray is None and args.workers is not None:
-        raise UsageError("--workers is of --ray; without it this process does the work")
+        raise UsageError("--workers belongs to --ray; without --ray this process does the work")
     workers: Workers = Local() if args.ray is None else Ray(args.ray, args.workers, threads_of(args) or 1)
     stack.callback(workers.close)
     return workers

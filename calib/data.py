@@ -126,7 +126,7 @@ def _guess(file: Path, content: Any) -> str:
             return "textvqa"
         if content and all(isinstance(item, dict) and "imageId" in item for item in content.values()):
             return "gqa"
-    raise UsageError(f"data {file} is no format known here; give --format, one of {', '.join(FORMATS[1:])}")
+    raise UsageError(f"data {file} has an unknown format; give --format, one of {', '.join(FORMATS[1:])}")
 
 
 def _vqav2(content: Any, folder: Path, annotations: Path | None) -> list[Sample]:
@@ -161,14 +161,14 @@ def _textvqa(content: Any, folder: Path, _: Path | None) -> list[Sample]:
 
 def _list(value: Any) -> list[Any]:
     if not isinstance(value, list):
-        raise TypeError(f"answers: {quoted(value)} is no list")
+        raise TypeError(f"answers: {quoted(value)} is not a list")
     return value
 
 
 def _fields(content: Any, key: str) -> list[Mapping[str, Any]]:
     items = content.get(key) if isinstance(content, dict) else None
     if not isinstance(items, list):
-        raise UsageError(f"this is no file of that set: it has no list '{key}'")
+        raise UsageError(f"this is not a valid file of that format: it has no list '{key}'")
     return items
 
 
@@ -182,11 +182,13 @@ def _checked(reader: Callable[..., list[Sample]]) -> Callable[..., list[Sample]]
             samples = reader(content, folder, annotations)
             wrong = next((sample for sample in samples if not _is_text(sample)), None)
             if wrong is not None:
-                raise TypeError(f"the question {quoted(wrong.prompt)}: it or an answer is no text")
+                raise TypeError(f"the question {quoted(wrong.prompt)} or one of its answers is not text")
             return samples
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             name = reader.__name__.strip("_")
-            raise UsageError(f"this is no {name} file: an entry lacks or mistakes {shown(error)}") from error
+            raise UsageError(
+                f"this is not a valid {name} file: {shown(error)} is missing or wrong in an entry"
+            ) from error
 
     return read
 

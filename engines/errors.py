@@ -13,7 +13,7 @@ _UNSAFE_BUT_LINES = re.compile(UNSAFE.pattern.replace("\x00-\x1f", "\x00-\x08\x0
 
 
 class VtpError(Exception):
-    """Something a user can mend; its text is one line: what was given, what is allowed, what to do.
+    """Something a user can fix; its text is one line: what was given, what is allowed, what to do.
 
     Whatever a message quotes, its text has no control characters (they are escaped: a line end is \\n) and at
     most `MESSAGE_LENGTH` characters (the middle is left out). Commands print it without a traceback and leave

@@ -94,7 +94,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _refuse_constant(text: str) -> Any:
-    raise VtpError(f"{text} is no number of JSON; give a finite one")
+    raise VtpError(f"{text} is not a JSON number; give a finite number")
 
 
 def _whole(text: str) -> int:
@@ -134,4 +134,6 @@ def _check_text(text: str) -> None:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise VtpError(f"{quoted(text, 60)} holds half of a surrogate pair, which is no character") from error
+        raise VtpError(
+            f"{quoted(text, 60)} holds half of a surrogate pair, which is not a character"
+        ) from error

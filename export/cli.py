@@ -50,7 +50,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--prune-ratio", metavar="R", help="fraction of visual tokens to drop, instead of --keep-tokens")
     add("--method-option", action="append", default=[], metavar="NAME=VALUE", help="an option of the method")
-    add("--target", default="ort", help="what it is for: ort, tensorrt, jetpack6 (default: %(default)s)")
+    add(
+        "--target",
+        default="ort",
+        help="what the bundle is for: ort, tensorrt or jetpack6 (default: %(default)s)",
+    )
     add("--dtype", help="float32 (default for target ort) or float16 (default for target tensorrt)")
     add("--max-length", metavar="N", help="positions of one conversation: text + visual tokens + answer")
     add(
@@ -66,18 +70,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--frames",
         metavar="N",
-        help="make a bundle for videos instead of pictures: N frames of each are looked at",
+        help="make a bundle for videos instead of pictures: N frames of each video are used",
     )
     add(
         "--verify",
         default="full",
-        help="hold the bundle against torch: full; layers, for a model too large for the memory; none "
+        help="compare the bundle with torch: full; layers, for a model larger than the memory; none "
         "(default: %(default)s)",
     )
     add("-o", "--output", metavar="DIR", help="bundle folder (default: bundle-METHOD)")
     add("--overwrite", action="store_true", help="replace an existing bundle")
-    add("--list-methods", action="store_true", help="list the methods and leave")
-    add("--list-families", action="store_true", help="list the model families and leave")
+    add("--list-methods", action="store_true", help="list the methods and exit")
+    add("--list-families", action="store_true", help="list the model families and exit")
     add("--json", action="store_true", help="print the result (or the list) as JSON")
     add("--markdown", action="store_true", help="print the list as a Markdown table")
     add("--debug", action="store_true", help="show tracebacks")
@@ -172,7 +176,9 @@ def _size(text: str) -> tuple[int, int]:
     """(height, width) from "640x480", which is 640 wide, or "448"."""
     edges = text.lower().split("x")
     if not (len(edges) <= 2 and all(edge.isascii() and edge.isdecimal() for edge in edges)):
-        raise UsageError(f"image-size '{shown(text)}' is no size; give WIDTHxHEIGHT in pixels, or one number")
+        raise UsageError(
+            f"image-size '{shown(text)}' is not a valid size; give WIDTHxHEIGHT in pixels, or one number"
+        )
     numbers = [whole_number("image-size", edge, least=1) for edge in edges]
     return numbers[-1], numbers[0]
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-MASSIVE = 8  # one in so many channels of a row, the largest ones, is left out of the row's scale
+MASSIVE = 8  # one in 8 channels of a row, the largest ones, is left out of the row's scale
 ROUNDING = 2.0**-22  # four float32 roundings of a row's largest value: no sum with it is more exact
 _CHUNK = 1 << 21  # values that are compared at a time, in float64
 

@@ -27,7 +27,7 @@ class Opening:
     """How graphs are opened.
 
     engines           folder of built TensorRT engines; None: in the user's cache
-    allow_cpu_nodes   on CUDA, go on where nodes are left to the CPU
+    allow_cpu_nodes   on CUDA, go on even if nodes are left to the CPU
     cuda_graph        on CUDA, record image stages and single steps as CUDA graphs and replay them
     image             who else runs the image stages: keep-count and pixel_values -> tensors by the
                       pipeline's names; their graphs are then not opened here

@@ -81,7 +81,7 @@ def run_gate(
 ) -> dict[str, Verdict]:
     """Compare the built engine of every graph; `open_built` opens one by its graph's file name.
 
-    Those of the graphs in `exact` must keep ONNX Runtime's tokens, one and all.
+    Those of the graphs in `exact` must keep exactly ONNX Runtime's tokens.
     """
     verdicts: dict[str, Verdict] = {}
     for case in cases(bundle, picture, prompt):

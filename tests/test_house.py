@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import tomllib
+from setuptools import find_namespace_packages
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -120,6 +121,28 @@ def test_what_is_shipped_imports_nothing_that_is_not() -> None:
     for name, path in MODULES.items():
         if not name.startswith(apart):
             assert not [other for other in modules_imported(path) if other.startswith(apart)], name
+
+
+def shipped() -> list[Path]:
+    """The modules of the wheel, as setuptools chooses them by pyproject.toml's include and exclude."""
+    packages = find_namespace_packages(str(ROOT), include=FIND["include"], exclude=FIND["exclude"])
+    return [path for name in packages for path in ROOT.joinpath(*name.split(".")).glob("*.py")]
+
+
+def test_the_wheel_holds_every_module_once_and_no_study() -> None:
+    found = [path.resolve() for path in shipped()]
+    apart = ("bench/studies/", "scenes/training/")
+    wanted = [path for path in MODULES.values() if not str(path.relative_to(ROOT)).startswith(apart)]
+    assert sorted(found) == sorted([*wanted, ROOT / "vtp/__init__.py"])
+
+
+def test_nothing_that_is_shipped_writes_beside_itself() -> None:
+    """A module may read what lies in its own package; what it writes goes where the user says."""
+    for path in shipped():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            text = ast.unparse(node) if isinstance(node, ast.expr) else ""
+            assert "__file__" not in text or "parents" not in text, f"{path} leaves its own folder: {text}"
 
 
 # -- who may import whom -------------------------------------------------------------------------------------

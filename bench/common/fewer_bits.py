@@ -28,11 +28,12 @@ ENGINE = "ort-cpu"
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     parser = Parser(
-        prog="python -m vtp.bench.common.fewer_bits", description="A bundle in fewer bits, unjudged."
+        prog="python -m vtp.bench.common.fewer_bits",
+        description="Quantise a bundle without measuring its accuracy.",
     )
     add = parser.add_argument
     add("bundle", metavar="BUNDLE", help="a float bundle")
-    add("out", metavar="OUT", help="folder of the new one")
+    add("out", metavar="OUT", help="folder of the new bundle")
     add("--vision", default="int8", help="int8 or none (default: %(default)s)")
     add("--decoder", default="none", help="int4 or none (default: %(default)s)")
     add("--pictures", default="2", help="built-in pictures to calibrate on (default: %(default)s)")

@@ -74,7 +74,7 @@ def count(path: str | Path, axes: Mapping[str, int], past: int = 0) -> Work:
     axes   sizes of its named axes
     past   tokens that a decoder's cache held before this run
 
-    Raises VtpError for a file that is no graph.
+    Raises VtpError for a file that is not a graph.
     """
     counter = _Counter(read_graph(path), axes, past)
     flops: dict[str, int] = {}

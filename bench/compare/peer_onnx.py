@@ -148,7 +148,7 @@ def embedding(folder: str) -> np.ndarray:
 
     for file in sorted(Path(folder).glob("*.safetensors")):
         with safe_open(file, framework="np") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - it is no dictionary
+            for name in tensors.keys():  # noqa: SIM118 - it is not a dictionary
                 if name.endswith("embed_tokens.weight"):
                     return tensors.get_tensor(name).astype(np.float32, copy=False)
     raise FileNotFoundError(f"no token embedding in {folder}")

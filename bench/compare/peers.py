@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from vtp.bench.cli import PROMPT, stamp, whole
+from vtp.bench.common.checkout import place
 from vtp.bench.common.pairs import UNPRUNED, fastest_of, pair_of
 from vtp.bench.common.resident import peak_resident
 from vtp.bench.compare.peer import Spec, missing
@@ -40,7 +41,6 @@ from vtp.runtime.compare import compare
 from vtp.runtime.machine.facts import look
 from vtp.scenes import examples_dir
 
-ROOT = Path(__file__).resolve().parents[2]
 BASE = "vtp vispruner"
 # Whose answers are equal: of each line the first that has answered is the measure for the others.
 INT4_DECODERS = ("genai-int4", "vtp decoder int4")
@@ -66,8 +66,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--rounds", default=ROUNDS, help="turns of every pair (default: %(default)s)")
     add("--tokens", default="16", help="tokens of every answer (default: %(default)s)")
     add("--threads", help="CPU threads of everybody (default: all cores)")
-    add("--work", default=str(ROOT / "build/bench"), help="folder for what is made (default: %(default)s)")
-    add("--out", default=str(ROOT), help="checkout whose docs/ and README are written (default: this one)")
+    add("--work", metavar="DIR", help="folder for models and bundles (default: build/bench of the checkout)")
+    add(
+        "--out",
+        metavar="DIR",
+        help="checkout whose docs/ and README are written (default: the current folder)",
+    )
     add("--make-only", action="store_true", help="make models, bundles and graphs, and measure nothing yet")
     add("--debug", action="store_true", help="show tracebacks")
     args = parser.parse_args(argv)
@@ -76,6 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> None:
     quiet_libraries()
+    out = place(args.out, "--out")
     contest = Contest(args, Progress())
     contest.make()
     if args.make_only:
@@ -83,9 +88,9 @@ def _run(args: argparse.Namespace) -> None:
         return
     contest.run()
     contest.progress.end()
-    text = write_report(contest.results, Path(args.out))
+    text = write_report(contest.results, out)
     print(text)
-    print(f"\ndocs/bench.json, docs/bench.md and the README's table written in {args.out}")
+    print(f"\ndocs/bench.json, docs/bench.md and the README's table written in {out}")
 
 
 class Contest:
@@ -94,7 +99,9 @@ class Contest:
     def __init__(self, args: argparse.Namespace, progress: Progress) -> None:
         """Read the flags. Raises UsageError for bad ones."""
         self.progress = progress
-        self.work = Path(args.work) / (Path(args.model).name if args.model else args.shape)
+        self.work = place(args.work, "--work", "build/bench") / (
+            Path(args.model).name if args.model else args.shape
+        )
         self.log = self.work / "peers.log"
         self.rounds, self.keep = whole("rounds", args.rounds), whole("keep", args.keep)
         self.wanted = Wanted(args.shape, "none", None, "float32", "ort-cpu", self.work)

@@ -11,11 +11,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vtp.bench.common.checkout import checkout
 from vtp.bench.common.pairs import BASE, beside_base, fastest_of, find_pair
 from vtp.engines import UsageError
 from vtp.runtime.commands.console import run_command
 
-ROOT = Path(__file__).resolve().parents[2]
 BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
 COMMAND = "make bench"
 FORMAT = 2  # of docs/bench.json: each pair holds the milliseconds and the ratio of its own turns
@@ -343,12 +343,13 @@ def main() -> int:
 
 
 def _rewrite() -> None:
-    results = json.loads((ROOT / "docs/bench.json").read_text(encoding="utf-8"))
+    root = checkout("the folder of one")
+    results = json.loads((root / "docs/bench.json").read_text(encoding="utf-8"))
     if results.get("format") != FORMAT:
         raise UsageError(
             "docs/bench.json is of an older format, without the turns of each pair; run: make bench"
         )
-    write_report(results, ROOT)
+    write_report(results, root)
 
 
 if __name__ == "__main__":

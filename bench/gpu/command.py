@@ -23,6 +23,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from vtp.bench.common.checkout import checkout, place
 from vtp.bench.gpu.beside import SHAPE_CHECKS
 from vtp.bench.gpu.checks import CHECKS, CPU, Job, checks_for
 from vtp.bench.gpu.device import CUDA, device_for, load_cuda_libraries, slug
@@ -36,8 +37,8 @@ from vtp.runtime.bundle.manifest import Manifest
 from vtp.runtime.commands.console import DONE, FAILED, Parser, Progress, run_command
 from vtp.runtime.machine.facts import Machine, look
 
-ROOT = Path(__file__).resolve().parents[2]
 BUNDLES = "build/gpu-bundles"
+RESULTS = "bench/results"
 ACCURACY = ("none", "vispruner", "adaptprune")  # the methods that take the exam, where they are given
 _QUICK = {"questions": 4, "exam": 8, "rounds": 3, "steps": 4}
 _POLL_S = 0.05
@@ -74,7 +75,7 @@ def _run(args: argparse.Namespace) -> None:
         "bundles": {},
     }
     print("\n".join(f"{key}: {value}" for key, value in results["machine"].items() if value))
-    target = Path(args.json) if args.json else ROOT / "bench/results" / f"{slug(results['name'])}.json"
+    target = place(args.json, "--json", f"{RESULTS}/{slug(results['name'])}.json")
     examined = _examined(jobs)
     results["bundles"] = _measured(target, args.quick) if args.resume else {}
     for name, job in jobs.items():
@@ -103,7 +104,7 @@ def _measured(target: Path, quick: bool) -> dict[str, Any]:
 
 def _jobs(args: argparse.Namespace) -> dict[str, Job]:
     """A job per bundle, by folder name; float32 bundles serve float16 ones of their method as reference."""
-    folders = [Path(name) for name in args.bundle or sorted((ROOT / BUNDLES).glob("*/"))]
+    folders = [Path(name) for name in args.bundle or sorted((checkout("--bundle") / BUNDLES).glob("*/"))]
     manifests = {folder: open_bundle(folder).manifest for folder in folders}
     if not manifests:
         raise UsageError(f"no bundle in {BUNDLES}; make some with: vtp-export --dtype float16 -o DIR")

@@ -31,7 +31,7 @@ FOLDER = "gpu-shape"
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     parser = Parser(
-        prog="python -m vtp.bench.gpu.pack", description="Pack a shape's bundles, without weights."
+        prog="python -m vtp.bench.gpu.pack", description="Pack a shape's bundles without their weights."
     )
     add = parser.add_argument
     add("--shape", default="llava-1.5-7b", help="full-size shape (default: %(default)s)")

@@ -18,9 +18,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vtp.bench.common.checkout import place
 from vtp.bench.gpu.beside import SHAPE_CHECKS
 from vtp.bench.gpu.checks import Job
-from vtp.bench.gpu.command import ROOT, hardware, run_checks, stamp
+from vtp.bench.gpu.command import RESULTS, hardware, run_checks, stamp
 from vtp.bench.gpu.device import CUDA, slug
 from vtp.bench.gpu.report import measured_before, write_results
 from vtp.bench.gpu.shape_report import markdown
@@ -40,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code: 0 also where a check failed, for that is a result."""
     parser = Parser(prog="python -m vtp.bench.gpu.shape", description="A full-size shape on a GPU.")
     add = parser.add_argument
-    add("--work", default=str(ROOT / WORK), metavar="DIR", help="the unpacked bundles (default: %(default)s)")
+    add("--work", metavar="DIR", help=f"the unpacked bundles (default: {WORK} of the checkout)")
     add("--engine", default=CUDA, help="default: %(default)s; ort-cpu needs no GPU")
     add("--json", metavar="FILE", help="result, with a .md beside it (default: in bench/results)")
     add("--quick", action="store_true", help="few rounds: does it run at all?")
@@ -58,7 +59,7 @@ def _run(args: argparse.Namespace) -> None:
     jobs, progress, machine = _jobs(args), Progress(), look()
     called = hardware(machine, args.engine)
     shape = open_bundle(next(iter(jobs.values())).bundle).manifest.model.name
-    target = Path(args.json) if args.json else ROOT / "bench/results" / f"{slug(f'{called} {shape}')}.json"
+    target = place(args.json, "--json", f"{RESULTS}/{slug(f'{called} {shape}')}.json")
     results: dict[str, Any] = {
         "name": called,
         "shape": shape,
@@ -90,10 +91,11 @@ def _run(args: argparse.Namespace) -> None:
 
 def _jobs(args: argparse.Namespace) -> dict[str, Job]:
     """One for each bundle and keep-count, by "method keep"."""
-    folders = sorted(path.parent for path in Path(args.work).glob(f"*/{WEIGHT_MAP}"))
+    work = place(args.work, "--work", WORK)
+    folders = sorted(path.parent for path in work.glob(f"*/{WEIGHT_MAP}"))
     if not folders:
         raise UsageError(
-            f"no bundle with a {WEIGHT_MAP} in {args.work}; pack some with: python -m vtp.bench.gpu.pack, "
+            f"no bundle with a {WEIGHT_MAP} in {work}; pack some with: python -m vtp.bench.gpu.pack, "
             "and unpack the archive there"
         )
     base = Job("", args.engine, cuda_graph=not args.no_cuda_graph, **(_QUICK if args.quick else _FULL))

@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from vtp.bench.common.checkout import checkout
 from vtp.bench.common.figures import spread
+from vtp.runtime.commands.console import run_command
 
-ROOT = Path(__file__).resolve().parents[2]
 BEGIN, END = "<!-- why: begin -->", "<!-- why: end -->"
 UNREAD = "Not written yet."
 TITLES = {
@@ -250,8 +251,12 @@ def _draw(panel: Any, lines: Sequence[Mapping[str, Any]], what: str, colour: str
 
 def main() -> int:
     """Write the page and the picture again from docs/scaling.json."""
-    write_report(json.loads((ROOT / "docs/scaling.json").read_text(encoding="utf-8")), ROOT)
-    return 0
+    return run_command("scaling_report", _rewrite, debug=False)
+
+
+def _rewrite() -> None:
+    root = checkout("the folder of one")
+    write_report(json.loads((root / "docs/scaling.json").read_text(encoding="utf-8")), root)
 
 
 if __name__ == "__main__":

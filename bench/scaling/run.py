@@ -116,7 +116,7 @@ class Bench:
         return self._counted[key]
 
     def _prompt(self, point: Point) -> str:
-        """The shortest run of words that makes a prompt of so many text tokens."""
+        """The shortest run of words that makes a prompt of this many text tokens."""
         wanted = point.text, point.pictures
         if wanted not in self._prompts:
             low, high = 1, point.text
@@ -192,7 +192,7 @@ def _serve(pipe: Any, folder: str, image: str, threads: int, tokens: int) -> Non
 
 @contextmanager
 def streams(count: int, folder: Path, image: Path, threads: int, tokens: int) -> Iterator[list[Stream]]:
-    """So many processes with the bundle open, opened one after the other."""
+    """This many processes with the bundle open, opened one after the other."""
     opened: list[Stream] = []
     try:
         for _ in range(count):

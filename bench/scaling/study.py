@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from vtp.bench.cli import stamp, whole
+from vtp.bench.common.checkout import place
 from vtp.bench.report import check_plot
 from vtp.bench.scaling.report import write_report
 from vtp.bench.scaling.run import ENGINE, Point, streams, together
@@ -32,7 +33,6 @@ from vtp.runtime.commands.console import Parser, Progress, run_command
 from vtp.runtime.machine.facts import look
 from vtp.scenes import examples_dir
 
-ROOT = Path(__file__).resolve().parents[2]
 KEEPS = (16, 32, 64, 128, 192, 288, 432)
 KEEP = 64  # where other axes vary
 MOST = {"pictures": 5, "batch": 8, "streams": 4}
@@ -56,9 +56,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--rounds", help="turns of every point (default: 3)")
     add("--tokens", default="9", help="tokens of every answer (default: %(default)s)")
     add("--threads", help="CPU threads of one stream (default: all cores)")
-    add("--work", default=str(ROOT / "build/bench"), help="folder for what is made (default: %(default)s)")
+    add("--work", metavar="DIR", help="folder for models and bundles (default: build/bench of the checkout)")
     add("--make-only", action="store_true", help="make the bundle, and measure nothing yet")
-    add("--out", help="checkout whose docs/ are written (default: this one; of --quick: the work folder)")
+    add(
+        "--out",
+        metavar="DIR",
+        help="checkout whose docs/ are written (default: the current folder; with --quick: --work)",
+    )
     add("--debug", action="store_true", help="show tracebacks")
     args = parser.parse_args(argv)
     return run_command("scaling", lambda: _run(args), args.debug)
@@ -69,7 +73,9 @@ def _run(args: argparse.Namespace) -> None:
     tokens = whole("tokens", args.tokens)
     threads = whole("threads", args.threads) if args.threads else os.cpu_count() or 1
     check_plot("scaling.png")
-    progress, work = Progress(), Path(args.work)
+    work = place(args.work, "--work", "build/bench")
+    out = work if args.quick and args.out is None else place(args.out, "--out")
+    progress = Progress()
     bundle = open_bundle(args.bundle or _make(args, work, progress.step))
     if args.make_only:
         progress.end()
@@ -77,7 +83,6 @@ def _run(args: argparse.Namespace) -> None:
     study = Study(bundle, rounds, tokens, threads, args.quick)
     study.measure(work / f"scaling-{bundle.folder.name}.jsonl", progress.step)
     progress.end()
-    out = Path(args.out) if args.out else work if args.quick else ROOT
     command = "make scaling" + (f' SCALING="--rounds {rounds}"' if rounds != 3 else "")
     print(write_report({"command": command, **study.results()}, out))
     study.journal.unlink()

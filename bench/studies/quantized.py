@@ -89,7 +89,7 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _float_bundle(work: Path, layers: int) -> Bundle:
-    """The float32 bundle of a tower with so many layers, exported unless an earlier run left it."""
+    """The float32 bundle of a tower with this many layers, exported unless an earlier run left it."""
     folder = work / f"float32-{layers}"
     if (folder / MANIFEST).exists():
         return open_bundle(folder)

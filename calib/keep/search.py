@@ -126,7 +126,7 @@ def best_fitting(needs_mb: Mapping[int, float], budget_mb: float, trials: Trials
     Raises VtpError where none fits.
     """
     if budget_mb <= 0:
-        raise UsageError(f"budget-mb {budget_mb:g} is no size; give megabytes")
+        raise UsageError(f"budget-mb {budget_mb:g} is not a valid size; give megabytes")
     fitting = sorted((keep for keep, need in needs_mb.items() if need <= budget_mb), reverse=True)
     if not fitting:
         least = min(needs_mb, key=lambda keep: needs_mb[keep])

@@ -49,7 +49,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--samples", type=int, default=32, metavar="N", help="pictures to calibrate on (default: %(default)s)"
     )
-    add("--max-drop", type=float, default=1.0, metavar="P", help="points it may lose (default: %(default)s)")
+    add(
+        "--max-drop",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="points of accuracy that it may lose (default: %(default)s)",
+    )
     add("--force", action="store_true", help="write the bundle even if it loses more")
     add("--block", type=int, default=32, help="int4 weights that share a scale (default: %(default)s)")
     add(
@@ -127,7 +133,7 @@ def _check_flags(args: argparse.Namespace) -> None:
     if args.block not in _BLOCKS:
         raise UsageError(f"--block {args.block} is not one of {', '.join(map(str, _BLOCKS))}")
     if args.samples < 1:
-        raise UsageError(f"--samples {args.samples} is no number of pictures; choose at least 1")
+        raise UsageError(f"--samples {args.samples} is not a valid number of pictures; choose at least 1")
     if not 0 <= args.max_drop <= 100:
         raise UsageError(f"--max-drop {args.max_drop:g} is outside 0 to 100 points")
 
@@ -150,7 +156,7 @@ def _check_bundle(bundle: Bundle, output: Path, args: argparse.Namespace) -> Non
             "with 21: add --decoder none"
         )
     if args.activations == "uint8" and manifest.target != "ort":
-        raise UsageError("--activations uint8 is nothing that TensorRT takes; leave it at auto")
+        raise UsageError("TensorRT does not take --activations uint8; leave it at auto")
     if output.resolve() == bundle.folder.resolve():
         raise UsageError(f"--output {output} is the bundle itself; choose another folder")
     check_output(output, args.overwrite)

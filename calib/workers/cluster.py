@@ -158,7 +158,7 @@ class Ray:
         return self._actors
 
     def _next(self, busy: Busy, first: bool) -> tuple[Any, int | None, Any]:
-        """(worker, number of its chunk or None, result) of whoever is done next."""
+        """(worker, number of its chunk or None, result) of the worker that is done next."""
         ready, _ = self._ray.wait(list(busy), timeout=_PATIENCE if first else None)
         if not ready:
             raise VtpError(f"Ray started no worker in {_PATIENCE:.0f} s: its machines may be busy; try later")
@@ -185,7 +185,7 @@ def _reach(address: str) -> None:
     host, colon, port = address.rpartition(":")
     if not colon or not port.isdecimal() or "/" in host:
         raise UsageError(
-            f"--ray {address} is no address; give HOST:PORT of the cluster's head, auto or local"
+            f"--ray {address} is not a valid address; give HOST:PORT of the cluster's head, auto or local"
         )
     try:
         socket.create_connection((host, int(port)), timeout=_REACH).close()

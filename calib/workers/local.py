@@ -1,7 +1,7 @@
 """Who does the work of a calibration: this process, or many, through one interface.
 
-A job is opened once by whoever does it, then done chunk by chunk. Results come in the order of the chunks,
-whoever finishes first, so that what is summed from them is the same sum everywhere.
+A job is opened once by each worker, then done chunk by chunk. Results come in the order of the chunks,
+whichever worker finishes first, so that what is summed from them is the same sum everywhere.
 """
 
 from __future__ import annotations

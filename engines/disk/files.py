@@ -31,7 +31,7 @@ def open_regular(path: str | Path, within: str | Path | None = None) -> BinaryIO
 
     Links are followed, but with `within` only to files in that folder (for a model of the Hub's cache: the
     model's folder of the cache, whose snapshots are links to its blobs). Raises VtpError, in one line, where
-    the file is missing, cannot be read, is no regular file, or lies elsewhere.
+    the file is missing, cannot be read, is not a regular file, or lies elsewhere.
     """
     path = Path(path)
     try:

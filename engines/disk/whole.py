@@ -2,7 +2,7 @@
 
 What is written lies beside its target, on the same disk, until it is on the disk to the last byte; then one
 step of the kernel puts it in place. A folder is written in `.<name>.partial-*/new`, a file in
-`.<name>.*.part`; each is locked by its writer, so that whoever writes there next removes what belongs to a
+`.<name>.*.part`; each is locked by its writer, so that the next writer there removes what belongs to a
 process that is gone, and only that. Where the kernel cannot exchange folders in one step, the old one goes to
 `.<name>.partial-*/old-<n>` first, and `recover` puts it back if that is where it ended.
 """

@@ -57,7 +57,7 @@ def check_graph(path: str | Path, files: Mapping[str, int]) -> None:
     """Refuse a graph that reads or runs what vtp's exporter never writes.
 
     `files` are the files beside it that it may read weights from, with their sizes in bytes. Raises VtpError,
-    in one line, for anything else, and for what is no graph.
+    in one line, for anything else, and for a file that is not a graph.
     """
     path = Path(path)
     if path.suffix != ".onnx":  # ONNX Runtime reads .ort as another format, which is not looked at here
@@ -157,7 +157,7 @@ def _add_entry(place: dict[str, str], data: Buffer) -> None:
 
 def _check_place(place: Mapping[str, str], kind: int, count: int, files: Mapping[str, int]) -> None:
     name = place.get("location", "")
-    _refuse(name not in files, f"reads weights from '{_short(name)}', which is none of the bundle's files")
+    _refuse(name not in files, f"reads weights from '{_short(name)}', which is not one of the bundle's files")
     offset, length = (_whole(place.get(key, "0")) for key in ("offset", "length"))
     bits = bits_of(kind)
     _refuse(bits is None, f"has weights of the unknown type {kind}")

@@ -115,7 +115,7 @@ def read_graph(path: str | Path) -> GraphFile:
 def fields(data: Data) -> Iterator[tuple[int, int | Data]]:
     """Field numbers and values of one message: an int for numbers, bytes for everything with a length.
 
-    Raises ValueError or IndexError for what is no protocol buffer.
+    Raises ValueError or IndexError for anything that is not a protocol buffer.
     """
     place = 0
     while place < len(data):

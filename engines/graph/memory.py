@@ -41,7 +41,7 @@ def graph_memory(path: str | Path, axes: Mapping[str, int]) -> GraphMemory:
 
 
 def _sizes(graph: GraphFile, axes: Mapping[str, int]) -> tuple[dict[str, int], int]:
-    """Bytes of every tensor that is no weight and no cache; how many could not be told."""
+    """Bytes of every tensor that is neither weight nor cache; how many could not be told."""
     sizes: dict[str, int] = {}
     unknown = 0
     made = [name for node in graph.nodes for name in node.outputs if name]
@@ -99,11 +99,11 @@ def _shape(tensor: TensorShape | None, axes: Mapping[str, int]) -> tuple[int, ..
 
 
 def evaluate(expression: str, axes: Mapping[str, int]) -> int:
-    """The value of an axis such as "batch*(text + visual - 1)". VtpError for what is no such expression."""
+    """The value of an axis such as "batch*(text + visual - 1)". VtpError for anything else."""
     try:
         return _value(ast.parse(expression, mode="eval").body, axes)
     except (SyntaxError, ZeroDivisionError, RecursionError) as error:
-        raise VtpError(f"axis '{expression}' is no expression of axes") from error
+        raise VtpError(f"axis '{expression}' is not an expression of axes") from error
 
 
 def _value(node: ast.expr, axes: Mapping[str, int]) -> int:
@@ -126,4 +126,4 @@ def _value(node: ast.expr, axes: Mapping[str, int]) -> int:
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("Max", "Min"):
         values = [_value(argument, axes) for argument in node.args]
         return max(values) if node.func.id == "Max" else min(values)
-    raise VtpError(f"axis '{ast.unparse(node)}' is no expression of {', '.join(axes) or 'axes'}")
+    raise VtpError(f"axis '{ast.unparse(node)}' is not an expression of {', '.join(axes) or 'axes'}")

@@ -15,7 +15,7 @@ _HOME = "/usr/local/cuda/bin"  # where JetPack and NVIDIA's packages put it, mos
 
 
 def find_nvcc() -> str:
-    """The path of CUDA's compiler. VtpError where there is none."""
+    """The path of CUDA's compiler. VtpError if there is none."""
     found = shutil.which("nvcc") or shutil.which("nvcc", path=_HOME)
     if found is None:
         raise VtpError(

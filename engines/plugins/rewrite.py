@@ -38,7 +38,7 @@ class Greedy:
 
 
 def find_greedy(path: str | Path) -> Greedy | None:
-    """The greedy selection of a graph file; None where it has none. VtpError for what is no graph."""
+    """The greedy selection of a graph file; None if it has none. VtpError if the file is not a graph."""
     return _find(read_graph(path))
 
 

@@ -60,7 +60,7 @@ class TrtValue:
 
     def swap(self) -> None:
         """The second place becomes the first: what an engine wrote there is the tensor now."""
-        assert self._other is not None  # whoever swaps has written to it
+        assert self._other is not None  # a swap follows a write to it
         self._block, self._other = self._other, self._block
 
     def numpy(self) -> np.ndarray:

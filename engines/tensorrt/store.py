@@ -28,7 +28,7 @@ def cache_folder() -> Path:
         root = base if base.is_absolute() else Path.home() / ".cache"
     except RuntimeError as error:
         raise VtpError(
-            "there is no home folder for engines; set XDG_CACHE_HOME to a folder of yours"
+            "no home folder was found for engines; set XDG_CACHE_HOME to a folder of your own"
         ) from error
     return root / "vtp" / "engines"
 
@@ -114,7 +114,7 @@ def _check_owner(path: Path, found: os.stat_result) -> None:
     if not hasattr(os, "geteuid"):  # Windows, where a user's folders are closed to others by themselves
         return
     if found.st_uid != os.geteuid():
-        raise VtpError(f"{path} belongs to another user; set XDG_CACHE_HOME to a folder of yours")
+        raise VtpError(f"{path} belongs to another user; set XDG_CACHE_HOME to a folder of your own")
     if found.st_mode & _OTHERS:
         mode = "600" if path.name == KEY else "700"
         raise VtpError(f"{path} is open to other users; remove what is in it, or run: chmod {mode} {path}")

@@ -121,7 +121,7 @@ def _load(
     if image.kind not in family_class.image_kinds:
         raise VtpError(
             f"the image processor cuts pictures as kind '{image.kind}', family {family_class.name} takes "
-            f"{', '.join(family_class.image_kinds)}; mend the image processor's settings"
+            f"{', '.join(family_class.image_kinds)}; fix the image processor's settings"
         )
     image = replace(image, frames=frames)
     family = family_class(_load_model(folder, family_class.architectures[0], DTYPES[dtype]))
@@ -129,7 +129,7 @@ def _load(
     if image.fixed_size != family.image_size:
         raise VtpError(
             f"the image processor makes {image.fixed_size} pixels, the vision tower takes "
-            f"{family.image_size}; mend the image processor's settings"
+            f"{family.image_size}; fix the image processor's settings"
         )
     family.read_marks(tokenizer)
     generation = read_generation(folder, tokenizer, family.decoder.model.config.vocab_size)

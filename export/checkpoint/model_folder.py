@@ -55,7 +55,7 @@ def check_folder(folder: Path) -> None:
 def read_json(path: Path, most: int = JSON_BYTES) -> dict[str, Any]:
     """The object in a JSON file, read as transformers reads it.
 
-    Raises VtpError, naming the file, for what is no regular file, larger than `most` bytes, no UTF-8, no
+    Raises VtpError, naming the file, for a file that is not regular, larger than `most` bytes, no UTF-8, no
     JSON, no object, or deeper than 64 levels.
     """
     try:

@@ -45,7 +45,7 @@ def spec_from_processor(
         spec = ImageSpec(**shared, **fields)
         if image_size is not None and image_size != spec.fixed_size:
             raise UsageError(
-                f"image size {_words(image_size)} is not to be had: this model's image processor makes "
+                f"image size {_words(image_size)} is not supported: this model's image processor makes "
                 f"{_words(spec.fixed_size)} only"
             )
         return spec

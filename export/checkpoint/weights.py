@@ -2,7 +2,7 @@
 
 Every floating-point tensor of the safetensors files is given to transformers as a *stand-in*: a tensor of
 the right shape and dtype whose one stored element is NaN. Transformers renames, ties and checks them as it
-does real ones. Whoever needs numbers asks here for the source of a stand-in and reads that one tensor. What
+does real ones. Code that needs numbers asks here for the source of a stand-in and reads that one tensor. What
 is computed from a stand-in by mistake is NaN, and `emit` refuses it.
 """
 
@@ -203,7 +203,7 @@ def _header(path: Path) -> list[tuple[str, tuple[int, ...], bool]]:
     except (SafetensorError, OSError, ValueError, OverflowError) as error:
         reason = " ".join(str(error).split())[:160]
         raise VtpError(
-            f"cannot load the model in {path.parent}: {path.name} is no whole safetensors file "
+            f"cannot load the model in {path.parent}: {path.name} is not a complete safetensors file "
             f"({type(error).__name__}: {reason}); download it anew"
         ) from error
     for name, _, dtype in told:

@@ -14,7 +14,7 @@ from vtp.export.checkpoint.weights import Source, source_of
 
 
 class Streamed(ir.LazyTensor):
-    """A checkpoint's tensor, or its transpose, read anew by whoever asks for its numbers."""
+    """A checkpoint's tensor, or its transpose, read anew each time its numbers are asked for."""
 
     def __init__(self, source: Source, dtype: ir.DataType, transposed: bool = False) -> None:
         shape = source.shape[::-1] if transposed else source.shape

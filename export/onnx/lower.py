@@ -30,5 +30,5 @@ def _clip_by_elements(graph: ir.Graph, clip: ir.Node) -> None:
         if bound is not None:
             nodes.append(ir.node(operator, [value, bound], name=f"{clip.name}/{operator}"))
             value = nodes[-1].outputs[0]
-    assert value is not None  # Clip's first input is no optional one
+    assert value is not None  # Clip's first input is not optional
     ir.convenience.replace_nodes_and_values(graph, clip, [clip], nodes, clip.outputs, [value])

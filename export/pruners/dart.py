@@ -1,4 +1,4 @@
-"""DART (arXiv 2502.11494): what is least like a few pivots is no duplicate of them.
+"""DART (arXiv 2502.11494): what is least like a few pivots is not a duplicate of them.
 
 Site: decoder:2 (between layers 1 and 2; the paper's K = 2). Inputs: keys [B,N,·], layer 2's k_proj of that
 layer's input, heads side by side, without RoPE; hidden_states [B,N,D], that input. Options: pivots (8), keys

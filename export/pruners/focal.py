@@ -121,8 +121,8 @@ def _(scores: Any, factors: Any, keep: int) -> Any:
     op, count = ops.onnx_ops(), factors.shape[1]
     lines = op.Reshape(factors, op.Constant(value_ints=[-1, count]))
     batch, one = op.Shape(factors, start=0, end=1), op.Constant(value_ints=[1])
-    nought, step = op.Constant(value_int=0), op.Constant(value_int=1)
-    first = op.Mul(op.Range(nought, op.Squeeze(batch), step), op.Constant(value_int=count))
+    zero, step = op.Constant(value_int=0), op.Constant(value_int=1)
+    first = op.Mul(op.Range(zero, op.Squeeze(batch), step), op.Constant(value_int=count))
     first = op.Unsqueeze(first, one)  # of each picture's lines, int64 [B,1]
     gone = op.Expand(op.Constant(value_float=-math.inf), op.Concat(batch, one, axis=0))
     picks = [op.ArgMax(scores, axis=1, keepdims=1)]

@@ -221,7 +221,7 @@ def _lines(op: Any, table: Any, likeness: Any) -> tuple[Any, Any]:
     `likeness` is of the table's shape, and knows it.
     """
     batch, count = likeness.shape[:2]
-    nought, step = op.Constant(value_int=0), op.Constant(value_int=1)
-    pictures = op.Range(nought, op.Squeeze(_batch(op, table)), step)
+    zero, one = op.Constant(value_int=0), op.Constant(value_int=1)
+    pictures = op.Range(zero, op.Squeeze(_batch(op, table)), one)
     first = op.Mul(op.Unsqueeze(pictures, _axes(op, 1)), _axes(op, count))
     return op.Reshape(table, _axes(op, -1, count)), ops.sized(first, "INT64", batch, 1)

@@ -80,7 +80,7 @@ def load_outside(spec: str) -> type[Pruner]:
     """Load a pruner class from a user's own file, written "FILE.py:CLASS", and check its declaration.
 
     The file is executed. Raises UsageError in one line: no such file or class, an exception while
-    the file ran, a class that is no Pruner, or a declaration that cannot work.
+    the file ran, a class that is not a Pruner, or a declaration that cannot work.
     """
     path, _, name = spec.rpartition(":")
     if not path.endswith(".py") or not name.isidentifier():

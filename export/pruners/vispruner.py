@@ -122,8 +122,8 @@ def _(likeness: Any, keep: int) -> Any:
     pictures = likeness.shape[0]
     left = ops.sized(op.Expand(places, wide), "INT64", pictures, count)
     batch = op.Squeeze(op.Shape(likeness, start=0, end=1))
-    nought, step = op.Constant(value_int=0), op.Constant(value_int=1)
-    first = op.Unsqueeze(op.Mul(op.Range(nought, batch, step), size), one)  # of each picture's lines
+    first_row, step = op.Constant(value_int=0), op.Constant(value_int=1)
+    first = op.Unsqueeze(op.Mul(op.Range(first_row, batch, step), size), one)  # of each picture's lines
     first = ops.sized(first, "INT64", pictures, 1)
     hidden, clear = (
         ops.sized(op.Expand(op.Cast(value, to=likeness.dtype), wide), likeness.dtype, pictures, count)

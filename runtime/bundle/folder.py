@@ -134,7 +134,7 @@ def describe_files(folder: Path) -> dict[str, FileInfo]:
 
 
 def check_output(folder: Path, overwrite: bool) -> None:
-    """Refuse an output folder that exists without --overwrite, or that is no bundle to be overwritten."""
+    """Refuse an output folder that exists without --overwrite, or that is not a bundle to overwrite."""
     try:
         recover(folder.resolve())
         if folder.exists() and not folder.is_dir():

@@ -58,7 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("-o", "--output", metavar="DIR", help="where engines are kept (default: in ~/.cache/vtp/engines)")
     add("--workspace-mb", metavar="N", default="1024", help="memory for one layer (default: %(default)s)")
     add("--plugin", metavar="NAME", help=f"kernel to use where it answers as ONNX Runtime: {PLUGINS[0]}")
-    add("--image", metavar="FILE", help="picture to compare engines on (default: one that is drawn)")
+    add("--image", metavar="FILE", help="picture to compare engines on (default: a generated one)")
     add("--prompt", metavar="TEXT", default=PROMPT, help="prompt to compare engines on")
     add("--again", action="store_true", help="compare engines again that were compared on this GPU")
     add("--json", action="store_true", help="print one JSON object")

@@ -76,7 +76,7 @@ def run_command(name: str, work: Callable[[], None], debug: bool = False, interr
     except BrokenPipeError:  # the reader left, as in `vtp-run ... | head -1`
         _detach(sys.stdout)
         return FAILED
-    except BaseException as error:  # PanicException of the tokenizer is no Exception
+    except BaseException as error:  # the tokenizer's PanicException is not an Exception
         _give_up(sys.stdout)
         if debug:
             raise
@@ -100,7 +100,7 @@ def _explain(error: BaseException, interrupted: str) -> tuple[str, int]:
         return "this machine has not enough memory for the model", FAILED
     if isinstance(error, RecursionError):
         return "something in the files or options given is nested too deeply (--debug shows where)", FAILED
-    # Anything else is ours to mend, and still no traceback for the user.
+    # Anything else is a bug of ours; the user still gets no traceback.
     reason = shown(" ".join(str(error).split()), 300)
     return f"{type(error).__name__}: {reason} (a bug; --debug shows where)", FAILED
 
@@ -159,7 +159,7 @@ def say(text: str, file: TextIO | None = None) -> None:
 
 
 def note(name: str, text: str) -> None:
-    """Print a line on standard error that is no error. A full disk there stops nothing."""
+    """Print a note, not an error, on standard error. A full disk there stops nothing."""
     _complain(name, one_line(text), "note")
 
 

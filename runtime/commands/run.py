@@ -46,7 +46,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog=PROG, description="Answer a prompt about a picture or a video with a bundle.")
     add = parser.add_argument
     add("bundle", metavar="BUNDLE", help="a folder that vtp-export made")
-    add("--image", action="append", default=[], metavar="FILE", help="the picture; again for a further one")
+    add(
+        "--image",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="the picture; repeat the option for more pictures",
+    )
     add(
         "--video",
         metavar="FOLDER|FILE",
@@ -69,7 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="P",
         help="sample from the smallest set of tokens with this probability",
     )
-    add("--seed", metavar="N", help="makes sampling repeatable")
+    add("--seed", metavar="N", help="make sampling repeatable")
     add(
         "--repetition-penalty",
         metavar="P",
@@ -82,10 +88,14 @@ def build_parser() -> argparse.ArgumentParser:
         help="keep special tokens in the answer: boxes, document tags",
     )
     add("--allow-special-tokens", action="store_true", help="let the prompt hold the model's special tokens")
-    add("--timeout-ms", metavar="MS", help="end the answer after so many milliseconds, with what there is")
+    add(
+        "--timeout-ms",
+        metavar="MS",
+        help="end the answer after this many milliseconds and return what was generated",
+    )
     add("--threads", metavar="N", help="CPU threads (default: all cores)")
     add("--engines", metavar="DIR", help="where vtp-build -o put TensorRT engines (default: in the cache)")
-    add("--allow-cpu-nodes", action="store_true", help="on CUDA, go on where nodes are left to the CPU")
+    add("--allow-cpu-nodes", action="store_true", help="on CUDA, go on even if nodes are left to the CPU")
     add(
         "--cuda-graph",
         action="store_true",
@@ -140,7 +150,7 @@ def _check_flags(args: argparse.Namespace) -> None:
 
 
 def _check_media(frames: int | None, args: argparse.Namespace) -> None:
-    """Refuse pictures for a bundle that answers about videos of so many frames, and the other way round."""
+    """Refuse pictures for a bundle that answers about videos of `frames` frames, and the other way round."""
     if frames is None and args.video:
         raise UsageError(
             "this bundle answers about pictures, not videos: give --image, or a bundle made with vtp-export "

@@ -13,12 +13,12 @@ __all__ = ["is_number", "is_whole", "shown", "whole"]
 
 
 def is_whole(value: object) -> TypeGuard[int]:
-    """Whether a value is an integer, Python's or NumPy's; True and False are none."""
+    """Whether a value is an integer, Python's or NumPy's; True and False are not."""
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Whether a value is a finite number, Python's or NumPy's; True and False are none."""
+    """Whether a value is a finite number, Python's or NumPy's; True and False are not."""
     if not is_whole(value) and not isinstance(value, float | np.floating):
         return False
     try:

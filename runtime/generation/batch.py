@@ -110,7 +110,7 @@ def each_prompt(count: int, make: Callable[[int], Request]) -> list[Request]:
 def check_lists(images: object, prompts: object, messages: object) -> int:
     """How many prompts a batch has; UsageError unless there is one entry of `images` for each of them."""
     if (prompts is None) == (messages is None):
-        raise UsageError("give either prompts or messages, not both and not neither")
+        raise UsageError("give either prompts or messages, exactly one of the two")
     name, asked = ("prompts", prompts) if messages is None else ("messages", messages)
     for what, given in (("images", images), (name, asked)):
         if not isinstance(given, list | tuple):

@@ -50,7 +50,7 @@ class StopSignal:
     """Says whether an answer, or a batch of them, must end now. `cancel` is safe from any thread.
 
     timeout_ms: milliseconds of `clock` from which on there is no time left; None: no such limit. UsageError
-    for what is no number above 0.
+    for anything that is not a number above 0.
     """
 
     def __init__(self, clock: Clock, timeout_ms: float | None = None) -> None:

@@ -15,7 +15,7 @@ __all__ = ["to_rgb"]
 
 _WHITE = (255, 255, 255, 255)
 _STRAIGHT = {"La": "LA", "RGBa": "RGBA"}  # colours that are stored multiplied by their alpha, and not so
-_WITH_ALPHA = frozenset(("LA", "PA", "RGBA"))  # LAB has a band called A as well, which is no alpha
+_WITH_ALPHA = frozenset(("LA", "PA", "RGBA"))  # LAB has a band called A as well, which is not alpha
 # Formats whose greys of more than 8 bits Pillow may give as mode I, with values from 0 to 65535.
 _SIXTEEN_BITS = frozenset(("PNG", "PPM"))
 _BITS_PER_SAMPLE = 258  # TIFF's tag

@@ -109,7 +109,7 @@ def check_picture_path(path: str | os.PathLike[str]) -> Path:
     if not target.parent.is_dir():
         raise UsageError(f"the folder '{target.parent}' does not exist; make it first")
     if not os.access(target if target.exists() else target.parent, os.W_OK):
-        raise UsageError(f"'{target}' cannot be written; choose a place where you may write")
+        raise UsageError(f"'{target}' cannot be written; choose a path that you can write to")
     return target
 
 

@@ -47,7 +47,7 @@ def load_video(source: VideoSource, frames: int) -> list[Image.Image]:
     """Return `frames` upright RGB images of a video; only these are decoded, where the format allows that.
 
     The pictures of a folder follow one another by name, numbers in it by their value. Raises `UsageError`
-    for what is no video or has fewer frames, and `VtpError` for one that cannot be decoded.
+    for anything that is not a video or has fewer frames, and `VtpError` for one that cannot be decoded.
     """
     if isinstance(source, np.ndarray):
         return _from_array(source, frames)
@@ -88,7 +88,7 @@ def check_video(source: VideoSource, frames: int) -> None:
 
 
 def sample_frames(total: int, frames: int, name: str = "the video") -> list[int]:
-    """Which `frames` of `total` frames are looked at; `UsageError` where there are not so many."""
+    """Which `frames` of `total` frames are looked at; `UsageError` if there are fewer."""
     if total < frames:
         raise UsageError(
             f"{name} has {total} frame{'s' * (total != 1)}, and this bundle answers about clips of {frames}; "
@@ -102,7 +102,7 @@ def _from_array(array: np.ndarray, frames: int) -> list[Image.Image]:
 
 
 def _places_in(array: np.ndarray, frames: int) -> list[int]:
-    """Which frames of an array are looked at; UsageError for one that is no video."""
+    """Which frames of an array are looked at; UsageError for one that is not a video."""
     array = plain_array(array)
     if array.ndim in (2, 3):
         raise _a_picture("the array", frames)

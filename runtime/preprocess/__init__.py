@@ -1,6 +1,6 @@
 """From a picture to `pixel_values`, bit for bit as transformers' PIL image processors make them.
 
-The recipe is data (`ImageSpec`), read from a model's processor configuration at export (see
+The preprocessing is data (`ImageSpec`), read from a model's processor configuration at export (see
 `vtp.export.checkpoint.processors`) and kept in the bundle; its `kind` names the module that carries it out.
 Resizing is Pillow's own, and the arithmetic on pixels is done once for each of the 256 values and looked up,
 which gives the same bits as doing it per pixel.
@@ -28,7 +28,7 @@ def preprocess(image: Image.Image | Sequence[Image.Image], spec: ImageSpec) -> n
     """Turn an RGB image (see `vtp.runtime.media.images.load_image`) into float32 `pixel_values`.
 
     Their shape is `spec.shape`: [1, 3, H, W]; [tiles, 3, H, W] for kinds that cut tiles; [patches, values]
-    for kind "qwen"; [frames, 3, H, W] of a clip, which is a list of so many images. Raises `VtpError` for
+    for kind "qwen"; [frames, 3, H, W] of a clip, a list of that many images. Raises `VtpError` for
     another mode, for a picture so long and thin that it cannot be processed, for one of another layout where
     the spec's `fit` is "refuse", for a picture in the place of a clip and the other way round.
     """

@@ -21,7 +21,7 @@ FIELDS = (
     *("image_height", "image_width", "fit"),
     *("min_pixels", "max_pixels", "patch_size", "temporal_patch_size", "merge_size"),
 )
-_MOST_UNEVEN = 200  # the longest edge may be so many times the shortest
+_MOST_UNEVEN = 200  # most that the longest edge may be, in shortest edges
 
 
 def check(spec: ImageSpec) -> None:

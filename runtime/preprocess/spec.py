@@ -1,4 +1,4 @@
-"""The recipe of a bundle's preprocessing, as data."""
+"""A bundle's preprocessing, as data."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class ImageSpec:
     "clip"      [1, 3, H, W]: `do_pad` to a square in the mean colour; `do_resize` so that the shorter edge is
                 `shortest_edge`, or to exactly `height` x `width`; `do_center_crop` to `crop_height` x
                 `crop_width`, black where the picture is smaller. With `frames` the bundle answers about
-                videos: so many frames, [frames, 3, H, W], each of them made as a picture is.
+                videos: their number of frames, [frames, 3, H, W], each of them made as a picture is.
 
     The others are made for one image size, `image_height` x `image_width`; `fit` ("letterbox", "stretch",
     "refuse") says what becomes of a picture that the processor would lay out otherwise.
@@ -238,5 +238,5 @@ def _check_fields(spec: ImageSpec) -> None:
 
 
 def is_int(value: object) -> TypeGuard[int]:
-    """Whether a JSON value is a whole number; True is none."""
+    """Whether a JSON value is a whole number; True is not."""
     return isinstance(value, int) and not isinstance(value, bool)

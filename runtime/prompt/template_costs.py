@@ -232,7 +232,7 @@ def _charged(name: str, given: list[Any], kwargs: Mapping[str, Any]) -> list[Any
 
 
 def _chunks(value: Any, rest: list[Any]) -> None:
-    """`batch` and `slice`: so many lists, or so many places in the last."""
+    """`batch` and `slice`: a given number of lists, or of places in the last."""
     charge(shallow(value) + ELEMENT * _numbers(rest))
 
 

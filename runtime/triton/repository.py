@@ -58,7 +58,7 @@ def write_repository(bundle: Bundle, folder: Path, name: str = "vtp", engine: st
     behind then.
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
-        raise UsageError(f"'{name}' is no name for a Triton model; use letters, digits, - and _")
+        raise UsageError(f"'{name}' is not a valid name for a Triton model; use letters, digits, - and _")
     with whole_folder(folder, lambda: _check_free(folder)) as aside:
         return _write(bundle, aside, name, engine)
 

@@ -304,7 +304,8 @@ def test_figures_of_an_older_format_are_not_written_again(
 ) -> None:
     (tmp_path / "docs").mkdir()
     file = tmp_path / "docs/bench.json"
-    monkeypatch.setattr(peers_report, "ROOT", tmp_path)
+    (tmp_path / "pyproject.toml").write_text('name = "vtp-edge"\n')
+    monkeypatch.chdir(tmp_path)
     file.write_text(json.dumps({**RESULTS, "format": 1}))
     assert peers_report.main() == 2 and "run: make bench" in capsys.readouterr().err
     assert list(file.parent.iterdir()) == [file]
@@ -436,7 +437,7 @@ def test_a_peer_with_other_answers_is_not_timed(tmp_path: Path) -> None:
 
 def test_the_page_and_the_readme_are_those_of_the_committed_figures() -> None:
     """Written by one command; before it ever ran, the README says so."""
-    root = peers_report.ROOT
+    root = Path(__file__).parents[2]
     figures_file, readme = root / "docs/bench.json", (root / "README.md").read_text(encoding="utf-8")
     _, found, rest = readme.partition(peers_report.BEGIN)
     assert found

@@ -211,7 +211,7 @@ def test_score_compares_bundles_on_the_same_questions(exported, data, tmp_path, 
         (["--floor", "0.9", "--limit", "0"], "--limit 0"),
         (["--floor", "0.9", "--metric", "bleu"], "unknown metric 'bleu'"),
         (["--reference", "PRUNED"], "prunes; give a bundle"),
-        (["--workers", "2"], "--workers is of --ray"),
+        (["--workers", "2"], "--workers belongs to --ray"),
         (["--ray", "local", "--workers", "0"], "--workers 0"),
     ],
 )
@@ -233,8 +233,8 @@ def test_ray_that_is_missing_is_one_line(bundle, data, monkeypatch, capsys) -> N
 @pytest.mark.parametrize(
     ("address", "code", "problem"),
     [
-        ("somewhere", 2, "is no address; give HOST:PORT"),
-        ("ray://127.0.0.1:10001", 2, "is no address; give HOST:PORT"),
+        ("somewhere", 2, "is not a valid address; give HOST:PORT"),
+        ("ray://127.0.0.1:10001", 2, "is not a valid address; give HOST:PORT"),
         ("127.0.0.1:CLOSED", 1, "no Ray cluster answers at --ray 127.0.0.1:"),
     ],
 )

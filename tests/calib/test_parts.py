@@ -84,11 +84,11 @@ def test_public_sets_are_recognised(folder: Path) -> None:
             '{"image": "a.png", "prompt": "x"}\n{"image": "a.png", "prompt": "x", "answer": "y"}',
             "some questions have answers",
         ),
-        ("d.json", "[1]", "no format known here"),
+        ("d.json", "[1]", "has an unknown format"),
         ("d.json", "{", "is not valid JSON"),
         ("d.json", '{"questions": []}', "--annotations"),
-        ("d.json", '{"1": {"imageId": "7", "answer": "x"}}', "no gqa file"),
-        ("d.json", '{"data": [{"question": "x"}]}', "no textvqa file"),
+        ("d.json", '{"1": {"imageId": "7", "answer": "x"}}', "not a valid gqa file"),
+        ("d.json", '{"data": [{"question": "x"}]}', "not a valid textvqa file"),
     ],
 )
 def test_unreadable_data_is_refused_in_one_line(folder: Path, name: str, content: str, problem: str) -> None:
@@ -312,5 +312,5 @@ def test_a_memory_budget_tries_only_what_fits() -> None:
     assert set(one.done) == {32, 64}
     with pytest.raises(VtpError, match="the smallest, 8, may need 108 MB"):
         search.best_fitting(needs, 107, trials(rates))
-    with pytest.raises(UsageError, match="no size"):
+    with pytest.raises(UsageError, match="not a valid size"):
         search.best_fitting(needs, -1, trials(rates))

@@ -119,11 +119,13 @@ HIDDEN: list[Callable[[TensorProto], Any]] = [
 )
 def test_weights_are_read_from_the_bundle_s_files_only(tmp_path: Path, hide: Any, location: str) -> None:
     check(tmp_path, hide(outside(offset=48, length=16)))
-    refuse(tmp_path, hide(outside(location)), "reads weights from '.*', which is none of the bundle's files")
+    refuse(
+        tmp_path, hide(outside(location)), "reads weights from '.*', which is not one of the bundle's files"
+    )
 
 
 def test_a_weight_that_parsers_merge_together(tmp_path: Path) -> None:
-    refuse(tmp_path, as_merged_attribute(outside("../secret")), "two graphs|none of the bundle's files")
+    refuse(tmp_path, as_merged_attribute(outside("../secret")), "two graphs|not one of the bundle's files")
 
 
 def test_a_place_that_is_not_used_counts(tmp_path: Path) -> None:
@@ -131,7 +133,7 @@ def test_a_place_that_is_not_used_counts(tmp_path: Path) -> None:
     tensor = outside("../secret")
     tensor.data_location = TensorProto.DEFAULT
     tensor.raw_data = bytes(16)
-    refuse(tmp_path, as_weight(tensor), "none of the bundle's files")
+    refuse(tmp_path, as_weight(tensor), "not one of the bundle's files")
 
 
 @pytest.mark.parametrize(
@@ -276,7 +278,7 @@ def test_functions_training_and_sparse_weights_are_refused(tmp_path: Path) -> No
 def test_two_graphs_in_one_file(tmp_path: Path) -> None:
     hidden = field(7, as_weight(outside("../secret")).graph.SerializeToString())
     for content in (hidden + model().SerializeToString(), model().SerializeToString() + hidden):
-        refuse(tmp_path, content, "two graphs|none of the bundle's files")
+        refuse(tmp_path, content, "two graphs|not one of the bundle's files")
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ class LlavaNext(Llava):
         if best_resolution(image.image_size, points) != resolution(image):
             raise VtpError(
                 "image_grid_pinpoints of the image processor and of config.json disagree about a picture of "
-                f"{image.image_size[1]}x{image.image_size[0]}; mend the image processor's settings"
+                f"{image.image_size[1]}x{image.image_size[0]}; fix the image processor's settings"
             )
         self.packing = Views(self.image_size[0] // self._vision.patch_size, tiles(image), image.image_size)
 

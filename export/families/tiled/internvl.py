@@ -92,7 +92,7 @@ class InternVL(Family):
         marks = [getattr(tokenizer, name, None) for name in _MARKS]
         if None in marks:
             raise VtpError(
-                f"the tokenizer does not say what its {' and '.join(_MARKS)} are; mend tokenizer_config.json"
+                f"the tokenizer does not say what its {' and '.join(_MARKS)} are; fix tokenizer_config.json"
             )
         self._around = tokenizer.convert_tokens_to_ids(marks)
 

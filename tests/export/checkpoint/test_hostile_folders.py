@@ -634,7 +634,10 @@ HEADERS: dict[str, Change] = {
 @pytest.mark.parametrize("name", HEADERS)
 def test_headers_that_lie(folder: Path, name: str) -> None:
     HEADERS[name](folder)
-    refuse(folder, r"model\.safetensors is no whole safetensors file \(SafetensorError|cannot load the model")
+    refuse(
+        folder,
+        r"model\.safetensors is not a complete safetensors file \(SafetensorError|cannot load the model",
+    )
 
 
 def test_a_name_twice_in_a_header_is_read_as_by_transformers(folder: Path) -> None:
@@ -654,7 +657,7 @@ def test_a_tensor_in_two_shards(folder: Path) -> None:
 def test_the_shard_is_named(folder: Path) -> None:
     shard(folder)
     os.truncate(folder / "model-00002-of-00003.safetensors", 100)
-    refuse(folder, "model-00002-of-00003.safetensors is no whole safetensors file")
+    refuse(folder, "model-00002-of-00003.safetensors is not a complete safetensors file")
 
 
 # -- JSON ----------------------------------------------------------------------------------------------------

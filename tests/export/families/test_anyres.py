@@ -282,7 +282,7 @@ def test_vision_sites_keep_no_ends_of_lines(bundle: Callable[[str], Made]) -> No
     [
         (["--method", "adaptprune"], "needs grid, .* its tokens lie in several tiles; nearest .* fastv"),
         (["--method", "vispruner", "--keep-tokens", "66"], "66 is outside the 64 visual tokens"),
-        (["--image-size", "ten"], "image-size 'ten' is no size; give WIDTHxHEIGHT"),
+        (["--image-size", "ten"], "image-size 'ten' is not a valid size; give WIDTHxHEIGHT"),
         (["--image-fit", "squeeze"], "unknown image-fit 'squeeze'; choose one of letterbox"),
     ],
 )

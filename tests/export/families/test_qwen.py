@@ -420,7 +420,7 @@ def test_a_processor_of_other_patches_is_refused(
     shutil.copytree(folder, other)
     path = other / "preprocessor_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), key: 2 * own}))
-    with pytest.raises(VtpError, match=f"{key} is {2 * own}, the vision tower's {own}; mend"):
+    with pytest.raises(VtpError, match=f"{key} is {2 * own}, the vision tower's {own}; fix"):
         export(Request(tmp_path / "out", model=str(other), method="none", image_size=(32, 48)))
 
 

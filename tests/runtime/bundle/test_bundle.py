@@ -193,7 +193,7 @@ def test_a_graph_reads_the_bundle_s_files_only(bundle: Path, location: str) -> N
     for file in ("decoder.onnx", "vision_encoder.onnx"):
         again = Path(shutil.copytree(bundle, bundle.with_name(f"spoilt-{file}")))
         spoil(again, file, point_at(location))
-        refuse(again, f"{file} reads weights from '{location}', which is none of the bundle's files")
+        refuse(again, f"{file} reads weights from '{location}', which is not one of the bundle's files")
 
 
 def test_triton_writes_over_nothing(bundle: Path, tmp_path: Path) -> None:

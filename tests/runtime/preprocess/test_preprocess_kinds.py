@@ -518,7 +518,7 @@ def test_other_refusals_are_one_line() -> None:
         spec_from_processor(saved(Gemma3ImageProcessorPil(do_pan_and_scan=True)))
     with pytest.raises(VtpError, match=r"MllamaImageProcessor.*supported: CLIP.*SmolVLM"):
         spec_from_processor({"image_processor_type": "MllamaImageProcessor"})
-    with pytest.raises(UsageError, match=r"image size 300x200 is not to be had: .* 112x112 only"):
+    with pytest.raises(UsageError, match=r"image size 300x200 is not supported: .* 112x112 only"):
         spec_from_processor(saved(PLAIN["gemma3"]), (200, 300))
     assert spec_from_processor(saved(PLAIN["gemma3"]), (112, 112)).fixed_size == (112, 112)
     with pytest.raises(UsageError, match="letterbox, stretch, refuse"):

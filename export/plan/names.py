@@ -86,7 +86,10 @@ def stage(
     keep: int | None = None,
     role: str = "",
 ) -> StageInfo:
-    """One run of graph `file` (or `name`), whose name is its role if none is given; tensors without another name in the pipeline keep their own."""
+    """One run of graph `file` (or `name`); without a `role` its name says it.
+
+    Tensors without another name in the pipeline keep their own.
+    """
     return StageInfo(name, role or name, f"{file or name}.onnx", when, keep, _map(inputs), _map(outputs))
 
 

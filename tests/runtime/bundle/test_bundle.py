@@ -459,7 +459,7 @@ def test_a_running_export_to_the_same_output_is_left_alone(tmp_path: Path) -> No
 def die_between_two_renames(target: Path) -> None:
     """On a disk that cannot exchange folders: the old one is away, the new one is not there yet."""
     script = (
-        "import os, signal, sys; from pathlib import Path; from vtp.engines import whole\n"
+        "import os, signal, sys; from pathlib import Path; from vtp.engines.disk import whole\n"
         "from vtp.runtime.bundle.folder import *\n"
         "rename = Path.rename\n"
         "def die(self, target):\n"

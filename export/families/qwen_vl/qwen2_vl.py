@@ -53,7 +53,7 @@ class Qwen2VL(Family):
             if own != side:
                 raise VtpError(
                     f"the image processor's {name} is {side}, the vision tower's {own}; "
-                    "mend the image processor's settings"
+                    "fix the image processor's settings"
                 )
         self.size, patch = image.image_size, vision.patch_size
         self.picture = PatchGrid(self.size[0] // patch, self.size[1] // patch, vision.spatial_merge_size)

@@ -39,8 +39,8 @@ class Idefics3(Family):
     sites = ("vision", "projector", "decoder")
     several = True
     limits = (
-        "one image size per bundle; K is for the whole picture, all tiles together; the marks between tiles "
-        "stay; methods that need a grid only at one tile; no video"
+        "one image size per bundle; K is for the whole picture, all tiles together; tile separators "
+        "are never pruned; methods that need a grid only at one tile; no video"
     )
     image_kinds = ("idefics3",)
     reference = Idefics3Reference

@@ -34,13 +34,16 @@ test: setup  ## the tests (CPU, no network), a file per process and core
 test-all: setup  ## the same and the slow ones (an hour or more)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile -m "slow or not slow"
 
+test-all: setup  ## every test, the long tail included (an hour on two cores)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile -m 'slow or not slow'
+
 # FUZZ=SECONDS or CASES=NUMBER; SEED=N draws other cases; AREAS=bundles,graphs some of them only.
 fuzz: setup  ## hostile bundles, graphs, templates, tokenizers, pictures, prompts, options, folders, questions
 	$(BIN)/python tests/fuzz/run.py $(if $(FUZZ),--seconds $(FUZZ)) $(if $(CASES),--cases $(CASES)) \
 	  $(if $(SEED),--seed $(SEED)) $(if $(AREAS),--areas $(AREAS))
 
 trtrtx: setup  ## install TensorRT-RTX (250 MB, no GPU needed): `make test` then runs its tests, too
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[trtrtx]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(EDITABLE) -e '.[trtrtx]'
 
 test-trtrtx: trtrtx  ## only what is built with TensorRT-RTX, the long ones included
 	$(BIN)/python -m pytest -m trtrtx
@@ -67,7 +70,7 @@ test-triton: setup  ## a bundle on the real Triton server of nvidia-pytriton, in
 
 test-ray: setup  ## calibration on a local Ray with two workers, one of which is killed, in build/ray
 	test -x build/ray/bin/python || $(PYTHON) -m venv build/ray
-	build/ray/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS),ray]'
+	build/ray/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(EDITABLE) -e '.[$(EXTRAS),ray]'
 	OMP_NUM_THREADS=1 build/ray/bin/python -m pytest tests/calib/test_ray.py
 
 check: setup  ## format, lint, types
@@ -86,18 +89,18 @@ accuracy: setup  ## exact match on 1,000 held-out questions, as a Markdown table
 	$(BIN)/python -m vtp.bench.studies.accuracy $(ACCURACY)
 
 methods: setup  ## every method side by side: docs/measured.md, the plot and the README's table (about an hour)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS),bench]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(EDITABLE) -e '.[$(EXTRAS),bench]'
 	$(BIN)/python -m vtp.bench.studies.methods --resume
 
 # Peers that cannot be installed are named in the page. BENCH takes flags, such as "--int8 --int4".
 bench: setup  ## vtp beside its peers on a full-size shape: docs/bench.md and the README's table (ten minutes, idle)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS),bench]'
-	-$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[peers]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(EDITABLE) -e '.[$(EXTRAS),bench]'
+	-$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(EDITABLE) -e '.[peers]'
 	$(BIN)/python -m vtp.bench.compare.peers $(BENCH)
 
 # SCALING takes flags, such as "--rounds 2" or "--quick". A run that was ended goes on where it stood.
 scaling: setup  ## what a request costs as it grows: docs/scaling.md, .json and .png (about ten minutes, idle)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS),bench]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(EDITABLE) -e '.[$(EXTRAS),bench]'
 	$(BIN)/python -m vtp.bench.scaling.study $(SCALING)
 
 scenes: setup  ## train the built-in model again (about two hours on 2 CPU cores; resumes)

@@ -34,7 +34,8 @@ from vtp.runtime.bundle.folder import Bundle, open_bundle
 from vtp.runtime.bundle.manifest import Manifest
 from vtp.runtime.bundle.memory import bundle_memory
 from vtp.runtime.result import Result
-from vtp.runtime.stages.runner import Stage, StageRunner
+from vtp.runtime.stages.runner import StageRunner
+from vtp.runtime.stages.stage import Stage
 
 WARM_UPS = 2
 _ERRORS = {VtpError.exit_code: VtpError, UsageError.exit_code: UsageError}
@@ -225,9 +226,10 @@ def part_of(manifest: Manifest, stage: str) -> str:
     """Which of preprocess, encoder, pruner and prefill a stage belongs to; host for the rest."""
     if stage == "preprocess":
         return "preprocess"
-    if stage.startswith("pruner"):
+    known = [info for info in manifest.stages if info.name == stage]
+    if any(info.role == "pruner" for info in known):
         return "pruner"
-    moments = {info.when for info in manifest.stages if info.name == stage}
+    moments = {info.when for info in known}
     return "encoder" if "image" in moments else "prefill" if "prefill" in moments else "host"
 
 

@@ -52,6 +52,17 @@ class Binding(ABC):
         """Run the graph on what the bound inputs hold now; the bound outputs hold the answer."""
 
 
+class _PlainBinding(Binding):
+    """Fixed places for an engine that has no set-up to save."""
+
+    def __init__(self, engine: Engine, feeds: Mapping[str, Value], into: Mapping[str, Value]) -> None:
+        self.outputs = dict(into)
+        self._engine, self._feeds = engine, dict(feeds)
+
+    def run(self) -> None:
+        self._engine.run(self._feeds, self.outputs)
+
+
 class Held:
     """A graph with some inputs and outputs at fixed places; every run brings the others."""
 
@@ -82,9 +93,12 @@ class Engine(ABC):
     def zeros(self, shape: Sequence[int], dtype: str) -> Value:
         """Allocate a zeroed tensor on this engine's device."""
 
-    @abstractmethod
     def bind(self, feeds: Mapping[str, Value], into: Mapping[str, Value]) -> Binding:
-        """Fix the graph's inputs and (all of) its outputs; an input and an output may share a value."""
+        """Fix the graph's inputs and (all of) its outputs; an input and an output may share a value.
+
+        An engine may set them up once for all runs.
+        """
+        return _PlainBinding(self, feeds, into)
 
     @abstractmethod
     def run(self, feeds: Mapping[str, Value], into: Mapping[str, Value] | None = None) -> dict[str, Value]:

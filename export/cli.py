@@ -12,6 +12,7 @@ from typing import Any
 from vtp.engines import UsageError, VtpError
 from vtp.engines.errors import shown
 from vtp.runtime.bundle.folder import Bundle
+from vtp.runtime.bundle.manifest import Manifest
 from vtp.runtime.commands.console import (
     Parser,
     Progress,
@@ -199,7 +200,7 @@ def _report(bundle: Bundle, output: Path) -> str:
     parity = manifest.parity.get("graphs", {})
     rows = [
         [
-            _stage_of(file),
+            _stage_of(manifest, file),
             file,
             f"{_megabytes(bundle, file):.2f}",
             _parity_cell(file, parity, manifest.parity),
@@ -221,9 +222,10 @@ def _report(bundle: Bundle, output: Path) -> str:
     )
 
 
-def _stage_of(file: str) -> str:
-    name = file.removesuffix(".onnx")
-    return "pruner" if name.startswith("pruner") else name
+def _stage_of(manifest: Manifest, file: str) -> str:
+    """What a graph is called: its file's name, of which a pruner may have one for each keep-count."""
+    pruner = any(stage.file == file for stage in manifest.stages_of("pruner"))
+    return "pruner" if pruner else file.removesuffix(".onnx")
 
 
 def _megabytes(bundle: Bundle, file: str) -> float:

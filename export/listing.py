@@ -43,7 +43,7 @@ def methods() -> list[dict[str, Any]]:
 
 def _options(method: type[Pruner]) -> dict[str, Any]:
     """A method's own options, and the exporter's `positions` where tokens can be renumbered."""
-    at_decoder = pruners.parse_site(method.site)[0] == "decoder"
+    at_decoder = pruners.Site.parse(method.site).in_decoder
     return dict(method.options) if at_decoder else {**method.options, "positions": method.positions}
 
 

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
 import onnx
 
-from vtp.export.checkpoint.loading import Checkpoint
+from vtp.export.graphs.decoder import DecoderPart
 from vtp.export.graphs.frames import Frames
-from vtp.export.graphs.modules import DecoderPart, DecoderPruner
+from vtp.export.graphs.pruner import DecoderPruner
 from vtp.export.onnx.emit import GraphSpec
 from vtp.export.plan.plan import Plan
-from vtp.export.plan.schedule import Chain, site_of
+from vtp.export.plan.schedule import site_of
 from vtp.export.pruners import NONE
+from vtp.export.request import Job
 from vtp.runtime.bundle.folder import describe_files
 from vtp.runtime.bundle.manifest import (
     FrameInfo,
@@ -31,21 +31,9 @@ BATCH = 8  # prompts that run together, or pictures, at most
 TYPICAL_TEXT = 64  # tokens of a usual prompt: what engines should be tuned for
 
 
-def describe(
-    folder: Path,
-    model: Checkpoint,
-    plan: Plan,
-    chains: Sequence[Chain],
-    *,
-    positions: str,
-    max_length: int,
-    target: str,
-    dtype: str,
-) -> Manifest:
+def describe(folder: Path, job: Job, plan: Plan) -> Manifest:
     """The manifest of the graphs that stand in `folder`; its parity report is still empty."""
-    family = model.family
-    count = family.grid[0] * family.grid[1]
-    keep = [chain[-1].keep for chain in chains] or [count]
+    model, family = job.model, job.model.family
     config = family.decoder.model.config
     return Manifest(
         model=ModelInfo(
@@ -54,20 +42,17 @@ def describe(
             family=family.name,
             hidden_size=family.decoder.width,
             vocab_size=config.vocab_size,
-            max_length=max_length,
+            max_length=job.max_length,
         ),
-        method=_method_info(chains, positions),
-        target=target,
-        dtype=dtype,
+        method=_method_info(job),
+        target=job.target.name,
+        dtype=job.dtype,
         visual=VisualInfo(
-            count, list(family.grid), keep, _default_keep(chains, keep, count), _frame_info(family.layout)
+            job.count, list(family.grid), job.keep, _default_keep(job), _frame_info(family.layout)
         ),
         image=model.image,
         text=model.text,
-        graphs={
-            f"{spec.name}.onnx": _graph_info(spec, plan, folder, max_length, keep[-1], count)
-            for spec in plan.graphs
-        },
+        graphs={f"{spec.name}.onnx": _graph_info(spec, plan, folder, job) for spec in plan.graphs},
         stages=plan.stages,
         files=describe_files(folder),
         versions=_versions(),
@@ -79,23 +64,23 @@ def _frame_info(frames: Frames | None) -> FrameInfo | None:
     return None if frames is None else FrameInfo(list(frames.grid), frames.before, frames.step)
 
 
-def _default_keep(chains: Sequence[Chain], keep: list[int], count: int) -> int:
+def _default_keep(job: Job) -> int:
     """The method's own default where the bundle holds it, else the largest."""
-    usual = chains[0][0].default_keep(count) if chains else count
-    return usual if usual in keep else max(keep)
+    usual = job.schedules[0][0].default_keep(job.count) if job.schedules else job.count
+    return usual if usual in job.keep else max(job.keep)
 
 
-def _method_info(chains: Sequence[Chain], positions: str) -> MethodInfo:
-    if not chains:
-        return MethodInfo(NONE, NONE, {}, positions, "")
-    first = chains[0][0]
-    return MethodInfo(first.name, site_of(chains[0]), dict(first.settings), positions, first.paper)
+def _method_info(job: Job) -> MethodInfo:
+    if not job.schedules:
+        return MethodInfo(NONE, NONE, {}, job.positions, "")
+    first = job.schedules[0][0]
+    site = str(site_of(job.schedules[0]))
+    return MethodInfo(first.name, site, dict(first.settings), job.positions, first.paper)
 
 
-def _graph_info(
-    spec: GraphSpec, plan: Plan, folder: Path, max_length: int, keep: int, count: int
-) -> GraphInfo:
-    """A graph's inputs, outputs and [least, usual, most] of every dynamic axis; `keep` is the largest."""
+def _graph_info(spec: GraphSpec, plan: Plan, folder: Path, job: Job) -> GraphInfo:
+    """A graph's inputs, outputs and [least, usual, most] of every dynamic axis."""
+    max_length, keep, count = job.max_length, job.keep[-1], job.count
     graph = onnx.load(folder / f"{spec.name}.onnx", load_external_data=False).graph
     inputs = {value.name: _tensor_info(value) for value in graph.input}
     outputs = {value.name: _tensor_info(value) for value in graph.output}

@@ -8,7 +8,7 @@ from vtp.export.graphs.attention.decomposed import DECOMPOSED, MASKED
 from vtp.export.graphs.attention.fixed_cache import FIXED_CACHE, fix_capacity
 from vtp.export.graphs.attention.fixed_cache import OPSET as FIXED_CACHE_OPSET
 from vtp.export.graphs.attention.operators import GROUPED_QUERY, Attending
-from vtp.export.graphs.modules import Decoder
+from vtp.export.graphs.decoder import Decoder
 from vtp.export.onnx.emit import OPSET
 from vtp.export.onnx.lower import OPSET as DECOMPOSED_OPSET
 from vtp.export.plan.plan import Plan
@@ -33,7 +33,7 @@ class Target:
 
     def serving(self, decoder: Decoder) -> Target:
         """This target for a decoder whose prompts are not read from left to right alone: masked attention."""
-        plain = decoder.sight == "causal" or self.attending is not GROUPED_QUERY
+        plain = decoder.mask_kind == "causal" or self.attending is not GROUPED_QUERY
         return self if plain else replace(self, attending=MASKED)
 
     def prepare(self, plan: Plan) -> Plan:

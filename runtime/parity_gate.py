@@ -7,20 +7,23 @@ compared. An engine that was not compared on this device, or differs, is not run
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from vtp.engines import Engine, VtpError, open_graph
+from vtp.engines import Engine, Value, VtpError, open_graph
+from vtp.engines.base import TensorSpec
 from vtp.runtime.bundle.folder import Bundle
-from vtp.runtime.bundle.manifest import GraphInfo, StageInfo
+from vtp.runtime.bundle.manifest import TensorInfo
 from vtp.runtime.compare import compare
 from vtp.runtime.example_input import PROMPT, sample_for
 from vtp.runtime.preprocess import preprocess
-from vtp.runtime.prompt.prompter import Prompter
+from vtp.runtime.prompt.prompter import Prompt, Prompter
+from vtp.runtime.stages.runner import StageRunner
+from vtp.runtime.stages.stage import Stage
 
 LIMITS = "float16 kernels"  # of the comparator's table: sums of a built engine may be float16 themselves
 OVERLAP = 0.9  # least share of kept tokens in common, where float16 turns close calls
@@ -108,76 +111,105 @@ def cases(bundle: Bundle, picture: Image.Image | None = None, prompt: str = PROM
     seen: set[str] = set()
     first = manifest.visual.default_keep
     for keep in (first, *(one for one in manifest.visual.keep if one != first)):
-        walk = _Walk(bundle, preprocess(looked_at, image), encoded.ids, encoded.image_start)
-        for case in walk.cases(keep):
+        for case in _walk(bundle, keep, preprocess(looked_at, image), encoded):
             if keep == first or case.file not in seen:
                 seen.add(case.file)
                 yield case
 
 
-class _Walk:
-    """One prompt through a bundle, graph after graph, with every tensor on the host."""
+def _walk(bundle: Bundle, keep: int, pixels: np.ndarray, prompt: Prompt) -> Iterator[Case]:
+    """Every stage of the picture and the prompt, then one step with the token that comes first."""
+    engines: dict[str, _RecordingEngine] = {}
 
-    def __init__(self, bundle: Bundle, pixels: np.ndarray, ids: list[int], image_start: int) -> None:
-        self._bundle = bundle
-        self._values = {
-            "pixel_values": pixels,
-            "input_ids": np.array([ids], np.int64),
-            "image_start": np.array([[image_start]], np.int64),
-            "text_length": np.array([len(ids)], np.int64),
-        }
-        self._caches: dict[str, dict[str, np.ndarray]] = {}
-        self._lengths: dict[str, int] = {}
+    def open_engine(file: str) -> Engine:
+        engines[file] = _RecordingEngine(bundle, file)
+        return engines[file]
 
-    def cases(self, keep: int) -> Iterator[Case]:
-        """Every stage of the picture and the prompt, then one step with the token that comes first."""
-        manifest = self._bundle.manifest
-        for when in ("image", "prefill"):
-            yield from map(self._run, manifest.stages_for(when, keep))
-        self._values["input_ids"] = (
-            self._values["logits"][:, 0].argmax(axis=-1).reshape(1, 1).astype(np.int64)
-        )
-        first = self._values["position_ids"][:, :1]  # [1,1], or [1,1,A] along A axes
-        self._values["position_ids"] = np.full_like(first, self._values["next_position"][0])
-        yield from map(self._run, manifest.stages_for("step", keep))
+    def run(stage: Stage) -> Case:
+        stage.run(values)
+        engine = engines[stage.info.file]
+        return Case(stage.info.file, engine.feeds, engine.found, stage.cache.length if stage.cache else 0)
 
-    def _run(self, stage: StageInfo) -> Case:
-        graph = self._bundle.manifest.graphs[stage.file]
-        feeds = {
-            name: self._values[source].astype(graph.inputs[name].dtype)
-            for name, source in stage.inputs.items()
-        }
-        if graph.kv is not None:
-            feeds |= self._cached(stage.file, graph, feeds["position_ids"].shape[1])
-        engine = open_graph(self._bundle.path(stage.file), _ORACLE)
+    runner = StageRunner(bundle, _ORACLE, None, open_engine=open_engine)
+    given = {
+        "pixel_values": pixels.astype(runner.dtype_of("pixel_values")),
+        "input_ids": np.array([prompt.ids], np.int64),
+        "image_start": np.array([[prompt.image_start]], np.int64),
+        "text_length": np.array([len(prompt.ids)], np.int64),
+    }
+    values: dict[str, Value] = {name: _HostValue(array) for name, array in given.items()}
+    for when in ("image", "prefill"):
+        yield from map(run, runner.stages(when, keep))
+    token = values["logits"].view()[:, 0].argmax(axis=-1).reshape(1, 1)
+    values["input_ids"] = _HostValue(token.astype(np.int64))
+    first = values["position_ids"].view()[:, :1]  # [1,1], or [1,1,A] along A axes
+    values["position_ids"] = _HostValue(np.full_like(first, values["next_position"].view()[0]))
+    yield from map(run, runner.stages("step", keep))
+
+
+class _HostValue(Value):
+    """An array on the host. An update puts another array in its place, so that whoever has one keeps it."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self._array = array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self._array.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self._array.dtype
+
+    def numpy(self) -> np.ndarray:
+        return self._array.copy()
+
+    def view(self) -> np.ndarray:
+        return self._array
+
+    def update(self, array: np.ndarray) -> None:
+        self._array = array
+
+
+class _RecordingEngine(Engine):
+    """A graph on ONNX Runtime's CPU provider that is open only while it runs.
+
+    feeds, found  the arrays of its latest run, inputs and outputs
+    """
+
+    def __init__(self, bundle: Bundle, file: str) -> None:
+        graph = bundle.manifest.graphs[file]
+        self.inputs, self.outputs = _specs(graph.inputs), _specs(graph.outputs)
+        self.feeds: dict[str, np.ndarray] = {}
+        self.found: dict[str, np.ndarray] = {}
+        self._path = bundle.path(file)
+
+    def put(self, array: np.ndarray) -> Value:
+        return _HostValue(array.copy())
+
+    def zeros(self, shape: Sequence[int], dtype: str) -> Value:
+        return _HostValue(np.zeros(shape, dtype))
+
+    def run(self, feeds: Mapping[str, Value], into: Mapping[str, Value] | None = None) -> dict[str, Value]:
+        self.feeds = {name: value.view() for name, value in feeds.items()}
+        engine = open_graph(self._path, _ORACLE)
         try:
-            given = {name: engine.put(array) for name, array in feeds.items()}
-            outputs = {name: value.numpy() for name, value in engine.run(given).items()}
+            given = {name: engine.put(array) for name, array in self.feeds.items()}
+            self.found = {name: value.numpy() for name, value in engine.run(given).items()}
         finally:
             engine.close()
-        for name, target in stage.outputs.items():
-            self._values[target] = outputs[name]
-        if graph.kv is not None:
-            self._caches[stage.file] = {
-                name: outputs["present." + name.removeprefix(_CACHE)]
-                for name in feeds
-                if name.startswith(_CACHE)
-            }
-        return Case(stage.file, feeds, outputs, self._lengths.get(stage.file, 0))
+        places: dict[str, Value] = {}
+        for name, array in self.found.items():
+            places[name] = (into or {}).get(name) or _HostValue(array)
+            places[name].update(array)
+        return places
 
-    def _cached(self, file: str, graph: GraphInfo, tokens: int) -> dict[str, np.ndarray]:
-        """The cache so far, and lengths after this run."""
-        kv = graph.kv
-        assert kv is not None  # by the caller
-        length = self._lengths[file] = self._lengths.get(file, 0) + tokens
-        shape = (1, kv.heads, kv.capacity, kv.head_dim)
-        names = [name for name in graph.inputs if name.startswith(_CACHE)]
-        caches = self._caches.get(file) or {name: np.zeros(shape, kv.dtype) for name in names}
-        lengths = {
-            "seqlens_k": np.array([length - 1], np.int32),
-            "total_sequence_length": np.array(length, np.int32),
-        }
-        return {**caches, **lengths}
+    def close(self) -> None:
+        """Nothing is open between runs."""
+
+
+def _specs(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorSpec]:
+    return {name: TensorSpec(name, info.dtype, tuple(info.shape)) for name, info in tensors.items()}
 
 
 def _answer(engine: Engine, case: Case) -> dict[str, np.ndarray]:

@@ -23,8 +23,8 @@ class Timings:
     `stages` sums every run up to the first token; `ttft` is the time from the call to the first token (0 if
     there is none), `tpot` the mean time of every further token, `total` all of it. Of a stream, the time
     between the call and its first `next()` is not counted. Of a pipeline that keeps something of earlier
-    answers, `reused_stages` names the image stages whose outputs were taken from its image cache, and
-    `reused_tokens` counts the prompt's tokens, visual ones among them, that were not read again.
+    answers, `reused_stages` names the image stages whose outputs were taken from its vision feature cache,
+    and `reused_tokens` counts the prompt's tokens, visual ones among them, that were not read again.
     """
 
     stages: dict[str, float] = field(default_factory=dict)

@@ -13,7 +13,7 @@ from vtp.runtime.media.images import load_image
 from vtp.runtime.preprocess import preprocess
 from vtp.runtime.prompt.prompter import Prompter
 from vtp.runtime.result import Timings
-from vtp.runtime.stages.runner import KvCache
+from vtp.runtime.stages.kv_cache import KvCache
 
 CPU = "ort-cpu"
 
@@ -48,11 +48,11 @@ class DecoderOnly(Peer):
     def open(self) -> None:
         """Open two graphs, and bind a single step."""
         bundle = open_bundle(self.spec.bundle)
-        stages = {stage.name: stage for stage in bundle.manifest.stages if stage.when == "step"}
+        stages = {stage.role: stage for stage in bundle.manifest.stages if stage.when == "step"}
         graph = bundle.manifest.graphs[stages["decoder"].file]
         assert graph.kv is not None  # every decoder has a cache
         self._decoder = open_graph(bundle.path(stages["decoder"].file), CPU, self.spec.threads)
-        self._embed = open_graph(bundle.path(stages["embed_tokens"].file), CPU, self.spec.threads)
+        self._embed = open_graph(bundle.path(stages["embed"].file), CPU, self.spec.threads)
         self._cache = KvCache(self._decoder, graph.kv)
         engine = self._decoder
         self._token, self._place = engine.zeros((1, 1), "int64"), engine.zeros((1, 1), "int64")

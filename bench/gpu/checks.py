@@ -9,7 +9,7 @@ import statistics
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +32,7 @@ from vtp.runtime.opening import Opening, engines_folder
 from vtp.runtime.preprocess import preprocess
 from vtp.runtime.prompt.prompter import Prompt, Prompter
 from vtp.runtime.result import Timings
+from vtp.runtime.stages.kv_cache import KvCache
 from vtp.runtime.stages.runner import StageRunner
 from vtp.scenes.exam import Item, held_out, is_right, wilson
 
@@ -97,8 +98,7 @@ class Opened:
     @property
     def lengths(self) -> dict[str, int]:
         """Decoder graph -> tokens in its cache."""
-        caches = self.stages._caches  # nothing public shows them
-        return {file: kept.length for file, kept in caches.items()}
+        return {file: cache.length for file, cache in self.stages.caches.items()}
 
     @property
     def notes(self) -> list[str]:
@@ -257,7 +257,7 @@ def cache(job: Job, device: Device) -> dict[str, Any]:
     with closing(Opened(job.bundle, job.engine)) as opened:
         values = opened.prefill(next(iter(held_out(1))))
         position = int(values["next_position"].numpy()[0])
-        caches = opened.stages._caches  # the buffers themselves: nothing public shows them
+        caches = opened.stages.caches
         lengths = opened.lengths
         before = _buffers(caches)
         opened.stages.step(opened.keep, 0, position)
@@ -271,11 +271,11 @@ def cache(job: Job, device: Device) -> dict[str, Any]:
     return {"note": wrong[0] if wrong else "", "buffers": len(before), "wrong": len(wrong)}
 
 
-def _buffers(caches: dict[str, Any]) -> dict[tuple[str, str], np.ndarray]:
+def _buffers(caches: Mapping[str, KvCache]) -> dict[tuple[str, str], np.ndarray]:
     return {
         (file, name): value.numpy()
-        for file, kept in caches.items()
-        for name, value in kept.feeds.items()
+        for file, cache in caches.items()
+        for name, value in cache.feeds.items()
         if name.startswith("past_key_values.")
     }
 
@@ -335,7 +335,7 @@ def _disagreement(figures: dict[str, Any], logits: Sequence[Comparison]) -> str:
 def accuracy(job: Job, device: Device) -> dict[str, Any]:
     """Right answers of the built-in model's exam, with the 95 % interval."""
     items = list(held_out(job.exam))
-    with Pipeline.load(job.bundle, job.engine, image_cache=1, opening=opening()) as pipe:
+    with Pipeline.load(job.bundle, job.engine, vision_feature_cache=1, opening=opening()) as pipe:
         right = sum(
             is_right(pipe.generate(one.image, one.prompt, max_new_tokens=ANSWER_TOKENS).text, one.answer)
             for one in items

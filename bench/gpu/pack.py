@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vtp.bench.common.resident import peak_resident
-from vtp.bench.shapes.weightless import export_hollow
+from vtp.bench.shapes.weightless import export_weightless
 from vtp.engines.disk.whole import whole_file
 from vtp.export.cli import quiet_libraries
 from vtp.export.exporter import Request
@@ -48,7 +48,7 @@ def _run(args: argparse.Namespace) -> None:
         for name, (method, keep) in BUNDLES.items():
             progress.step(f"export {name}, without weights")
             request = Request(Path(folder) / name, method=method, keep_tokens=keep, dtype="float16")
-            export_hollow(args.shape, request)
+            export_weightless(args.shape, request)
         progress.step("pack")
         _pack(Path(folder), out)
     progress.end()

@@ -25,7 +25,7 @@ from vtp.bench.gpu.command import RESULTS, hardware, run_checks, stamp
 from vtp.bench.gpu.device import CUDA, slug
 from vtp.bench.gpu.report import measured_before, write_results
 from vtp.bench.gpu.shape_report import markdown
-from vtp.bench.shapes.weight_map import RECIPE
+from vtp.bench.shapes.weight_map import WEIGHT_MAP
 from vtp.engines import UsageError, engine_names
 from vtp.runtime.bundle.folder import open_bundle
 from vtp.runtime.commands.console import Parser, Progress, run_command
@@ -92,11 +92,11 @@ def _run(args: argparse.Namespace) -> None:
 def _jobs(args: argparse.Namespace) -> dict[str, Job]:
     """One for each bundle and keep-count, by "method keep"."""
     work = place(args.work, "--work", WORK)
-    folders = sorted(path.parent for path in work.glob(f"*/{RECIPE}"))
+    folders = sorted(path.parent for path in work.glob(f"*/{WEIGHT_MAP}"))
     if not folders:
         raise UsageError(
-            f"no bundle with a {RECIPE} in {work}; pack some with: python -m vtp.bench.gpu.pack, and "
-            "unpack the archive there"
+            f"no bundle with a {WEIGHT_MAP} in {work}; pack some with: python -m vtp.bench.gpu.pack, "
+            "and unpack the archive there"
         )
     base = Job("", args.engine, cuda_graph=not args.no_cuda_graph, **(_QUICK if args.quick else _FULL))
     return {

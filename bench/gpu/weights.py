@@ -11,12 +11,25 @@ import math
 import os
 import shutil
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vtp.bench.shapes.weight_map import SCALE, Piece, draw_small, is_small, read_recipe, seed_of
+from vtp.bench.shapes.weight_map import (
+    SCALE,
+    Piece,
+    draw_small,
+    is_small,
+    read_weight_map,
+    seed_of,
+    write_manifest,
+)
 from vtp.engines import VtpError
+from vtp.engines.disk.files import read_bounded, sha256
 from vtp.engines.disk.whole import whole_file
+from vtp.engines.strict_json import FILE_BYTES
+from vtp.runtime.bundle.folder import MANIFEST
+from vtp.runtime.bundle.manifest import FileInfo, parse_manifest
 
 _BYTES = 2  # of a float16
 
@@ -39,15 +52,16 @@ def fill_model(model: Any, device: str) -> None:
 
 
 def fill_bundles(folders: Iterable[Path], device: str) -> dict[str, int]:
-    """Write the data files that the bundles' recipes ask for; files of equal content are one on the disk.
+    """Write the data files that the bundles' weight maps ask for; files of equal content are one on the disk.
 
-    What lies there with the right size is left alone. Returns the bytes of `written` and `linked` files.
-    Raises VtpError where the disk has no room, or a folder no recipe.
+    What lies there with the right size is left alone. The bundles' manifests list the files afterwards.
+    Returns the bytes of `written` and `linked` files.
+    Raises VtpError where the disk has no room, or a folder no weight map.
     """
     made: dict[tuple[Piece, ...], Path] = {}
     found = {"written": 0, "linked": 0}
     for folder in folders:
-        for file, pieces in read_recipe(folder).items():
+        for file, pieces in read_weight_map(folder).items():
             path, content = folder / file, tuple(pieces)
             if not _is_whole(path, pieces):
                 if content in made:
@@ -58,7 +72,17 @@ def fill_bundles(folders: Iterable[Path], device: str) -> dict[str, int]:
                     _write(path, pieces, device)
                     found["written"] += size_of(pieces)
             made.setdefault(content, path)
+        _list_files(folder)
     return found
+
+
+def _list_files(folder: Path) -> None:
+    """Enter data files in a bundle's manifest: graphs read weights from files that it lists, no others."""
+    manifest = parse_manifest(read_bounded(folder / MANIFEST, FILE_BYTES, within=folder))
+    missing = [file for file in read_weight_map(folder) if file not in manifest.files]
+    if missing:
+        infos = {file: FileInfo(sha256(folder / file), (folder / file).stat().st_size) for file in missing}
+        write_manifest(folder, replace(manifest, files={**manifest.files, **infos}))
 
 
 def size_of(pieces: Sequence[Piece]) -> int:

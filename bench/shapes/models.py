@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from vtp.bench.shapes.tokenizer import byte_level_tokenizer
 from vtp.bench.shapes.weight_map import draw_small, is_small
 from vtp.engines import UsageError, VtpError
 from vtp.engines.disk.whole import whole_folder
@@ -128,7 +129,7 @@ def tensor_shapes(config: Any, architecture: str) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in revert_weight_conversion(model, state).items()}
 
 
-def write_hollow(name: str, folder: Path, dtype: str = "float16") -> Path:
+def write_weightless(name: str, folder: Path, dtype: str = "float16") -> Path:
     """Write the folder of a shape with the numbers of small tensors alone: the rest of the file is a hole.
 
     For exports that write no weights (`vtp.bench.shapes.weightless`). Exporters look at small tensors, to
@@ -211,7 +212,7 @@ def _write_words(parts: _Parts, folder: Path) -> None:
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=_tokenizer(parts.special),
+        tokenizer_object=byte_level_tokenizer(parts.special),
         clean_up_tokenization_spaces=False,
         **parts.tokenizer,
     )
@@ -222,39 +223,6 @@ def _write_words(parts: _Parts, folder: Path) -> None:
     end = parts.special[parts.tokenizer["eos_token"]]
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": end}), encoding="utf-8")
 
-
-def _tokenizer(special: Mapping[str, int]) -> Any:
-    """A byte-level BPE with the shape's special tokens at their ids and a few hundred English pieces.
-
-    The ids in between stand for no text; a random model may well choose them.
-    """
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    learner = Tokenizer(models.BPE())
-    learner.pre_tokenizer = byte_level
-    trainer = trainers.BpeTrainer(
-        vocab_size=600, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
-    )
-    learner.train_from_iterator([_ENGLISH] * 4, trainer)
-    learnt = json.loads(learner.to_str())["model"]
-    taken = set(special.values())
-    free = (number for number in range(10**6) if number not in taken)
-    vocabulary = {piece: next(free) for piece in sorted(learnt["vocab"], key=learnt["vocab"].__getitem__)}
-    merges = [tuple(pair) for pair in learnt["merges"]]
-    tokenizer = Tokenizer(models.BPE(vocab={**vocabulary, **special}, merges=merges))
-    tokenizer.pre_tokenizer = byte_level
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in special])
-    return tokenizer
-
-
-_ENGLISH = (
-    "What is in the picture? Describe the image in detail. How many people are there, and what are they "
-    "doing? Is the light on the left green or red? Read the text on the sign. Answer the question using a "
-    "single word or phrase. USER: ASSISTANT: User: Assistant: system user assistant You are a helpful "
-    "assistant. The picture shows a small white dog and two children playing with a ball in a park."
-)
 
 _PLAIN_TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'user' %}USER: {% else %}"

@@ -12,8 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from vtp.engines import VtpError
+from vtp.runtime.bundle.folder import MANIFEST
+from vtp.runtime.bundle.manifest import Manifest
 
-RECIPE = "weights.json"
+WEIGHT_MAP = "weights.json"
 SMALL = 1 << 16  # elements: up to there an exporter may look at numbers, to fold or to share them
 SCALE = 0.02
 MODEL = "model.json"  # the model's config.json, under a name that no reader of bundles takes for its own
@@ -30,19 +32,24 @@ class Piece:
     transposed: bool
 
 
-def write_recipe(folder: Path, pieces: Sequence[Piece]) -> None:
-    """Write the recipe of a bundle's folder."""
-    (folder / RECIPE).write_text(json.dumps([asdict(piece) for piece in pieces]), encoding="utf-8")
+def write_weight_map(folder: Path, pieces: Sequence[Piece]) -> None:
+    """Write the weight map of a bundle's folder."""
+    (folder / WEIGHT_MAP).write_text(json.dumps([asdict(piece) for piece in pieces]), encoding="utf-8")
 
 
-def read_recipe(folder: Path) -> dict[str, list[Piece]]:
-    """File -> what belongs into it, in order. Raises VtpError where the folder has no recipe."""
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write the manifest of a bundle whose data files came or went."""
+    (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+
+
+def read_weight_map(folder: Path) -> dict[str, list[Piece]]:
+    """File -> what belongs into it, in order. Raises VtpError where the folder has no weight map."""
     try:
-        entries = json.loads((folder / RECIPE).read_text(encoding="utf-8"))
+        entries = json.loads((folder / WEIGHT_MAP).read_text(encoding="utf-8"))
         pieces = [Piece(**{**entry, "shape": tuple(entry["shape"])}) for entry in entries]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise VtpError(
-            f"{folder} has no readable {RECIPE}; make it with: python -m vtp.bench.gpu.pack"
+            f"{folder} has no readable {WEIGHT_MAP}; make it with: python -m vtp.bench.gpu.pack"
         ) from error
     return {
         file: [one for one in pieces if one.file == file] for file in sorted({one.file for one in pieces})

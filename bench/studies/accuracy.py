@@ -75,7 +75,7 @@ def _run(args: argparse.Namespace) -> None:
         progress.step(f"export {method}")
         request = Request(Path(args.work) / method, args.model, method, keep, overwrite=True)
         folder = export(request).folder
-        with Pipeline.load(folder, image_cache=1) as pipe:
+        with Pipeline.load(folder, vision_feature_cache=1) as pipe:
             for count in sorted(pipe.manifest.visual.keep, reverse=True):
                 progress.step(f"{method} at {count}: {len(items)} questions")
                 rows.append(Row(method, count, take_exam(pipe, items, count)))

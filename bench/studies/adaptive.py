@@ -71,7 +71,7 @@ def examine(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Share of right answers [pictures, keep-counts] and the encoder's scores [pictures, N]."""
     right, scores = [], []
-    with Pipeline.load(folder, threads=threads, image_cache=1) as pipe:
+    with Pipeline.load(folder, threads=threads, vision_feature_cache=1) as pipe:
         graph = pipe.manifest.graphs.get(ENCODER)
         if graph is None or SCORES not in graph.outputs:
             raise VtpError(f"{folder} has no {SCORES}: give a bundle of vispruner, fastervlm or focal")

@@ -115,7 +115,7 @@ def take_exam(folder: Path, items: Sequence[Item]) -> dict[str, list[int]]:
     A picture is encoded once for its questions and keep-counts. "blank" holds the answers to a grey picture,
     for a bundle that keeps everything.
     """
-    with Pipeline.load(folder, image_cache=1) as pipe:
+    with Pipeline.load(folder, vision_feature_cache=1) as pipe:
         visual = pipe.manifest.visual
         right: dict[str, list[int]] = {str(keep): [] for keep in visual.keep}
         for group in by_picture(items):
@@ -147,7 +147,8 @@ def time_to_first_token(bundles: Mapping[str, Path], item: Item, rounds: int) ->
                     timings = pipe.generate(
                         item.image, item.prompt, keep_tokens=keep, max_new_tokens=1
                     ).timings
-                    pruner = sum(ms for stage, ms in timings.stages.items() if stage.startswith("pruner"))
+                    pruners = {stage.name for stage in pipe.manifest.stages_of("pruner")}
+                    pruner = sum(ms for stage, ms in timings.stages.items() if stage in pruners)
                     if number:
                         row = seen.setdefault(name, {}).setdefault(str(keep), {"ttft": [], "pruner": []})
                         row["ttft"].append(timings.ttft)

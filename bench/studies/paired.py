@@ -87,7 +87,7 @@ def bundle(spec: str, args: argparse.Namespace) -> Path:
 def take_exam(folder: Path, items: Sequence[Item], keeps: Sequence[int], threads: int | None) -> np.ndarray:
     """Which questions a bundle answers rightly: bool [keep-counts, questions]. Encodes a picture once."""
     lines: list[list[bool]] = [[] for _ in keeps]
-    with Pipeline.load(folder, threads=threads, image_cache=1) as pipe:
+    with Pipeline.load(folder, threads=threads, vision_feature_cache=1) as pipe:
         for group in by_picture(items):
             for line, keep in zip(lines, keeps, strict=True):
                 for item in group:

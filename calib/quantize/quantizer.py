@@ -245,6 +245,6 @@ def _bits_of(manifest: Manifest, wish: Wish) -> dict[str, str]:
     for stage in manifest.stages:
         if manifest.graphs[stage.file].kv is not None:
             bits[stage.file] = wish.decoder
-        elif stage.when == "image" and not stage.name.startswith("pruner"):
+        elif stage.when == "image" and stage.role != "pruner":
             bits[stage.file] = wish.vision
     return {file: kind for file, kind in bits.items() if kind != "none"}

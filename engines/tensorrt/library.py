@@ -1,6 +1,6 @@
 """Full TensorRT 10 and 11 and TensorRT-RTX 1, which share one Python API: graph file in, engine bytes out.
 
-Knows no cache, no process and no device: `trt_build` adds those, `trt_run` runs what was built. The library
+Knows no cache, no process and no device: `build` adds those, `run` runs what was built. The library
 is imported where it is used.
 """
 

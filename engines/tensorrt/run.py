@@ -1,4 +1,4 @@
-"""Runs engines that `trt_build` made: full TensorRT 10.3 to 11 and TensorRT-RTX 1, by the same Python API.
+"""Runs engines that `build` made: full TensorRT 10.3 to 11 and TensorRT-RTX 1, by the same Python API.
 
 Written against the library's own documentation and never run on a GPU: tests hold the order and the arguments
 of its calls with a stand-in library that computes on the CPU. So an engine runs only after it was compared

@@ -17,11 +17,12 @@ from vtp.export.checkpoint.config_limits import check_numbers, check_size
 from vtp.export.checkpoint.generation import Generation, read_generation
 from vtp.export.checkpoint.hub import resolve
 from vtp.export.checkpoint.model_folder import check_folder, read_json
+from vtp.export.checkpoint.processors import spec_from_processor
 from vtp.export.checkpoint.unsupported import refuse_unsupported
 from vtp.export.checkpoint.weights import Weights, shapes_of
 from vtp.export.families import families, find_family
 from vtp.export.families.base import Family
-from vtp.runtime.preprocess import ImageSpec, spec_from_processor
+from vtp.runtime.preprocess import ImageSpec
 from vtp.runtime.prompt.prompter import TextSpec
 
 __all__ = ["DTYPES", "Checkpoint", "about", "check", "load", "read_config", "resolve"]

@@ -23,8 +23,8 @@ from transformers.processing_utils import ImagesKwargs, ProcessorMixin
 from transformers.video_processing_utils import BaseVideoProcessor
 
 from vtp.engines import VtpError
+from vtp.export.checkpoint.processors import spec_from_processor
 from vtp.export.families.base import Family
-from vtp.runtime.preprocess import spec_from_processor
 from vtp.runtime.prompt.prompter import TextSpec
 
 T = TypeVar("T")

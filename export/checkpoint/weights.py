@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
-from unittest import mock
 from weakref import WeakValueDictionary
 
 import torch
@@ -21,6 +20,7 @@ from torch.nn import functional
 
 from vtp.engines import VtpError
 from vtp.export.checkpoint.weight_files import weight_files
+from vtp.export.patched import patched
 from vtp.export.verify.overflow import rounded
 
 _PIECE_BYTES = 1 << 25  # of a tensor in memory at a time, where it is read in order
@@ -146,7 +146,7 @@ def streamed(model: nn.Module) -> Iterator[None]:
             source = sources.get(id(getattr(module, "weight", None)))
             if source is not None and _reads_in_passing(module, source):
                 run = _linear if isinstance(module, nn.Linear) else _embedding
-                stack.enter_context(mock.patch.object(module, "forward", run(module, source)))
+                stack.enter_context(patched(module, "forward", run(module, source)))
                 passing.add(id(module.weight))
         for tensor in _saved(model):
             source = sources.get(id(tensor))

@@ -10,9 +10,11 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from vtp.engines import VtpError
-from vtp.export.families.reference import Seams
+from vtp.export.families.reference import Reference
+from vtp.export.graphs.decoder import Decoder
 from vtp.export.graphs.frames import Frames
-from vtp.export.graphs.modules import Decoder, DecoderPruner, Splice, TextCues
+from vtp.export.graphs.pruner import DecoderPruner
+from vtp.export.graphs.splice import Splice, TextCues
 from vtp.export.pruners.base import Pruner
 from vtp.runtime.preprocess import ImageSpec
 
@@ -23,7 +25,7 @@ ROTARY = ("default", "linear", "llama3", "yarn")
 
 
 class Family(ABC):
-    """One loaded model of a family, cut at its seams.
+    """One loaded model of a family, and where it is cut.
 
     Class attributes:
     name            the file's name
@@ -36,7 +38,7 @@ class Family(ABC):
     positions       how its kept tokens may be numbered: "compact", "original" or either
     decoders        kinds of decoder (model_type) that it may have
     template        chat template that stands for what its processor does to a prompt; None: the model's own
-    seams           where the reference cuts its transformers model
+    reference       its reference: where an unmodified transformers model is cut
     media           what it looks at: "image", or "video" for a family's `clips`
     clips           the same models as a family that answers about videos, where they can
     """
@@ -51,7 +53,7 @@ class Family(ABC):
     positions: ClassVar[tuple[str, ...]] = ("compact", "original")
     decoders: ClassVar[tuple[str, ...]] = DECODERS
     template: ClassVar[str | None] = None
-    seams: ClassVar[type[Seams]] = Seams
+    reference: ClassVar[type[Reference]] = Reference
     media: ClassVar[str] = "image"
     clips: ClassVar[type[Family] | None] = None
 
@@ -130,11 +132,11 @@ class Family(ABC):
     @property
     @abstractmethod
     def feature_width(self) -> int:
-        """C: width of image_features before the projector, without a decoder's streams."""
+        """C: width of image_features before the projector, without deepstack features."""
 
     @property
     def widths(self) -> dict[str, int]:
-        """What methods see of tensors that a decoder's streams travel beside."""
+        """What methods see of tensors that deepstack features travel beside."""
         embeds = dict.fromkeys(("image_embeds", "text_embeds", "hidden_states"), self.decoder.width)
         return {"image_features": self.feature_width, **embeds}
 

@@ -1,7 +1,7 @@
 """Where the reference cuts an unmodified transformers model: tower, projector, decoder, places and positions.
 
-A family's `seams` is a class of this kind. It is written with the model's own modules and knows none of the
-exporter's graphs, so that a mistake in a graph cannot hide in what the graph is held against. Batch 1.
+A family's `reference` is a class of this kind. It is written with the model's own modules and knows none of
+the exporter's graphs, so that a mistake in a graph cannot hide in what the graph is held against. Batch 1.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from vtp.engines.errors import VtpError
 
 
-class Seams:
+class Reference:
     """LLaVA-1.5's, and what other families override. `image_size` (height, width) is the picture's."""
 
     def __init__(self, model: Any, image_size: tuple[int, int] | None = None) -> None:
@@ -147,7 +147,7 @@ class Seams:
                 part.set_attn_implementation(name)
 
 
-class FrameSeams(Seams):
+class FrameReference(Reference):
     """Those of videos: pixel_values are the frames [F,3,H,W] of one clip, which follow one another."""
 
     @property
@@ -159,7 +159,7 @@ class FrameSeams(Seams):
         return {name: values.flatten(0, 1).unsqueeze(0) for name, values in cues.items()}
 
 
-class TiledSeams(Seams):
+class TiledReference(Reference):
     """LLaVA-NeXT's and LLaVA-OneVision's: pixel_values are views [V,3,H,W] of one picture."""
 
     def vision(self, pixel_values: Tensor, wanted: Collection[str]) -> dict[str, Tensor]:

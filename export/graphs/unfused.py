@@ -38,7 +38,7 @@ def _reshaped(reader: ir.Node, value: ir.Value, transpose: ir.Node, place: int) 
     for node in (shape, reshape):
         node.outputs[0].name = f"{node.name}/output"
     result = reshape.outputs[0]
-    result.dtype, result.shape = value.dtype, value.shape
+    result.type, result.shape = value.type, value.shape
     assert reader.graph is not None  # it was found in one
     reader.graph.insert_before(reader, [shape, reshape])
     return result

@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 from onnx import helper
 
-from vtp.engines import Binding, Engine, TensorSpec, Value, VtpError
+from vtp.engines import Engine, TensorSpec, Value, VtpError
 from vtp.engines.ort.library import load_onnxruntime
 from vtp.engines.ort.session import OrtEngine, OrtValue
 from vtp.export.onnx.grouping import grouped
@@ -51,9 +51,6 @@ class SlicedEngine(Engine):
     def zeros(self, shape: Sequence[int], dtype: str) -> OrtValue:
         return self.put(np.zeros(shape, dtype))
 
-    def bind(self, feeds: Mapping[str, Value], into: Mapping[str, Value]) -> Binding:
-        return _SlicedBinding(self, dict(feeds), dict(into))
-
     def run(self, feeds: Mapping[str, Value], into: Mapping[str, Value] | None = None) -> dict[str, Value]:
         values, into = dict(feeds), dict(into or {})
         for file in self._files:
@@ -74,15 +71,6 @@ class SlicedEngine(Engine):
         """Remove the slices' files; the graph's own stay."""
         for file in self._made:
             file.unlink(missing_ok=True)
-
-
-class _SlicedBinding(Binding):
-    def __init__(self, engine: SlicedEngine, feeds: dict[str, Value], into: dict[str, Value]) -> None:
-        self.outputs = into
-        self._engine, self._feeds = engine, feeds
-
-    def run(self) -> None:
-        self._engine.run(self._feeds, self.outputs)
 
 
 def _spec(value: onnx.ValueInfoProto) -> TensorSpec:

@@ -12,52 +12,47 @@ from torch import Tensor
 
 from vtp.engines import UsageError, VtpError
 from vtp.export.families.base import Family
-from vtp.export.pruners import find_method, method_names, parse_site
+from vtp.export.pruners import Site, find_method, method_names
 from vtp.export.pruners.base import Pruner
 
 # The pruners of one keep-count, in the order of their sites: one, but for methods that prune repeatedly.
-Chain = tuple[Pruner, ...]
+Schedule = tuple[Pruner, ...]
 
 
-def make_chains(
+def make_schedules(
     method: type[Pruner], family: Family, keeps: Sequence[int], settings: Mapping[str, Any]
-) -> list[Chain]:
-    """One chain per keep-count, checked against what the family serves.
+) -> list[Schedule]:
+    """One schedule per keep-count, checked against what the family serves.
 
     Raises UsageError, in one line, for a method that this family or model cannot serve, and VtpError for one
     whose choice is not K indices, each once, in raster order.
     """
     _check_served(method, family)
     count, layers = family.grid[0] * family.grid[1], len(family.decoder.layers)
-    chains: list[Chain] = []
+    schedules: list[Schedule] = []
     for keep in keeps:
         sites = _sites(method, layers, count, keep, settings)
-        grid = family.grid if parse_site(method.site)[0] == "decoder" else family.patch_grid
-        chains.append(_chain(method, grid, sites, settings))
-    if len({tuple(pruner.site for pruner in chain) for chain in chains}) > 1:
+        grid = family.grid if Site.parse(method.site).in_decoder else family.patch_grid
+        schedules.append(_schedule(method, grid, sites, settings))
+    if len({tuple(pruner.site for pruner in schedule) for schedule in schedules}) > 1:
         raise UsageError(
             f"method {method.name} names other layers for other keep-counts; export them one by one"
         )
-    for chain in chains:
-        for number, pruner in enumerate(chain):
+    for schedule in schedules:
+        for number, pruner in enumerate(schedule):
             _check_choice(pruner, family, number)
-    return chains
+    return schedules
 
 
-def site_of(chain: Chain) -> str:
-    """The site as the manifest says it: "vision", "decoder:2", or "decoder:1,3,4" for several."""
-    first, *later = [pruner.site for pruner in chain]
-    return ",".join([first, *(site.partition(":")[2] for site in later)])
-
-
-def layers_of(chain: Chain) -> list[int]:
-    """The decoder layers before which a chain prunes; none at vision and projector sites."""
-    return [layer for _, layer in (parse_site(pruner.site) for pruner in chain) if layer is not None]
+def site_of(schedule: Schedule) -> Site:
+    """Where the whole schedule prunes: at the tower, at the projector, or before several decoder layers."""
+    sites = [Site.parse(pruner.site) for pruner in schedule]
+    return Site(sites[0].kind, tuple(layer for site in sites for layer in site.layers))
 
 
 def _check_served(method: type[Pruner], family: Family) -> None:
-    kind, layer = parse_site(method.site)
-    if kind not in family.sites:
+    site = Site.parse(method.site)
+    if site.kind not in family.sites:
         raise UsageError(
             f"method {method.name} acts at {method.site}, which family {family.name} does not serve"
             f"{' for videos' if family.media == 'video' else ''}; "
@@ -69,10 +64,10 @@ def _check_served(method: type[Pruner], family: Family) -> None:
                 f"method {method.name} needs {cue}, which family {family.name} does not have: "
                 f"{family.lacks[cue]}{_instead(method, family)}"
             )
-    layers = len(family.decoder.layers)
-    if layer is not None and layer >= layers:
+    layers, last = len(family.decoder.layers), max(site.layers, default=0)
+    if last >= layers:
         raise UsageError(
-            f"method {method.name} prunes before decoder layer {layer}, but this model has {layers} layers"
+            f"method {method.name} prunes before decoder layer {last}, but this model has {layers} layers"
         )
 
 
@@ -87,9 +82,10 @@ def _instead(method: type[Pruner], family: Family) -> str:
     served = [
         other
         for other in others
-        if parse_site(other.site)[0] in family.sites and not set(_wants(other)) & set(family.lacks)
+        if Site.parse(other.site).kind in family.sites and not set(_wants(other)) & set(family.lacks)
     ]
-    served.sort(key=lambda other: parse_site(other.site)[0] != parse_site(method.site)[0])
+    wanted = Site.parse(method.site).kind
+    served.sort(key=lambda other: Site.parse(other.site).kind != wanted)
     return (
         f"; nearest methods that it serves: {', '.join(other.name for other in served[:4])}" if served else ""
     )
@@ -97,10 +93,11 @@ def _instead(method: type[Pruner], family: Family) -> str:
 
 def _sites(
     method: type[Pruner], layers: int, count: int, keep: int, settings: Mapping[str, Any]
-) -> list[tuple[str, int]]:
+) -> list[tuple[Site, int]]:
     """(site, tokens kept there) in order."""
-    if method.site != "decoder":
-        return [(method.site, keep)]
+    site = Site.parse(method.site)
+    if site.layers or not site.in_decoder:
+        return [(site, keep)]
     with _blaming(method, "sites()"):
         pairs = [
             (layer, left) for layer, left in method.sites(layers, count, keep, {**method.options, **settings})
@@ -113,20 +110,23 @@ def _sites(
             f"method {method.name} prunes at {pairs} of {layers} layers: layers must ascend from 1 to "
             f"{layers - 1}, counts may not rise, and the last is the keep-count {keep}"
         )
-    return [(f"decoder:{layer}", number) for layer, number in pairs]
+    return [(Site("decoder", (layer,)), number) for layer, number in pairs]
 
 
-def _chain(
-    method: type[Pruner], grid: tuple[int, int], sites: Sequence[tuple[str, int]], settings: Mapping[str, Any]
-) -> Chain:
-    chain: list[Pruner] = []
+def _schedule(
+    method: type[Pruner],
+    grid: tuple[int, int],
+    sites: Sequence[tuple[Site, int]],
+    settings: Mapping[str, Any],
+) -> Schedule:
+    schedule: list[Pruner] = []
     for site, keep in sites:
         with _blaming(method, "the constructor"):
             pruner = method(grid, keep, **settings)
-        pruner.site = site
-        chain.append(pruner)
+        pruner.site = str(site)
+        schedule.append(pruner)
         grid = (1, keep)
-    return tuple(chain)
+    return tuple(schedule)
 
 
 @contextmanager
@@ -165,7 +165,7 @@ def _check_choice(pruner: Pruner, family: Family, number: int) -> None:
 
 def _check_rows(pruner: Pruner, answer: object, shapes: Mapping[str, tuple[int, ...]]) -> object:
     """Return the indices of a merging method's answer once its rows are found to fit."""
-    rows = "image_features" if parse_site(pruner.site)[0] == "vision" else "image_embeds"
+    rows = "image_features" if Site.parse(pruner.site).kind == "vision" else "image_embeds"
     wanted = (2, pruner.keep, shapes[rows][-1])
     pair = isinstance(answer, tuple) and len(answer) == 2 and isinstance(answer[1], Tensor)
     if not pair or tuple(answer[1].shape) != wanted or not answer[1].is_floating_point():  # type: ignore[index]

@@ -12,11 +12,13 @@ from vtp.export.pruners.registry import (
     parse_site,
     resolve_method,
 )
+from vtp.export.pruners.site import Site
 
 __all__ = [
     "CUES",
     "NONE",
     "POSITIONS",
+    "Site",
     "check_method",
     "find_method",
     "load_outside",

@@ -20,11 +20,12 @@ from typing import Any
 
 from vtp.engines.errors import UsageError, nearest
 from vtp.export.pruners.base import Pruner
+from vtp.export.pruners.site import Site
 
 NONE = "none"
 
 # Modules of this package that are no methods.
-_SUPPORT = {"base", "greedy", "merge", "ops", "registry"}
+_SUPPORT = {"base", "greedy", "merge", "ops", "registry", "site"}
 _PACKAGE = __name__.rpartition(".")[0]
 
 # What a pruner may ask for, by the kind of its site.
@@ -98,20 +99,22 @@ def resolve_method(text: str) -> type[Pruner] | None:
     return load_outside(text) if ".py" in text else find_method(text)
 
 
-def parse_site(site: str) -> tuple[str, int | None]:
-    """Split a site into ("vision", None), ("projector", None) or ("decoder", L); UsageError otherwise.
+def parse_site(text: str) -> tuple[str, int | None]:
+    """The site that a method declares as (kind, layer): ("vision", None), ("decoder", 2); see `Site`.
 
-    ("decoder", None) is a method that names its layers itself (`Pruner.sites`).
+    ("decoder", None) is a method that names its layers itself (`Pruner.sites`), as one with several layers
+    must. Raises UsageError for what is not a site.
     """
-    if site in ("vision", "projector", "decoder"):
-        return site, None
-    kind, _, layer = str(site).partition(":")
-    if kind == "decoder" and layer.isascii() and layer.isdecimal() and int(layer) >= 1:
-        return kind, int(layer)
-    raise UsageError(
-        f"site '{site}' is not vision, projector, decoder:L with L = 1 or more (2: before layer 2), or "
-        "decoder with its layers in sites()"
-    )
+    site = declared_site(text)
+    return site.kind, site.layers[0] if site.layers else None
+
+
+def declared_site(text: str) -> Site:
+    """The site that a method declares, of one layer at most; UsageError for what is not one."""
+    site = Site.parse(text)
+    if len(site.layers) > 1:
+        raise UsageError(f"site '{site}' names several layers; declare site decoder and name them in sites()")
+    return site
 
 
 def check_method(method: Any, label: str) -> type[Pruner]:
@@ -164,7 +167,7 @@ def _problem(method: type[Pruner]) -> str:
     if not (isinstance(name, str) and _NAME.fullmatch(name)) or name == NONE:
         return f"name is {name!r}; give a lower-case word such as 'mine' (not '{NONE}')"
     try:
-        kind, _ = parse_site(site or "")
+        kind = declared_site(site or "").kind
     except UsageError as error:
         return str(error)
     allowed = CUES[kind]

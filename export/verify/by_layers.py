@@ -8,15 +8,16 @@ compared.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 
 from vtp.engines import Engine, VtpError
-from vtp.export.graphs.modules import DecoderPart
+from vtp.export.graphs.decoder import DecoderPart
 from vtp.export.onnx.slices import SlicedEngine
 from vtp.export.plan.plan import Plan
 from vtp.runtime.bundle.folder import Bundle
@@ -41,7 +42,8 @@ class Layers:
         self.dtype = bundle.manifest.dtype
         self.worst: dict[str, dict[str, float]] = {}
         self.compared: dict[str, int] = {}
-        self.runner = _SlicedRunner(bundle, {f"{name}.onnx": found[0] for name, found in self.lists.items()})
+        self._engines: dict[str, SlicedEngine] = {}
+        self.runner = StageRunner(bundle, "ort-cpu", None, open_engine=partial(self._open, bundle))
         self._later: dict[tuple[str, int], list[np.ndarray]] = {}
 
     @contextmanager
@@ -73,6 +75,17 @@ class Layers:
                 "nothing; check with --verify full"
             )
 
+    def borders(self, graph: str) -> dict[int, np.ndarray]:
+        """Layer -> the hidden states that went into it in the graph's latest run."""
+        return self._engines[graph].borders
+
+    def _open(self, bundle: Bundle, file: str) -> Engine:
+        """A graph that is open only while it runs, slice by slice."""
+        graph = file.removesuffix(".onnx")
+        layers = self.lists[graph][0] if graph in self.lists else ""
+        self._engines[graph] = SlicedEngine(bundle.path(file), layers)
+        return self._engines[graph]
+
     def _hook(self, graph: str, layer: int) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             hidden: Tensor = args[0] if args else kwargs["hidden_states"]
@@ -86,7 +99,7 @@ class Layers:
         return hook
 
     def _check(self, graph: str, layer: int, wanted: np.ndarray) -> None:
-        given = self.runner.borders(graph).get(layer)
+        given = self.borders(graph).get(layer)
         if given is None or given.shape != wanted.shape:
             return  # nothing is cut here, or the graph takes its input in another form
         found = compare(given, wanted, self.dtype)
@@ -98,22 +111,6 @@ class Layers:
         name = str(number - 1) if layer else f"before {number}"
         worst = self.worst.setdefault(graph, {})
         worst[name] = max(found.relative, worst.get(name, 0.0))
-
-
-class _SlicedRunner(StageRunner):
-    """A StageRunner whose graphs are open only while they run, slice by slice."""
-
-    def __init__(self, bundle: Bundle, layers: Mapping[str, str]) -> None:
-        self._layers = layers
-        super().__init__(bundle, "ort-cpu", None)
-
-    def open_engine(self, file: str) -> Engine:
-        return SlicedEngine(self._bundle.path(file), self._layers.get(file, ""))
-
-    def borders(self, graph: str) -> dict[int, np.ndarray]:
-        engine = self._engines[f"{graph}.onnx"]
-        assert isinstance(engine, SlicedEngine)
-        return engine.borders
 
 
 def layer_list(module: nn.Module) -> tuple[str, list[nn.Module]]:

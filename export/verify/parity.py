@@ -21,8 +21,9 @@ from vtp.export.checkpoint.weights import fill, streamed
 from vtp.export.graphs.attention.operators import emitting
 from vtp.export.onnx.emit import GraphSpec
 from vtp.export.plan.plan import Plan
-from vtp.export.plan.schedule import Chain
+from vtp.export.plan.schedule import Schedule
 from vtp.export.pruners.base import Pruner
+from vtp.export.pruners.site import Site
 from vtp.export.verify.by_layers import STEPS as LAYER_STEPS
 from vtp.export.verify.by_layers import Layers
 from vtp.export.verify.overflow import check_finite, refuse_overflow
@@ -49,7 +50,7 @@ class _Case:
 
 
 def verify(
-    bundle: Bundle, model: Checkpoint, plan: Plan, chains: Sequence[Chain], mode: str = "full"
+    bundle: Bundle, model: Checkpoint, plan: Plan, schedules: Sequence[Schedule], mode: str = "full"
 ) -> dict[str, Any]:
     """Check a bundle on ONNX Runtime's CPU provider; returns the parity report for its manifest.
 
@@ -69,7 +70,7 @@ def verify(
         runner = layers.runner if layers else StageRunner(bundle, "ort-cpu", None)
         stack.callback(runner.close)
         steps = LAYER_STEPS if layers else STEPS
-        found = _check_keeps(bundle, model, plan, chains, runner, steps, layers)
+        found = _check_keeps(bundle, model, plan, schedules, runner, steps, layers)
         if layers:
             layers.check_counts()
     return {"mode": mode, "engine": "ort-cpu", "steps": steps, **found}
@@ -79,14 +80,14 @@ def _check_keeps(
     bundle: Bundle,
     model: Checkpoint,
     plan: Plan,
-    chains: Sequence[Chain],
+    schedules: Sequence[Schedule],
     runner: StageRunner,
     steps: int,
     layers: Layers | None,
 ) -> dict[str, Any]:
     """What is measured of the report: "graphs", "generation"; by layers also "layers" and "borders"."""
     case = _case(bundle, model)
-    by_keep = {chain[-1].keep: chain for chain in chains}
+    by_keep = {schedule[-1].keep: schedule for schedule in schedules}
     keeps = bundle.manifest.visual.keep
     graphs: dict[str, Any] = {}
     generation: dict[str, Any] = {}
@@ -109,7 +110,8 @@ def _case(bundle: Bundle, model: Checkpoint) -> _Case:
     pixels = preprocess(sample_for(image), image)
     start, width = prompt.image_start, model.family.placeholders
     expanded = [*prompt.ids[:start], *model.family.picture_ids, *prompt.ids[start + width :]]
-    dtype = bundle.manifest.graphs["vision_encoder.onnx"].inputs["pixel_values"].dtype
+    encoder = bundle.manifest.stages_of("encoder")[0]
+    dtype = bundle.manifest.graphs[encoder.file].inputs["pixel_values"].dtype
     return _Case(pixels.astype(dtype), prompt.ids, start, torch.tensor([expanded]))
 
 
@@ -220,23 +222,23 @@ class Chosen(Pruner):
 
 
 def chosen(
-    bundle: Bundle, chain: Chain, values: Mapping[str, Value], places: Tensor | None = None
+    bundle: Bundle, schedule: Schedule, values: Mapping[str, Value], places: Tensor | None = None
 ) -> list[Pruner]:
-    """The pruners of a chain with what a bundle chose for them, from the tensors that flowed through it.
+    """The pruners of a schedule with what a bundle chose for them, from the tensors that flowed through it.
 
     `places` are the family's: where the patches are among the visual tokens.
     """
     stages = [
         stage
         for when in ("image", "prefill")
-        for stage in bundle.manifest.stages_for(when, chain[-1].keep if chain else 0)
+        for stage in bundle.manifest.stages_for(when, schedule[-1].keep if schedule else 0)
         if "keep_indices" in stage.outputs
     ]
     answers: list[Pruner] = []
     arriving = torch.arange(bundle.manifest.visual.count)
-    if places is not None and chain and not chain[0].site.startswith("decoder"):
+    if places is not None and schedule and not Site.parse(schedule[0].site).in_decoder:
         arriving = places
-    for pruner, stage in zip(chain, stages, strict=True):
+    for pruner, stage in zip(schedule, stages, strict=True):
         kept = torch.from_numpy(values[stage.outputs["keep_indices"]].numpy())
         rows = next((name for name in ("kept_features", "kept_embeds") if name in stage.outputs), None)
         merged = torch.from_numpy(values[stage.outputs[rows]].numpy()) if pruner.merges and rows else None
@@ -247,19 +249,19 @@ def chosen(
 
 
 def _reference(
-    model: Checkpoint, case: _Case, chain: Chain, values: dict[str, Value], bundle: Bundle, steps: int
+    model: Checkpoint, case: _Case, schedule: Schedule, values: dict[str, Value], bundle: Bundle, steps: int
 ) -> ReferenceAnswer:
     with torch.no_grad():
         return reference_generate(
             model.family.model,
-            chosen(bundle, chain, values, model.family.places()),
+            chosen(bundle, schedule, values, model.family.places()),
             case.expanded,
             torch.from_numpy(case.pixels).float(),
             max_new_tokens=steps,
             eos_ids=(),
             positions=bundle.manifest.method.positions,
             image_size=bundle.manifest.image.image_size if bundle.manifest.image.image_height else None,
-            seams=model.family.seams,
+            reference=model.family.reference,
         )
 
 

@@ -1,6 +1,6 @@
 """The reference that a bundle's answers are held against: pruning inside an unmodified transformers model.
 
-Written without the exporter's graphs: plain PyTorch around the model's own modules (a family's `Seams` say
+Written without the exporter's graphs: plain PyTorch around the model's own modules (a `Reference` knows
 where they are), eager attention, one growing cache, greedy choice. All N visual tokens are projected and
 placed in the prompt as transformers does it; then the prompt is cut down to the kept places, in front of the
 first decoder layer (vision and projector sites) or in front of layer L (decoder:L, or several L in turn).
@@ -20,9 +20,9 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from vtp.engines.errors import UsageError, VtpError
-from vtp.export.families.reference import Seams
-from vtp.export.pruners import parse_site
+from vtp.export.families.reference import Reference
 from vtp.export.pruners.base import Pruner
+from vtp.export.pruners.site import Site
 
 
 @dataclass
@@ -56,7 +56,7 @@ def reference_generate(
     eos_ids: Collection[int] = (),
     positions: str = "compact",
     image_size: tuple[int, int] | None = None,
-    seams: type[Seams] = Seams,
+    reference: type[Reference] = Reference,
 ) -> ReferenceAnswer:
     """Answer one prompt greedily, in the model's dtype.
 
@@ -68,28 +68,29 @@ def reference_generate(
                   ones go on from T). Decoder sites always keep the original ones.
     image_size    (height, width) of the picture, for models that see it in several views: pixel_values are
                   then [V,3,H,W], and what a vision or projector site chooses from are the P patches.
-    seams         the family's
+    reference     the family's
 
     Raises VtpError where the model cannot serve the pruner's site, or a decoder site several pictures, and
     UsageError for an unknown `positions`.
     """
     if positions not in ("compact", "original"):
         raise UsageError(f"positions is '{positions}'; choose compact or original")
-    chain = [pruner] if isinstance(pruner, Pruner) else list(pruner or [])
-    site = parse_site(chain[0].site)[0] if chain else "none"
+    schedule = [pruner] if isinstance(pruner, Pruner) else list(pruner or [])
+    site = Site.parse(schedule[0].site) if schedule else None
+    in_decoder = site is not None and site.in_decoder
     pictures = [pixel_values] if isinstance(pixel_values, Tensor) else list(pixel_values)
-    if site == "decoder" and len(pictures) > 1:
-        raise VtpError(f"site {chain[0].site} takes one picture per prompt, not {len(pictures)}")
-    parts = seams(model, image_size)
+    if in_decoder and len(pictures) > 1:
+        raise VtpError(f"site {site} takes one picture per prompt, not {len(pictures)}")
+    parts = reference(model, image_size)
     with torch.no_grad(), parts.eager():
-        decoder = _Decoder(parts, input_ids, site == "decoder" or positions == "original")
-        text, first = decoder.text_cues(), chain[0] if site in ("vision", "projector") else None
+        decoder = _Decoder(parts, input_ids, in_decoder or positions == "original")
+        text, first = decoder.text_cues(), None if in_decoder or not schedule else schedule[0]
         looks = [_look(parts, pixels, first, text) for pixels in pictures]
         decoder.start(torch.cat([look.embeds for look in looks], dim=1))
         if first is not None:
             size = looks[0].embeds.shape[1]
             decoder.cut(torch.cat([number * size + look.keep for number, look in enumerate(looks)]))
-        decoder.prefill(chain if site == "decoder" else [], looks[0].cues)
+        decoder.prefill(schedule if in_decoder else [], looks[0].cues)
         tokens, logits = decoder.answer(max_new_tokens, eos_ids)
     return ReferenceAnswer(tokens, decoder.kept, logits, decoder.cache_lengths())
 
@@ -103,7 +104,7 @@ class _Look:
     keep: Tensor
 
 
-def _look(parts: Seams, pixel_values: Tensor, pruner: Pruner | None, text: dict[str, Tensor]) -> _Look:
+def _look(parts: Reference, pixel_values: Tensor, pruner: Pruner | None, text: dict[str, Tensor]) -> _Look:
     """Look at one picture, with the pruner of a vision or projector site if there is one."""
     wanted = {"attention_scores", "vision_keys"} & set(pruner.needs if pruner else ())
     cues = {**text, **parts.vision(pixel_values, wanted)}
@@ -114,9 +115,9 @@ def _look(parts: Seams, pixel_values: Tensor, pruner: Pruner | None, text: dict[
     chosen, rows = _select(pruner, cues)
     keep = places[chosen]
     if rows is not None:
-        at_tower = parse_site(pruner.site)[0] == "vision"
+        at_tower = Site.parse(pruner.site).kind == "vision"
         rows = parts.project(rows.to(cues["image_features"].dtype)) if at_tower else rows
-        rows = rows[..., : embeds.shape[-1]]  # a bundle's may have streams beside them
+        rows = rows[..., : embeds.shape[-1]]  # a bundle's may have deepstack features beside them
         embeds = embeds.index_copy(1, keep, rows.to(embeds.dtype))
     return _Look(cues, embeds, keep)
 
@@ -131,7 +132,7 @@ class _Decoder:
 
     hidden: Tensor
 
-    def __init__(self, parts: Seams, input_ids: Tensor, original: bool) -> None:
+    def __init__(self, parts: Reference, input_ids: Tensor, original: bool) -> None:
         self.parts = parts
         self.text: Any = parts.text
         self.ids = input_ids
@@ -170,12 +171,12 @@ class _Decoder:
             self.numbers = first + torch.arange(len(stay))
             self.next_number = first + len(stay)
 
-    def prefill(self, chain: Sequence[Pruner], cues: dict[str, Tensor]) -> None:
+    def prefill(self, schedule: Sequence[Pruner], cues: dict[str, Tensor]) -> None:
         """Run all layers, cutting the prompt in front of the layer that each pruner names."""
-        layers = [parse_site(pruner.site)[1] or 0 for pruner in chain]
+        layers = [layer for pruner in schedule for layer in Site.parse(pruner.site).layers or (0,)]
         if layers and not 0 < layers[-1] < len(self.text.layers):
             raise VtpError(f"site decoder:{layers[-1]} needs a decoder of more than {layers[-1]} layers")
-        for pruner, (first, end) in zip(chain, pairwise([0, *layers]), strict=True):
+        for pruner, (first, end) in zip(schedule, pairwise([0, *layers]), strict=True):
             keep, _ = _select(pruner, {**cues, **self._run_to(first, end, pruner)})
             self.cut(keep)
         self.run(layers[-1] if layers else 0, len(self.text.layers))
@@ -248,7 +249,7 @@ class _Decoder:
 
 def _select(pruner: Pruner, cues: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
     """keep_indices [K] among the tokens that arrive, and the rows [1,K,.] of a method that merges."""
-    whole = "image_embeds" if pruner.site == "projector" else "image_features"
+    whole = "image_embeds" if Site.parse(pruner.site).kind == "projector" else "image_features"
     count = cues["hidden_states" if "hidden_states" in cues else whole].shape[1]
     if pruner.count != count:
         raise VtpError(f"the pruner was made for {pruner.count} visual tokens; this model has {count}")

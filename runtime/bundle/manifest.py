@@ -19,8 +19,12 @@ from vtp.engines.strict_json import parse_json
 from vtp.runtime.preprocess import ImageSpec
 from vtp.runtime.prompt.prompter import TextSpec
 
-SCHEMA = 1
+SCHEMA = 2  # what export writes; 1, whose stages have no role, is read as well
+OLDEST = 1
 WHEN = ("image", "prefill", "step")
+# What a stage does: "text_cues" is what a method reads of the question; "decoder_head" is any part of the
+# decoder that a pruner follows, "decoder" the last part (or all of it), which gives the logits.
+ROLES = ("encoder", "projector", "pruner", "embed", "text_cues", "splice", "decoder_head", "decoder")
 TOKENIZER = "tokenizer.json"
 SINGLE = ("batch", "images", "pictures")  # axes that are 1 for one prompt about one picture
 
@@ -54,6 +58,7 @@ class KvInfo:
 class StageInfo:
     """One run of one graph. A graph that serves prefill and step is listed once for each.
 
+    role      what it does, one of `ROLES`.
     when      "image" (once a picture), "prefill" (once a prompt) or "step" (once a new token).
     keep      the keep-count this stage belongs to; None: any.
     inputs    graph's tensor name -> pipeline's name. Cache and length tensors are fed from `kv` instead.
@@ -61,6 +66,7 @@ class StageInfo:
     """
 
     name: str
+    role: str
     file: str
     when: str
     keep: int | None
@@ -181,6 +187,10 @@ class Manifest:
         """The stages of one moment for one keep-count, in order."""
         return [stage for stage in self.stages if stage.when == when and stage.keep in (None, keep)]
 
+    def stages_of(self, role: str) -> list[StageInfo]:
+        """The stages of one role, of all moments and keep-counts."""
+        return [stage for stage in self.stages if stage.role == role]
+
     @property
     def single_picture_stages(self) -> list[StageInfo]:
         """Stages whose graph knows where one picture of a prompt begins, and not where further ones do."""
@@ -201,14 +211,44 @@ def parse_manifest(text: str | bytes) -> Manifest:
     data = parse_json(text, "manifest.json", cure="export the bundle again")
     if not isinstance(data, dict) or "schema" not in data:
         raise VtpError("manifest.json has no schema version; this is not a vtp bundle")
-    if data["schema"] != SCHEMA:
+    if type(data["schema"]) is not int or not OLDEST <= data["schema"] <= SCHEMA:
         raise VtpError(
-            f"this bundle has schema version {quoted(data['schema'])}; this vtp reads version {SCHEMA}: "
-            "export the bundle again, or install the vtp that made it"
+            f"this bundle has schema version {quoted(data['schema'])}; this vtp reads versions {OLDEST} to "
+            f"{SCHEMA}: export the bundle again, or install the vtp that made it"
         )
+    if data["schema"] == OLDEST:
+        data = _with_roles(data)
     manifest = _build(Manifest, data, "manifest")
     _check(manifest)
     return manifest
+
+
+def _with_roles(data: dict[str, Any]) -> dict[str, Any]:
+    """A manifest of schema 1 as one of schema 2: its stages' names tell their roles."""
+    stages = data.get("stages")
+    if not isinstance(stages, list):
+        return {**data, "schema": SCHEMA}  # refused where the stages are read
+    named = []
+    for place, stage in enumerate(stages):
+        if isinstance(stage, dict) and isinstance(stage.get("name"), str):
+            if "role" in stage:
+                raise VtpError(
+                    f"manifest.stages[{place}] has the unknown key 'role'; this bundle was made by another "
+                    "vtp"
+                )
+            stage = {**stage, "role": _role_of(stage["name"])}
+        named.append(stage)
+    return {**data, "schema": SCHEMA, "stages": named}
+
+
+def _role_of(name: str) -> str:
+    """The role of a stage of schema 1: decoder_head, decoder_1 … run before the last part, decoder."""
+    given = {"vision_encoder": "encoder", "embed_tokens": "embed"}
+    role = given.get(name, name if name in ROLES else name.rpartition("_")[0])
+    role = "decoder_head" if role == "decoder" and name != "decoder" else role
+    if role not in ROLES:
+        raise VtpError(f"the name of stage {quoted(name)} tells no role; export the bundle again")
+    return role
 
 
 def _check(manifest: Manifest) -> None:
@@ -271,6 +311,8 @@ def _check_cache(file: str, graph: GraphInfo, longest: int) -> None:
 def _check_stage(stage: StageInfo, manifest: Manifest) -> None:
     if stage.when not in WHEN:
         raise VtpError(f"stage {stage.name} runs at unknown moment '{stage.when}'; known: {', '.join(WHEN)}")
+    if stage.role not in ROLES:
+        raise VtpError(f"stage {stage.name} has the unknown role '{stage.role}'; known: {', '.join(ROLES)}")
     if stage.file not in manifest.graphs:
         raise VtpError(f"stage {stage.name} names '{stage.file}', which the manifest does not describe")
     _agree(

@@ -75,7 +75,7 @@ def _longest(manifest: Manifest, keep: int) -> dict[str, dict[str, int]]:
     """Graph file -> axes that are shorter at a keep-count, for graphs that run after the last pruner."""
     visual, shorter = manifest.visual, dict[str, dict[str, int]]()
     stages = [stage for when in ("image", "prefill") for stage in manifest.stages_for(when, keep)]
-    cuts = [place for place, stage in enumerate(stages) if stage.name.startswith("pruner")]
+    cuts = [place for place, stage in enumerate(stages) if stage.role == "pruner"]
     for stage in stages[cuts[-1] + 1 :] if cuts else []:
         shorter[stage.file] = {"visual": keep, "sequence": manifest.model.max_length - visual.count + keep}
     return shorter

@@ -202,7 +202,9 @@ def _build(
 ) -> BuiltGraph:
     say(f"build {file}" + (f" with plugin {options.plugin}" if options.plugin else ""))
     started, profiles = time.monotonic(), profiles_of(bundle.manifest.graphs[file])
-    stored = store_engine(bundle.path(file), engine, folder, profiles, options, room, _Teller(file, say))
+    stored = store_engine(
+        bundle.path(file), engine, folder, profiles, options, room, _BuildProgress(file, say)
+    )
     seconds = time.monotonic() - started if stored.built else 0.0
     return BuiltGraph(file, stored, seconds, options.plugin)
 
@@ -315,7 +317,7 @@ def _room(machine: Machine) -> Room:
     return Room(machine.memory.usable, machine.gpu_memory, machine.is_jetson)
 
 
-class _Teller:
+class _BuildProgress:
     """Says which phase a long build is in, every few seconds: never minutes of silence."""
 
     def __init__(self, file: str, say: Callable[[str], None]) -> None:

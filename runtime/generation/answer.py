@@ -2,57 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from vtp.runtime.bundle.manifest import GenerationInfo, Manifest
 from vtp.runtime.generation.logits_rules import LogitsRules, written_out
-from vtp.runtime.generation.sampling import Sampler
-from vtp.runtime.generation.stopping import CANCELLED, Clock, StopSignal
-from vtp.runtime.media.pictures import Pictures
-from vtp.runtime.prompt.prompter import Detokenizer, Prompt, Prompter, StopStrings
-from vtp.runtime.result import Result, Timings, VisualTokens
-from vtp.runtime.stages.runner import Row
-
-
-@dataclass(frozen=True)
-class Request:
-    """Everything one generation needs, checked; `pictures` are loaded before it begins."""
-
-    pictures: Pictures
-    prompt: Prompt
-    keep: int
-    max_new_tokens: int
-    sampler: Sampler
-    generation: GenerationInfo
-    stops: StopStrings
-    timings: Timings
-    clock: Clock
-    stop_signal: StopSignal
-    skip_special_tokens: bool = True
-
-    def load(self) -> None:
-        """Decode the pictures, if there is time left to answer about them."""
-        if self.stop_signal.reason is None:
-            self.pictures.load(self.timings)
-
-    @property
-    def row(self) -> Row:
-        """The prompt as the stages take it."""
-        return Row(self.prompt.ids, self.prompt.image_starts)
+from vtp.runtime.generation.request import Request
+from vtp.runtime.generation.stopping import CANCELLED
+from vtp.runtime.prompt.prompter import Detokenizer, Prompter
+from vtp.runtime.result import Result, VisualTokens
 
 
 class Answer:
     """What a request gets, and where its next token goes: `token` at `position`.
 
-    `add` a step's logits, ask whether it `ends`, go on or `finish`.
+    `add` a step's logits, ask whether it `ends`, go on or `finish`. `begun` says whether `result` means
+    anything yet.
     """
 
     def __init__(self, request: Request, manifest: Manifest, prompter: Prompter) -> None:
         self.request = request
         self.result = _empty(request, manifest)
+        self.begun = False
         self.position = 0
         self._ends = manifest.text.eos_token_ids
         self._longest = manifest.model.max_length
@@ -76,6 +48,7 @@ class Answer:
             rows = kept.tolist()
             self.result.kept = rows[0] if len(rows) == 1 else rows
         self.position = position
+        self.begun = True
 
     def add(self, logits: np.ndarray) -> str:
         """Choose a token by logits [V]; returns the text that is certain now."""
@@ -104,6 +77,7 @@ class Answer:
 
     def interrupt(self, reason: str) -> None:
         """Note that it ends here, and why."""
+        self.begun = True
         self.result.finish_reason = reason
         self.result.timings.total = self.request.clock.ms
 

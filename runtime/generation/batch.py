@@ -11,10 +11,10 @@ from contextlib import contextmanager
 import numpy as np
 
 from vtp.engines import UsageError, VtpError
-from vtp.runtime.generation.answer import Answer, Request
+from vtp.runtime.generation.answer import Answer
+from vtp.runtime.generation.request import Request
 from vtp.runtime.generation.stopping import Interrupted
 from vtp.runtime.result import Timings
-from vtp.runtime.stages.prefix_cache import ImageCache
 from vtp.runtime.stages.runner import StageRunner
 
 
@@ -29,7 +29,7 @@ def batches(requests: Sequence[Request], together: int) -> Iterator[list[int]]:
         yield from (places[first : first + size] for first in range(0, len(places), size))
 
 
-def write_together(runner: StageRunner, keep: int, answers: Sequence[Answer], images: ImageCache) -> None:
+def write_together(runner: StageRunner, keep: int, answers: Sequence[Answer]) -> None:
     """Write the answers of one batch to their ends, which their stop signal, one for all, may bring early.
 
     A row that is over stays where it is, and its steps go to waste, until the last one is over too. Every
@@ -37,20 +37,18 @@ def write_together(runner: StageRunner, keep: int, answers: Sequence[Answer], im
     """
     going = np.ones(len(answers), bool)
     try:
-        _write(runner, keep, answers, images, going)
+        _write(runner, keep, answers, going)
     except Interrupted as error:
         for row in np.flatnonzero(going).tolist():
             answers[row].interrupt(error.reason)
             answers[row].finish()
 
 
-def _write(
-    runner: StageRunner, keep: int, answers: Sequence[Answer], images: ImageCache, going: np.ndarray
-) -> None:
+def _write(runner: StageRunner, keep: int, answers: Sequence[Answer], going: np.ndarray) -> None:
     """The same; `going` bool [B] says at any time which rows are not over."""
     check = answers[0].request.stop_signal.check
     check()
-    logits = _begin(runner, keep, answers, images)
+    logits = _begin(runner, keep, answers)
     while True:
         check()
         rooms = runner.rooms()
@@ -68,7 +66,7 @@ def _write(
             answers[row].position += 1
 
 
-def _begin(runner: StageRunner, keep: int, answers: Sequence[Answer], images: ImageCache) -> np.ndarray:
+def _begin(runner: StageRunner, keep: int, answers: Sequence[Answer]) -> np.ndarray:
     """Run the image and prompt stages; returns the first logits [B,V]."""
     requests, timings = [answer.request for answer in answers], Timings()
     pictures = [picture for request in requests for picture in request.pictures.pixels]
@@ -77,7 +75,6 @@ def _begin(runner: StageRunner, keep: int, answers: Sequence[Answer], images: Im
         pictures,
         [request.row for request in requests],
         timings,
-        images.find_all([request.pictures.pixels for request in requests]),
         requests[0].stop_signal.check,
     )
     positions = values["next_position"].numpy()

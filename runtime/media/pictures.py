@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from vtp.engines.errors import UsageError
-from vtp.runtime.media.images import check_image, load_image
-from vtp.runtime.media.videos import check_video, load_video
+from vtp.runtime.media.images import ImageSource, check_image, load_image
+from vtp.runtime.media.videos import VideoSource, check_video, load_video
 from vtp.runtime.preprocess import ImageSpec, preprocess
 from vtp.runtime.result import Timings
+
+Images: TypeAlias = "ImageSource | VideoSource | Sequence[ImageSource]"  # of one prompt
 
 
 class Pictures:

@@ -1,8 +1,9 @@
 """From a picture to `pixel_values`, bit for bit as transformers' PIL image processors make them.
 
-The preprocessing is data (`ImageSpec`), read from a model's processor configuration at export and kept in the
-bundle; its `kind` names the module that carries it out. Resizing is Pillow's own, and the arithmetic on
-pixels is done once for each of the 256 values and looked up, which gives the same bits as doing it per pixel.
+The preprocessing is data (`ImageSpec`), read from a model's processor configuration at export (see
+`vtp.export.checkpoint.processors`) and kept in the bundle; its `kind` names the module that carries it out.
+Resizing is Pillow's own, and the arithmetic on pixels is done once for each of the 256 values and looked up,
+which gives the same bits as doing it per pixel.
 
 Some processors cut a picture into as many tiles or patches as its size suggests. A bundle's shapes are fixed,
 so such a spec holds the one image size that the bundle was made for, and every picture is brought to that
@@ -18,10 +19,9 @@ from PIL import Image
 
 from vtp.engines.errors import VtpError
 from vtp.runtime.preprocess import kinds  # noqa: F401 (fills the table)
-from vtp.runtime.preprocess.processors import spec_from_processor
 from vtp.runtime.preprocess.spec import FITS, KINDS, Box, ImageSpec
 
-__all__ = ["FITS", "Box", "ImageSpec", "preprocess", "source_box", "source_boxes", "spec_from_processor"]
+__all__ = ["FITS", "Box", "ImageSpec", "preprocess", "source_box", "source_boxes"]
 
 
 def preprocess(image: Image.Image | Sequence[Image.Image], spec: ImageSpec) -> np.ndarray:

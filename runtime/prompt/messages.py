@@ -9,10 +9,20 @@ from typing import Any
 
 from vtp.engines.errors import UsageError
 
-__all__ = ["check_kept", "check_messages", "check_text", "joined_text", "parts_of", "shown"]
+__all__ = [
+    "Messages",
+    "check_kept",
+    "check_messages",
+    "check_text",
+    "joined_text",
+    "parts_of",
+    "shown",
+    "with_media",
+]
 
 #: One turn of a conversation: {"role": ..., "content": text or list of {"type": ...} parts}.
 Message = Mapping[str, Any]
+Messages = Sequence[dict[str, Any]]
 
 ROLES = ("system", "user", "assistant")
 MEDIA = {"image": "picture", "video": "video"}  # what users call each kind of media
@@ -22,7 +32,10 @@ _THOUGHT = "</think>"  # templates of reasoning models leave out what an earlier
 
 def shown(value: object) -> str:
     """A value of any type, size and depth as it may stand in a message."""
-    return _SHOWN.repr(value)
+    try:
+        return _SHOWN.repr(value)
+    except ValueError:  # an integer of too many digits to print
+        return f"of type {type(value).__name__}"
 
 
 _SHOWN = reprlib.Repr()
@@ -118,6 +131,28 @@ def parts_of(message: dict[str, Any]) -> list[dict[str, str]]:
 def joined_text(message: dict[str, Any]) -> str:
     """All text of one turn in one string, so that a token split over two parts is seen too."""
     return "".join(part["text"] for part in parts_of(message) if part["type"] == "text")
+
+
+def with_media(messages: Messages, pictures: int, media: str) -> Messages:
+    """Put the pictures before the first user turn's words where no turn says where they belong.
+
+    `media` says what messages call them: "image" or "video".
+    """
+    if not isinstance(messages, Sequence) or not all(isinstance(turn, dict) for turn in messages):
+        return messages  # malformed: the prompter says how
+    contents = [turn.get("content") for turn in messages]
+    parts = [part for content in contents if isinstance(content, list | tuple) for part in content]
+    if any(isinstance(part, dict) and part.get("type") == media for part in parts):
+        return messages
+    turns = [dict(turn) for turn in messages]
+    for turn in turns:
+        if turn.get("role") == "user":
+            content = turn.get("content")
+            words = [{"type": "text", "text": content}] if isinstance(content, str) else content
+            if isinstance(words, list | tuple):  # anything else is malformed, as above
+                turn["content"] = [*({"type": media} for _ in range(pictures)), *words]
+            break
+    return turns
 
 
 # -- what a template left out --------------------------------------------------------------------------------

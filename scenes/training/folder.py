@@ -133,7 +133,7 @@ def build_model(seed: int = 0) -> LlavaForConditionalGeneration:
                 weight, std=0.04 if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.09
             )
     model.generation_config = GenerationConfig(
-        bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD, do_sample=False, max_new_tokens=16
+        bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD, do_sample=False
     )
     return model
 

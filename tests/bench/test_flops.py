@@ -146,7 +146,7 @@ def test_what_cannot_be_told_is_counted_as_unknown(tmp_path: Path) -> None:
 
 def test_no_graph_is_refused(tmp_path: Path) -> None:
     (tmp_path / "g.onnx").write_bytes(b"nothing of the kind")
-    with pytest.raises(VtpError, match="no ONNX graph"):
+    with pytest.raises(VtpError, match="not an ONNX graph"):
         count(tmp_path / "g.onnx", {})
 
 

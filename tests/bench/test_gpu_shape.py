@@ -1,4 +1,4 @@
-"""A full-size shape's way to a GPU, on the CPU with a tiny one: packed hollow, filled, beside PyTorch."""
+"""A full-size shape's way to a GPU, on the CPU with a tiny one: packed empty, filled, beside PyTorch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from vtp.bench.gpu import weights as gpu_weights
 from vtp.bench.gpu.checks import Job
 from vtp.bench.gpu.device import Cpu
 from vtp.bench.shapes import models as shapes
-from vtp.bench.shapes.weight_map import MODEL, RECIPE, read_recipe
+from vtp.bench.shapes.weight_map import MODEL, WEIGHT_MAP, read_weight_map
 from vtp.engines import VtpError, open_graph
 from vtp.runtime.bundle.folder import open_bundle
 
@@ -64,13 +64,13 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_weights_lie_where_the_graphs_look_for_them(work: Path) -> None:
     """The embeddings graph gives the very rows that were drawn, and every file holds the model's numbers."""
     bundle = open_bundle(work / "none")
-    (piece,) = read_recipe(work / "none")["embed_tokens.onnx.data"]
+    (piece,) = read_weight_map(work / "none")["embed_tokens.onnx.data"]
     table = gpu_weights.draw(piece.name, piece.shape, "cpu").numpy()
     embed = open_graph(bundle.path("embed_tokens.onnx"), "ort-cpu", 1)
     ids = np.array([[5, 31999]], np.int64)
     assert (embed.run({"input_ids": embed.put(ids)})["inputs_embeds"].numpy() == table[ids]).all()
     held = gpu_torch.TorchModel(work / "none", "cpu").model.state_dict()
-    for file, pieces in read_recipe(work / "none").items():
+    for file, pieces in read_weight_map(work / "none").items():
         stored = np.memmap(work / "none" / file, np.uint8, "r")
         for piece in pieces:
             wanted = held[piece.name].T if piece.transposed else held[piece.name]
@@ -167,11 +167,11 @@ def test_aims_are_met_or_missed() -> None:
 def test_what_cannot_be_filled_is_refused_in_one_line(
     work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(VtpError, match=rf"has no readable {RECIPE}; make it with"):
+    with pytest.raises(VtpError, match=rf"has no readable {WEIGHT_MAP}; make it with"):
         gpu_weights.fill_bundles([tmp_path], "cpu")
     assert gpu_shape.main(["--work", str(tmp_path), "--engine", "ort-cpu"]) == 2
     assert "pack some with" in capsys.readouterr().err
-    (tmp_path / RECIPE).write_text((work / "none" / RECIPE).read_text())
+    (tmp_path / WEIGHT_MAP).write_text((work / "none" / WEIGHT_MAP).read_text())
     usage = gpu_weights.shutil.disk_usage(tmp_path)._replace(free=10)
     monkeypatch.setattr(gpu_weights.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(VtpError, match=r"0\.0 GB are free there"):
@@ -225,7 +225,7 @@ def test_a_lease_goes_on_where_it_ended(tmp_path: Path) -> None:
     assert lease(tmp_path, 600).count("done before") == 4
     calls = (tmp_path / "calls").read_text().splitlines()
     modules = [line.split()[1].rsplit(".", 1)[-1] for line in calls]
-    assert modules == ["gpu", *["gpu_shape", "gpu_shape", "gpu"] * 2]
+    assert modules == ["command", *["shape", "shape", "command"] * 2]
     assert sorted(path.name for path in (tmp_path / "out").glob("*.json")) == [
         "built-in.json",
         "quick.json",

@@ -13,7 +13,7 @@ import pytest
 
 from vtp.engines import VtpError, child
 from vtp.engines.child import python_command, spawn
-from vtp.engines.tensorrt.build import _run_child
+from vtp.engines.tensorrt.build_process import run_build
 
 # What a child imports first of all: the library's own, Python's, and what engines need.
 PLANTED = ("numpy", "onnxruntime", "json", "runpy", "multiprocessing", "vtp", "tensorrt")
@@ -56,7 +56,7 @@ def test_the_build_of_an_engine_imports_nothing_from_here(planted: Path, tmp_pat
     job: dict[str, Any] = {"path": "g.onnx", "engine": "tensorrt-rtx", "profile": [], "options": {}}
     job |= {"timing_cache": str(tmp_path / "t"), "output": str(tmp_path / "o")}
     with pytest.raises(VtpError, match=r"no graph at g\.onnx|tensorrt_rtx is not installed"):
-        _run_child(job, lambda *_: None)
+        run_build(job, lambda *_: None)
     assert not planted.exists()
 
 

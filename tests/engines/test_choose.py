@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import builtins
+import importlib
 from collections.abc import Callable
 
 import pytest
@@ -145,14 +145,14 @@ def test_this_machine_has_the_cpu_provider() -> None:
 
 
 def test_a_broken_onnxruntime_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = builtins.__import__
+    real = importlib.import_module
 
-    def fail(name: str, *args: object, **kwargs: object) -> object:
+    def fail(name: str, *args: object) -> object:
         if name == "onnxruntime":
             raise ImportError("libcudart.so.13:\n cannot open")
-        return real(name, *args, **kwargs)  # type: ignore[arg-type]
+        return real(name, *args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(builtins, "__import__", fail)
+    monkeypatch.setattr(importlib, "import_module", fail)
     with pytest.raises(VtpError, match="does not import") as caught:
         installed_providers()
     assert "\n" not in str(caught.value)

@@ -20,6 +20,7 @@ from onnx import TensorProto, helper, numpy_helper
 from vtp.engines import UsageError, VtpError
 from vtp.engines.cuda.driver import CudaDevice, CudaProbe
 from vtp.engines.tensorrt import build as trt_build
+from vtp.engines.tensorrt import build_process
 from vtp.engines.tensorrt.build import (
     Room,
     check_engine,
@@ -174,7 +175,7 @@ class TestStore:
     def test_a_killed_build_is_one_line_and_the_next_one_works(self, graph: Path, tmp_path: Path) -> None:
         def kill(*_: object) -> None:
             for child in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
-                if b"trt_build" in Path(f"/proc/{child}/cmdline").read_bytes():
+                if b"build_process" in Path(f"/proc/{child}/cmdline").read_bytes():
                     os.kill(int(child), signal.SIGKILL)
 
         store = tmp_path / "e"
@@ -277,7 +278,7 @@ def test_what_a_library_prints_between_a_build_s_words_is_passed_over() -> None:
     said, steps = ["[TRT] hello\n", '{"phase": "p", "done": 1, "total": 2}\n', "{not json}\n"], []
     said += ['{"bytes": 3, "sha256": "x"}\n', "bye\n", "{also not}\n"]
     child = SimpleNamespace(stdin=io.StringIO(), stdout=said, wait=lambda: 0)
-    assert trt_build._follow(child, {}, lambda *step: steps.append(step)) == {"bytes": 3, "sha256": "x"}
+    assert build_process._follow(child, {}, lambda *step: steps.append(step)) == {"bytes": 3, "sha256": "x"}
     assert steps == [("p", 1, 2)]
 
 
@@ -285,4 +286,4 @@ def test_what_a_library_prints_between_a_build_s_words_is_passed_over() -> None:
     ("code", "words"), [(-9, "ran out of memory"), (-11, "signal 11"), (3, "(exit code 3): boo")]
 )
 def test_how_a_build_died_is_said(code: int, words: str) -> None:
-    assert words in trt_build._obituary("g.onnx", code, "boo")
+    assert words in build_process._crash_message("g.onnx", code, "boo")

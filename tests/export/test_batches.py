@@ -14,7 +14,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from vtp.engines import UsageError, VtpError
 from vtp.export.exporter import Request, export
-from vtp.export.families.reference import Seams
+from vtp.export.families.reference import Reference
 from vtp.export.pruners import find_method
 from vtp.runtime import Pipeline
 from vtp.runtime.media import pictures
@@ -287,7 +287,7 @@ def pruned_in_torch(
     model: Any, given: Any, pruner: Any, original: bool, steps: int
 ) -> tuple[list[int], list[list[int]]]:
     """Cut every picture by itself, put what is left into the prompt, and read all of it again every step."""
-    parts, ids = Seams(model), given["input_ids"][0]
+    parts, ids = Reference(model), given["input_ids"][0]
     embeds, image = parts.embed(ids[None])[0], ids == model.config.image_token_id
     text = {
         "text_embeds": embeds[~image][None],
@@ -332,7 +332,7 @@ def test_pruned_pictures_equal_torch(
             pruner = find_method(method.name)((4, 4), keep, **method.options)
             for messages in (asked(PROMPTS[2], 3), TURNS):
                 given = inputs_of(source, PICTURES, messages)
-                with torch.no_grad(), Seams(model).eager():
+                with torch.no_grad(), Reference(model).eager():
                     wanted = pruned_in_torch(model, given, pruner, method.positions == "original", steps)
                 result = pipe.generate(PICTURES, messages=messages, keep_tokens=keep, max_new_tokens=steps)
                 assert (result.token_ids, result.kept) == wanted

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from vtp.export.exporter import Request, export
-from vtp.export.pruners import find_method
+from vtp.export.pruners import Site, find_method
 from vtp.export.verify.parity import Chosen
 from vtp.export.verify.reference import reference_generate
 from vtp.runtime import Pipeline, Timings, open_bundle
@@ -97,7 +97,7 @@ def test_the_choice_on_real_pictures_equals_the_torch_module(
         pixels = preprocess(item.image, bundle.manifest.image)
         values = runner.prefill(keep, pixels, prompt.ids, prompt.image_start, Timings())
         cues = {name: torch.from_numpy(values[name].numpy()) for name in pruner.needs}
-        if pruner.site.startswith("decoder"):
+        if Site.parse(pruner.site).in_decoder:
             visual = slice(prompt.image_start, prompt.image_start + 576)
             cues = {name: cue[:, visual] for name, cue in cues.items()}
         assert values["keep_indices"].numpy().tolist() == pruner(**cues).tolist(), item.prompt

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vtp.export.graphs.modules import Splice, TextCues
+from vtp.export.graphs.splice import Splice, TextCues
 
 COUNT = 6  # N
 PADDING = -1.0

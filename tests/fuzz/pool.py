@@ -42,7 +42,7 @@ class Worker:
             self.close()
             return steps, {"kind": "bad", "why": f"no answer in {HANG:.0f} s"}
         except (OSError, EOFError):
-            return steps, {"kind": "bad", "why": self._obituary()}
+            return steps, {"kind": "bad", "why": self._crash_message()}
 
     def close(self) -> None:
         """End the process."""
@@ -76,7 +76,7 @@ class Worker:
         line, _, self._rest = self._rest.partition(b"\n")
         return json.loads(line)
 
-    def _obituary(self) -> str:
+    def _crash_message(self) -> str:
         assert self._process is not None
         try:
             code = self._process.wait(HANG)

@@ -130,7 +130,7 @@ def in_torch(
         STEPS,
         positions=method.positions,
         image_size=size,
-        seams=find_family(model.config.to_dict()).seams,
+        reference=find_family(model.config.to_dict()).reference,
     )
 
 

@@ -425,7 +425,7 @@ def test_a_prompt_too_long_is_refused_before_anything_runs(
     pipe: Pipeline, picture: Image.Image, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     room = LENGTH - VISUAL - 1
-    monkeypatch.setattr("vtp.runtime.stages.runner.Stage.run", lambda *_: pytest.fail("a stage ran"))
+    monkeypatch.setattr("vtp.runtime.stages.stage.Stage.run", lambda *_: pytest.fail("a stage ran"))
     message = f"has {room + 1} tokens; beside 16 visual tokens this bundle has room for {room}; shorten it"
     refuse(message, lambda: pipe.stream(picture, words(pipe, picture, room + 1)), VtpError)
     pipe.stream(picture, words(pipe, picture, room))
@@ -495,7 +495,7 @@ def test_a_graph_of_other_shapes(spoilt: Path) -> None:
 def test_a_graph_that_is_garbage(spoilt: Path) -> None:
     size = (spoilt / "decoder.onnx").stat().st_size
     (spoilt / "decoder.onnx").write_bytes(b"x" * size)
-    refuse(r"cannot load decoder\.onnx", lambda: Pipeline.load(spoilt), VtpError)
+    refuse(r"decoder\.onnx is not an ONNX graph", lambda: Pipeline.load(spoilt), VtpError)
 
 
 def test_a_tokenizer_that_is_garbage(spoilt: Path) -> None:

@@ -30,7 +30,7 @@ class Asker:
         self._spare = place / "spare"
         self._replace()
         self._plain = Pipeline.load(bundles[0], threads=1)
-        self._caching = Pipeline.load(bundles[0], threads=1, image_cache=3, reuse_prompt=True)
+        self._caching = Pipeline.load(bundles[0], threads=1, vision_feature_cache=3, prefix_caching=True)
         self._expected = self._known(self._plain)
         self.wrong: list[str] = []
         self._warm_up()

@@ -14,10 +14,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from vtp.engines import VtpError
-from vtp.export.families.gemma.lookahead import AheadPruner, AheadSplice
+from vtp.export.families.gemma.lookahead import LookaheadPruner, LookaheadSplice
 from vtp.export.families.gemma.paligemma import PaliGemma
-from vtp.export.families.gemma.reference import Gemma3Seams
-from vtp.export.graphs.modules import Decoder, Splice
+from vtp.export.families.gemma.reference import Gemma3Reference
+from vtp.export.graphs.decoder import Decoder
+from vtp.export.graphs.splice import Splice
 from vtp.export.pruners.base import Pruner
 
 
@@ -28,7 +29,7 @@ class Gemma3(PaliGemma):
     architectures = ("Gemma3ForConditionalGeneration",)
     decoders = ("gemma3_text",)
     limits = "without pan and scan; attention in single operators, since GroupQueryAttention is causal"
-    seams = Gemma3Seams
+    reference = Gemma3Reference
     template = None
 
     @classmethod
@@ -46,7 +47,7 @@ class Gemma3(PaliGemma):
 
     @property
     def decoder(self) -> Decoder:
-        return Decoder(self.model.model.language_model, self.model.lm_head, sight="image", windows=True)
+        return Decoder(self.model.model.language_model, self.model.lm_head, mask_kind="image", windows=True)
 
     def image_text(self, token: Callable[[int], str]) -> tuple[str, str]:
         config = self.model.config
@@ -64,10 +65,10 @@ class Gemma3(PaliGemma):
         return _Projector(self._projector)
 
     def splice(self, positions: str) -> Splice:
-        return AheadSplice(self.placeholders, self.grid[0] * self.grid[1], positions)
+        return LookaheadSplice(self.placeholders, self.grid[0] * self.grid[1], positions)
 
-    def decoder_pruner(self, pruner: Pruner, others: Sequence[str]) -> AheadPruner:
-        return AheadPruner(pruner, others)
+    def decoder_pruner(self, pruner: Pruner, others: Sequence[str]) -> LookaheadPruner:
+        return LookaheadPruner(pruner, others)
 
     @property
     def _projector(self) -> Any:

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from vtp.export.graphs.layout import lay_out, widened
-from vtp.export.graphs.modules import DecoderPruner, Splice
+from vtp.export.graphs.pruner import DecoderPruner
+from vtp.export.graphs.splice import Splice
 
 
-def looking_ahead(length: int, starts: Tensor, visual: int) -> Tensor:
+def lookahead(length: int, starts: Tensor, visual: int) -> Tensor:
     """How many tokens after itself each of a prompt's S = `length` tokens sees, int64 [B,S].
 
     To its picture's end from inside it, else none. starts int64 [B,I]: where pictures of `visual` tokens
@@ -19,8 +20,8 @@ def looking_ahead(length: int, starts: Tensor, visual: int) -> Tensor:
     return torch.where(at.inside, (at.passed + 1) * visual - 1 - at.seen, 0)
 
 
-class AheadSplice(Splice):
-    """As `Splice`, and `ahead` int64 [B,S]: see `looking_ahead`."""
+class LookaheadSplice(Splice):
+    """As `Splice`, and the lookahead of the prompt, `ahead` int64 [B,S]: see `lookahead`."""
 
     def forward(
         self,
@@ -32,17 +33,17 @@ class AheadSplice(Splice):
         answer = super().forward(inputs_embeds, image_embeds, image_start, keep_indices)
         visual = image_embeds.shape[1]
         starts = widened(image_start, visual - self.placeholders)
-        return *answer, looking_ahead(answer[0].shape[1], starts, visual)
+        return *answer, lookahead(answer[0].shape[1], starts, visual)
 
 
-class AheadPruner(DecoderPruner):
+class LookaheadPruner(DecoderPruner):
     """As `DecoderPruner`, and kept_ahead int64 [B,S-n+K]: how far ahead the tokens that are left see."""
 
     def forward(
         self, hidden_states: Tensor, position_ids: Tensor, image_start: Tensor, *others: Tensor
     ) -> tuple[Tensor, ...]:
         answer = super().forward(hidden_states, position_ids, image_start, *others)
-        return *answer, looking_ahead(answer[1].shape[1], image_start, self.pruner.keep)
+        return *answer, lookahead(answer[1].shape[1], image_start, self.pruner.keep)
 
 
 class OneBasedSplice(Splice):

@@ -15,9 +15,11 @@ from torch import nn
 from vtp.engines import VtpError
 from vtp.export.families.base import Family
 from vtp.export.families.gemma.lookahead import OneBasedSplice
-from vtp.export.families.gemma.reference import PaliGemmaSeams
-from vtp.export.families.reference import Seams
-from vtp.export.graphs.modules import Decoder, Projector, Splice, VisionEncoder
+from vtp.export.families.gemma.reference import PaliGemmaReference
+from vtp.export.families.reference import Reference
+from vtp.export.graphs.decoder import Decoder
+from vtp.export.graphs.encoder import Projector, VisionEncoder
+from vtp.export.graphs.splice import Splice
 
 
 class PaliGemma(Family):
@@ -32,7 +34,7 @@ class PaliGemma(Family):
         "one question, no conversation; a prompt no longer than Gemma 2's window; attention in single "
         "operators, since GroupQueryAttention is causal"
     )
-    seams: ClassVar[type[Seams]] = PaliGemmaSeams
+    reference: ClassVar[type[Reference]] = PaliGemmaReference
     template: ClassVar[str | None] = (
         "{% if messages | length > 1 %}{{ raise_exception('it takes one question, and no conversation') }}"
         "{% endif %}{% set parts = messages[0]['content'] %}"
@@ -64,7 +66,9 @@ class PaliGemma(Family):
     @property
     def decoder(self) -> Decoder:
         softcap = getattr(self.model.config.text_config, "final_logit_softcapping", None)
-        return Decoder(self.model.model.language_model, self.model.lm_head, sight="prompt", softcap=softcap)
+        return Decoder(
+            self.model.model.language_model, self.model.lm_head, mask_kind="prompt", softcap=softcap
+        )
 
     @property
     def image_token_id(self) -> int:

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtp.export.families.reference import Seams
+from vtp.export.families.reference import Reference
 
 
-class SiglipSeams(Seams):
+class SiglipReference(Reference):
     """Features are the tower's last_hidden_state, in some models pooled; cues are of its last layer."""
 
     def vision(self, pixel_values: Tensor, wanted: Collection[str]) -> dict[str, Tensor]:
@@ -41,7 +41,7 @@ class SiglipSeams(Seams):
         return whole.pooler_output, torch.arange(patches.shape[1])
 
 
-class PaliGemmaSeams(SiglipSeams):
+class PaliGemmaReference(SiglipReference):
     """A prompt is read in both directions; positions count from 1. No prompt outgrows a sliding window."""
 
     @property
@@ -60,7 +60,7 @@ class PaliGemmaSeams(SiglipSeams):
         return None
 
 
-class Gemma3Seams(SiglipSeams):
+class Gemma3Reference(SiglipReference):
     """Visual tokens see all those of their picture; layers differ in window and rotary embedding."""
 
     def pooled(self, patches: Tensor) -> Tensor:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from vtp.engines import VtpError
 from vtp.export.families.base import Family
-from vtp.export.graphs.modules import Decoder, Projector, VisionEncoder
+from vtp.export.graphs.decoder import Decoder
+from vtp.export.graphs.encoder import Projector, VisionEncoder
 
 
 class Llava(Family):

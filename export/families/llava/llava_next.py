@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from vtp.engines import VtpError
 from vtp.export.families.llava.llava import Llava
 from vtp.export.families.llava.tiles import LinesProjector, Views, ViewsEncoder
-from vtp.export.families.reference import TiledSeams
+from vtp.export.families.reference import TiledReference
 from vtp.runtime.preprocess import ImageSpec
 from vtp.runtime.preprocess.anyres import best_resolution, resolution, tiles
 
@@ -31,7 +31,7 @@ class LlavaNext(Llava):
     )
     lacks = MappingProxyType({"grid": "its tokens lie in several tiles"})
     image_kinds = ("anyres",)
-    seams = TiledSeams
+    reference = TiledReference
 
     def prepare(self, image: ImageSpec) -> None:
         points = [(point[0], point[1]) for point in self.model.config.image_grid_pinpoints]

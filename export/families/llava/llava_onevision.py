@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from vtp.engines import UsageError, VtpError
 from vtp.export.families.llava.clips import Clips
 from vtp.export.families.llava.llava_next import LlavaNext
-from vtp.export.families.reference import FrameSeams
+from vtp.export.families.reference import FrameReference
 from vtp.export.graphs.frames import Frames, PoolingProjector
 from vtp.runtime.preprocess import ImageSpec
 
 
-class ClipSeams(FrameSeams):
+class ClipReference(FrameReference):
     """Projected patches are pooled frame by frame."""
 
     def project(self, image_features: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ class LlavaOnevisionClips(Clips):
     name = "llava_onevision"
     architectures = ("LlavaOnevisionForConditionalGeneration",)
     sites = ("projector", "decoder")
-    seams = ClipSeams
+    reference = ClipReference
 
     def prepare(self, image: ImageSpec) -> None:
         half = math.ceil(self.seen[0] / 2)

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from vtp.export.families.llava.clips import Clips
 from vtp.export.families.llava.llava import Llava
-from vtp.export.families.reference import FrameSeams, Seams
+from vtp.export.families.reference import FrameReference, Reference
 from vtp.export.graphs.frames import Frames, FramesEncoder
 from vtp.runtime.preprocess import ImageSpec
 
 
-class PictureSeams(Seams):
+class PictureReference(Reference):
     """LLaVA-1.5's, with the picture tower."""
 
     @property
@@ -27,7 +27,7 @@ class PictureSeams(Seams):
         return self.model.model.image_tower
 
 
-class ClipSeams(FrameSeams):
+class ClipReference(FrameReference):
     """With the video tower, whose CLS tokens go on."""
 
     @property
@@ -47,7 +47,7 @@ class VideoLlavaClips(Clips):
 
     name = "video_llava"
     architectures = ("VideoLlavaForConditionalGeneration",)
-    seams = ClipSeams
+    reference = ClipReference
 
     def prepare(self, image: ImageSpec) -> None:
         self.frames = Frames(image.frames or 1, self.seen, before=int(self._has_cls()))
@@ -71,7 +71,7 @@ class VideoLlava(Llava):
         "frames' CLS tokens, and methods that need a grid are refused"
     )
     several = False
-    seams = PictureSeams
+    reference = PictureReference
     clips = VideoLlavaClips
 
     @property

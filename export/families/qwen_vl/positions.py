@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from vtp.export.graphs.modules import Splice
+from vtp.export.graphs.splice import Splice
 
 
 class GridSplice(Splice):

@@ -8,7 +8,7 @@ everything; where one does not, the attention that a token receives is its own w
 from __future__ import annotations
 
 from vtp.export.families.qwen_vl.qwen2_vl import Qwen2VL
-from vtp.export.families.qwen_vl.reference import WindowSeams
+from vtp.export.families.qwen_vl.reference import WindowReference
 from vtp.export.families.qwen_vl.tower import TowerParts
 
 
@@ -17,7 +17,7 @@ class Qwen2_5VL(Qwen2VL):
 
     name = "qwen2_5_vl"
     architectures = ("Qwen2_5_VLForConditionalGeneration",)
-    seams = WindowSeams
+    reference = WindowReference
 
     def tower_parts(self) -> TowerParts:
         vision = self._vision

@@ -15,9 +15,10 @@ from torch import nn
 from vtp.engines import VtpError
 from vtp.export.families.base import Family
 from vtp.export.families.qwen_vl.positions import GridSplice
-from vtp.export.families.qwen_vl.reference import PatchSeams
+from vtp.export.families.qwen_vl.reference import PatchReference
 from vtp.export.families.qwen_vl.tower import PatchGrid, PatchTower, TowerParts
-from vtp.export.graphs.modules import Decoder, Projector
+from vtp.export.graphs.decoder import Decoder
+from vtp.export.graphs.encoder import Projector
 from vtp.runtime.preprocess import ImageSpec
 
 
@@ -31,7 +32,7 @@ class Qwen2VL(Family):
     limits = "one image size per bundle; kept tokens keep their positions; no video"
     image_kinds = ("qwen",)
     positions = ("original",)
-    seams = PatchSeams
+    reference = PatchReference
     picture: PatchGrid
     size: tuple[int, int]
 

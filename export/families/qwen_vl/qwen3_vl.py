@@ -2,8 +2,8 @@
 
 Source: transformers' modeling_qwen3_vl.py (DeepStack: Meng et al., arXiv 2406.04334). After each of the first
 L decoder layers, what a merger of its own made of an earlier tower block is added to the visual tokens. These
-L streams travel beside image_features and embeddings, so that whatever picks tokens picks them too; methods
-see the first part alone.
+L deepstack features travel beside image_features and embeddings, so that whatever picks tokens picks them
+too; methods see the first part alone.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from vtp.export.families.qwen_vl.qwen2_vl import Qwen2VL
-from vtp.export.families.qwen_vl.reference import DeepSeams
+from vtp.export.families.qwen_vl.reference import DeepReference
 from vtp.export.families.qwen_vl.tower import DeepProjector, JoinedNorm, PlaceTable, TowerParts
-from vtp.export.graphs.modules import Decoder
+from vtp.export.graphs.decoder import Decoder
 
 
 class Qwen3VL(Qwen2VL):
@@ -28,12 +28,12 @@ class Qwen3VL(Qwen2VL):
         f"{Qwen2VL.limits}; methods see features and embeddings of the last tower block alone, and kept "
         "tokens take those of the other blocks along"
     )
-    seams = DeepSeams
+    reference = DeepReference
 
     @property
     def decoder(self) -> Decoder:
         text, head = self.model.model.language_model, self.model.lm_head
-        return Decoder(text, head, axes=3, streams=len(self._deep()))
+        return Decoder(text, head, axes=3, deepstack=len(self._deep()))
 
     def projector(self, whole: bool) -> nn.Module:
         del whole  # it has no tokens but its patches

@@ -5,15 +5,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Collection
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
 
-from vtp.export.families.reference import Seams
+from vtp.export.families.reference import Reference
+from vtp.export.patched import patched
 
 
-class PatchSeams(Seams):
+class PatchReference(Reference):
     """Qwen2-VL's: pixel_values are the patches [P,values] of one picture."""
 
     @property
@@ -38,7 +38,7 @@ class PatchSeams(Seams):
         return torch.arange(int(self.grid.prod()) // merge**2)
 
     def vision(self, pixel_values: Tensor, wanted: Collection[str]) -> dict[str, Tensor]:
-        """As `Seams.vision`: image_features [1,N,C] are what enters the merger's MLP.
+        """As `Reference.vision`: image_features [1,N,C] are what enters the merger's MLP.
 
         Both cues are the last block's: attention_scores the mean over a token's patches of the attention they
         receive, mean over heads and all rows (0 from other windows); vision_keys their keys side by side.
@@ -57,7 +57,7 @@ class PatchSeams(Seams):
             last.qkv.register_forward_hook(lambda _module, _inputs, output: rows.append(output)),
         ]
         try:
-            with mock.patch.object(module, "eager_attention_forward", watched):
+            with patched(module, "eager_attention_forward", watched):
                 self.tower(pixel_values.to(self.model.dtype), grid_thw=self.grid)
         finally:
             for hook in hooks:
@@ -85,7 +85,7 @@ class PatchSeams(Seams):
         return numbers[:, 0], int(numbers.max()) + 1
 
 
-class WindowSeams(PatchSeams):
+class WindowReference(PatchReference):
     """Qwen2.5-VL's: the tower takes the visual tokens window by window."""
 
     def order(self) -> Tensor:
@@ -98,7 +98,7 @@ class WindowSeams(PatchSeams):
         return index.argsort()
 
 
-class DeepSeams(PatchSeams):
+class DeepReference(PatchReference):
     """Qwen3-VL's: features of earlier tower blocks are added to visual tokens after the first layers."""
 
     deep: list[Tensor]  # by decoder layer: of every picture looked at, one after the other

@@ -17,10 +17,13 @@ from torch import Tensor, nn
 
 from vtp.engines import VtpError
 from vtp.export.families.base import Family
-from vtp.export.families.tiled.reference import Idefics3Seams
+from vtp.export.families.tiled.reference import Idefics3Reference
 from vtp.export.families.tiled.runs import Runs, RunsDecoderPruner, RunsSplice, RunsTextCues
 from vtp.export.families.tiled.shuffle import ShuffledEncoder
-from vtp.export.graphs.modules import Decoder, DecoderPruner, Projector, Splice, TextCues, VisionEncoder
+from vtp.export.graphs.decoder import Decoder
+from vtp.export.graphs.encoder import Projector, VisionEncoder
+from vtp.export.graphs.pruner import DecoderPruner
+from vtp.export.graphs.splice import Splice, TextCues
 from vtp.export.pruners.base import Pruner
 from vtp.runtime.preprocess import ImageSpec
 from vtp.runtime.preprocess.idefics3 import tiles
@@ -40,7 +43,7 @@ class Idefics3(Family):
         "are never pruned; methods that need a grid only at one tile; no video"
     )
     image_kinds = ("idefics3",)
-    seams = Idefics3Seams
+    reference = Idefics3Reference
 
     @classmethod
     def check(cls, config: dict[str, Any]) -> None:

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from vtp.engines import VtpError
 from vtp.export.families.base import Family
-from vtp.export.families.tiled.reference import InternVLSeams
+from vtp.export.families.tiled.reference import InternVLReference
 from vtp.export.families.tiled.shuffle import ShuffledEncoder
-from vtp.export.graphs.modules import Decoder, Projector, VisionEncoder
+from vtp.export.graphs.decoder import Decoder
+from vtp.export.graphs.encoder import Projector, VisionEncoder
 from vtp.runtime.preprocess import ImageSpec
 
 _TILED = MappingProxyType({"grid": "its tokens lie in several tiles"})
@@ -37,7 +38,7 @@ class InternVL(Family):
         "grid only at one tile; no video"
     )
     image_kinds = ("internvl", "clip")  # the second at an image size of one tile
-    seams = InternVLSeams
+    reference = InternVLReference
     _views = 1
 
     @classmethod

@@ -1,4 +1,4 @@
-"""Seams of the families whose tokens are several patches of the tower: InternVL, Idefics3, SmolVLM.
+"""References of the families whose tokens are several patches of the tower: InternVL, Idefics3, SmolVLM.
 
 The views of a picture go through the tower one after the other: eager attention on all of them at once would
 take gigabytes where a picture has a dozen.
@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtp.export.families.reference import Seams
+from vtp.export.families.reference import Reference
 
 
-class ShuffledSeams(Seams):
+class ShuffledReference(Reference):
     """pixel_values [V,3,H,W] are the views of one picture."""
 
     def vision(self, pixel_values: Tensor, wanted: Collection[str]) -> dict[str, Tensor]:
@@ -62,7 +62,7 @@ class ShuffledSeams(Seams):
         return answer, seen["weights"].float().mean(dim=1), seen["keys"]
 
 
-class InternVLSeams(ShuffledSeams):
+class InternVLReference(ShuffledReference):
     """InternVL's: the tower has CLS."""
 
     def _view(self, pixel_values: Tensor) -> dict[str, Tensor]:
@@ -90,7 +90,7 @@ class InternVLSeams(ShuffledSeams):
         return self.model.model.pixel_shuffle(square, scale_factor=ratio).flatten(0, 2)
 
 
-class Idefics3Seams(ShuffledSeams):
+class Idefics3Reference(ShuffledReference):
     """Idefics3's and SmolVLM's: no CLS."""
 
     @property

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vtp.export.graphs.layout import Layout, lay_out, widened
-from vtp.export.graphs.modules import DecoderPruner, Splice, TextCues, asked, for_each
+from vtp.export.graphs.pruner import DecoderPruner
+from vtp.export.graphs.splice import Splice, TextCues, asked, for_each
 from vtp.export.pruners.base import Pruner
 from vtp.export.pruners.ops import gather_rows
 

@@ -42,7 +42,7 @@ def on_fixed_cache(write: Write, attend: TowerAttend) -> Attend:
         start = first_places(lengths, query.shape[2])
         keys, values = (write(cache, new, start) for cache, new in zip(past, (key, value), strict=True))
         place = start.unsqueeze(1) + torch.arange(query.shape[2])
-        mask = lengths.seen(place, keys.shape[2], rule, lengths.ahead).unsqueeze(1)
+        mask = lengths.seen(place, keys.shape[2], rule, lengths.lookahead).unsqueeze(1)
         if rule.softcap is None:
             output = attend(query, keys, values, mask, rule.scale)
         else:

@@ -9,16 +9,17 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from vtp.engines.errors import VtpError
+from vtp.export.patched import patched
 
 DECODER_ATTENTION = "vtp_decoder"
 TOWER_ATTENTION = "vtp_tower"
@@ -56,14 +57,14 @@ class Lengths:
 
     seqlens_k int32 [B]: valid tokens in the cache after this run, minus one.
     total_sequence_length int32 []: the longest row after this run.
-    ahead int64 [B,S]: how many tokens after itself each token of this run sees, up to the row's end. None: a
-    token sees itself and those before it.
+    lookahead int64 [B,S]: how many tokens after itself each token of this run sees, up to the row's end.
+    None: a token sees itself and those before it.
     windows: whether sliding windows are kept to; they need not be where no cache is longer than a window.
     """
 
     seqlens_k: Tensor
     total_sequence_length: Tensor
-    ahead: Tensor | None = None
+    lookahead: Tensor | None = None
     windows: bool = False
 
     def last_index(self, sequence: int) -> Tensor:
@@ -71,24 +72,24 @@ class Lengths:
         past = self.total_sequence_length.to(torch.int64) - sequence
         return (self.seqlens_k.to(torch.int64) - past).clamp(0, sequence - 1)
 
-    def seen(self, place: Tensor, columns: int, rule: Rule, ahead: Tensor | None) -> Tensor:
+    def seen(self, place: Tensor, columns: int, rule: Rule, lookahead: Tensor | None) -> Tensor:
         """Which of the cache's first `columns` places tokens at `place` int64 [B,R] see: bool [B,R,columns].
 
-        `ahead` int64 [B,R] is those tokens' own. Padding after a row's end sees what the row's last token
+        `lookahead` int64 [B,R] is those tokens' own. Padding after a row's end sees what the row's last token
         sees, so that no row of the answer is empty.
         """
         column = torch.arange(columns)
-        if ahead is None and rule.window is None:
+        if lookahead is None and rule.window is None:
             return column <= place.unsqueeze(2)
         end = self.seqlens_k.to(torch.int64).unsqueeze(1)
         place = torch.minimum(place, end)
-        reach = place if ahead is None else torch.minimum(place + ahead, end)
+        reach = place if lookahead is None else torch.minimum(place + lookahead, end)
         near = column <= reach.unsqueeze(2)
         return near if rule.window is None else near & (column > place.unsqueeze(2) - rule.window)
 
 
 @dataclass
-class Watch:
+class LayerProbe:
     """A decoder layer whose attention a method reads, and what was read once that layer ran.
 
     layer      absolute number
@@ -110,10 +111,10 @@ class Watch:
 
 
 @dataclass
-class Peek:
+class LastRowProbe:
     """Only what a layer would attend to: its attention leaves the last row here and gives zeros."""
 
-    watch: Watch
+    probe: LayerProbe
     lengths: Lengths
 
 
@@ -124,7 +125,7 @@ class Cache:
     past: dict[int, tuple[Tensor, Tensor]]
     lengths: Lengths
     present: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    watch: Watch | None = None
+    probe: LayerProbe | None = None
 
     def update(self, key: Tensor, value: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         return key, value
@@ -132,7 +133,7 @@ class Cache:
 
 @dataclass
 class TowerProbe:
-    """Which tower attention module to watch; the scores [B,N] and the keys [B,N,C] it gave."""
+    """Which tower attention module to read; the scores [B,N] and the keys [B,N,C] it gave."""
 
     module: nn.Module | None
     has_cls: bool
@@ -177,23 +178,24 @@ class Attending:
     norm: Norm = norm_operator
 
 
-_active: list[Any] = []
-_attending: list[Attending] = []
+# What the attention functions read and write while a graph is traced, and how the target writes it.
+_active: ContextVar[Any] = ContextVar("active")
+_attending: ContextVar[Attending] = ContextVar("attending")
 
 
 def attending() -> Attending:
     """What the target writes whose graphs are being traced, for modules that attend by themselves."""
-    return _attending[-1]
+    return _attending.get()
 
 
 @contextmanager
-def active(context: Cache | Peek | TowerProbe) -> Iterator[None]:
+def active(context: Cache | LastRowProbe | TowerProbe) -> Iterator[None]:
     """Make `context` the one that the registered attention functions read and write."""
-    _active.append(context)
+    token = _active.set(context)
     try:
         yield
     finally:
-        _active.pop()
+        _active.reset(token)
 
 
 def _decoder_attention(
@@ -211,15 +213,15 @@ def _decoder_attention(
     refused = sorted(name for name, given in kwargs.items() if name not in _HARMLESS and given is not None)
     if refused:
         raise VtpError(f"this decoder's attention uses '{refused[0]}', which the exporter does not serve")
-    cache: Cache | Peek = _active[-1]
+    cache: Cache | LastRowProbe = _active.get()
     layer = module.layer_idx
     scale = float(scaling if scaling is not None else query.shape[-1] ** -0.5)
     rule = Rule(scale, softcap, sliding_window if cache.lengths.windows else None)
-    if cache.watch is not None and layer == cache.watch.layer:
-        cache.watch.read(query, key, rule, cache.lengths)
-    if isinstance(cache, Peek):
+    if cache.probe is not None and layer == cache.probe.layer:
+        cache.probe.read(query, key, rule, cache.lengths)
+    if isinstance(cache, LastRowProbe):
         return torch.zeros_like(query).transpose(1, 2), None
-    output, cache.present[layer] = _attending[-1].decoder(
+    output, cache.present[layer] = _attending.get().decoder(
         query, key, value, cache.past[layer], cache.lengths, rule
     )
     return output, None
@@ -229,7 +231,7 @@ def grouped_query_attention(
     query: Tensor, key: Tensor, value: Tensor, past: tuple[Tensor, Tensor], lengths: Lengths, rule: Rule
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """Emit ONNX Runtime's GroupQueryAttention; see `Attend`. It is causal and sees the whole cache."""
-    if lengths.ahead is not None or rule != Rule(rule.scale):
+    if lengths.lookahead is not None or rule != Rule(rule.scale):
         raise VtpError("GroupQueryAttention is written for plain causal attention; this decoder's is not")
     batch, heads, sequence, width = query.shape
     groups = key.shape[1]
@@ -277,8 +279,8 @@ def attention_rows(query: Tensor, key: Tensor, rule: Rule, lengths: Lengths, row
     asked = asked.reshape(batch, groups, heads // groups * count, width)
     logits = rule.bend(torch.matmul(asked, key.transpose(2, 3)))
     logits = logits.reshape(batch, heads, count, sequence)
-    ahead = None if lengths.ahead is None else torch.gather(lengths.ahead, 1, places)
-    hidden = ~lengths.seen(places, sequence, rule, ahead)
+    lookahead = None if lengths.lookahead is None else torch.gather(lengths.lookahead, 1, places)
+    hidden = ~lengths.seen(places, sequence, rule, lookahead)
     logits = logits.masked_fill(hidden.unsqueeze(1), torch.finfo(torch.float32).min)
     return torch.softmax(logits, dim=-1)
 
@@ -292,14 +294,14 @@ def _tower_attention(
     scaling: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Fused attention for a vision tower; the watched module also leaves its scores with the probe."""
-    probe: TowerProbe = _active[-1]
+    """Fused attention for a vision tower; the probed module also leaves its scores with the probe."""
+    probe: TowerProbe = _active.get()
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     if module is probe.module:
         probe.scores = _cls_row(query, key, scale) if probe.has_cls else attention_received(query, key, scale)
         keys = _merge_heads(key)
         probe.keys = keys[:, 1:] if probe.has_cls else keys
-    return _attending[-1].tower(query, key, value, attention_mask, scale).transpose(1, 2), None
+    return _attending.get().tower(query, key, value, attention_mask, scale).transpose(1, 2), None
 
 
 def fused_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -348,18 +350,18 @@ def _rotate(
 ) -> tuple[Tensor, Tensor]:
     """`apply_rotary_pos_emb` as the target writes it; cos and sin [B,S,d] hold two equal halves."""
     half = cos.shape[-1] // 2
-    cos, sin, turn = cos[..., :half], sin[..., :half], _attending[-1].rotary
+    cos, sin, turn = cos[..., :half], sin[..., :half], _attending.get().rotary
     return turn(query, cos, sin), turn(key, cos, sin)
 
 
 def _rms_norm(module: Any, hidden: Tensor) -> Tensor:
-    return _attending[-1].norm(hidden, module.weight, module.variance_epsilon)
+    return _attending.get().norm(hidden, module.weight, module.variance_epsilon)
 
 
 def _centred_rms_norm(module: Any, hidden: Tensor) -> Tensor:
     """Gemma's: weights lie around 0, and the product with 1 + weight is taken in float32."""
     weight = module.weight.float() + 1.0
-    return _attending[-1].norm(hidden.float(), weight, module.eps).type_as(hidden)
+    return _attending.get().norm(hidden.float(), weight, module.eps).type_as(hidden)
 
 
 def _norm_of(module: nn.Module) -> Callable[[Any, Tensor], Tensor] | None:
@@ -384,15 +386,14 @@ def emitting(
     """
     register()
     with ExitStack() as stack:
-        _attending.append(attending)
-        stack.callback(_attending.pop)
+        stack.callback(_attending.reset, _attending.set(attending))
         for part, name in ((decoder, DECODER_ATTENTION), (tower, TOWER_ATTENTION)):
             if part is not None:
                 stack.enter_context(_attention_implementation(part, name))
         for module in [*decoder.modules(), *(tower.modules() if tower is not None else ())]:
             if norm := _norm_of(module):
-                stack.enter_context(mock.patch.object(module, "forward", MethodType(norm, module)))
-        stack.enter_context(mock.patch.object(_modeling(decoder), "apply_rotary_pos_emb", _rotate))
+                stack.enter_context(patched(module, "forward", MethodType(norm, module)))
+        stack.enter_context(patched(_modeling(decoder), "apply_rotary_pos_emb", _rotate))
         yield
 
 

@@ -19,7 +19,7 @@ from vtp.engines.ort.session import OrtEngine
 from vtp.engines.tensorrt.library import refused_nodes
 from vtp.export.exporter import Request, export
 from vtp.export.families.gemma.gemma3 import Gemma3
-from vtp.export.families.gemma.lookahead import looking_ahead
+from vtp.export.families.gemma.lookahead import lookahead
 from vtp.export.families.gemma.paligemma import PaliGemma
 from vtp.export.graphs.attention import operators as attention
 from vtp.export.graphs.attention.operators import Lengths, Rule
@@ -43,7 +43,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "pali2_deep": lambda: tiny_paligemma("gemma2", layers=4, seed=2),
     "gemma3": lambda: tiny_gemma3(seed=3),
 }
-SEAMS = {"pali": PaliGemma.seams, "pali2": PaliGemma.seams, "gemma3": Gemma3.seams}
+REFERENCES = {"pali": PaliGemma.reference, "pali2": PaliGemma.reference, "gemma3": Gemma3.reference}
 HALF = {"dtype": "float16"}
 TENSORRT = {"target": "tensorrt"}
 BUNDLES: dict[str, tuple[str, str, str | None, dict[str, Any]]] = {
@@ -136,7 +136,7 @@ def test_what_a_prompt_sees(texts: list[int], visual: int, end: int, window: int
         picture += [number] * visual + [-1] * after
     total = len(picture)
     end = min(end, total)
-    place, ahead = torch.arange(total).unsqueeze(0), looking_ahead(total, torch.tensor([starts]), visual)
+    place, ahead = torch.arange(total).unsqueeze(0), lookahead(total, torch.tensor([starts]), visual)
     lengths = Lengths(torch.tensor([end - 1], dtype=torch.int32), torch.tensor(total, dtype=torch.int32))
     seen = lengths.seen(place, total + 3, Rule(1.0, window=window), ahead)[0]
     own = [*picture, -2, -2, -2]
@@ -248,7 +248,7 @@ def test_unpruned_equals_transformers(bundle: Callable[[str], Made], name: str) 
     assert tokens == answer.sequences[0, -24:].tolist()
 
     reference = reference_generate(
-        made.model, None, given["input_ids"], given["pixel_values"], 24, seams=SEAMS[made.kind]
+        made.model, None, given["input_ids"], given["pixel_values"], 24, reference=REFERENCES[made.kind]
     )
     assert reference.token_ids == tokens
     for ours, theirs in zip(reference.step_logits, answer.logits, strict=True):

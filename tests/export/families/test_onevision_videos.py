@@ -14,7 +14,7 @@ from transformers import LlavaOnevisionProcessor
 
 from vtp.engines import UsageError
 from vtp.export.exporter import Request, export
-from vtp.export.families.llava.llava_onevision import ClipSeams
+from vtp.export.families.llava.llava_onevision import ClipReference
 from vtp.export.pruners.divprune import DivPrune
 from vtp.export.verify.reference import reference_generate
 from vtp.runtime import Pipeline
@@ -67,7 +67,7 @@ def test_a_video_equals_transformers(bundle: Callable[..., Path], model: tuple[P
     assert np.array_equal(ours, frames.numpy())
     tokens = follow(folder, ours, [BOS, VIDEO, *WORDS], 1, answer.logits)
     assert tokens == answer.sequences[0, -20:].tolist()
-    assert reference_generate(model[1], None, ids, frames, 20, seams=ClipSeams).token_ids == tokens
+    assert reference_generate(model[1], None, ids, frames, 20, reference=ClipReference).token_ids == tokens
 
 
 def test_a_pruned_video_equals_the_torch_reference(
@@ -81,7 +81,9 @@ def test_a_pruned_video_equals_the_torch_reference(
         assert (result.visual_tokens.before, result.visual_tokens.after) == (TOKENS, 6)
     ids = torch.tensor([[BOS, *[VIDEO] * TOKENS, *WORDS]])
     pruner = DivPrune((1, TOKENS - 1), 6)
-    answer = reference_generate(model[1], pruner, ids, pixels_of(video, ONEVISION), 1, seams=ClipSeams)
+    answer = reference_generate(
+        model[1], pruner, ids, pixels_of(video, ONEVISION), 1, reference=ClipReference
+    )
     assert result.kept == answer.keep_indices.tolist()
 
 

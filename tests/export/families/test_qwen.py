@@ -233,11 +233,11 @@ def test_the_tower_is_transformers(folders: Callable[[str], Any], name: str, siz
         with emitting(family.decoder.model, family.tower):
             given = dict(zip(names, family.vision_encoder(names[1:])(pixels), strict=True))
             tokens = family.projector(whole=True)(given["image_features"])
-        seams = family.seams(torch_model, SIZES[size])
-        with seams.eager():
-            wanted = seams.vision(pixels, names)
-            whole, _ = seams.tokens(pixels, tokens)
-    whole = torch.cat([whole, *(block[None] for block in getattr(seams, "deep", []))], dim=-1)
+        reference = family.reference(torch_model, SIZES[size])
+        with reference.eager():
+            wanted = reference.vision(pixels, names)
+            whole, _ = reference.tokens(pixels, tokens)
+    whole = torch.cat([whole, *(block[None] for block in getattr(reference, "deep", []))], dim=-1)
     assert tokens.shape == (1, family.grid[0] * family.grid[1], family.decoder.wide(0))
     given["image_features"] = given["image_features"][..., : family.feature_width]
     for cue in names:
@@ -300,7 +300,7 @@ def test_the_reference_chooses_alike(bundle: Callable[[str], Made], name: str) -
         prompt = pipe._prompter.encode(pipe._prompter.messages_for("what is it ?"))
     ids = [*prompt.ids[: prompt.image_start], *[IMAGE] * (grid[0] * grid[1])]
     pruner = find_method(wishes["method"])(grid, keep)
-    seams = checkpoint.find_family({"architectures": [KINDS[MODELS[model][0]][1]]}).seams
+    reference = checkpoint.find_family({"architectures": [KINDS[MODELS[model][0]][1]]}).reference
     answer = reference_generate(
         made.model,
         pruner,
@@ -309,7 +309,7 @@ def test_the_reference_chooses_alike(bundle: Callable[[str], Made], name: str) -
         max_new_tokens=8,
         positions="original",
         image_size=made.image_size,
-        seams=seams,
+        reference=reference,
     )
     assert result.kept == answer.keep_indices.tolist()
     assert result.token_ids == answer.token_ids[: len(result.token_ids)]

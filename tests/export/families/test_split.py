@@ -208,9 +208,9 @@ def test_the_reference_equals_transformers(bundle: Callable[[str], Made], name: 
     given = processed(made, [noise(*made.image_size, seed=4)], asked(WORDS, 1))
     wanted = transformers_answer(made, given, 8).sequences[0, -8:].tolist()
     pixels = given["pixel_values"].flatten(0, -4)
-    seams = find_family(made.model.config.to_dict()).seams
+    reference = find_family(made.model.config.to_dict()).reference
     answer = reference_generate(
-        made.model, None, given["input_ids"], pixels, 8, image_size=made.image_size, seams=seams
+        made.model, None, given["input_ids"], pixels, 8, image_size=made.image_size, reference=reference
     )
     assert answer.token_ids == wanted
 

@@ -19,7 +19,7 @@ from transformers.video_utils import VideoMetadata, default_sample_indices_fn
 from vtp.engines import UsageError, VtpError
 from vtp.export.checkpoint import loading as checkpoint
 from vtp.export.exporter import Request, export
-from vtp.export.families.llava.video_llava import ClipSeams
+from vtp.export.families.llava.video_llava import ClipReference
 from vtp.export.pruners.vispruner import VisPruner
 from vtp.export.verify.reference import reference_generate
 from vtp.runtime import Pipeline
@@ -143,7 +143,7 @@ def test_a_video_equals_transformers(bundle: Callable[..., Path], model: tuple[P
     tokens = follow(folder, ours, prompt.ids, start, answer.logits)
     assert tokens == answer.sequences[0, -20:].tolist()
     # What pruned bundles are held against says the same where nothing is pruned.
-    reference = reference_generate(model[1], None, ids, frames, 20, seams=ClipSeams)
+    reference = reference_generate(model[1], None, ids, frames, 20, reference=ClipReference)
     assert reference.token_ids == tokens
 
 
@@ -161,7 +161,7 @@ def test_a_pruned_video_equals_the_torch_reference(
     frames = pixels_of(video)
     pruner = VisPruner((1, FRAMES * COUNT), 6)
     answer = reference_generate(
-        model[1], pruner, transformers_ids(frames), frames, 12, (1, 2), seams=ClipSeams
+        model[1], pruner, transformers_ids(frames), frames, 12, (1, 2), reference=ClipReference
     )
     assert result.kept == answer.keep_indices.tolist()
     assert not any(place % (COUNT + 1) == 0 for place in result.kept)  # CLS tokens are not chosen from

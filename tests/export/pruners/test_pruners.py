@@ -521,7 +521,15 @@ def test_bad_option_strings_are_refused_in_one_line(name, texts, words):
 
 def test_registry_lists_files_and_none():
     folder = Path(pruners.__file__).parent
-    files = {file.stem for file in folder.glob("*.py")} - {"__init__", "base", "greedy", "merge", "ops"}
+    files = {file.stem for file in folder.glob("*.py")} - {
+        "__init__",
+        "base",
+        "greedy",
+        "merge",
+        "ops",
+        "registry",
+        "site",
+    }
     assert pruners.method_names() == ["none", *sorted(files)]
     assert {"random", "uniform", "fastv", "vispruner", "adaptprune"} <= files
 
@@ -562,13 +570,23 @@ def test_unknown_method_suggests_the_nearest_and_lists_all():
 @pytest.mark.parametrize("site", ["vision", "projector", "decoder", "decoder:1", "decoder:12"])
 def test_sites_parse(site):
     kind, layer = pruners.parse_site(site)
-    assert site == (kind if layer is None else f"{kind}:{layer}")
+    assert site == (kind if layer is None else f"{kind}:{layer}") == str(pruners.Site.parse(site))
 
 
-@pytest.mark.parametrize("site", ["", "tower", "decoder:", "decoder:0", "decoder:-1", "decoder:²"])
+@pytest.mark.parametrize(
+    "site", ["", "tower", "decoder:", "decoder:0", "decoder:-1", "decoder:²", "vision:1"]
+)
 def test_other_sites_are_refused(site):
     with pytest.raises(UsageError, match="is not vision, projector, decoder:L with"):
         pruners.parse_site(site)
+
+
+def test_a_site_of_several_layers_is_no_declaration():
+    assert pruners.Site.parse("decoder:1,3") == pruners.Site("decoder", (1, 3))
+    with pytest.raises(UsageError, match="is not vision"):
+        pruners.Site.parse("decoder:3,1")
+    with pytest.raises(UsageError, match=r"names several layers; declare site decoder .* sites\(\)"):
+        pruners.parse_site("decoder:1,3")
 
 
 MINE = """

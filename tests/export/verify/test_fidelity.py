@@ -85,7 +85,7 @@ def run_bundle(bundle: Bundle, ids: torch.Tensor, seed: int, keep: int, steps: i
             break
         run.logits.append(runner.step(keep, run.tokens[-1], position).copy())
         position += 1
-    run.lengths = {file: one.length for file, one in runner._caches.items()}
+    run.lengths = {file: one.length for file, one in runner.caches.items()}
     runner.close()
     return run
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vtp.engines.errors import UsageError, VtpError
-from vtp.export.families.reference import Seams
+from vtp.export.families.reference import Reference
 from vtp.export.pruners import find_method
 from vtp.export.pruners.base import Pruner
 from vtp.export.verify.reference import reference_generate
@@ -238,7 +238,7 @@ def test_vision_cues_come_from_the_layer_that_makes_the_features(vision, layer):
     model.config.vision_feature_layer = layer
     model.set_attn_implementation("eager")
     with torch.no_grad():
-        cues = Seams(model).vision(pixels(), {"attention_scores"})
+        cues = Reference(model).vision(pixels(), {"attention_scores"})
         tower = model.model.vision_tower
         out = tower(pixels(), output_attentions=True, output_hidden_states=True)
         weights = out.attentions[{-2: 1, -1: 2, 1: 0}[layer]][0].mean(0)

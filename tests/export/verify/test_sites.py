@@ -15,7 +15,7 @@ from vtp.engines import UsageError, VtpError
 from vtp.export.checkpoint import loading as checkpoint
 from vtp.export.checkpoint.weights import fill
 from vtp.export.exporter import Request, export
-from vtp.export.plan.schedule import make_chains, site_of
+from vtp.export.plan.schedule import make_schedules, site_of
 from vtp.export.pruners.base import Pruner
 from vtp.export.verify import parity
 from vtp.export.verify.reference import reference_generate
@@ -90,7 +90,7 @@ def test_cues_equal_the_reference(bundles, model_path, name, keep):
     bundle, model = open_bundle(bundles(name)), checkpoint.load(model_path, "float32")
     fill(model.family.model)
     method = getattr(curious, name)
-    (chain,) = make_chains(method, model.family, [keep], {})
+    (schedule,) = make_schedules(method, model.family, [keep], {})
     case = parity._case(bundle, model)
     runner = StageRunner(bundle, "ort-cpu", 1)
     values = runner.prefill(keep, case.pixels, case.ids, case.image_start, Timings())
@@ -100,11 +100,11 @@ def test_cues_equal_the_reference(bundles, model_path, name, keep):
         for stage in bundle.manifest.stages_for(when, keep)
         if stage.name.startswith("pruner")
     ]
-    assert len(stages) == len(chain)
-    replay = parity.chosen(bundle, chain, values)
+    assert len(stages) == len(schedule)
+    replay = parity.chosen(bundle, schedule, values)
     recorders = [
         Recording(pruner, *(stand_in.answer if pruner.merges else (stand_in.answer,)))
-        for pruner, stand_in in zip(chain, replay, strict=True)
+        for pruner, stand_in in zip(schedule, replay, strict=True)
     ]
     with torch.no_grad():
         answer = reference_generate(
@@ -117,7 +117,7 @@ def test_cues_equal_the_reference(bundles, model_path, name, keep):
         )
     final = values["keep_indices"].numpy()[0].tolist()
     assert answer.keep_indices.tolist() == final and len(final) == keep
-    for pruner, recorder, stand_in in zip(chain, recorders, replay, strict=True):
+    for pruner, recorder, stand_in in zip(schedule, recorders, replay, strict=True):
         given = {name: torch.from_numpy(cue) for name, cue in recorder.seen.items()}
         assert set(given) == set(method.needs)
         with torch.no_grad():
@@ -204,7 +204,7 @@ def lay_out(sites: tuple[tuple[int, int], ...]) -> type[Pruner]:
 )
 def test_sites_that_cannot_be_are_refused(family, sites):
     with pytest.raises(VtpError, match="layers must ascend") as caught:
-        make_chains(lay_out(sites), family, [4], {})
+        make_schedules(lay_out(sites), family, [4], {})
     assert "\n" not in str(caught.value)
 
 
@@ -217,8 +217,8 @@ def test_sites_that_move_with_the_keep_count_are_refused(family):
             return ((1 if keep > 4 else 2, keep),)
 
     with pytest.raises(UsageError, match="one by one"):
-        make_chains(Moving, family, [3, 6], {})
-    assert site_of(make_chains(Moving, family, [6], {})[0]) == "decoder:1"
+        make_schedules(Moving, family, [3, 6], {})
+    assert str(site_of(make_schedules(Moving, family, [6], {})[0])) == "decoder:1"
 
 
 def test_a_cue_that_a_family_lacks_is_refused_with_what_can_be_had_instead(family, monkeypatch):
@@ -228,7 +228,7 @@ def test_a_cue_that_a_family_lacks_is_refused_with_what_can_be_had_instead(famil
     with pytest.raises(
         UsageError, match="its tower merges patches; nearest methods that it serves: "
     ) as caught:
-        make_chains(curious.CuriousVision, family, [3], {})
+        make_schedules(curious.CuriousVision, family, [3], {})
     nearest = str(caught.value).partition("serves: ")[2].split(", ")
     assert nearest[0] in ("uniform", "random") and "vispruner" not in nearest
 
@@ -251,4 +251,4 @@ def test_a_merging_method_must_give_indices_and_rows(family, answer, problem):
             return answer(*super().forward(image_features, attention_scores))
 
     with pytest.raises(VtpError, match=problem):
-        make_chains(Wrong, family, [3], {})
+        make_schedules(Wrong, family, [3], {})

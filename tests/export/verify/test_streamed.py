@@ -368,7 +368,7 @@ def test_a_check_by_layers_that_compares_none_fails(
     model_folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As with a graph whose borders are not found: what else was compared is not what was asked for."""
-    monkeypatch.setattr("vtp.export.verify.by_layers._SlicedRunner.borders", lambda runner, graph: {})
+    monkeypatch.setattr("vtp.export.verify.by_layers.Layers.borders", lambda layers, graph: {})
     wishes = {"method": "none", "verify": "layers"}
     with pytest.raises(VtpError, match="no border between layers was compared"):
         export(request(tmp_path / "bundle", model_folder("tied"), **wishes))

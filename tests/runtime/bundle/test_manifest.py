@@ -52,9 +52,54 @@ def test_what_is_no_manifest(text: str) -> None:
     refuse(text, "manifest.json")
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None, [], 1.5])
+@pytest.mark.parametrize("version", [0, 3, "1", "2", None, [], 1.5, True, 1.0])
 def test_unknown_schema_says_which_is_read(data: Data, version: Any) -> None:
-    refuse({**data, "schema": version}, f"schema version .*this vtp reads version {SCHEMA}")
+    refuse({**data, "schema": version}, f"schema version .*this vtp reads versions 1 to {SCHEMA}")
+
+
+def of_schema_1(data: Data) -> Data:
+    """The same manifest as it was written before stages had roles."""
+    stages = [{key: value for key, value in stage.items() if key != "role"} for stage in data["stages"]]
+    return {**data, "schema": 1, "stages": stages}
+
+
+def test_an_older_manifest_is_read_as_its_newer_equal(data: Data) -> None:
+    """The stages' names tell their roles; what is written again is of today's schema."""
+    older = parse_manifest(json.dumps(of_schema_1(data)))
+    assert older == parse_manifest(json.dumps(data)) and older.schema == SCHEMA
+    assert json.loads(older.to_json())["schema"] == SCHEMA
+
+
+@pytest.mark.parametrize(
+    ("name", "role"),
+    [
+        ("vision_encoder", "encoder"),
+        ("projector", "projector"),
+        ("pruner", "pruner"),
+        ("pruner_2", "pruner"),
+        ("embed_tokens", "embed"),
+        ("text_cues", "text_cues"),
+        ("splice", "splice"),
+        ("decoder_head", "decoder_head"),
+        ("decoder_1", "decoder_head"),
+        ("decoder", "decoder"),
+    ],
+)
+def test_the_role_of_an_older_stage(data: Data, name: str, role: str) -> None:
+    older = of_schema_1(data)
+    older["stages"][0]["name"] = name
+    assert parse_manifest(json.dumps(older)).stages[0].role == role
+
+
+def test_roles_that_are_not_known(data: Data) -> None:
+    older = of_schema_1(data)
+    refuse({**data, "schema": 1}, "unknown key 'role'")
+    older["stages"][0]["name"] = "soup"
+    refuse(older, "stage 'soup' tells no role")
+    for stages in (None, [None], [{}], [{"name": 3}], "x"):
+        refuse({**older, "stages": stages}, "manifest.stages")
+    data["stages"][0]["role"] = "soup"
+    refuse(data, "unknown role 'soup'; known: encoder")
 
 
 def objects(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:

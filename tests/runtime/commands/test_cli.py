@@ -191,7 +191,7 @@ def test_a_batch_answers_line_by_line(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (None, "cannot be read: No such file"),
+        (None, "asked.jsonl: No such file"),
         ("\n", "holds no prompt"),
         ("{", "line 1 is not valid JSON"),
         ('{"image": "a.png"}', 'line 1 has no "prompt"; a line is {"image"'),
@@ -261,9 +261,9 @@ def spoil_weights(folder: Path) -> None:
         (spoil_missing, "lacks the file decoder.onnx.data"),
         (spoil_truncated, "decoder.onnx.data has 1000 bytes where the manifest says"),
         (spoil_weights, "decoder.onnx.data does not have the manifest's sha256"),
-        (spoil_schema, "schema version 99; this vtp reads version 1"),
+        (spoil_schema, "schema version 99; this vtp reads versions 1 to 2"),
         (spoil_path, "'../../etc/passwd', which leaves the bundle"),
-        (spoil_graph, "cannot load projector.onnx"),
+        (spoil_graph, "projector.onnx is not an ONNX graph"),
         (spoil_manifest, "manifest.json is not valid JSON"),
         (spoil_all, "no such folder"),
     ],
@@ -339,7 +339,7 @@ def test_an_unforeseen_error_is_one_line_too(
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("first\nsecond")
 
-    monkeypatch.setattr("vtp.runtime.pipeline.preprocess", fail)
+    monkeypatch.setattr("vtp.runtime.media.pictures.preprocess", fail)
     assert run(ask) == 1
     assert (
         capsys.readouterr().err == "vtp-run: error: RuntimeError: first second (a bug; --debug shows where)\n"

@@ -16,7 +16,8 @@ from vtp.runtime import Pipeline
 from vtp.runtime.generation import stopping
 from vtp.runtime.generation.stopping import Clock, StopSignal
 from vtp.runtime.media import pictures
-from vtp.runtime.stages.runner import Stage, StageRunner
+from vtp.runtime.stages.runner import StageRunner
+from vtp.runtime.stages.stage import Stage
 
 PROMPT = "what shape is the red ?"
 OTHER = Image.new("RGB", (60, 60), "green")
@@ -105,7 +106,7 @@ def test_no_piece_comes_after_a_cancel(
         stream = pipe.stream(picture, PROMPT, max_new_tokens=30, **options)
 
         def in_a_step(_: object, stream: Any = stream) -> None:
-            if stream._writing.result.text:
+            if stream._answer.result.text:
                 in_a_thread(stream.cancel)
 
         with monkeypatch.context() as patch:

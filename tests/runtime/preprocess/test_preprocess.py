@@ -15,8 +15,9 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 import vtp.scenes
 from vtp.engines.errors import VtpError
+from vtp.export.checkpoint.processors import spec_from_processor
 from vtp.runtime.media.images import load_image
-from vtp.runtime.preprocess import ImageSpec, preprocess, source_box, spec_from_processor
+from vtp.runtime.preprocess import ImageSpec, preprocess, source_box
 
 
 def crop(height: int, width: int) -> dict[str, int]:

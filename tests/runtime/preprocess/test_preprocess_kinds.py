@@ -34,6 +34,7 @@ from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImag
 from transformers.models.video_llava.image_processing_video_llava import VideoLlavaImageProcessor
 
 from vtp.engines.errors import UsageError, VtpError
+from vtp.export.checkpoint.processors import spec_from_processor
 from vtp.runtime.media.images import load_image
 from vtp.runtime.preprocess import (
     ImageSpec,
@@ -44,7 +45,6 @@ from vtp.runtime.preprocess import (
     qwen,
     source_box,
     source_boxes,
-    spec_from_processor,
 )
 
 # (width, height): tiny, wide, tall, odd, large.

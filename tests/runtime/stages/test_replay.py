@@ -15,6 +15,7 @@ from PIL import Image
 from vtp.engines.ort.session import OrtEngine
 from vtp.runtime import Pipeline
 from vtp.runtime.opening import Opening
+from vtp.runtime.stages.image_stages import ReplayedImages
 from vtp.runtime.stages.runner import StageRunner
 
 PROMPT = "what shape is the red ?"
@@ -65,11 +66,11 @@ def test_every_graph_is_bound_once_for_its_shapes(
                 pipe.generate(picture, PROMPT, keep_tokens=keep, max_new_tokens=1)
         image = [stage.file for stage in pipe.manifest.stages if stage.when == "image"]
         runner = pipe._runner
-        assert isinstance(runner, StageRunner)
+        assert isinstance(runner, StageRunner) and isinstance(runner.images, ReplayedImages)
         # The encoder once; a pruner for each keep-count, and the projector on what each of them gives.
-        assert len(bound) == len(runner._whole) == 1 + 2 + 2
-        assert {file for file, _ in runner._whole} == set(image)
-        seen = {tuple(value.raw.data_ptr() for value in runner._pixels.values())}  # type: ignore[attr-defined]
+        assert len(bound) == len(runner.images.bindings) == 1 + 2 + 2
+        assert {file for file, _ in runner.images.bindings} == set(image)
+        seen = {tuple(value.raw.data_ptr() for value in runner.images.pixels.values())}  # type: ignore[attr-defined]
         assert len(seen) == 1 and next(iter(seen))[0] in bound[0]
 
 
@@ -79,12 +80,12 @@ def test_a_stage_whose_sizes_are_not_told_runs_plainly(
     with Pipeline.load(exported("vispruner").folder, "ort-cpu", 1, opening=Opening(cuda_graph=True)) as pipe:
         wanted = pipe.generate(pictures(1)[0], PROMPT, max_new_tokens=4)
         runner = pipe._runner
-        assert isinstance(runner, StageRunner)
-        runner._whole.clear()
-        pruner = next(stage for stage in runner._stages("image", 6) if stage.info.name == "pruner")
+        assert isinstance(runner, StageRunner) and isinstance(runner.images, ReplayedImages)
+        runner.images.bindings.clear()
+        pruner = next(stage for stage in runner.stages("image", 6) if stage.info.name == "pruner")
         output = next(iter(pruner.graph.outputs.values()))
         monkeypatch.setitem(output.__dict__, "shape", ["batch", "unknown"])
         for _ in range(2):
             again = pipe.generate(pictures(1)[0], PROMPT, max_new_tokens=4)
             assert (again.token_ids, again.kept) == (wanted.token_ids, wanted.kept)
-        assert [binding is None for binding in runner._whole.values()] == [False, True]
+        assert [binding is None for binding in runner.images.bindings.values()] == [False, True]

@@ -14,7 +14,8 @@ from vtp.runtime import Pipeline
 from vtp.runtime.bundle.folder import open_bundle
 from vtp.runtime.result import Result, Timings
 from vtp.runtime.stages.prefix_cache import Prefix
-from vtp.runtime.stages.runner import Stage, StageRunner
+from vtp.runtime.stages.runner import StageRunner
+from vtp.runtime.stages.stage import Stage
 
 FIRST, SECOND = "what shape is the red ?", "what color is the star ?"
 GREEN, BLUE, RED = (Image.new("RGB", (60, 60), colour) for colour in ("green", "blue", "red"))

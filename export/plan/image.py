@@ -1,0 +1,54 @@
+"""What runs once a picture: tower and projector, with the pruner that follows one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from vtp.export.graphs.pruner import FeaturePruner
+from vtp.export.onnx.emit import GraphInput, GraphSpec
+from vtp.export.plan import examples
+from vtp.export.plan.bundle_layout import BundleLayout
+from vtp.export.plan.names import axes, stage
+from vtp.runtime.bundle.manifest import StageInfo
+
+# What the tower says beside its features, by the kind of site.
+_TOWER_CUES = {"vision": ("attention_scores", "vision_keys"), "projector": ("attention_scores",)}
+
+
+def image_stages(layout: BundleLayout) -> Iterator[GraphSpec | StageInfo]:
+    """Graphs and stages: vision_encoder [-> pruner] -> projector [-> pruner]."""
+    yield from _vision_encoder(layout)
+    if layout.kind == "vision":
+        yield from feature_pruners(layout, "image", "image_features", "kept_features")
+    yield from _projector(layout)
+    if layout.kind == "projector" and not layout.reads_text:
+        yield from feature_pruners(layout, "image", "image_embeds", "kept_embeds")
+
+
+def _vision_encoder(layout: BundleLayout) -> Iterator[GraphSpec | StageInfo]:
+    family = layout.family
+    cues = [name for name in _TOWER_CUES.get(layout.kind, ()) if name in layout.needs]
+    outputs = ["image_features", *cues]
+    encoder = family.vision_encoder(cues) if layout.on_features else family.whole_encoder()
+    yield GraphSpec("vision_encoder", encoder, [examples.pixels(layout)], outputs)
+    yield stage("vision_encoder", "image", ["pixel_values"], outputs, role="encoder")
+
+
+def _projector(layout: BundleLayout) -> Iterator[GraphSpec | StageInfo]:
+    projector = layout.family.projector(whole=not layout.on_features)
+    yield GraphSpec("projector", projector, [examples.features(layout)], ["image_embeds"])
+    source = "kept_features" if layout.kind == "vision" else "image_features"
+    yield stage("projector", "image", {"image_features": source}, ["image_embeds"])
+
+
+def feature_pruners(layout: BundleLayout, when: str, rows: str, kept: str) -> Iterator[GraphSpec | StageInfo]:
+    """The pruner of every keep-count, which turns `rows` into `kept`."""
+    cues = [rows, *(name for name in layout.needs if name != rows)]
+    tensors = examples.feature_cues(layout)
+    outputs = ["keep_indices", kept]
+    for schedule in layout.schedules:
+        file, family = layout.pruner_file(schedule, 0), layout.family
+        module = FeaturePruner(schedule[0], cues, family.places(), family.widths)
+        inputs = [GraphInput(cue, tensors[cue], axes(cue)) for cue in cues]
+        yield GraphSpec(file, module, inputs, outputs, rewrite=False)
+        yield stage("pruner", when, cues, outputs, file=file, keep=schedule[0].keep)

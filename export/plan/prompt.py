@@ -1,0 +1,185 @@
+"""What runs once a prompt: text and visual tokens become one sequence, which the decoder reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from vtp.export.graphs.decoder import PART_CUES, DecoderPart
+from vtp.export.graphs.splice import EmbedTokens
+from vtp.export.onnx.emit import GraphInput, GraphSpec
+from vtp.export.plan import examples
+from vtp.export.plan.bundle_layout import BundleLayout, reads_rows
+from vtp.export.plan.image import feature_pruners
+from vtp.export.plan.names import (
+    KEPT_SEQUENCE,
+    PICTURES,
+    ROWS,
+    SEQUENCE,
+    axes,
+    cache_names,
+    part_name,
+    part_role,
+    part_source,
+    pruner_name,
+    stage,
+    tail,
+)
+from vtp.export.plan.schedule import Schedule
+from vtp.runtime.bundle.manifest import KvInfo, StageInfo
+
+
+def prompt_stages(layout: BundleLayout) -> Iterator[GraphSpec | StageInfo]:
+    """Graphs and stages: embed_tokens [-> text_cues [-> pruner]] -> splice -> decoder, or its parts with
+    pruners between them."""
+    yield from _embed_tokens(layout)
+    if layout.reads_text:
+        yield from _text_cues(layout)
+        if layout.kind == "projector":
+            yield from feature_pruners(layout, "prefill", "image_embeds", "kept_embeds")
+    yield from _splice(layout)
+    yield from _decoder(layout)
+
+
+def caches(layout: BundleLayout) -> dict[str, KvInfo]:
+    """The key-value cache of every part of the decoder, by graph."""
+    decoder = layout.family.decoder
+    return {
+        part_name(number, layout.cuts): KvInfo(
+            layers=list(range(first, end)),
+            heads=decoder.kv_heads,
+            head_dim=decoder.head_dim,
+            capacity=layout.capacity(number),
+            dtype=str(layout.dtype).removeprefix("torch."),
+            lengths="seqlens_k",
+        )
+        for number, (first, end) in enumerate(layout.parts)
+    }
+
+
+def _embed_tokens(layout: BundleLayout) -> Iterator[GraphSpec | StageInfo]:
+    decoder, image = layout.family.decoder, layout.family.image_token_id
+    table = decoder.model.embed_tokens
+    absent = image if image >= table.num_embeddings else None
+    embedding = EmbedTokens(table, decoder.wide(0) - decoder.width, absent)
+    yield GraphSpec("embed_tokens", embedding, [examples.input_ids()], ["inputs_embeds"])
+    yield stage("embed_tokens", "prefill", ["input_ids"], ["inputs_embeds"], role="embed")
+
+
+def _text_cues(layout: BundleLayout) -> Iterator[GraphSpec | StageInfo]:
+    inputs = [*examples.prompt_text(layout), examples.text_length(layout)]
+    outputs = ["text_embeds", "text_mask", "text_rows"]
+    own = {name: {0: PICTURES, 1: ROWS} for name in outputs[:2]} | {"text_rows": {1: ROWS}}
+    yield GraphSpec("text_cues", layout.family.text_cues(), inputs, outputs, own)
+    yield stage("text_cues", "prefill", [item.name for item in inputs], outputs)
+
+
+def _splice(layout: BundleLayout) -> Iterator[GraphSpec | StageInfo]:
+    splice = layout.family.splice(layout.splice_positions)
+    (embeds, start), (tokens, keep) = examples.prompt_text(layout), examples.visual_tokens(layout)
+    inputs = [embeds, tokens, start]
+    if splice.reads_keep and layout.on_features:
+        inputs.append(keep)
+    outputs = ["prompt_embeds", "position_ids", "next_position", *(["ahead"] if layout.has_lookahead else [])]
+    own = {name: {1: SEQUENCE} for name in ("prompt_embeds", "position_ids", "ahead")}
+    yield GraphSpec("splice", splice, inputs, outputs, own)
+    reads = {item.name: item.name for item in inputs}
+    if layout.kind == "projector":
+        reads["image_embeds"] = "kept_embeds"
+    yield stage("splice", "prefill", reads, outputs)
+
+
+@dataclass(frozen=True)
+class _Flow:
+    """The pipeline's names of what goes into the next part of the decoder."""
+
+    hidden: str = "prompt_embeds"
+    positions: str = "position_ids"
+    rows: str = "text_rows"
+    ahead: str = "ahead"
+    kept: str = ""  # which of the image's tokens arrive; all of them before the first cut
+
+
+def _decoder(layout: BundleLayout) -> Iterator[GraphSpec | StageInfo]:
+    """Parts of the decoder with pruners between them; without a decoder-site method there is one part."""
+    flow, cues = _Flow(), [name for name in PART_CUES if name in layout.needs]
+    for number in range(len(layout.cuts)):
+        yield from _part(layout, number, cues, flow)
+        yield from _decoder_pruners(layout, number, cues, flow)
+        kept = "kept_hidden_states", "kept_position_ids", "kept_text_rows", "kept_ahead", "keep_indices"
+        flow = _Flow(*(name + tail(number, layout.cuts) for name in kept))
+    yield from _part(layout, len(layout.cuts), [], flow)
+
+
+def _part(
+    layout: BundleLayout, number: int, cues: Sequence[str], flow: _Flow
+) -> Iterator[GraphSpec | StageInfo]:
+    """One part, and its run over a prompt."""
+    (first, end), cuts = layout.parts[number], layout.cuts
+    name, source = part_name(number, cuts), part_source(number, cuts)
+    module = DecoderPart(layout.family.decoder, first, end, cues, layout.normed_keys)
+    inputs = examples.decoder_inputs(layout, source, first, end, module.reads_text)
+    answer = ["logits"] if module.final else ["hidden_states", *cues]
+    yield GraphSpec(name, module, inputs, [*answer, *cache_names("present", first, end)])
+    reads = {source: flow.hidden, "position_ids": flow.positions}
+    if reads_rows(cues):
+        reads["text_rows"] = flow.rows
+    if layout.has_lookahead:
+        reads["ahead"] = flow.ahead
+    gives = {item: item + tail(number, cuts) for item in answer}
+    yield stage(name, "prefill", reads, gives, role=part_role(number, cuts))
+
+
+def _decoder_pruners(
+    layout: BundleLayout, number: int, part_cues: Sequence[str], flow: _Flow
+) -> Iterator[GraphSpec | StageInfo]:
+    """The pruners after part `number`, which `flow` went into: one per keep-count."""
+    names = _pruner_inputs(layout, number, part_cues)
+    end, reads = tail(number, layout.cuts), {"position_ids": flow.positions}
+    reads.update({name: name + end for name in ["hidden_states", *part_cues]})
+    reads.update({"previous_indices": flow.kept, "text_rows": flow.rows})
+    outputs = ["keep_indices", "kept_hidden_states", "kept_position_ids"]
+    outputs += ["kept_text_rows"] if "text_rows" in names else []
+    outputs += ["kept_ahead"] if layout.has_lookahead else []
+    own = {
+        name: {1: KEPT_SEQUENCE}
+        for name in outputs
+        if name in ("kept_hidden_states", "kept_position_ids", "kept_ahead")
+    }
+    for schedule in layout.schedules:
+        file = layout.pruner_file(schedule, number)
+        inputs = _decoder_pruner_inputs(layout, schedule, number, names)
+        module = layout.family.decoder_pruner(schedule[number], names)
+        yield GraphSpec(file, module, inputs, outputs, own, rewrite=False)
+        yield stage(
+            pruner_name(number, len(layout.cuts), None),
+            "prefill",
+            {item.name: reads.get(item.name, item.name) for item in inputs},
+            {item: item + end for item in outputs},
+            file=file,
+            keep=schedule[-1].keep,
+            role="pruner",
+        )
+
+
+def _pruner_inputs(layout: BundleLayout, number: int, part_cues: Sequence[str]) -> list[str]:
+    """What a decoder-site pruner takes after hidden_states, position_ids and image_start."""
+    given = {*part_cues, "hidden_states", "position_ids", "image_start"}
+    more = number + 1 < len(layout.cuts)
+    return [
+        *part_cues,
+        *(name for name in layout.needs if name not in given),
+        *(["previous_indices"] if number else []),
+        *(["text_rows"] if more and reads_rows(part_cues) else []),
+    ]
+
+
+def _decoder_pruner_inputs(
+    layout: BundleLayout, schedule: Schedule, number: int, names: Sequence[str]
+) -> list[GraphInput]:
+    tensors = examples.decoder_cues(layout, schedule[number].count, layout.cuts[number])
+    scores = {"attention_scores": {1: SEQUENCE}}  # of the whole prompt here, of the picture elsewhere
+    return [
+        GraphInput(name, tensors[name], {**axes(name), **scores.get(name, {})})
+        for name in ["hidden_states", "position_ids", "image_start", *names]
+    ]

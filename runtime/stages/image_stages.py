@@ -1,0 +1,215 @@
+"""How a bundle's image stages are run: plainly, cached, replayed or elsewhere; chosen once, at load."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeAlias
+
+import numpy as np
+
+from vtp.engines import Binding, Value
+from vtp.engines.tensorrt.library import LIBRARIES
+from vtp.runtime.opening import Opening
+from vtp.runtime.result import Timings
+from vtp.runtime.stages.opened import OpenedStages
+from vtp.runtime.stages.stage import Check, Stage, run_stages
+from vtp.runtime.stages.vision_feature_cache import (
+    Features,
+    Put,
+    StageKey,
+    VisionFeatureCache,
+    recall,
+    rows_of,
+    store,
+)
+
+ByOthers: TypeAlias = "Callable[[int, np.ndarray], Mapping[str, np.ndarray]]"
+
+
+def choose_image_stages(
+    opened: OpenedStages, opening: Opening, engine: str, cache: VisionFeatureCache | None
+) -> PlainImages:
+    """The kind of image stages that was asked for."""
+    if opening.image is not None:
+        return DelegatedImages(opened, opening.image)
+    if cache is not None:
+        return CachedImages(opened, cache)
+    if opening.cuda_graph and engine not in LIBRARIES:
+        return ReplayedImages(opened)
+    return PlainImages(opened)
+
+
+class PlainImages:
+    """Image stages that run on every picture, on as many of them at a time as the graphs take."""
+
+    def __init__(self, opened: OpenedStages) -> None:
+        self._opened = opened
+
+    def run(
+        self, keep: int, pictures: Sequence[np.ndarray], prompts: int, timings: Timings, check: Check
+    ) -> dict[str, Value]:
+        """What the image stages give for the pictures, by the pipeline's names, one after the other.
+
+        pictures  pixel_values of one picture each
+        prompts   how many prompts they belong to, of which each has equally many
+        check     is called before each stage, and may raise to end the run there
+        """
+        most = self._opened.pictures_together
+        groups = [list(range(first, len(pictures)))[:most] for first in range(0, len(pictures), most)]
+        return self._run_groups(keep, pictures, groups, timings, check)
+
+    def close(self) -> None:
+        """Let go of what is kept from run to run."""
+
+    def _run_groups(
+        self,
+        keep: int,
+        pictures: Sequence[np.ndarray],
+        groups: Sequence[list[int]],
+        timings: Timings,
+        check: Check,
+    ) -> dict[str, Value]:
+        """Run groups of pictures one after the other; what they give, in the pictures' order."""
+        runs = []
+        for places in groups:
+            pixels = self._stacked([pictures[place] for place in places])
+            check()
+            runs.append((places, self._run_one_group(keep, pixels, places, timings, check)))
+        return runs[0][1] if len(runs) == 1 else _in_order(runs, self._opened.put)
+
+    def _run_one_group(
+        self, keep: int, pixels: np.ndarray, places: Sequence[int], timings: Timings, check: Check
+    ) -> dict[str, Value]:
+        values = {"pixel_values": self._opened.put(pixels)}
+        run_stages(self._opened.stages("image", keep), values, timings, check=check)
+        return values
+
+    def _stacked(self, pictures: Sequence[np.ndarray]) -> np.ndarray:
+        """pixel_values of several pictures, as the graphs want them."""
+        pixels = pictures[0] if len(pictures) == 1 else np.concatenate(pictures)
+        return pixels.astype(self._opened.dtype_of("pixel_values"), copy=False)
+
+
+class DelegatedImages(PlainImages):
+    """Image stages that something else runs, such as Triton's ensemble."""
+
+    def __init__(self, opened: OpenedStages, image: ByOthers) -> None:
+        super().__init__(opened)
+        self._image = image
+
+    def _run_one_group(
+        self, keep: int, pixels: np.ndarray, places: Sequence[int], timings: Timings, check: Check
+    ) -> dict[str, Value]:
+        put = self._opened.put
+        with timings.measure("image"):
+            given = self._image(keep, pixels)
+        return {"pixel_values": put(pixels), **{name: put(array) for name, array in given.items()}}
+
+
+class CachedImages(PlainImages):
+    """Image stages that run only on pictures that the vision feature cache does not know."""
+
+    def __init__(self, opened: OpenedStages, cache: VisionFeatureCache) -> None:
+        super().__init__(opened)
+        self._cache = cache
+        self._known: list[Features] = []  # an entry for each picture of this run
+
+    def run(
+        self, keep: int, pictures: Sequence[np.ndarray], prompts: int, timings: Timings, check: Check
+    ) -> dict[str, Value]:
+        """See `PlainImages.run`; only pictures of which the same stages are known go through together."""
+        each, most = len(pictures) // prompts, self._opened.pictures_together
+        rows = [pictures[row * each : (row + 1) * each] for row in range(prompts)]
+        self._known = [entry for row in rows for entry in self._cache.find(row)]
+        alike: dict[frozenset[StageKey], list[int]] = {}
+        for place, entry in enumerate(self._known):
+            alike.setdefault(frozenset(entry), []).append(place)
+        groups = [
+            places[first : first + most] for places in alike.values() for first in range(0, len(places), most)
+        ]
+        return self._run_groups(keep, pictures, groups, timings, check)
+
+    def _run_one_group(
+        self, keep: int, pixels: np.ndarray, places: Sequence[int], timings: Timings, check: Check
+    ) -> dict[str, Value]:
+        put, entries = self._opened.put, [self._known[place] for place in places]
+        values = {"pixel_values": put(pixels)}
+        owner = None  # from a stage of one keep-count on, everything belongs to that keep-count
+        for stage in self._opened.stages("image", keep):
+            check()
+            owner = owner or stage.info.keep
+            name, key = stage.info.name, (stage.info.file, owner)
+            with timings.measure(name):
+                known = recall(entries, key, put)
+                if known is not None:
+                    values.update(known)
+                    timings.reused_stages += [name] if name not in timings.reused_stages else []
+                    continue
+                stage.run(values)
+                store(entries, key, {to: values[to] for to in stage.info.outputs.values()}, put)
+        return values
+
+
+class ReplayedImages(PlainImages):
+    """Image stages on buffers that stay, each recorded at its first run (on CUDA) and replayed.
+
+    What they give is overwritten by the next pictures.
+    """
+
+    def __init__(self, opened: OpenedStages) -> None:
+        super().__init__(opened)
+        self.pixels: dict[tuple[int, ...], Value] = {}  # by their shape
+        self.bindings: dict[tuple[str, tuple[int, ...]], Binding | None] = {}  # by graph and inputs
+
+    def run(
+        self, keep: int, pictures: Sequence[np.ndarray], prompts: int, timings: Timings, check: Check
+    ) -> dict[str, Value]:
+        """See `PlainImages.run`; more pictures than go through together run plainly."""
+        if len(pictures) > self._opened.pictures_together:
+            return super().run(keep, pictures, prompts, timings, check)
+        check()
+        values = {"pixel_values": self._placed(self._stacked(pictures))}
+        staying = True
+        for stage in self._opened.stages("image", keep):
+            check()
+            with timings.measure(stage.info.name):
+                binding = self._bound(stage, values) if staying else None
+                if binding is None:
+                    staying = False  # nor do the inputs of those that follow
+                    stage.run(values)
+                    continue
+                binding.run()
+                values |= {target: binding.outputs[name] for name, target in stage.info.outputs.items()}
+        return values
+
+    def close(self) -> None:
+        """Let go of the buffers and what is bound to them."""
+        self.bindings.clear()
+        self.pixels.clear()
+
+    def _placed(self, pixels: np.ndarray) -> Value:
+        """The buffer for pixels of this shape, with these in it."""
+        if pixels.shape not in self.pixels:
+            self.pixels[pixels.shape] = self._opened.any_engine.zeros(pixels.shape, str(pixels.dtype))
+        self.pixels[pixels.shape].update(pixels)
+        return self.pixels[pixels.shape]
+
+    def _bound(self, stage: Stage, values: Mapping[str, Value]) -> Binding | None:
+        """The binding of a stage to inputs that stay: one for each graph and set of inputs."""
+        feeds = stage.feeds(values)
+        place = stage.info.file, tuple(map(id, feeds.values()))
+        if place not in self.bindings:
+            self.bindings[place] = stage.bind_whole(feeds)
+        return self.bindings[place]
+
+
+def _in_order(runs: Sequence[tuple[list[int], dict[str, Value]]], put: Put) -> dict[str, Value]:
+    """What several runs gave, as one: picture by picture."""
+    joined = {}
+    for name in runs[0][1]:
+        if name != "pixel_values":
+            rows: dict[int, np.ndarray] = {}
+            for places, values in runs:
+                rows.update(zip(places, rows_of(values[name], len(places)), strict=True))
+            joined[name] = put(np.concatenate([rows[place] for place in sorted(rows)]))
+    return joined

@@ -1,0 +1,133 @@
+"""A bundle's graphs, each opened once, and the stages that run on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+import numpy as np
+
+from vtp.engines import Engine, Value, VtpError
+from vtp.engines.tensorrt.library import LIBRARIES
+from vtp.runtime.bundle.folder import Bundle
+from vtp.runtime.bundle.manifest import Manifest, StageInfo, TensorInfo
+from vtp.runtime.stages.kv_cache import KvCache
+from vtp.runtime.stages.prefix_cache import Prefix
+from vtp.runtime.stages.stage import Stage
+
+
+class OpenedStages:
+    """The opened graphs of a bundle, with one cache for each decoder graph, and the stages made of them.
+
+    skip  the moment ("image") whose graphs are not opened here, since something else runs them
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        engine: str,
+        open_engine: Callable[[str], Engine],
+        prefix: Prefix | None = None,
+        skip: str | None = None,
+    ) -> None:
+        self.manifest: Manifest = bundle.manifest
+        self.caches: dict[str, KvCache] = {}
+        self._engine = engine
+        self._prefix = prefix
+        self._engines: dict[str, Engine] = {}
+        files = dict.fromkeys(stage.file for stage in self.manifest.stages if stage.when != skip)
+        for file in sorted(files, key=self._bytes, reverse=True):
+            self._open(file, open_engine)
+
+    def stages(self, when: str, keep: int) -> list[Stage]:
+        """The stages of one moment for one keep-count, in order."""
+        return [
+            Stage(
+                info,
+                self.manifest.graphs[info.file],
+                self._engines[info.file],
+                self.caches.get(info.file),
+                self._prefix if info.file in self.caches else None,
+            )
+            for info in self.manifest.stages_for(when, keep)
+        ]
+
+    @property
+    def any_engine(self) -> Engine:
+        """An engine that can make values for any stage: all of a bundle run on one device."""
+        return next(iter(self._engines.values()))
+
+    def put(self, array: np.ndarray) -> Value:
+        """Copy a host array to the device of the stages."""
+        return self.any_engine.put(array)
+
+    @property
+    def notes(self) -> list[str]:
+        """What engines could not do as asked, a line each."""
+        return [note for engine in self._engines.values() for note in engine.notes]
+
+    def dtype_of(self, name: str) -> str:
+        """The dtype in which the first stage that reads a pipeline tensor wants it."""
+        for stage in self.manifest.stages:
+            for tensor, source in stage.inputs.items():
+                if source == name:
+                    return self.manifest.graphs[stage.file].inputs[tensor].dtype
+        raise VtpError(f"no stage of this bundle reads '{name}'; export the bundle again")
+
+    @property
+    def pictures_together(self) -> int:
+        """Most pictures that go through the image stages in one run; 1 where one makes up a whole batch."""
+        stage = next(stage for stage in self.manifest.stages if stage.when == "image")
+        return self._together(
+            stage, [name for name, source in stage.inputs.items() if source == "pixel_values"]
+        )
+
+    @property
+    def rows_together(self) -> int:
+        """Most prompts that go through the prompt stages in one run."""
+        stages = [stage for stage in self.manifest.stages if stage.when == "prefill"]
+        return min(self._together(stage, stage.inputs) for stage in stages)
+
+    def close(self) -> None:
+        """Free every graph and cache."""
+        self.caches.clear()
+        for engine in self._engines.values():
+            engine.close()
+
+    def _together(self, stage: StageInfo, names: Iterable[str]) -> int:
+        """How long the first axis of some inputs may be; TensorRT's engines are built for one."""
+        graph = self.manifest.graphs[stage.file]
+        axes = [graph.inputs[name].shape[0] for name in names]
+        fixed = self._engine in LIBRARIES or not all(isinstance(axis, str) for axis in axes)
+        return 1 if fixed else min(graph.axes[str(axis)][-1] for axis in axes)
+
+    def _bytes(self, file: str) -> int:
+        """Size of a graph's own weights. The largest is opened first, with nothing else in memory yet.
+
+        While an engine packs a weight, it holds it twice: of a graph opened last, the largest weight (the
+        embeddings, often a sixth of a model) would come on top of everything else.
+        """
+        data = self.manifest.files.get(f"{file}.data")
+        return data.bytes if data else 0
+
+    def _open(self, file: str, open_engine: Callable[[str], Engine]) -> None:
+        engine = open_engine(file)
+        graph = self.manifest.graphs[file]
+        _compare(file, "input", graph.inputs, engine.inputs)
+        _compare(file, "output", graph.outputs, engine.outputs)
+        self._engines[file] = engine
+        if graph.kv is not None:
+            self.caches[file] = KvCache(engine, graph.kv)
+
+
+def _compare(file: str, kind: str, said: Mapping[str, TensorInfo], found: Mapping[str, object]) -> None:
+    """Hold a graph's tensors against the manifest's words about them."""
+    if set(said) != set(found):
+        odd = sorted(set(said) ^ set(found))[0]
+        raise VtpError(f"{file} and the manifest disagree about {kind} '{odd}'; export the bundle again")
+    for name, info in said.items():
+        spec = found[name]
+        if spec.dtype != info.dtype or list(spec.shape) != list(info.shape):  # type: ignore[attr-defined]
+            raise VtpError(
+                f"{file}: {kind} '{name}' is {spec.dtype}{list(spec.shape)}, "  # type: ignore[attr-defined]
+                f"the manifest says {info.dtype}{info.shape}; export the bundle again"
+            )

@@ -19,7 +19,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 from vtp.bench.common import flops
 from vtp.bench.common.ceiling import Ceiling, open_ceilings
@@ -29,6 +28,7 @@ from vtp.bench.common.resident import peak_resident, resident
 from vtp.engines import UsageError, VtpError, choose_engine
 from vtp.engines.child import python_command
 from vtp.engines.ort import session as ort
+from vtp.export.patched import patched
 from vtp.runtime import Pipeline
 from vtp.runtime.bundle.folder import Bundle, open_bundle
 from vtp.runtime.bundle.manifest import Manifest
@@ -131,7 +131,7 @@ def noting(shapes: Shapes) -> Iterator[None]:
         shapes.runs.append((stage.info.name, stage.info.file, given))
         run(stage, values, *more)
 
-    with mock.patch.object(Stage, "run", noted):
+    with patched(Stage, "run", noted):
         yield
 
 
@@ -150,7 +150,7 @@ def _timing(clock: Clock) -> Iterator[None]:
             clock.at_decode = clock.seconds
         return step(runner, *arguments)
 
-    with mock.patch.object(ort, "_run", timed), mock.patch.object(StageRunner, "step", stepping):
+    with patched(ort, "_run", timed), patched(StageRunner, "step", stepping):
         yield
 
 

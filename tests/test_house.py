@@ -241,6 +241,11 @@ def test_python_children_are_started_in_one_place(module: str) -> None:
     assert not used & {"os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput"}
 
 
+@pytest.mark.parametrize("module", MODULES)
+def test_nothing_is_mocked_outside_of_tests(module: str) -> None:
+    assert not [name for name, _ in imports(MODULES[module]) if name.startswith(("unittest", "mock"))]
+
+
 # -- how large, and how named --------------------------------------------------------------------------------
 
 

@@ -16,7 +16,7 @@ from vtp.engines import AUTO, Choice, UsageError, VtpError, choose_engine
 from vtp.engines.disk.whole import undisturbed
 from vtp.runtime.bundle.folder import Bundle, open_bundle
 from vtp.runtime.generation.answer import Answer
-from vtp.runtime.generation.arguments import is_whole, shown, whole
+from vtp.runtime.generation.arguments import is_whole, shown, thread_count, whole
 from vtp.runtime.generation.batch import about, batches, check_lists, each_prompt, write_together
 from vtp.runtime.generation.keep_count import choose_keep
 from vtp.runtime.generation.loop import write
@@ -109,7 +109,7 @@ class Pipeline:
 
         Raises VtpError for a bundle that is damaged or cannot run here, UsageError for a bad argument.
         """
-        threads = None if threads is None else whole("threads", threads)
+        threads = thread_count(threads)
         for name, prompts in (("vision_feature_cache", vision_feature_cache), ("image_cache", image_cache)):
             if not is_whole(prompts) or prompts < 0:
                 raise UsageError(f"{name} {shown(prompts)} is not a number of prompts; give 0 (off) or more")

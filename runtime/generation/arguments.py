@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
 from typing import TypeGuard
 
 import numpy as np
 
 from vtp.engines.errors import UsageError
 
-__all__ = ["is_number", "is_whole", "shown", "whole"]
+__all__ = ["is_number", "is_whole", "shown", "thread_count", "whole"]
 
 
 def is_whole(value: object) -> TypeGuard[int]:
@@ -32,6 +33,20 @@ def whole(name: str, value: object, least: int = 1) -> int:
     if not is_whole(value) or value < least:
         raise UsageError(f"{name} {shown(value)} is not a whole number of at least {least}")
     return int(value)
+
+
+def thread_count(value: object) -> int | None:
+    """CPU threads of one operator; None: as many as the engine takes by itself.
+
+    Each thread of each graph takes memory and a place in the kernel's queue, so a number that no machine has
+    use for is refused: UsageError beyond four for a core, or beyond 64 on small machines.
+    """
+    if value is None:
+        return None
+    count, most = whole("threads", value), max(64, 4 * (os.cpu_count() or 1))
+    if count > most:
+        raise UsageError(f"threads {shown(value)} is more than this machine has use for; choose 1 to {most}")
+    return count
 
 
 def shown(value: object) -> str:

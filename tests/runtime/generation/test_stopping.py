@@ -295,3 +295,12 @@ def test_numpys_numbers_are_numbers(pipe: Pipeline, picture: Image.Image, kind: 
         [picture] * 2, [PROMPT] * 2, **{name: kind(value) for name, value in options.items()}
     )
     assert [one.token_ids for one in found] == [one.token_ids for one in wanted]
+
+
+@pytest.mark.parametrize("threads", [100_000, 10**30])
+def test_threads_that_no_machine_has_use_for_are_refused(
+    exported: Callable[[str], Any], threads: int
+) -> None:
+    """Each would take memory and a place in the kernel's queue: 100,000 stop a small machine."""
+    with pytest.raises(UsageError, match="more than this machine has use for; choose 1 to"):
+        Pipeline.load(exported("vispruner").folder, "ort-cpu", threads=threads)

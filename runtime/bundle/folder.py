@@ -13,12 +13,15 @@ from typing import Any
 from vtp.engines import UsageError, VtpError
 from vtp.engines.disk.files import read_bounded, sha256
 from vtp.engines.disk.whole import recover, undisturbed, whole_file, whole_folder
+from vtp.engines.errors import shown
 from vtp.engines.graph.check import check_graph
-from vtp.engines.strict_json import FILE_BYTES
+from vtp.engines.strict_json import FILE_BYTES, read_json
 from vtp.runtime.bundle.manifest import FileInfo, Manifest, parse_manifest
 from vtp.runtime.shell import command_line
 
 MANIFEST = "manifest.json"
+_OURS = {"schema", "stages", "graphs", "files"}  # of a manifest of any version
+_OLD_ENGINES = "engines"
 
 
 @dataclass(frozen=True)
@@ -147,9 +150,29 @@ def check_output(folder: Path, overwrite: bool) -> None:
         raise UsageError(f"output {folder} cannot be used: {error.strerror or error}") from error
     if not overwrite:
         raise UsageError(f"output {folder} exists; choose another folder or add --overwrite")
-    if not (folder / MANIFEST).is_file():
+    _check_is_only_a_bundle(folder)
+
+
+def _check_is_only_a_bundle(folder: Path) -> None:
+    """Refuse to overwrite a folder that another program made, or that holds somebody's own files as well.
+
+    Browser extensions and web apps have a manifest.json, too. A bundle of an older or newer version counts as
+    one, and so does the folder `engines` that older versions of vtp-build put into bundles.
+    """
+    try:
+        data = read_json(folder / MANIFEST)
+    except VtpError:
+        data = None
+    if not isinstance(data, dict) or not set(data) >= _OURS or not isinstance(data["files"], dict):
         raise UsageError(
             f"output {folder} is not a bundle, so --overwrite leaves it alone; choose another folder"
+        )
+    known = {MANIFEST, _OLD_ENGINES, *data["files"]}
+    others = sorted(path.name for path in folder.iterdir() if path.name not in known)
+    if others:
+        raise UsageError(
+            f"output {folder} holds {shown(others[0])}, which is not of the bundle, so --overwrite leaves it "
+            "alone; move that file away, or choose another folder"
         )
 
 

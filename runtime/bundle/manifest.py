@@ -263,6 +263,7 @@ def _check(manifest: Manifest) -> None:
     _agree(clips == (visual.frame is not None), "manifest.visual.frame and manifest.image.frames differ")
     _check_frame(visual, manifest.image.frames or 0)
     _check_generation(manifest.generation, manifest.model.vocab_size)
+    _check_ids(manifest)
     _agree(TOKENIZER in manifest.files, f"manifest.files lacks {TOKENIZER}")
     for file, graph in manifest.graphs.items():
         _agree(file in manifest.files, f"graph {file} is not one of manifest.files")
@@ -271,6 +272,14 @@ def _check(manifest: Manifest) -> None:
         _check_stage(stage, manifest)
     for keep in visual.keep:
         _check_flow(manifest, keep)
+
+
+def _check_ids(manifest: Manifest) -> None:
+    """Negative ids would count from the end of the embedding table; without an end, no answer ends."""
+    text = manifest.text
+    ids = [*text.placeholder_ids, *text.eos_token_ids, text.image_token_id]
+    _agree(all(one >= 0 for one in ids), "manifest.text names a token by a negative id")
+    _agree(bool(text.eos_token_ids), "manifest.text.eos_token_ids is empty, so that no answer would end")
 
 
 def _check_frame(visual: VisualInfo, frames: int) -> None:
@@ -313,6 +322,7 @@ def _check_stage(stage: StageInfo, manifest: Manifest) -> None:
         raise VtpError(f"stage {stage.name} runs at unknown moment '{stage.when}'; known: {', '.join(WHEN)}")
     if stage.role not in ROLES:
         raise VtpError(f"stage {stage.name} has the unknown role '{stage.role}'; known: {', '.join(ROLES)}")
+    _check_role(stage)
     if stage.file not in manifest.graphs:
         raise VtpError(f"stage {stage.name} names '{stage.file}', which the manifest does not describe")
     _agree(
@@ -330,6 +340,18 @@ def _check_stage(stage: StageInfo, manifest: Manifest) -> None:
     for name, source in stage.inputs.items():
         fits = source != "image_start" or len(graph.inputs[name].shape) == 2
         _agree(fits, f"image_start of {stage.file} is not [batch, images]")
+
+
+def _check_role(stage: StageInfo) -> None:
+    """Hold a role against what such a stage takes or gives; estimates and reports go by the role."""
+    signs = {
+        "encoder": "pixel_values" in stage.inputs,
+        "embed": "input_ids" in stage.inputs,
+        "pruner": "keep_indices" in stage.outputs,
+        "decoder": "logits" in stage.outputs,
+    }
+    for role, has in signs.items():
+        _agree(has == (stage.role == role), f"stage {stage.name} does not do what its role {stage.role} says")
 
 
 def _is_cache(name: str) -> bool:

@@ -118,7 +118,7 @@ def _run(args: argparse.Namespace) -> None:
     _check_flags(args)
     lines = read_lines(Path(args.batch)) if args.batch else []
     if args.show_kept:
-        check_picture_path(args.show_kept)
+        check_picture_path(args.show_kept, args.image or ())
     threads = None if args.threads is None else whole_number("threads", args.threads)
     opening = Opening(Path(args.engines) if args.engines else None, args.allow_cpu_nodes, args.cuda_graph)
     with Pipeline.load(args.bundle, args.engine, threads, args.check_hashes, opening=opening) as pipe:

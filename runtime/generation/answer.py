@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from vtp.engines import VtpError
 from vtp.runtime.bundle.manifest import GenerationInfo, Manifest
 from vtp.runtime.generation.logits_rules import LogitsRules, written_out
 from vtp.runtime.generation.request import Request
@@ -28,6 +29,7 @@ class Answer:
         self.position = 0
         self._ends = manifest.text.eos_token_ids
         self._longest = manifest.model.max_length
+        self._visual = manifest.visual.count
         self._detokenizer = Detokenizer(prompter.tokenizer, prompter.decoding, request.skip_special_tokens)
         self._rules = _rules(request, manifest)
 
@@ -45,10 +47,20 @@ class Answer:
         """Note what the prompt's stages gave: the kept tokens [pictures,K], if any were chosen, and where
         the first new token goes."""
         if kept is not None:
+            self._check_kept(kept)
             rows = kept.tolist()
             self.result.kept = rows[0] if len(rows) == 1 else rows
         self.position = position
         self.begun = True
+
+    def _check_kept(self, kept: np.ndarray) -> None:
+        """What the result says of the tokens must be so; a merged token has the index -1."""
+        count, keep = self._visual, self.request.keep
+        if kept.shape[-1] != keep or kept.min() < -1 or kept.max() >= count:
+            raise VtpError(
+                f"the bundle's graphs kept {kept.shape[-1]} tokens up to number {kept.max()}, and its "
+                f"manifest says {keep} of {count}; export it again"
+            )
 
     def add(self, logits: np.ndarray) -> str:
         """Choose a token by logits [V]; returns the text that is certain now."""

@@ -96,8 +96,11 @@ def check_one_view(spec: ImageSpec) -> None:
         )
 
 
-def check_picture_path(path: str | os.PathLike[str]) -> Path:
-    """Return where a picture may be written, or raise `UsageError`: suffix, missing folder, rights."""
+def check_picture_path(path: str | os.PathLike[str], shown: Sequence[str | os.PathLike[str]] = ()) -> Path:
+    """Return where a picture may be written, or raise `UsageError`: suffix, missing folder, rights.
+
+    shown  the pictures asked about, which it must not take the place of
+    """
     target = Path(path)
     if target.suffix.lower() not in _SUFFIXES:
         given = f"'{target.suffix}'" if target.suffix else "no suffix"
@@ -106,6 +109,10 @@ def check_picture_path(path: str | os.PathLike[str]) -> Path:
         )
     if target.is_dir():
         raise UsageError(f"'{target}' is a directory; give the name of a picture file")
+    if target.exists() and not target.is_file():
+        raise UsageError(f"'{target}' is not a regular file; give the name of a picture file")
+    if target.exists() and any(Path(one).exists() and target.samefile(one) for one in shown):
+        raise UsageError(f"'{target}' is the picture that is asked about; choose another name")
     if not target.parent.is_dir():
         raise UsageError(f"the folder '{target.parent}' does not exist; make it first")
     if not os.access(target if target.exists() else target.parent, os.W_OK):

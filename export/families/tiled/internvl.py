@@ -139,7 +139,12 @@ class _Layer(nn.Module):
 
     def __init__(self, layer: Any) -> None:
         super().__init__()
-        self.layer, self.self_attn = layer, layer.attention
+        self.layer = layer
+
+    @property
+    def self_attn(self) -> nn.Module:
+        """The attention: not registered a second time, or tracing would take it for another module."""
+        return self.layer.attention
 
     def forward(self, hidden: Tensor, mask: None) -> Tensor:
         del mask

@@ -236,12 +236,12 @@ def _with_roles(data: dict[str, Any]) -> dict[str, Any]:
                     f"manifest.stages[{place}] has the unknown key 'role'; this bundle was made by another "
                     "vtp"
                 )
-            stage = {**stage, "role": _role_of(stage["name"])}
+            stage = {**stage, "role": role_of(stage["name"])}
         named.append(stage)
     return {**data, "schema": SCHEMA, "stages": named}
 
 
-def _role_of(name: str) -> str:
+def role_of(name: str) -> str:
     """The role of a stage of schema 1: decoder_head, decoder_1 … run before the last part, decoder."""
     given = {"vision_encoder": "encoder", "embed_tokens": "embed"}
     role = given.get(name, name if name in ROLES else name.rpartition("_")[0])
@@ -322,7 +322,6 @@ def _check_stage(stage: StageInfo, manifest: Manifest) -> None:
         raise VtpError(f"stage {stage.name} runs at unknown moment '{stage.when}'; known: {', '.join(WHEN)}")
     if stage.role not in ROLES:
         raise VtpError(f"stage {stage.name} has the unknown role '{stage.role}'; known: {', '.join(ROLES)}")
-    _check_role(stage)
     if stage.file not in manifest.graphs:
         raise VtpError(f"stage {stage.name} names '{stage.file}', which the manifest does not describe")
     _agree(
@@ -340,6 +339,7 @@ def _check_stage(stage: StageInfo, manifest: Manifest) -> None:
     for name, source in stage.inputs.items():
         fits = source != "image_start" or len(graph.inputs[name].shape) == 2
         _agree(fits, f"image_start of {stage.file} is not [batch, images]")
+    _check_role(stage)
 
 
 def _check_role(stage: StageInfo) -> None:

@@ -251,16 +251,23 @@ def test_files_that_the_manifest_does_not_name(bundle: Path, name: str) -> None:
 # -- writing -------------------------------------------------------------------------------------------------
 
 
+# What check_output takes for the manifest of a bundle.
+_NAMES = ["weights", "half", "a", "b"]
+A_BUNDLE = json.dumps({"schema": 1, "stages": [], "graphs": {}, "files": dict.fromkeys(_NAMES)})
+    {"schema": 1, "stages": [], "graphs": {}, "files": dict.fromkeys(["weights", "half", "a", "b"])}
+)
+
+
 def write(folder: Path, mark: str = "new", overwrite: bool = False) -> None:
     with whole_bundle(folder, overwrite) as aside:
         (aside / "weights").write_text(mark)
-        (aside / MANIFEST).write_text("{}")
+        (aside / MANIFEST).write_text(A_BUNDLE)
 
 
 def test_appears_at_the_end(tmp_path: Path) -> None:
     target = tmp_path / "out"
     with whole_bundle(target) as aside:
-        (aside / MANIFEST).write_text("{}")
+        (aside / MANIFEST).write_text(A_BUNDLE)
         assert not target.exists()
         assert aside.parent.parent == target.parent  # the same disk, so that the swap is one rename
     assert names(target) == {MANIFEST}
@@ -319,7 +326,7 @@ def test_no_room_for_the_first_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_overwrite_replaces_the_whole_folder(tmp_path: Path) -> None:
     write(tmp_path / "out", "old")
-    (tmp_path / "out" / "stray").write_text("x")
+    (tmp_path / "out" / "half").write_text("x")
     write(tmp_path / "out", "new", overwrite=True)
     assert names(tmp_path / "out") == {"weights", MANIFEST}
     assert (tmp_path / "out" / "weights").read_text() == "new"
@@ -466,9 +473,10 @@ def die_between_two_renames(target: Path) -> None:
         "    if self.name == 'new' and not target.exists(): os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return rename(self, target)\n"
         "Path.rename, whole.exchange = die, lambda one, other: False\n"
-        "with whole_bundle(Path(sys.argv[1]), overwrite=True) as aside: (aside / MANIFEST).write_text('{}')\n"
+        "with whole_bundle(Path(sys.argv[1]), overwrite=True) as aside:\n"
+        "    (aside / MANIFEST).write_text(sys.argv[2])\n"
     )
-    done = subprocess.run([sys.executable, "-c", script, str(target)], check=False)
+    done = subprocess.run([sys.executable, "-c", script, str(target), A_BUNDLE], check=False)
     assert done.returncode == -signal.SIGKILL
     assert not target.exists()
 
@@ -497,18 +505,38 @@ def test_leftovers_of_a_similar_name_stay(tmp_path: Path) -> None:
     assert names(tmp_path) == {"out", "a?b", ".out2.partial-x", ".axb.partial-x"}
 
 
+@pytest.mark.parametrize("text", ['{"name": "a browser extension", "manifest_version": 3}', "{}", "{", "[]"])
+def test_overwrite_leaves_other_programs_folders_alone(tmp_path: Path, text: str) -> None:
+    """Browser extensions and web apps have a manifest.json, too."""
+    (tmp_path / "app" / "src").mkdir(parents=True)
+    (tmp_path / "app" / MANIFEST).write_text(text)
+    with pytest.raises(UsageError, match="is not a bundle, so --overwrite leaves it alone"):
+        write(tmp_path / "app", overwrite=True)
+    assert names(tmp_path / "app") == {"src", MANIFEST} and names(tmp_path) == {"app"}
+
+
+def test_overwrite_leaves_a_bundle_with_somebodys_own_files_alone(tmp_path: Path) -> None:
+    write(tmp_path / "out", "old")
+    (tmp_path / "out" / "engines").mkdir()  # where older versions of vtp-build put theirs
+    write(tmp_path / "out", "newer", overwrite=True)
+    (tmp_path / "out" / "notes").mkdir()
+    with pytest.raises(UsageError, match="holds notes, which is not of the bundle"):
+        write(tmp_path / "out", "new", overwrite=True)
+    assert (tmp_path / "out" / "weights").read_text() == "newer"
+
+
 def test_concurrent_writers_each_end_whole(tmp_path: Path) -> None:
     script = (
         "import sys, time; from pathlib import Path; from vtp.runtime.bundle.folder import *\n"
         "for turn in range(20):\n"
         "    with whole_bundle(Path(sys.argv[1]), overwrite=True) as aside:\n"
         "        for name in 'ab': (aside / name).write_text(sys.argv[2])\n"
-        "        (aside / MANIFEST).write_text('{}')\n"
+        "        (aside / MANIFEST).write_text(sys.argv[3])\n"
     )
     write(tmp_path / "out", "old")
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", script, str(tmp_path / "out"), mark], stderr=subprocess.DEVNULL
+            [sys.executable, "-c", script, str(tmp_path / "out"), mark, A_BUNDLE], stderr=subprocess.DEVNULL
         )
         for mark in "xy"
     ]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from vtp.engines import VtpError
-from vtp.runtime.bundle.manifest import SCHEMA, GenerationInfo, parse_manifest
+from vtp.runtime.bundle.manifest import ROLES, SCHEMA, GenerationInfo, parse_manifest, role_of
 
 Data = dict[str, Any]
 
@@ -85,10 +85,26 @@ def test_an_older_manifest_is_read_as_its_newer_equal(data: Data) -> None:
         ("decoder", "decoder"),
     ],
 )
-def test_the_role_of_an_older_stage(data: Data, name: str, role: str) -> None:
-    older = of_schema_1(data)
-    older["stages"][0]["name"] = name
-    assert parse_manifest(json.dumps(older)).stages[0].role == role
+def test_the_role_of_an_older_stage(name: str, role: str) -> None:
+    assert role_of(name) == role
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_a_role_is_held_against_what_the_stage_does(data: Data, role: str) -> None:
+    """Estimates of memory and reports go by it: every stage in turn gets a role that is not its own."""
+    for stage in data["stages"]:
+        own, stage["role"] = stage["role"], role
+        telling = {own, role} & {"encoder", "embed", "pruner", "decoder"}
+        if own != role and telling:
+            refuse(data, "does not do what its role")
+        stage["role"] = own
+
+
+def test_ids_that_no_table_has(data: Data) -> None:
+    for name in ("placeholder_ids", "eos_token_ids"):
+        text = {**data["text"], name: [-5, *data["text"][name]]}
+        refuse({**data, "text": text}, "names a token by a negative id")
+    refuse({**data, "text": {**data["text"], "eos_token_ids": []}}, "eos_token_ids is empty")
 
 
 def test_roles_that_are_not_known(data: Data) -> None:

@@ -240,6 +240,9 @@ def test_answers_of_a_folder_that_contradicts_itself_are_transformers(
         ({"bad_words_ids": []}, "`bad_words_ids` has to be a non-empty list"),
         ({"bad_words_ids": [[5, 9999]]}, "bad_words_ids of generation_config.json has 9999, not one of"),
         ({"forced_eos_token_id": 9999}, "forced_eos_token_id of generation_config.json has 9999"),
+        ({"eos_token_id": -1}, "eos_token_id of generation_config.json has -1, not one of the model's 384"),
+        ({"eos_token_id": [2, 10**20]}, "has 100000000000000000000, not one of the model's 384 tokens; give"),
+        ({"eos_token_id": 384}, "has 384, not one of the model's 384 tokens; give ids of 0 to 383"),
         ({"suppress_tokens": [1.5]}, "suppresses the token 1.5"),
         ({"suppress_tokens": ["x"]}, "cannot use the generation settings"),
         ({"min_new_tokens": "x"}, "cannot use the generation settings"),
@@ -284,6 +287,8 @@ def test_an_end_that_only_the_tokenizer_names_is_said(tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text("{}")
     found = read_generation(tmp_path, SimpleNamespace(eos_token_id=5), 384)
     assert found.eos_ids == (5,) and "answers end with the tokenizer's, 5" in found.notes[0]
+    with pytest.raises(VtpError, match="eos_token_id of the tokenizer has 384, not one of the model's 384"):
+        read_generation(tmp_path, SimpleNamespace(eos_token_id=384), 384)
 
 
 def test_the_command_says_what_is_not_served(

@@ -43,6 +43,7 @@ _REFUSED: dict[str, Callable[[Any], bool]] = {
     "stop_strings": lambda value: True,
     "token_healing": bool,
     "watermarking_config": lambda value: True,
+    "cache_implementation": lambda value: value == "quantized",  # the others keep what is written to them
 }
 # Fields that change answers when they are sampled, or only their length -> the value that changes nothing.
 _SAID: dict[str, Any] = {

@@ -246,6 +246,10 @@ def test_answers_of_a_folder_that_contradicts_itself_are_transformers(
         ({"suppress_tokens": [1.5]}, "suppresses the token 1.5"),
         ({"suppress_tokens": ["x"]}, "cannot use the generation settings"),
         ({"min_new_tokens": "x"}, "cannot use the generation settings"),
+        (
+            {"cache_implementation": "quantized", "cache_config": {"nbits": 4}},
+            "sets cache_implementation to 'quantized', which changes greedy answers",
+        ),
         ({"num_beams": "x"}, "sets num_beams to 'x'"),
     ],
 )
@@ -264,6 +268,7 @@ def test_generation_settings_that_are_refused(tmp_path: Path, rules: dict[str, A
         ({"num_beams": 1, "do_sample": False, "temperature": 1.0, "top_k": 50, "use_cache": True}, ""),
         ({"bad_words_ids": [[], [2]], "forced_bos_token_id": 9}, ""),
         ({"prompt_lookup_num_tokens": 3, "length_penalty": 2.0, "chat_format": "x"}, ""),
+        ({"cache_implementation": "static"}, ""),
         (
             {"do_sample": True, "top_p": 0.001, "temperature": 0.1},
             "do_sample True, temperature 0.1, top_p 0.001",

@@ -26,6 +26,7 @@ from transformers import (
 
 from vtp.engines import VtpError
 from vtp.runtime.bundle.manifest import GenerationInfo
+from vtp.runtime.generation.arguments import is_penalty
 
 FILE = "generation_config.json"
 # Fields that change greedy answers and that the runtime does not serve -> whether a value does so.
@@ -133,6 +134,10 @@ def _served(config: Any, ends: list[int], vocabulary: int) -> GenerationInfo:
     forced, banned, first = config.forced_eos_token_id, config.suppress_tokens, config.begin_suppress_tokens
     if penalty not in (None, 1):
         RepetitionPenaltyLogitsProcessor(penalty)
+        if not is_penalty(penalty):
+            raise VtpError(
+                f"repetition_penalty of {FILE} is {penalty}; give a number from 1.2e-38 to 3.4e+38 (1: off)"
+            )
     if ngram:
         NoRepeatNGramLogitsProcessor(ngram)
     if words is not None:

@@ -234,6 +234,8 @@ def test_answers_of_a_folder_that_contradicts_itself_are_transformers(
         ({"exponential_decay_length_penalty": [3, 1.5]}, "sets exponential_decay_length_penalty"),
         ({"stop_strings": ["x"]}, "sets stop_strings"),
         ({"repetition_penalty": 0.0}, "has to be a strictly positive float, but is 0.0"),
+        ({"repetition_penalty": 1e-46}, "of generation_config.json is 1e-46; give a number from 1.2e-38"),
+        ({"repetition_penalty": 1e39}, "of generation_config.json is 1e+39; give a number from 1.2e-38"),
         ({"repetition_penalty": "much"}, "has to be a strictly positive float"),
         ({"no_repeat_ngram_size": 1.5}, "has to be a strictly positive integer"),
         ({"bad_words_ids": [5]}, "`bad_words_ids` has to be a list of lists"),

@@ -26,6 +26,7 @@ from transformers import (
 
 from vtp.engines import VtpError
 from vtp.runtime.bundle.manifest import GenerationInfo
+from vtp.runtime.generation.arguments import is_penalty
 
 FILE = "generation_config.json"
 # Fields that change greedy answers and that the runtime does not serve -> whether a value does so.
@@ -43,6 +44,7 @@ _REFUSED: dict[str, Callable[[Any], bool]] = {
     "stop_strings": lambda value: True,
     "token_healing": bool,
     "watermarking_config": lambda value: True,
+    "cache_implementation": lambda value: value == "quantized",  # the others keep what is written to them
 }
 # Fields that change answers when they are sampled, or only their length -> the value that changes nothing.
 _SAID: dict[str, Any] = {
@@ -78,7 +80,7 @@ def read_generation(folder: Path, tokenizer: Any, vocabulary: int) -> Generation
     try:
         config = _load(folder)
         _refuse_unserved(config)
-        ends, notes = _ends(folder, config, tokenizer)
+        ends, notes = _ends(folder, config, tokenizer, vocabulary)
         info = _served(config, ends, vocabulary)
     except VtpError:
         raise
@@ -107,11 +109,11 @@ def _refuse_unserved(config: Any) -> None:
             )
 
 
-def _ends(folder: Path, config: Any, tokenizer: Any) -> tuple[list[int], list[str]]:
+def _ends(folder: Path, config: Any, tokenizer: Any, vocabulary: int) -> tuple[list[int], list[str]]:
     """Every id that ends an answer; where none is set the tokenizer's, and a line that says so."""
-    given, notes = config.eos_token_id, []
+    given, notes, source = config.eos_token_id, list[str](), FILE
     if given in (None, []):
-        given = tokenizer.eos_token_id
+        given, source = tokenizer.eos_token_id, "the tokenizer"
         notes.append(
             f"{FILE} sets no eos_token_id; answers end with the tokenizer's, {given} (transformers' generate "
             "goes on to the last token)"
@@ -121,6 +123,7 @@ def _ends(folder: Path, config: Any, tokenizer: Any) -> tuple[list[int], list[st
     ids = given if isinstance(given, list) else [given]
     if not all(isinstance(number, int) and not isinstance(number, bool) for number in ids):
         raise VtpError(f"eos_token_id of {folder / FILE} is {given!r}; give an id or a list of ids")
+    _in_vocabulary("eos_token_id", ids, vocabulary, source)
     return sorted(ids), notes
 
 
@@ -131,6 +134,10 @@ def _served(config: Any, ends: list[int], vocabulary: int) -> GenerationInfo:
     forced, banned, first = config.forced_eos_token_id, config.suppress_tokens, config.begin_suppress_tokens
     if penalty not in (None, 1):
         RepetitionPenaltyLogitsProcessor(penalty)
+        if not is_penalty(penalty):
+            raise VtpError(
+                f"repetition_penalty of {FILE} is {penalty}; give a number from 1.2e-38 to 3.4e+38 (1: off)"
+            )
     if ngram:
         NoRepeatNGramLogitsProcessor(ngram)
     if words is not None:
@@ -165,10 +172,13 @@ def _served(config: Any, ends: list[int], vocabulary: int) -> GenerationInfo:
     )
 
 
-def _in_vocabulary(name: str, ids: list[Any], vocabulary: int) -> None:
+def _in_vocabulary(name: str, ids: list[Any], vocabulary: int, source: str = FILE) -> None:
     for token in ids:
         if not (isinstance(token, int) and 0 <= token < vocabulary):
-            raise VtpError(f"{name} of {FILE} has {token!r:.40}, not one of the model's {vocabulary} tokens")
+            raise VtpError(
+                f"{name} of {source} has {token!r:.40}, not one of the model's {vocabulary} tokens; give ids "
+                f"of 0 to {vocabulary - 1}"
+            )
 
 
 def _unsaid(config: Any) -> list[str]:

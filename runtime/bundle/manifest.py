@@ -16,6 +16,7 @@ from typing import Any
 from vtp.engines import VtpError
 from vtp.engines.errors import quoted
 from vtp.engines.strict_json import parse_json
+from vtp.runtime.generation.arguments import is_penalty
 from vtp.runtime.preprocess import ImageSpec
 from vtp.runtime.prompt.prompter import TextSpec
 
@@ -294,7 +295,10 @@ def _check_frame(visual: VisualInfo, frames: int) -> None:
 
 def _check_generation(asked: GenerationInfo, vocabulary: int) -> None:
     penalty = asked.repetition_penalty
-    _agree(0 < penalty < float("inf"), f"manifest.generation.repetition_penalty {penalty} is not above 0")
+    _agree(
+        is_penalty(penalty),
+        f"manifest.generation.repetition_penalty {penalty} is not above 0 and finite in float32",
+    )
     for name in ("no_repeat_ngram_size", "min_length", "min_new_tokens"):
         _agree(getattr(asked, name) >= 0, f"manifest.generation.{name} is negative")
     _agree(all(asked.bad_words_ids), "manifest.generation.bad_words_ids holds an empty word")

@@ -10,7 +10,7 @@ import numpy as np
 
 from vtp.engines.errors import UsageError
 
-__all__ = ["is_number", "is_whole", "shown", "thread_count", "whole"]
+__all__ = ["is_number", "is_penalty", "is_whole", "shown", "thread_count", "whole"]
 
 
 def is_whole(value: object) -> TypeGuard[int]:
@@ -26,6 +26,14 @@ def is_number(value: object) -> TypeGuard[float]:
         return math.isfinite(value)
     except OverflowError:  # an integer beyond the largest float
         return False
+
+
+def is_penalty(value: object) -> TypeGuard[float]:
+    """Whether a repetition penalty is above 0 and finite in float32, which it is applied in."""
+    return is_number(value) and _FLOAT32[0] <= float(value) <= _FLOAT32[1]
+
+
+_FLOAT32 = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 
 
 def whole(name: str, value: object, least: int = 1) -> int:

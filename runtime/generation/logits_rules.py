@@ -7,7 +7,6 @@ those that pruning drops among them.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
@@ -15,6 +14,7 @@ import numpy as np
 
 from vtp.engines.errors import UsageError, VtpError
 from vtp.runtime.bundle.manifest import GenerationInfo
+from vtp.runtime.generation.arguments import is_penalty, shown
 from vtp.runtime.prompt.prompter import TextSpec
 
 __all__ = ["LogitsRules", "with_penalty", "written_out"]
@@ -23,16 +23,14 @@ __all__ = ["LogitsRules", "with_penalty", "written_out"]
 def with_penalty(info: GenerationInfo, repetition_penalty: float | None) -> GenerationInfo:
     """`info` with a caller's repetition penalty instead of the model's; None leaves it.
 
-    Raises UsageError for what is not a number above 0.
+    Raises UsageError for what is not a number above 0, or is 0 or infinite in float32.
     """
     if repetition_penalty is None:
         return info
-    number = isinstance(repetition_penalty, int | float | np.number) and not isinstance(
-        repetition_penalty, bool
-    )
-    if not (number and math.isfinite(repetition_penalty) and repetition_penalty > 0):
+    if not is_penalty(repetition_penalty):
         raise UsageError(
-            f"repetition_penalty {repetition_penalty!r} is not allowed; choose a number above 0 (1: off)"
+            f"repetition_penalty {shown(repetition_penalty)} is not allowed; choose a number above 0 (1: "
+            "off), from 1.2e-38 to 3.4e+38"
         )
     return replace(info, repetition_penalty=float(repetition_penalty))
 
@@ -113,6 +111,10 @@ class _RepetitionPenalty(_Rule):
         found = scores[places]
         with np.errstate(over="ignore"):
             scores[places] = np.where(found < 0, found * self._penalty, found / self._penalty)
+        if np.isposinf(scores[places]).any():
+            raise VtpError(
+                f"repetition_penalty {self._penalty:g} makes scores infinite; choose one nearer to 1 (off)"
+            )
 
 
 class _NoRepeat(_Rule):

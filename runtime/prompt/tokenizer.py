@@ -127,6 +127,11 @@ def _growth(pattern: Mapping[str, str], content: int) -> float:
 
 
 def _check_model(model: Any) -> None:
+    if dropout := getattr(model, "dropout", None):  # Unigram's alpha and nbest_size are in no file
+        raise VtpError(
+            f"its model has dropout {dropout:g}, which makes prompts random; set dropout to null in "
+            "tokenizer.json and export the model again"
+        )
     most = getattr(model, "max_input_chars_per_word", 0)
     if most > _LONGEST_WORD:
         raise VtpError(

@@ -167,6 +167,8 @@ def test_a_batch_of_conversations(pipe: Pipeline) -> None:
         (PICTURES, {"prompts": PROMPTS, "messages": []}, "either prompts or messages"),
         (PICTURES[0], {"prompts": PROMPTS}, "images must be a list"),
         (PICTURES, {"prompts": "what ?"}, "prompts must be a list"),
+        (np.zeros((2, 1)), {"prompts": PROMPTS}, r"for each prompt, not array\(\[\[0.\], \[0.\]\]\)$"),
+        (PICTURES, {"prompts": {10**5000}}, "for each prompt, not of type set"),
         (PICTURES, {"prompts": [*PROMPTS[:2], " "]}, "prompt 3 of 3: the prompt is empty"),
         ([PICTURES[0], "no.png", []], {"prompts": PROMPTS}, "prompt 2 of 3: no such file"),
         ([PICTURES[0], []], {"prompts": PROMPTS[:2]}, "prompt 2 of 2: no picture is given"),

@@ -234,15 +234,24 @@ def test_answers_of_a_folder_that_contradicts_itself_are_transformers(
         ({"exponential_decay_length_penalty": [3, 1.5]}, "sets exponential_decay_length_penalty"),
         ({"stop_strings": ["x"]}, "sets stop_strings"),
         ({"repetition_penalty": 0.0}, "has to be a strictly positive float, but is 0.0"),
+        ({"repetition_penalty": 1e-46}, "of generation_config.json is 1e-46; give a number from 1.2e-38"),
+        ({"repetition_penalty": 1e39}, "of generation_config.json is 1e+39; give a number from 1.2e-38"),
         ({"repetition_penalty": "much"}, "has to be a strictly positive float"),
         ({"no_repeat_ngram_size": 1.5}, "has to be a strictly positive integer"),
         ({"bad_words_ids": [5]}, "`bad_words_ids` has to be a list of lists"),
         ({"bad_words_ids": []}, "`bad_words_ids` has to be a non-empty list"),
         ({"bad_words_ids": [[5, 9999]]}, "bad_words_ids of generation_config.json has 9999, not one of"),
         ({"forced_eos_token_id": 9999}, "forced_eos_token_id of generation_config.json has 9999"),
+        ({"eos_token_id": -1}, "eos_token_id of generation_config.json has -1, not one of the model's 384"),
+        ({"eos_token_id": [2, 10**20]}, "has 100000000000000000000, not one of the model's 384 tokens; give"),
+        ({"eos_token_id": 384}, "has 384, not one of the model's 384 tokens; give ids of 0 to 383"),
         ({"suppress_tokens": [1.5]}, "suppresses the token 1.5"),
         ({"suppress_tokens": ["x"]}, "cannot use the generation settings"),
         ({"min_new_tokens": "x"}, "cannot use the generation settings"),
+        (
+            {"cache_implementation": "quantized", "cache_config": {"nbits": 4}},
+            "sets cache_implementation to 'quantized', which changes greedy answers",
+        ),
         ({"num_beams": "x"}, "sets num_beams to 'x'"),
     ],
 )
@@ -261,6 +270,7 @@ def test_generation_settings_that_are_refused(tmp_path: Path, rules: dict[str, A
         ({"num_beams": 1, "do_sample": False, "temperature": 1.0, "top_k": 50, "use_cache": True}, ""),
         ({"bad_words_ids": [[], [2]], "forced_bos_token_id": 9}, ""),
         ({"prompt_lookup_num_tokens": 3, "length_penalty": 2.0, "chat_format": "x"}, ""),
+        ({"cache_implementation": "static"}, ""),
         (
             {"do_sample": True, "top_p": 0.001, "temperature": 0.1},
             "do_sample True, temperature 0.1, top_p 0.001",
@@ -284,6 +294,8 @@ def test_an_end_that_only_the_tokenizer_names_is_said(tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text("{}")
     found = read_generation(tmp_path, SimpleNamespace(eos_token_id=5), 384)
     assert found.eos_ids == (5,) and "answers end with the tokenizer's, 5" in found.notes[0]
+    with pytest.raises(VtpError, match="eos_token_id of the tokenizer has 384, not one of the model's 384"):
+        read_generation(tmp_path, SimpleNamespace(eos_token_id=384), 384)
 
 
 def test_the_command_says_what_is_not_served(

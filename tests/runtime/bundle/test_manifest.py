@@ -221,6 +221,8 @@ def test_wrong_types_are_refused_everywhere(data: Data, wrong: Any) -> None:
         (("image", "mean"), [0.5], "mean must be three numbers"),
         (("text", "placeholder_ids"), [], "placeholder_ids is empty"),
         (("generation", "repetition_penalty"), 0, "repetition_penalty 0.0 is not above 0"),
+        (("generation", "repetition_penalty"), 1e-46, "penalty 1e-46 is not above 0 and finite in float32"),
+        (("generation", "repetition_penalty"), 1e39, r"penalty 1e\+39 is not above 0 and finite in float32"),
         (("generation", "min_new_tokens"), -1, "min_new_tokens is negative"),
         (("generation", "bad_words_ids"), [[5], []], "bad_words_ids holds an empty word"),
         (("generation", "bad_words_ids"), [[9999]], "names tokens that do not exist"),

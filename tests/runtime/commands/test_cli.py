@@ -122,6 +122,7 @@ def test_show_kept_writes_a_picture(
         (["--temperature", "nan"], 2, "temperature nan is not allowed"),
         (["--top-p", "2"], 2, "top_p 2.0 is not allowed"),
         (["--repetition-penalty", "0"], 2, "repetition_penalty 0.0 is not allowed; choose a number above 0"),
+        (["--repetition-penalty", "1e-46"], 2, "choose a number above 0 (1: off), from 1.2e-38 to 3.4e+38"),
         (["--repetition-penalty", "x"], 2, "repetition-penalty 'x' is not a number"),
         (["--seed", "-1"], 2, "seed -1 is not allowed"),
         (["--threads", "0"], 2, "threads 0 is not"),

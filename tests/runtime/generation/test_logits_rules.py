@@ -7,7 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    RepetitionPenaltyLogitsProcessor,
+)
 
 from vtp.engines import UsageError, VtpError
 from vtp.runtime.bundle.manifest import GenerationInfo
@@ -120,10 +125,32 @@ def test_a_prompt_is_written_out_with_every_visual_token() -> None:
     assert written_out([1, 5, 9, 6, 9, 7, 2], text, 6) == [1, 5, 9, 9, 9, 6, 9, 9, 9, 7, 2]
 
 
-@pytest.mark.parametrize("penalty", [0, -1.0, float("nan"), float("inf"), "2", True])
+# Zero or infinite in float32, and an integer that no float holds.
+BEYOND = [1e-300, 1e-46, np.float64(1e39), 1e300, 10**300, 2**2000]
+
+
+@pytest.mark.parametrize("penalty", [0, -1.0, float("nan"), float("inf"), "2", True, *BEYOND])
 def test_a_penalty_that_is_none(penalty: Any) -> None:
-    with pytest.raises(UsageError, match="is not allowed; choose a number above 0"):
+    with pytest.raises(
+        UsageError, match=r"is not allowed; choose a number above 0 .* to 3\.4e\+38"
+    ) as caught:
         with_penalty(GenerationInfo(), penalty)
+    assert len(str(caught.value)) < 180
+
+
+@pytest.mark.parametrize("penalty", [1.2e-38, 3.4e38, np.float16(2), np.float64(1e38), 10**38, np.int8(3)])
+def test_a_penalty_that_float32_holds_is_transformers(penalty: Any) -> None:
+    logits = np.float32([[0.5, -0.0, 1e-30, 2.0]])
+    theirs = RepetitionPenaltyLogitsProcessor(float(penalty))(torch.tensor([[0, 1, 2]]), torch.tensor(logits))
+    rules = LogitsRules(with_penalty(GenerationInfo(), penalty), [0, 1, 2], ENDS, NEW)
+    assert np.array_equal(rules(logits[0]), theirs[0].numpy())
+
+
+def test_a_penalty_that_makes_scores_infinite_is_named() -> None:
+    rules = LogitsRules(GenerationInfo(repetition_penalty=2e-38), [0], ENDS, NEW)
+    assert np.isfinite(rules(np.float32([5, 1]))).all()
+    with pytest.raises(VtpError, match="repetition_penalty 2e-38 makes scores infinite; choose one nearer"):
+        rules(np.float32([50, 1]))
 
 
 def test_a_caller_s_penalty_comes_first() -> None:

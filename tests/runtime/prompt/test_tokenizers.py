@@ -75,6 +75,10 @@ HOSTILE: dict[str, tuple[Callable[[], Tokenizer], str]] = {
         lambda: bare(models.WordPiece(vocab=VOCABULARY, unk_token="a", max_input_chars_per_word=10**9)),
         "in one piece",
     ),
+    "random": (
+        lambda: bare(models.BPE(vocab=VOCABULARY, merges=[], unk_token="a", dropout=0.5)),
+        "dropout 0.5, which makes prompts random; set dropout to null",
+    ),
 }
 
 
@@ -121,6 +125,18 @@ def test_an_answer_does_not_grow_without_bound() -> None:
     stream = Detokenizer(tokenizer)
     with pytest.raises(VtpError, match="has 1000000 characters"):
         stream.push(tokenizer.get_vocab_size() - 1)
+
+
+def test_settings_that_sample_pieces_are_off_in_a_file(tmp_path: Path) -> None:
+    """Dropout of 0 is none, and a file's alpha and nbest_size are not read: prompts stay the same."""
+    opened(changed(lambda tokenizer: setattr(tokenizer.model, "dropout", 0.0)), tmp_path)
+    pieces = [(text, -1.0) for text in [*VOCABULARY, "aa", "aaa"]]
+    state = json.loads(bare(models.Unigram(pieces, unk_id=0)).to_str())
+    state["model"] |= {"alpha": 0.1, "nbest_size": 64}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(state))
+    prompter = Prompter(spec_for(LLAVA_TEMPLATE), tmp_path / "tokenizer.json")
+    message = prompter.messages_for("a" * 40)
+    assert len({tuple(prompter.encode(message).ids) for _ in range(20)}) == 1
 
 
 @pytest.mark.parametrize("name", sorted(TOKENIZERS))

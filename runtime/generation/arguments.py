@@ -10,7 +10,7 @@ import numpy as np
 
 from vtp.engines.errors import UsageError
 
-__all__ = ["is_number", "is_penalty", "is_whole", "shown", "thread_count", "whole"]
+__all__ = ["flag", "is_number", "is_penalty", "is_whole", "shown", "thread_count", "whole"]
 
 
 def is_whole(value: object) -> TypeGuard[int]:

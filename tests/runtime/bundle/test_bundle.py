@@ -254,8 +254,6 @@ def test_files_that_the_manifest_does_not_name(bundle: Path, name: str) -> None:
 # What check_output takes for the manifest of a bundle.
 _NAMES = ["weights", "half", "a", "b"]
 A_BUNDLE = json.dumps({"schema": 1, "stages": [], "graphs": {}, "files": dict.fromkeys(_NAMES)})
-    {"schema": 1, "stages": [], "graphs": {}, "files": dict.fromkeys(["weights", "half", "a", "b"])}
-)
 
 
 def write(folder: Path, mark: str = "new", overwrite: bool = False) -> None:

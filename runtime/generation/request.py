@@ -121,7 +121,8 @@ class RequestMaker:
                 turns: Messages = self._prompter.messages_for(prompt, pictures)
             else:
                 assert messages is not None  # by the check above
-                turns = with_media(messages, pictures, self._manifest.text.media)
+                text, most = self._manifest.text, self._manifest.model.max_length
+                turns = with_media(messages, pictures, text.media, most)
             encoded = self._prompter.encode(turns, pictures, special)
         self._check_ids(encoded)
         return encoded

@@ -8,9 +8,11 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections import UserDict
+from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -120,6 +122,30 @@ def test_messages_equal_the_prompt(pipe: Pipeline, picture: Image.Image) -> None
     for content in (PROMPT, parts, parts[1:]):
         found = pipe.generate(picture, messages=[{"role": "user", "content": content}], max_new_tokens=6)
         assert found.token_ids == wanted
+
+
+class Endless(Sequence[Any]):
+    """A sequence that says how long it is, and never ends where that is."""
+
+    def __init__(self, item: Any, count: int) -> None:
+        self.item, self.count = item, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, place: Any) -> Any:
+        assert place < self.count, "read on beyond its end"
+        return self.item
+
+
+def test_messages_of_other_types_equal_the_prompt(pipe: Pipeline, picture: Image.Image) -> None:
+    wanted = pipe.generate(picture, PROMPT, max_new_tokens=6).token_ids
+    marked = [MappingProxyType({"type": "image"}), {"type": "text", "text": PROMPT}]
+    for turn in (UserDict(role="user", content=PROMPT), {"role": "user", "content": marked}):
+        for turns in ([turn], Endless(turn, 1)):
+            found = pipe.generate(picture, messages=turns, max_new_tokens=6)
+            assert found.token_ids == wanted
+    refuse("has 99999999 turns", lambda: pipe.generate(picture, messages=Endless(turn, 99999999)))
 
 
 def test_several_turns(pipe: Pipeline, picture: Image.Image) -> None:

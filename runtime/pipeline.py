@@ -8,12 +8,13 @@ from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from PIL import Image
 
 from vtp.engines import AUTO, Choice, UsageError, VtpError, choose_engine
 from vtp.engines.disk.whole import undisturbed
+from vtp.engines.errors import quoted
 from vtp.runtime.bundle.folder import Bundle, open_bundle
 from vtp.runtime.generation.answer import Answer
 from vtp.runtime.generation.arguments import is_whole, shown, thread_count, whole
@@ -268,6 +269,13 @@ class Pipeline:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def __reduce__(self) -> NoReturn:
+        """Refuse copies and pickles: graphs and locks belong to one process."""
+        raise VtpError(
+            "a Pipeline cannot be pickled or copied, since its graphs belong to this process; load the "
+            f"bundle again, in the other process: Pipeline.load({quoted(str(self.bundle.folder))})"
+        )
 
     def _answer(self, request: Request) -> Answer:
         return Answer(request, self.manifest, self._prompter)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
+import pickle
 import shutil
 import subprocess
 import sys
@@ -410,6 +412,13 @@ def test_an_error_half_way_frees_the_pipeline(
         patch.setattr(Sampler, "pick", broken)
         refuse("NaN", lambda: pipe.generate(picture, PROMPT), VtpError)
     assert pipe.generate(picture, PROMPT, max_new_tokens=1).token_ids
+
+
+@pytest.mark.parametrize("act", [pickle.dumps, copy.copy, copy.deepcopy])
+def test_a_pipeline_is_not_copied(pipe: Pipeline, act: Callable[[Pipeline], object]) -> None:
+    refuse(
+        r"cannot be pickled or copied, .*load the bundle again, .*Pipeline\.load", lambda: act(pipe), VtpError
+    )
 
 
 # -- closing -------------------------------------------------------------------------------------------------

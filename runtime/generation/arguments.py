@@ -10,7 +10,7 @@ import numpy as np
 
 from vtp.engines.errors import UsageError
 
-__all__ = ["is_number", "is_whole", "shown", "thread_count", "whole"]
+__all__ = ["flag", "is_number", "is_whole", "shown", "thread_count", "whole"]
 
 
 def is_whole(value: object) -> TypeGuard[int]:
@@ -33,6 +33,13 @@ def whole(name: str, value: object, least: int = 1) -> int:
     if not is_whole(value) or value < least:
         raise UsageError(f"{name} {shown(value)} is not a whole number of at least {least}")
     return int(value)
+
+
+def flag(name: str, value: object) -> bool:
+    """`value` as a bool; UsageError unless it is one: text such as "no" would count as true."""
+    if not isinstance(value, bool | np.bool_):
+        raise UsageError(f"{name} {shown(value)} is not a yes or no; give True or False")
+    return bool(value)
 
 
 def thread_count(value: object) -> int | None:

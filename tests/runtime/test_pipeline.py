@@ -275,6 +275,19 @@ def test_bad_threads(exported: Callable[[str], Any], threads: Any) -> None:
     )
 
 
+@pytest.mark.parametrize("value", ["no", "x", -1, 0, None, []])
+def test_switches_are_true_or_false(
+    exported: Callable[[str], Any], pipe: Pipeline, picture: Image.Image, value: Any
+) -> None:
+    folder = exported("vispruner").folder
+    for name in ("check_hashes", "prefix_caching", "reuse_prompt"):
+        refuse(f"{name} .* give True or False", lambda name=name: Pipeline.load(folder, **{name: value}))
+    for name in ("skip_special_tokens", "allow_special_tokens"):
+        refuse(
+            f"{name} .* give True or False", lambda name=name: pipe.generate(picture, PROMPT, **{name: value})
+        )
+
+
 def test_warmup(split: Pipeline, picture: Image.Image) -> None:
     before = split.generate(picture, PROMPT, max_new_tokens=3).token_ids
     split.warmup()

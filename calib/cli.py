@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -107,9 +108,19 @@ def _keep(args: argparse.Namespace) -> None:
 
 
 def _goal(args: argparse.Namespace) -> dict[str, Any]:
-    """What the choice has to meet, by the flag's name; a floor of 0.97 where none is given."""
+    """What the choice has to meet, by the flag's name; a floor of 0.97 where none is given.
+
+    Raises UsageError, before anything runs, for a floor or a budget that is none.
+    """
     given = {name: getattr(args, name) for name in ("floor", "budget_ms", "budget_mb")}
-    return {name: value for name, value in given.items() if value is not None} or {"floor": 0.97}
+    goal = {name: value for name, value in given.items() if value is not None} or {"floor": 0.97}
+    for name, value in goal.items():
+        if name == "floor" and not 0 < value <= 1:
+            raise UsageError(f"--floor {value:g} is not a share of the unpruned score; give above 0, up to 1")
+        if not 0 < value < math.inf:
+            flag, unit = name.replace("_", "-"), "milliseconds" if name == "budget_ms" else "megabytes"
+            raise UsageError(f"--{flag} {value:g} is not a budget; give a finite number of {unit} above 0")
+    return goal
 
 
 def _needs_mb(examiner: Examiner) -> dict[int, float]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from vtp.engines.base import Engine
 from vtp.engines.cuda.driver import CudaProbe, probe_cuda
-from vtp.engines.errors import UsageError, VtpError, nearest
+from vtp.engines.errors import UsageError, VtpError, nearest, quoted
 from vtp.engines.ort.library import load_onnxruntime
 from vtp.engines.tensorrt.library import LIBRARIES, load_library
 
@@ -127,8 +127,10 @@ def choose_engine(
 
     Raises UsageError for an unknown name, VtpError when what was asked for cannot run here.
     """
-    if wanted not in engine_names():
-        known = engine_names()
+    known = engine_names()
+    if not isinstance(wanted, str):
+        raise UsageError(f"engine {quoted(wanted, 60)} is not a name; choose one of {', '.join(known)}")
+    if wanted not in known:
         raise UsageError(
             f"unknown engine '{wanted}'{nearest(wanted, known)}; choose one of {', '.join(known)}"
         )

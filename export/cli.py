@@ -121,6 +121,12 @@ def _list_or_export(args: argparse.Namespace) -> None:
 
 
 def _export(args: argparse.Namespace) -> None:
+    try:
+        Path.cwd()
+    except FileNotFoundError as error:  # torch's libraries would end the process without a line of ours
+        raise VtpError(
+            "the current folder no longer exists, and torch does not load there; change to one that does"
+        ) from error
     # Imported late: --help and --list-methods should not wait for torch.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from vtp.export.exporter import Request, export

@@ -8,15 +8,16 @@ from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from PIL import Image
 
 from vtp.engines import AUTO, Choice, UsageError, VtpError, choose_engine
 from vtp.engines.disk.whole import undisturbed
+from vtp.engines.errors import quoted
 from vtp.runtime.bundle.folder import Bundle, open_bundle
 from vtp.runtime.generation.answer import Answer
-from vtp.runtime.generation.arguments import is_whole, shown, thread_count, whole
+from vtp.runtime.generation.arguments import flag, is_whole, shown, thread_count, whole
 from vtp.runtime.generation.batch import about, batches, check_lists, each_prompt, write_together
 from vtp.runtime.generation.keep_count import choose_keep
 from vtp.runtime.generation.loop import write
@@ -114,11 +115,13 @@ class Pipeline:
             if not is_whole(prompts) or prompts < 0:
                 raise UsageError(f"{name} {shown(prompts)} is not a number of prompts; give 0 (off) or more")
         most = max(vision_feature_cache, image_cache)
+        hashed = flag("check_hashes", check_hashes)
+        caching, earlier = flag("prefix_caching", prefix_caching), flag("reuse_prompt", reuse_prompt)
 
         def load(folder: Path) -> Pipeline:
-            opened = open_bundle(folder, check_hashes)
+            opened = open_bundle(folder, hashed)
             choice = choose_engine(engine, opened.manifest.dtype, target=opened.manifest.target)
-            return cls(opened, choice, threads, most, prefix_caching or reuse_prompt, opening)
+            return cls(opened, choice, threads, most, caching or earlier, opening)
 
         return undisturbed(load)(bundle)  # one bundle, even while another takes its place
 
@@ -268,6 +271,13 @@ class Pipeline:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def __reduce__(self) -> NoReturn:
+        """Refuse copies and pickles: graphs and locks belong to one process."""
+        raise VtpError(
+            "a Pipeline cannot be pickled or copied, since its graphs belong to this process; load the "
+            f"bundle again, in the other process: Pipeline.load({quoted(str(self.bundle.folder))})"
+        )
 
     def _answer(self, request: Request) -> Answer:
         return Answer(request, self.manifest, self._prompter)

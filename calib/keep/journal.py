@@ -13,6 +13,7 @@ from vtp.engines import VtpError
 from vtp.engines.disk.locks import try_lock
 from vtp.engines.errors import quoted
 from vtp.engines.strict_json import parse_json
+from vtp.runtime.bundle.folder import check_outside
 
 _NUMBER = (int, float, type(None))
 _KINDS: dict[str, Any] = {
@@ -44,6 +45,7 @@ class Journal:
         """Open `file`, reading what an earlier run left; a line that a kill cut short is dropped."""
         self._answers: dict[tuple[str, int, str], Answer] = {}
         self._path = file
+        check_outside(file)
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             self._file: IO[str] = file.open("a", encoding="utf-8")

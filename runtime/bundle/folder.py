@@ -136,9 +136,28 @@ def describe_files(folder: Path) -> dict[str, FileInfo]:
     return {name: FileInfo(sha256(folder / name), (folder / name).stat().st_size) for name in names}
 
 
+def check_outside(output: Path) -> None:
+    """Refuse a file or folder to be written within a bundle, whose manifest would not name it."""
+    for folder in output.resolve().parents:
+        if _is_bundle(folder):
+            raise UsageError(
+                f"output {output} lies in the bundle {folder}, which holds its own files only; choose a path "
+                "elsewhere"
+            )
+
+
+def _is_bundle(folder: Path) -> bool:
+    try:
+        parse_manifest(read_bounded(folder / MANIFEST, FILE_BYTES, within=folder))
+    except (OSError, VtpError):  # no manifest.json, or another program's
+        return False
+    return True
+
+
 def check_output(folder: Path, overwrite: bool) -> None:
     """Refuse an output folder that exists without --overwrite, or that is not a bundle to overwrite."""
     try:
+        check_outside(folder)
         recover(folder.resolve())
         if folder.exists() and not folder.is_dir():
             raise UsageError(f"output {folder} is a file; choose a folder that does not exist")

@@ -13,6 +13,7 @@ from PIL import Image
 from vtp.engines import UsageError, engine_names
 from vtp.engines.errors import shown
 from vtp.engines.tensorrt.library import LIBRARIES
+from vtp.runtime.bundle.folder import check_outside
 from vtp.runtime.bundle.manifest import Manifest
 from vtp.runtime.commands.batch_file import Line, read_lines
 from vtp.runtime.commands.console import (
@@ -119,6 +120,7 @@ def _run(args: argparse.Namespace) -> None:
     lines = read_lines(Path(args.batch)) if args.batch else []
     if args.show_kept:
         check_picture_path(args.show_kept, args.image or ())
+        check_outside(Path(args.show_kept))
     threads = None if args.threads is None else whole_number("threads", args.threads)
     opening = Opening(Path(args.engines) if args.engines else None, args.allow_cpu_nodes, args.cuda_graph)
     with Pipeline.load(args.bundle, args.engine, threads, args.check_hashes, opening=opening) as pipe:

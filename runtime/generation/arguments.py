@@ -43,6 +43,13 @@ def whole(name: str, value: object, least: int = 1) -> int:
     return int(value)
 
 
+def flag(name: str, value: object) -> bool:
+    """`value` as a bool; UsageError unless it is one: text such as "no" would count as true."""
+    if not isinstance(value, bool | np.bool_):
+        raise UsageError(f"{name} {shown(value)} is not a yes or no; give True or False")
+    return bool(value)
+
+
 def thread_count(value: object) -> int | None:
     """CPU threads of one operator; None: as many as the engine takes by itself.
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from vtp.engines import UsageError, VtpError
 from vtp.engines.tensorrt.library import LIBRARIES
 from vtp.runtime.bundle.manifest import GenerationInfo, Manifest
-from vtp.runtime.generation.arguments import whole
+from vtp.runtime.generation.arguments import flag, whole
 from vtp.runtime.generation.logits_rules import with_penalty
 from vtp.runtime.generation.options import GenerateOptions
 from vtp.runtime.generation.sampling import Sampler
@@ -66,10 +66,12 @@ class RequestMaker:
     ) -> Request:
         """Everything but the pixels, checked; errors that show without them come before any is decoded."""
         timings, sampler = Timings(), options.sampler()
+        skip = flag("skip_special_tokens", options.skip_special_tokens)
+        special = flag("allow_special_tokens", options.allow_special_tokens)
         pictures = self._pictures(image, timings)
         request = Request(
             pictures=pictures,
-            prompt=self._encode(prompt, messages, len(pictures), options.allow_special_tokens, timings),
+            prompt=self._encode(prompt, messages, len(pictures), special, timings),
             keep=keep,
             max_new_tokens=whole("max_new_tokens", options.max_new_tokens),
             sampler=sampler,
@@ -78,7 +80,7 @@ class RequestMaker:
             timings=timings,
             clock=clock,
             stop_signal=stop_signal,
-            skip_special_tokens=options.skip_special_tokens,
+            skip_special_tokens=skip,
         )
         self._check_room(request)
         return request
@@ -121,7 +123,8 @@ class RequestMaker:
                 turns: Messages = self._prompter.messages_for(prompt, pictures)
             else:
                 assert messages is not None  # by the check above
-                turns = with_media(messages, pictures, self._manifest.text.media)
+                text, most = self._manifest.text, self._manifest.model.max_length
+                turns = with_media(messages, pictures, text.media, most)
             encoded = self._prompter.encode(turns, pictures, special)
         self._check_ids(encoded)
         return encoded

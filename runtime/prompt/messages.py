@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 from vtp.engines.errors import UsageError
@@ -65,7 +66,8 @@ def check_messages(messages: object, wanted: int, media: str, most: int) -> list
         raise UsageError("messages is empty; give at least one user turn")
     if len(messages) > most:
         raise UsageError(f"the conversation has {len(messages)} turns; this bundle holds {most} tokens")
-    checked = [_check_message(message, index, media, most) for index, message in enumerate(messages)]
+    turns = islice(messages, len(messages))  # a sequence of the caller's own may never end by itself
+    checked = [_check_message(message, index, media, most) for index, message in enumerate(turns)]
     if checked[-1]["role"] != "user":
         raise UsageError(
             f"the last message is the {checked[-1]['role']}'s; end with a user turn to be answered"
@@ -133,18 +135,21 @@ def joined_text(message: dict[str, Any]) -> str:
     return "".join(part["text"] for part in parts_of(message) if part["type"] == "text")
 
 
-def with_media(messages: Messages, pictures: int, media: str) -> Messages:
+def with_media(messages: Messages, pictures: int, media: str, most: int) -> Messages:
     """Put the pictures before the first user turn's words where no turn says where they belong.
 
-    `media` says what messages call them: "image" or "video".
+    `media` says what messages call them: "image" or "video"; `most` is how many turns there may be.
     """
-    if not isinstance(messages, Sequence) or not all(isinstance(turn, dict) for turn in messages):
+    if not isinstance(messages, Sequence) or len(messages) > most:
         return messages  # malformed: the prompter says how
-    contents = [turn.get("content") for turn in messages]
-    parts = [part for content in contents if isinstance(content, list | tuple) for part in content]
-    if any(isinstance(part, dict) and part.get("type") == media for part in parts):
+    given = list(islice(messages, len(messages)))
+    if not all(isinstance(turn, Mapping) for turn in given):
         return messages
-    turns = [dict(turn) for turn in messages]
+    contents = [turn.get("content") for turn in given]
+    parts = [part for content in contents if isinstance(content, list | tuple) for part in content]
+    if any(isinstance(part, Mapping) and part.get("type") == media for part in parts):
+        return given
+    turns = [dict(turn) for turn in given]
     for turn in turns:
         if turn.get("role") == "user":
             content = turn.get("content")

@@ -21,7 +21,7 @@ from typing import Any
 from vtp.engines import UsageError, VtpError
 from vtp.engines.disk.whole import whole_folder
 from vtp.engines.graph.file import read_graph
-from vtp.runtime.bundle.folder import MANIFEST, Bundle
+from vtp.runtime.bundle.folder import MANIFEST, Bundle, check_outside
 from vtp.runtime.bundle.manifest import StageInfo, TensorInfo
 
 _TYPES = {
@@ -64,6 +64,7 @@ def write_repository(bundle: Bundle, folder: Path, name: str = "vtp", engine: st
 
 
 def _check_free(folder: Path) -> None:
+    check_outside(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"{folder} exists; choose a folder that does not exist for the model repository")
 

@@ -222,6 +222,15 @@ def test_bad_input_is_one_line(bundle, data, exported, capsys, arguments, proble
     assert problem in said and said.startswith("vtp-calib keep: error: ")
 
 
+@pytest.mark.parametrize("flag", ["--floor", "--budget-ms", "--budget-mb"])
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "0", "-1"])
+def test_a_goal_that_is_none_is_refused_before_anything_runs(bundle, data, capsys, flag, value) -> None:
+    assert calib("keep", bundle, "--data", data, f"{flag}={value}") == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"vtp-calib keep: error: {flag} {value} is not a") and said.count("\n") == 1
+    assert not (bundle.parent / "bundle-calib").exists()
+
+
 def test_ray_that_is_missing_is_one_line(bundle, data, monkeypatch, capsys) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     assert calib("keep", bundle, "--data", data, "--ray", "local") == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -54,6 +55,12 @@ def test_auto_takes_the_cpu_when_the_cuda_build_finds_no_gpu() -> None:
 def test_cuda_asked_for_without_a_gpu_is_one_line() -> None:
     with pytest.raises(VtpError, match=r"'ort-cuda' cannot run here: the driver finds no GPU; .*ort-cpu"):
         choose_engine("ort-cuda", "float16", probe(GPU), no_gpu)
+
+
+@pytest.mark.parametrize("wanted", [None, 0, True, 1.5, [], b"ort-cpu"])
+def test_an_engine_that_is_no_name_is_one_line(wanted: Any) -> None:
+    with pytest.raises(UsageError, match=r"engine .* is not a name; choose one of auto, ort-cuda, ort-cpu"):
+        choose_engine(wanted, probe=probe(CPU))
 
 
 def test_a_bundle_for_tensorrt_runs_on_the_cpu_provider_only() -> None:

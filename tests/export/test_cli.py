@@ -689,6 +689,15 @@ def test_without_torch_the_extra_is_named(tmp_path: Path) -> None:
     assert "vtp-edge[export" in done.stderr
 
 
+def test_a_current_folder_that_is_gone_is_one_line(tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    script = f"cd {shlex.quote(str(gone))} && rmdir ../gone && {BIN / 'vtp-export'} -o {tmp_path / 'out'}"
+    done = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert "vtp-export: error: the current folder no longer exists" in done.stderr
+
+
 # -- numbers -------------------------------------------------------------------------------------------------
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
+import pickle
 import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections import UserDict
+from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -120,6 +124,30 @@ def test_messages_equal_the_prompt(pipe: Pipeline, picture: Image.Image) -> None
     for content in (PROMPT, parts, parts[1:]):
         found = pipe.generate(picture, messages=[{"role": "user", "content": content}], max_new_tokens=6)
         assert found.token_ids == wanted
+
+
+class Endless(Sequence[Any]):
+    """A sequence that says how long it is, and never ends where that is."""
+
+    def __init__(self, item: Any, count: int) -> None:
+        self.item, self.count = item, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, place: Any) -> Any:
+        assert place < self.count, "read on beyond its end"
+        return self.item
+
+
+def test_messages_of_other_types_equal_the_prompt(pipe: Pipeline, picture: Image.Image) -> None:
+    wanted = pipe.generate(picture, PROMPT, max_new_tokens=6).token_ids
+    marked = [MappingProxyType({"type": "image"}), {"type": "text", "text": PROMPT}]
+    for turn in (UserDict(role="user", content=PROMPT), {"role": "user", "content": marked}):
+        for turns in ([turn], Endless(turn, 1)):
+            found = pipe.generate(picture, messages=turns, max_new_tokens=6)
+            assert found.token_ids == wanted
+    refuse("has 99999999 turns", lambda: pipe.generate(picture, messages=Endless(turn, 99999999)))
 
 
 def test_several_turns(pipe: Pipeline, picture: Image.Image) -> None:
@@ -245,6 +273,19 @@ def test_bad_threads(exported: Callable[[str], Any], threads: Any) -> None:
     refuse(
         "threads .* is not a whole number", lambda: Pipeline.load(exported("none").folder, threads=threads)
     )
+
+
+@pytest.mark.parametrize("value", ["no", "x", -1, 0, None, []])
+def test_switches_are_true_or_false(
+    exported: Callable[[str], Any], pipe: Pipeline, picture: Image.Image, value: Any
+) -> None:
+    folder = exported("vispruner").folder
+    for name in ("check_hashes", "prefix_caching", "reuse_prompt"):
+        refuse(f"{name} .* give True or False", lambda name=name: Pipeline.load(folder, **{name: value}))
+    for name in ("skip_special_tokens", "allow_special_tokens"):
+        refuse(
+            f"{name} .* give True or False", lambda name=name: pipe.generate(picture, PROMPT, **{name: value})
+        )
 
 
 def test_warmup(split: Pipeline, picture: Image.Image) -> None:
@@ -384,6 +425,13 @@ def test_an_error_half_way_frees_the_pipeline(
         patch.setattr(Sampler, "pick", broken)
         refuse("NaN", lambda: pipe.generate(picture, PROMPT), VtpError)
     assert pipe.generate(picture, PROMPT, max_new_tokens=1).token_ids
+
+
+@pytest.mark.parametrize("act", [pickle.dumps, copy.copy, copy.deepcopy])
+def test_a_pipeline_is_not_copied(pipe: Pipeline, act: Callable[[Pipeline], object]) -> None:
+    refuse(
+        r"cannot be pickled or copied, .*load the bundle again, .*Pipeline\.load", lambda: act(pipe), VtpError
+    )
 
 
 # -- closing -------------------------------------------------------------------------------------------------

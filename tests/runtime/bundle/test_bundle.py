@@ -17,9 +17,11 @@ from typing import Any
 import onnx
 import pytest
 
+from vtp.calib.keep.journal import Journal
 from vtp.engines import UsageError, VtpError
 from vtp.engines.disk import whole
 from vtp.runtime.bundle.folder import MANIFEST, check_output, is_inside, open_bundle, whole_bundle
+from vtp.runtime.commands.run import main as run_main
 from vtp.runtime.triton.repository import write_repository
 
 
@@ -217,6 +219,27 @@ def test_triton_writes_over_nothing(bundle: Path, tmp_path: Path) -> None:
         write_repository(opened, tmp_path / "repository")
     assert {path: path.read_bytes() for path in bundle.iterdir()} == before
     assert not (tmp_path / "repository").exists()
+
+
+def test_nothing_is_written_into_a_bundle(
+    bundle: Path, tmp_path: Path, picture_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "link").symlink_to(bundle)
+    (tmp_path / MANIFEST).write_text('{"name": "of another program"}')
+    for inside in (bundle, bundle / "deep", tmp_path / "link"):
+        for act in (
+            lambda inside=inside: write_repository(open_bundle(bundle), inside / "tri"),
+            lambda inside=inside: Journal(inside / "answers.jsonl"),
+            lambda inside=inside: check_output(inside / "other", overwrite=True),
+        ):
+            with pytest.raises(UsageError, match=r"lies in the bundle .* choose a path elsewhere"):
+                act()
+    kept = bundle / "kept.png"
+    asked = ["--image", str(picture_file), "--prompt", "what ?", "--show-kept", str(kept)]
+    assert run_main([str(bundle), *asked]) == 2
+    assert "kept.png lies in the bundle" in capsys.readouterr().err
+    check_output(tmp_path / "other", overwrite=False)
+    open_bundle(bundle, check_hashes=True)
 
 
 def test_a_graph_with_control_flow_is_refused(bundle: Path) -> None:

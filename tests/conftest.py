@@ -55,6 +55,34 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
+# The long tail: cases of seconds to minutes whose kind another case of the default tier holds as well. They
+# are marked slow here, in one place, and `make test-all` runs them.
+LONG_TAIL = re.compile(
+    "|".join(
+        (
+            r"test_anyres.*test_pruned_equals_the_torch_reference\[(next-fastv|onevision-vispruner)\]",
+            r"test_split.*test_pruned_equals_the_torch_reference\[idefics3-fastv\]",
+            r"test_qwen.*test_pruned_equals_the_torch_reference\[(2|3)-fastv\]",
+            r"test_sites.*test_generation_is_verified_at_every_keep_count\[(BlurringLate|CuriousProjector)\]",
+            r"test_pipeline.*test_repeats_itself_whatever_ran_before\[(fastv|original)\]",
+            r"test_graph_check.*test_what_the_exporter_writes_is_taken\[(float16|jetpack6)\]",
+            r"test_target.*test_a_right_padded_batch_equals_target_ort\[jetpack6\]",
+            r"test_target.*test_jetpack6_writes_what_tensorrt_10_3_takes\[none\]",
+            r"test_fidelity.*test_pruned_equals_the_reference_for_64_steps\[siglip-5\]",
+            r"test_families.*test_a_family_is_quantised\[internvl-divprune-5-jetpack6\]",
+        )
+    )
+)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the long tail, before pytest picks tests by their marks."""
+    for item in items:
+        if LONG_TAIL.search(item.nodeid):
+            item.add_marker(pytest.mark.slow)
+
+
 @dataclass(frozen=True)
 class Made:
     """A bundle on disk and the model folder that it was exported from."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from vtp.calib import stats
 from vtp.calib.keep.examiner import Marks
 from vtp.calib.stats import Estimate
-from vtp.engines import VtpError
+from vtp.engines import UsageError, VtpError
 
 HOLDS, NOISE, FAILS = "holds", "holds, within noise", "fails"
 
@@ -73,6 +73,8 @@ def smallest_holding(keeps: list[int], floor: float, trials: Trials) -> Search:
 
     Raises VtpError where not even the largest holds it.
     """
+    if not 0 < floor <= 1:
+        raise UsageError(f"floor {floor:g} is outside 0 to 1, the share of the unpruned score to hold")
     order = sorted(keeps)
     if trials(order[-1]).verdict(floor) == FAILS:
         best = trials(order[-1])
@@ -97,6 +99,8 @@ def best_within(keeps: list[int], budget_ms: float, trials: Trials) -> Search:
 
     Raises VtpError where none is within it.
     """
+    if budget_ms <= 0:
+        raise UsageError(f"budget-ms {budget_ms:g} is not a time; give milliseconds to the first token")
     fitting: list[Tried] = []
     for keep in sorted(keeps, reverse=True):
         tried = trials(keep)
@@ -121,6 +125,8 @@ def best_fitting(needs_mb: Mapping[int, float], budget_mb: float, trials: Trials
 
     Raises VtpError where none fits.
     """
+    if budget_mb <= 0:
+        raise UsageError(f"budget-mb {budget_mb:g} is not a valid size; give megabytes")
     fitting = sorted((keep for keep, need in needs_mb.items() if need <= budget_mb), reverse=True)
     if not fitting:
         least = min(needs_mb, key=lambda keep: needs_mb[keep])

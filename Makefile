@@ -34,9 +34,6 @@ test: setup  ## the tests (CPU, no network), a file per process and core
 test-all: setup  ## the same and the slow ones (an hour or more)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile -m "slow or not slow"
 
-test-all: setup  ## every test, the long tail included (an hour on two cores)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile -m 'slow or not slow'
-
 # FUZZ=SECONDS or CASES=NUMBER; SEED=N draws other cases; AREAS=bundles,graphs some of them only.
 fuzz: setup  ## hostile bundles, graphs, templates, tokenizers, pictures, prompts, options, folders, questions
 	$(BIN)/python tests/fuzz/run.py $(if $(FUZZ),--seconds $(FUZZ)) $(if $(CASES),--cases $(CASES)) \

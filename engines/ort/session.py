@@ -297,7 +297,8 @@ def _open_session(path: Path, name: str, threads: int | None, cuda_graph: bool =
         record_assignment(options)
         providers.insert(0, (_PROVIDERS[CUDA], {"enable_cuda_graph": "1"} if cuda_graph else {}))
     try:
-        session = ort.InferenceSession(str(path), options, providers=providers)
+        # Its own second try prints four lines, and on CUDA would go on without it.
+        session = ort.InferenceSession(str(path), options, providers=providers, enable_fallback=0)
     except Exception as error:  # as above
         raise VtpError(
             f"ONNX Runtime {ort.__version__} cannot load {path.name}: {_one_line(error)}"

@@ -15,9 +15,16 @@ from vtp.engines.errors import MESSAGE_LENGTH, UNSAFE
 LONGEST = MESSAGE_LENGTH + 200  # of a line of error: the message, the command's name and how to get help
 
 
+class _Terminal(io.StringIO):
+    """Standard output as a terminal, on which an answer's control characters are escaped as well."""
+
+    def isatty(self) -> bool:
+        return True
+
+
 def run_command(main: Callable[[Sequence[str]], int], argv: Sequence[str], is_json: bool) -> str:
     """What a command printed. Raises what it refused, and Wrong where it broke a promise."""
-    out, err = io.StringIO(), io.StringIO()
+    out, err = _Terminal(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             code = main(argv)

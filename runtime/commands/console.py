@@ -54,6 +54,14 @@ class Parser(argparse.ArgumentParser):
                 self.error(f"argument {name}: the path is empty; give one, or leave the flag out")
         return found, rest
 
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        """Take `--prompt=--` at its word: argparse before Python 3.13 drops the "--" and gives a list."""
+        if action.option_strings and action.nargs is None and arg_strings == ["--"]:
+            value = self._get_value(action, "--")
+            self._check_value(action, value)
+            return value
+        return super()._get_values(action, arg_strings)
+
 
 def _texts(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]

@@ -228,3 +228,17 @@ def test_numbers_of_options(text: str, least: int | None, says: str) -> None:
     with pytest.raises(UsageError, match=says):
         console.whole_number("seed", text, least)
     assert console.whole_number("seed", "0" * 5000 + "7") == 7
+
+
+@pytest.mark.parametrize("kind", [str, float])
+def test_two_dashes_are_an_option_s_text(kind: type, capsys: pytest.CaptureFixture[str]) -> None:
+    parser = console.Parser(prog="vtp-x")
+    parser.add_argument("--value", type=kind)
+    parser.add_argument("rest", nargs="*")
+    if kind is str:
+        assert parser.parse_args(["--value=--"]).value == "--"
+        assert parser.parse_args(["--value=a", "--", "-b"]).rest == ["-b"]
+    else:
+        with pytest.raises(SystemExit):
+            parser.parse_args(["--value=--"])
+        assert "invalid float value: '--'" in capsys.readouterr().err

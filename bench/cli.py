@@ -9,7 +9,6 @@ import platform
 import sys
 import time
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from vtp.bench import report
 from vtp.bench.measure import Task, in_child
 from vtp.bench.shapes.cached_bundle import Wanted, make
 from vtp.engines import UsageError, engine_names
+from vtp.engines.versions import installed_version
 from vtp.runtime.bundle.folder import open_bundle
 from vtp.runtime.commands.console import Parser, Progress, run_command, say, say_json, whole_number
 from vtp.runtime.machine.facts import look
@@ -128,7 +128,7 @@ def _cache(told: str | None) -> Path:
 def stamp() -> dict[str, Any]:
     """Hardware, versions and the time, for a result."""
     machine = look()
-    named = {name: _version(name) for name in _VERSIONS}
+    named = {name: installed_version(name) for name in _VERSIONS}
     return {
         "processor": machine.board or machine.processor or platform.machine(),
         "cores": machine.cores,
@@ -140,13 +140,6 @@ def stamp() -> dict[str, Any]:
         "versions": {name: version for name, version in named.items() if version},
         "time": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
     }
-
-
-def _version(name: str) -> str:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return ""
 
 
 if __name__ == "__main__":

@@ -148,7 +148,7 @@ def _walk(bundle: Bundle, keep: int, pixels: np.ndarray, prompt: Prompt) -> Iter
 
 
 class _HostValue(Value):
-    """An array on the host. An update puts another array in its place, so that whoever has one keeps it."""
+    """An array on the host. An update puts another array in its place, so anyone who has one keeps it."""
 
     def __init__(self, array: np.ndarray) -> None:
         self._array = array

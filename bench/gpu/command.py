@@ -19,7 +19,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ from vtp.engines import UsageError, VtpError, engine_names
 from vtp.engines.child import python_command
 from vtp.engines.ort.library import load_onnxruntime
 from vtp.engines.tensorrt.library import LIBRARIES
+from vtp.engines.versions import installed_version
 from vtp.runtime.bundle.folder import open_bundle
 from vtp.runtime.bundle.manifest import Manifest
 from vtp.runtime.commands.console import DONE, FAILED, Parser, Progress, run_command
@@ -216,7 +216,7 @@ def stamp(machine: Machine) -> dict[str, Any]:
         "cores": machine.cores,
         "Python": platform.python_version(),
         "ONNX Runtime": _onnxruntime(),
-        **{name: _version(name) for name in ("numpy", "torch", "transformers", "onnx")},
+        **{name: installed_version(name) for name in ("numpy", "torch", "transformers", "onnx")},
     }
 
 
@@ -226,13 +226,6 @@ def _onnxruntime() -> str:
     except ImportError as error:
         return f"does not import: {' '.join(str(error).split())[:200]}"
     return f"{ort.__version__} ({', '.join(ort.get_available_providers())})"
-
-
-def _version(name: str) -> str:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return ""
 
 
 if __name__ == "__main__":

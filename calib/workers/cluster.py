@@ -13,12 +13,12 @@ import socket
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from vtp.calib.workers.local import C, Job, Local, Opened, R
 from vtp.engines import UsageError, VtpError
+from vtp.engines.versions import installed_version
 from vtp.runtime.bundle.folder import MANIFEST
 
 LOCAL = "local"
@@ -40,8 +40,9 @@ class Worker:
     def look(self, version: str, seals: Seals) -> str:
         """The machine, and why it cannot do a job that reads these files; "" if it can."""
         host = socket.gethostname()
-        if _version() != version:
-            return f"{host} has vtp-edge {_version()}, and this machine {version}; install the same on both"
+        here = _version()
+        if here != version:
+            return f"{host} has vtp-edge {here}, and this machine {version}; install the same on both"
         for path, seal in seals:
             found = Path(path)
             if not found.exists():
@@ -214,7 +215,4 @@ def _sha256(file: Path) -> str:
 
 
 def _version() -> str:
-    try:
-        return metadata.version("vtp-edge")
-    except metadata.PackageNotFoundError:  # run from its sources
-        return "(sources)"
+    return installed_version("vtp-edge", "(sources)")

@@ -10,6 +10,8 @@ import errno
 import hashlib
 import os
 import stat
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -35,22 +37,32 @@ def open_regular(path: str | Path, within: str | Path | None = None) -> BinaryIO
     """
     path = Path(path)
     try:
-        _check_kind(path, path.stat().st_mode)  # before it is opened: opening a device can do something
         if within is not None:
+            check_regular(path)
             _check_place(path, Path(within))
-        flags = os.O_RDONLY
-        for flag in _FLAGS:
-            flags |= getattr(os, flag, 0)
-        file = os.fdopen(os.open(path, flags), "rb")
+        return open_checked(path, partial(_check_kind, path))
     except (
         OSError,
         ValueError,
         RuntimeError,
     ) as error:  # ValueError: a name with a null; RuntimeError: a loop
         raise VtpError(f"cannot read {path}: {_reason(error)}") from error
+
+
+def open_checked(path: Path, check: Callable[[int], None]) -> BinaryIO:
+    """Open a file for reading bytes without ever waiting; `check` raises for modes that must not be opened.
+
+    It is asked before the file is opened, since opening a device can do something, and once more after it:
+    another file may have taken its place. Raises OSError as `os.open`.
+    """
+    check(path.stat().st_mode)
+    flags = os.O_RDONLY
+    for flag in _FLAGS:
+        flags |= getattr(os, flag, 0)
+    file = os.fdopen(os.open(path, flags), "rb")
     try:
-        _check_kind(path, os.fstat(file.fileno()).st_mode)  # it may have been replaced since
-    except VtpError:
+        check(os.fstat(file.fileno()).st_mode)
+    except BaseException:
         file.close()
         raise
     return file

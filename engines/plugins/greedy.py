@@ -7,7 +7,6 @@ running it needs neither Python nor this file. TensorRT 10.9 or newer.
 # No postponed annotations: TensorRT reads those of the functions below, and wants the types themselves.
 
 import importlib
-import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from vtp.engines.cuda.driver import probe_cuda
 from vtp.engines.errors import UsageError, VtpError
 from vtp.engines.plugins.nvcc import compile_ptx, find_nvcc
 from vtp.engines.plugins.rewrite import DOMAIN, OPERATOR, Greedy, with_greedy_node
+from vtp.engines.versions import version_numbers
 
 SOURCE = Path(__file__).with_name("greedy.cu")
 KERNEL = "vtp_greedy"
@@ -34,7 +34,7 @@ def check_plugin(engine: str, version: str) -> None:
             f"--plugin is for --engine tensorrt: {engine} {version} takes no plugin with a kernel compiled "
             "ahead of time; leave out --plugin"
         )
-    if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < _OLDEST:
+    if version_numbers(version)[:2] < _OLDEST:
         raise VtpError(f"--plugin wants TensorRT 10.9 or newer, this is {version}; leave it out")
     find_nvcc()
 

@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 
 from vtp.engines.errors import VtpError
+from vtp.engines.versions import version_numbers
 
 _HOME = "/usr/local/cuda/bin"  # where JetPack and NVIDIA's packages put it, mostly not on the PATH
 
@@ -33,7 +34,7 @@ def compile_ptx(source: Path, sm: str, driver: str = "") -> str:
     """
     nvcc = find_nvcc()
     newest = _release(nvcc)
-    if driver and newest and _numbers(newest) > _numbers(driver):
+    if driver and newest and version_numbers(newest) > version_numbers(driver):
         raise VtpError(
             f"nvcc is of CUDA {newest}, and the driver runs CUDA {driver} at most: it would not take "
             "the kernel; update the driver, install an older toolkit, or build without --plugin"
@@ -54,7 +55,3 @@ def _release(nvcc: str) -> str:
     done = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False)
     found = re.search(r"release (\d+\.\d+)", done.stdout)
     return found.group(1) if found else ""
-
-
-def _numbers(version: str) -> list[int]:
-    return [int(part) for part in version.split(".")]

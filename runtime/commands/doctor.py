@@ -10,6 +10,7 @@ from typing import Any
 
 from vtp.engines import Decision, judge_engines
 from vtp.engines.errors import shown
+from vtp.engines.versions import version_numbers
 from vtp.runtime.bundle.folder import Bundle, open_bundle
 from vtp.runtime.bundle.memory import BundleMemory, bundle_memory
 from vtp.runtime.commands.console import Parser, run_command, say, say_json, table
@@ -158,16 +159,12 @@ def _advise_tensorrt(machine: Machine, target: str | None) -> list[str]:
     version = machine.packages.get("tensorrt") or machine.tensorrt
     if not version or not machine.cuda.devices:
         return []
-    fitting = "tensorrt" if _version(version) >= NEW_OPERATORS else "jetpack6"
+    fitting = "tensorrt" if version_numbers(version)[:2] >= NEW_OPERATORS else "jetpack6"
     if target == fitting or (target == "jetpack6" and fitting == "tensorrt"):
         return []
     return [
         f"for TensorRT {version} export with --target {fitting}, then: vtp-build BUNDLE --engine tensorrt"
     ]
-
-
-def _version(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(".")[:2] if part.isdecimal())
 
 
 def _advise_board(machine: Machine) -> list[str]:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from typing import Any
 
+from vtp.engines.versions import installed_version
 from vtp.runtime.machine.facts import Machine, look
 
 _FIELDS = ("engine", "threads", "machine", "versions")
@@ -56,7 +56,7 @@ class Conditions:
 def conditions(engine: str, threads: int | None, machine: Machine | None = None) -> Conditions:
     """The conditions of a measurement that is made now, here, on an engine."""
     found = look(smi=lambda: "") if machine is None else machine
-    versions = {"vtp-edge": _version("vtp-edge"), **found.packages}
+    versions = {"vtp-edge": installed_version("vtp-edge", "unknown"), **found.packages}
     return Conditions(engine, threads or 0, _name(found, engine), versions)
 
 
@@ -77,10 +77,3 @@ def _usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 0
-
-
-def _version(distribution: str) -> str:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return "unknown"

@@ -16,6 +16,7 @@ from importlib import metadata
 from pathlib import Path
 
 from vtp.engines.cuda.driver import CudaProbe, probe_cuda
+from vtp.engines.versions import version_numbers
 from vtp.runtime.machine.cgroup import cgroup_left
 
 # Distributions whose presence decides what runs, in the order in which they are shown.
@@ -225,7 +226,7 @@ def _toolkit(root: Path, dpkg: Mapping[str, str]) -> str:
         return str(found)
     except (ValueError, KeyError, TypeError):
         found = (version for name, version in dpkg.items() if name.startswith("cuda-toolkit"))
-        return max(found, key=_numbers, default="")
+        return max(found, key=version_numbers, default="")
 
 
 def _driver(root: Path) -> str:
@@ -238,9 +239,4 @@ def _tensorrt(root: Path, dpkg: Mapping[str, str]) -> str:
         if name.startswith("libnvinfer"):
             return version.partition("-")[0]
     files = (path.name for path in (root / "usr/lib").glob("*/libnvinfer.so.*.*"))
-    return max((name.partition(".so.")[2] for name in files), key=_numbers, default="")
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    """A version as numbers, so that 10.13 is newer than 10.3."""
-    return tuple(int(part) for part in re.findall(r"\d+", version))
+    return max((name.partition(".so.")[2] for name in files), key=version_numbers, default="")

@@ -6,9 +6,9 @@ be bit-exact; docs/pictures.md says where they depart. Knows nothing about model
 
 from __future__ import annotations
 
-import os
 import stat
 from collections.abc import Callable
+from functools import partial
 from io import BytesIO
 from os import PathLike, fspath
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import BinaryIO, TypeAlias, TypeVar
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from vtp.engines.disk.files import open_checked
 from vtp.engines.errors import UsageError, VtpError
 from vtp.runtime.media.rgb import to_rgb
 
@@ -120,15 +121,7 @@ def open_regular(path: Path) -> BinaryIO:
     Those are told apart before opening, which would wait for a FIFO's writer or disturb a device, and once
     more after it, should another have taken the file's place in between.
     """
-    _check_regular(path, path.stat().st_mode)
-    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-    file = os.fdopen(os.open(path, flags), "rb")
-    try:
-        _check_regular(path, os.fstat(file.fileno()).st_mode)
-    except BaseException:
-        file.close()
-        raise
-    return file
+    return open_checked(path, partial(_check_regular, path))
 
 
 def _check_regular(path: Path, mode: int) -> None:

@@ -26,7 +26,7 @@ ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider
 print(os.environ.get("ORT_DISABLE_TELEMETRY"))
 """
 _PLAIN = _OPEN.format(first="", load="import onnxruntime as ort")
-# Importing the package is enough, whoever loads the library then.
+# Importing the package is enough, no matter who loads the library then.
 _BEHIND = _OPEN.format(first="import vtp.engines", load="import onnxruntime as ort")
 _LOADED = _OPEN.format(
     first="", load="from vtp.engines.ort.library import load_onnxruntime; ort = load_onnxruntime()"

@@ -151,7 +151,7 @@ class Notes(Work):
         self._add("a", "b", "c")
 
     def bad(self) -> str:
-        """The first answer, and of the others the first so many."""
+        """The first answer, and the first N of the others."""
         journal = Journal(self.target)
         journal.close()
         held = [json.loads(line)["question"] for line in self.target.read_text().splitlines()]

@@ -299,7 +299,7 @@ def test_another_class_than_the_model_type_says(folder: Path) -> None:
     refuse(folder, r"unsupported architecture LlavaForConditionalGeneration \(model_type 'blip-2'\)")
 
 
-# -- paths and what is no file -------------------------------------------------------------------------------
+# -- paths and what is not a file ----------------------------------------------------------------------------
 
 
 def index_of(name: Any) -> Change:

@@ -1,4 +1,4 @@
-"""Pictures open as transformers opens them, and what is no picture is refused in one line."""
+"""Pictures open as transformers opens them, and anything else is refused in one line."""
 
 import os
 import random

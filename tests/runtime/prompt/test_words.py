@@ -282,7 +282,7 @@ def test_text_that_cannot_fit_is_refused_before_it_is_encoded(tokenizer_file: Pa
     many = [user("IMAGE", "x"), *[said("assistant", "x" * 400_000), user("y" * 400_000)] * 10]
     refused(lambda: prompter.encode(many), "characters")
     assert not encoded
-    fits = "a" * (4000 * longest)  # whatever they are, so many characters may be 4,000 tokens
+    fits = "a" * (4000 * longest)  # whatever they are, this many characters may be 4,000 tokens
     prompter.encode([user("IMAGE", fits)])
     assert len(encoded) == 1
 

@@ -11,17 +11,11 @@ import argparse
 import random
 import sys
 import tempfile
-import time
-from collections import Counter
-from collections.abc import Callable, Mapping
-from itertools import count
 from pathlib import Path
 
 from ..kill.bundles import make_bundles
-from .growth import Sample, grown, look
+from .growth import ask, grown
 from .requests import Asker
-
-SAMPLES = 50  # of a run
 
 
 def main() -> int:
@@ -48,26 +42,6 @@ def main() -> int:
         f"{last.descriptors}, threads {first.threads} to {last.threads}; {len(bad)} bad (seed {args.seed})"
     )
     return int(bool(bad))
-
-
-def ask(
-    kinds: Mapping[str, Callable[[], None]], seconds: float, least: int, chance: random.Random
-) -> tuple[Counter[str], list[Sample]]:
-    """Ask in random order for so long, and at least so often; what was asked, and samples all along."""
-    done: Counter[str] = Counter()
-    samples: list[Sample] = []
-    began = time.monotonic()
-    names = list(kinds)
-    for number in count(1):
-        kind = chance.choice(names)
-        kinds[kind]()
-        done[kind] += 1
-        part = min(number / least, (time.monotonic() - began) / seconds if seconds else 1.0)
-        if part * SAMPLES >= len(samples) + 1:
-            samples.append(look())
-        if part >= 1:
-            break
-    return done, samples
 
 
 if __name__ == "__main__":

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import gc
+import random
 import statistics
-from collections.abc import Callable, Sequence
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 from vtp.bench.common.resident import resident
 
+SAMPLES = 50  # of a run
 _ROOM_MB, _ROOM_SHARE = 16.0, 0.03  # what an allocator may keep for itself between two fifths of a run
 
 
@@ -30,6 +35,26 @@ def look() -> Sample:
     return Sample(resident() / 2**20, descriptors, sum(1 for _ in (process / "task").iterdir()))
 
 
+def ask(
+    kinds: Mapping[str, Callable[[], None]], seconds: float, least: int, chance: random.Random
+) -> tuple[Counter[str], list[Sample]]:
+    """Ask in random order for so long, and at least so often; what was asked, and samples all along."""
+    done: Counter[str] = Counter()
+    samples: list[Sample] = []
+    began = time.monotonic()
+    names = list(kinds)
+    for number in count(1):
+        kind = chance.choice(names)
+        kinds[kind]()
+        done[kind] += 1
+        part = min(number / least, (time.monotonic() - began) / seconds if seconds else 1.0)
+        if part * SAMPLES >= len(samples) + 1:
+            samples.append(look())
+        if part >= 1:
+            break
+    return done, samples
+
+
 def grown(samples: Sequence[Sample]) -> list[str]:
     """What grew from the second fifth of a run (the first is set-up) to its last; a line each."""
     fifth = max(1, len(samples) // 5)
@@ -44,8 +69,8 @@ def grown(samples: Sequence[Sample]) -> list[str]:
         "descriptors": lambda one: one.descriptors,
         "threads": lambda one: one.threads,
     }
-    for name, count in counts.items():
-        most, last = max(map(count, early)), min(map(count, late))
+    for name, counted in counts.items():
+        most, last = max(map(counted, early)), min(map(counted, late))
         if last > most:  # even the fewest of the end are more than the most of the beginning
             lines.append(f"{name} grew from {most} to {last}")
     return lines

@@ -9,6 +9,8 @@ OLDEST := build/oldest
 OLDEST_PYTHON ?= $(PYTHON)
 KILLS ?= 200
 SOAK ?= 3600
+# Files go to workers in the order of tests/conftest.py: the longest first.
+WORKERS := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 TRITON_PYTHON ?= /usr/bin/python3
 OLDEST_PINS := numpy==1.24.4 pillow==9.5.0 tokenizers==0.20.0 jinja2==3.1.6
 
@@ -29,10 +31,10 @@ demo: setup  ## the main job on the built-in model: export with AdaptPrune, ask,
 	  --show-kept $(DEMO)/kept.png
 
 test: setup  ## the tests (CPU, no network), a file per process and core
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS)
 
 test-all: setup  ## the same and the slow ones (an hour or more)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile -m "slow or not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS) -m "slow or not slow"
 
 # FUZZ=SECONDS or CASES=NUMBER; SEED=N draws other cases; AREAS=bundles,graphs some of them only.
 fuzz: setup  ## hostile bundles, graphs, templates, tokenizers, pictures, prompts, options, folders, questions

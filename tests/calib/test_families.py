@@ -46,7 +46,6 @@ MODELS: dict[str, tuple[Save, tuple[int, int] | None]] = {
 # Model, method, keep-count, target; the first few in the default tier.
 CASES = [
     ("qwen2.5", "vispruner", "5", "ort"),
-    ("gemma3", "fastv", "3", "tensorrt"),
     ("internvl", "divprune", "5", "jetpack6"),
     *[
         pytest.param(model, method, "3", target, marks=pytest.mark.slow)

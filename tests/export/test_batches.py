@@ -21,6 +21,8 @@ from vtp.runtime.media import pictures
 from vtp.runtime.result import Result
 from vtp.runtime.stages.runner import StageRunner
 
+from ..once import Once
+
 N, LENGTH = 16, 128  # see tests/conftest.py
 PROMPTS = ["what shape is the red ?", "how many ?", "naïve café 你好 where is the blue circle on the left ?"]
 # Bundles beyond conftest's: the model, and fields of Request.
@@ -48,21 +50,15 @@ PICTURES = [noise(seed) for seed in range(3)]
 
 @pytest.fixture(scope="module")
 def folder(
-    exported: Callable[[str], Any],
-    model_folder: Callable[[str], Path],
-    tmp_path_factory: pytest.TempPathFactory,
+    once: Once, exported: Callable[[str], Any], model_folder: Callable[[str], Path]
 ) -> Callable[[str], Path]:
     """A bundle's folder by name, of EXTRA or of conftest's."""
-    root, made = tmp_path_factory.mktemp("batches"), dict[str, Path]()
 
     def get(name: str) -> Path:
         if name not in EXTRA:
             return exported(name).folder
-        if name not in made:
-            model, wishes = EXTRA[name]
-            request = Request(root / name, model=str(model_folder(model)), max_length=LENGTH, verify="none")
-            made[name] = export(Request(**{**vars(request), **wishes})).folder
-        return made[name]
+        model, wishes = EXTRA[name]
+        return once.bundle(model_folder(model), max_length=LENGTH, verify="none", **wishes)
 
     return get
 

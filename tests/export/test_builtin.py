@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from vtp.runtime.stages.runner import StageRunner
 from vtp.scenes import model_dir
 from vtp.scenes.exam import Item, held_out
 
+from ..once import Once
+
 NEW_TOKENS = 12
 
 
@@ -35,11 +38,16 @@ def processor() -> Any:
 
 
 @pytest.fixture(scope="module")
-def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("builtin")
+def bundles(once: Once) -> Callable[[str], Path]:
+    """The built-in model's bundle by method, exported at the first call."""
     keep = {"none": None, "vispruner": "64", "adaptprune": "57"}
-    made = [Request(folder / name, method=name, keep_tokens=count) for name, count in keep.items()]
-    return {request.method: export(request).folder for request in made}
+
+    def get(name: str) -> Path:
+        return once.folder(
+            f"builtin-{name}", lambda part: export(Request(part, method=name, keep_tokens=keep[name]))
+        )
+
+    return get
 
 
 def encode(processor: Any, item: Item) -> Any:
@@ -49,11 +57,12 @@ def encode(processor: Any, item: Item) -> Any:
     return processor(images=item.image, text=text, return_tensors="pt")
 
 
+@pytest.mark.parametrize("count", [13, pytest.param(52, marks=pytest.mark.slow)])
 def test_unpruned_tokens_equal_transformers_on_held_out_questions(
-    bundles: dict[str, Path], model: LlavaForConditionalGeneration, processor: Any
+    bundles: Callable[[str], Path], model: LlavaForConditionalGeneration, processor: Any, count: int
 ) -> None:
-    with Pipeline.load(bundles["none"], image_cache=1) as pipe:
-        for item in held_out(52, seed=7):
+    with Pipeline.load(bundles("none"), image_cache=1) as pipe:
+        for item in held_out(count, seed=7):
             inputs = encode(processor, item)
             with torch.no_grad():
                 wanted = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
@@ -65,13 +74,13 @@ def test_unpruned_tokens_equal_transformers_on_held_out_questions(
 
 @pytest.mark.parametrize(("method", "keep"), [("vispruner", 64), ("adaptprune", 57)])
 def test_pruned_answers_equal_the_torch_reference(
-    method: str, keep: int, bundles: dict[str, Path], processor: Any
+    method: str, keep: int, bundles: Callable[[str], Path], processor: Any
 ) -> None:
     """Equal tokens for equal kept tokens; the choice itself is compared below, and in test_pruners."""
     eager = LlavaForConditionalGeneration.from_pretrained(model_dir(), attn_implementation="eager").eval()
     pruner = find_method(method)((24, 24), keep)
     eos = [eager.generation_config.eos_token_id]
-    with Pipeline.load(bundles[method]) as pipe:
+    with Pipeline.load(bundles(method)) as pipe:
         for item in islice(held_out(48, seed=8), 0, None, 4):
             inputs = encode(processor, item)
             answer = pipe.generate(item.image, item.prompt, max_new_tokens=NEW_TOKENS)
@@ -85,11 +94,11 @@ def test_pruned_answers_equal_the_torch_reference(
 
 @pytest.mark.parametrize(("method", "keep"), [("vispruner", 64), ("adaptprune", 57)])
 def test_the_choice_on_real_pictures_equals_the_torch_module(
-    method: str, keep: int, bundles: dict[str, Path]
+    method: str, keep: int, bundles: Callable[[str], Path]
 ) -> None:
     """The torch module, given the cues that flowed through the bundle, keeps the very same tokens."""
     pruner = find_method(method)((24, 24), keep)
-    bundle = open_bundle(bundles[method])
+    bundle = open_bundle(bundles(method))
     runner = StageRunner(bundle, "ort-cpu", None)
     prompter = Prompter(bundle.manifest.text, bundle.path("tokenizer.json"))
     for item in islice(held_out(48, seed=9), 0, None, 4):
@@ -104,12 +113,12 @@ def test_the_choice_on_real_pictures_equals_the_torch_module(
     runner.close()
 
 
-def test_adaptprune_chooses_as_inside_transformers(bundles: dict[str, Path], processor: Any) -> None:
+def test_adaptprune_chooses_as_inside_transformers(bundles: Callable[[str], Path], processor: Any) -> None:
     """Whole pictures through both models (VisPruner's rounds magnify differences of 1e-6: see docs)."""
     eager = LlavaForConditionalGeneration.from_pretrained(model_dir(), attn_implementation="eager").eval()
     pruner = find_method("adaptprune")((24, 24), 57)
     shared = []
-    with Pipeline.load(bundles["adaptprune"]) as pipe:
+    with Pipeline.load(bundles("adaptprune")) as pipe:
         for item in islice(held_out(48, seed=9), 0, None, 4):
             inputs = encode(processor, item)
             wanted = reference_generate(eager, pruner, inputs.input_ids, inputs.pixel_values, 1)

@@ -26,6 +26,7 @@ from ..models.tiny import save_tiny
 from ..models.tiny_families import save_anyres
 from ..models.tiny_split import save_idefics3, save_internvl
 from ..models.tiny_video import save_onevision, save_video_llava
+from ..once import Once
 from ..oracles.tensorrt_10_3 import refused
 
 ENGINE = "tensorrt-rtx"
@@ -34,17 +35,14 @@ Get = Callable[..., Bundle]
 
 
 @pytest.fixture(scope="module")
-def bundle_of(tmp_path_factory: pytest.TempPathFactory, model_folder: Callable[[str], Path]) -> Get:
+def bundle_of(once: Once, model_folder: Callable[[str], Path]) -> Get:
     """A bundle of the tiny model "gqa", exported and verified at the first call."""
-    root, made = tmp_path_factory.mktemp("targets"), dict[str, Bundle]()
 
-    def get(method: str, target: str = "tensorrt", dtype: str | None = None) -> Bundle:
-        name = f"{method}-{target}-{dtype}"
-        if name not in made:
-            keep = None if method == "none" else "5"
-            wish = Request(root / name, str(model_folder("gqa")), method, keep, target=target, dtype=dtype)
-            made[name] = export(Request(**{**wish.__dict__, "max_length": MAX_LENGTH}))
-        return made[name]
+    def get(method: str, target: str = "tensorrt", **dtype: str) -> Bundle:
+        wishes = {"method": method, "target": target, "max_length": MAX_LENGTH, "verify": "full", **dtype}
+        if method != "none":
+            wishes["keep_tokens"] = "5"
+        return open_bundle(once.bundle(model_folder("gqa"), **wishes))
 
     return get
 
@@ -72,7 +70,7 @@ def test_a_right_padded_batch_equals_target_ort(bundle_of: Get, other: str) -> N
     """Two rows of different length, prefill and one step: logits and cache of the two emitters."""
     answers = []
     for target in ("ort", other):
-        engine = OrtEngine(bundle_of("none", target, "float32").path("decoder.onnx"), threads=1)
+        engine = OrtEngine(bundle_of("none", target, dtype="float32").path("decoder.onnx"), threads=1)
         answers.append(_prefill_and_step(engine, lengths=(7, 4)))
     for one, two in zip(*answers, strict=True):
         np.testing.assert_allclose(one, two, atol=1e-5)

@@ -28,6 +28,7 @@ from vtp.runtime import Pipeline
 
 from ...models.tiny import BOS, CHAT_TEMPLATE, IMAGE, tiny_tokenizer
 from ...models.tiny_families import GRIDS, image_processor, packed, save_anyres, tiny_anyres
+from ...once import Once
 
 # (height, width): two by two views, with padding above and below cut off, and three views beside one another.
 SIZES = {"square": (56, 56), "wide": (40, 56), "row": (28, 84)}
@@ -74,33 +75,25 @@ class Made:
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Any]]:
+def folders(saved: Callable[..., Any]) -> Callable[[str], tuple[Path, Any]]:
     """Folder and model by name; written at the first call."""
-    root, made = tmp_path_factory.mktemp("anyres"), dict[str, tuple[Path, Any]]()
 
     def get(name: str) -> tuple[Path, Any]:
-        if name not in made:
-            kind, options = MODELS[name]
-            made[name] = (root / name, save_anyres(root / name, kind, **options))
-        return made[name]
+        kind, options = MODELS[name]
+        return saved(save_anyres, kind, **options)
 
     return get
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory, folders: Callable[[str], Any]) -> Callable[[str], Made]:
+def bundle(once: Once, folders: Callable[[str], Any]) -> Callable[[str], Made]:
     """A bundle by name, exported, and held against torch, at the first call."""
-    root, made = tmp_path_factory.mktemp("anyres-bundles"), dict[str, Made]()
 
     def get(name: str) -> Made:
-        if name not in made:
-            model, size, wishes = BUNDLES[name]
-            folder, torch_model = folders(model)
-            request = Request(
-                root / name, model=str(folder), max_length=256, image_size=SIZES[size], **wishes
-            )
-            made[name] = Made(export(request).folder, torch_model, SIZES[size])
-        return made[name]
+        model, size, wishes = BUNDLES[name]
+        folder, torch_model = folders(model)
+        made = once.bundle(folder, max_length=256, image_size=SIZES[size], verify="full", **wishes)
+        return Made(made, torch_model, SIZES[size])
 
     return get
 

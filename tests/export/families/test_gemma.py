@@ -33,6 +33,7 @@ from vtp.runtime.result import Timings
 from vtp.runtime.stages.runner import StageRunner
 
 from ...models.tiny_gemma import BOS, processor_of, save_gemma, tiny_gemma3, tiny_paligemma
+from ...once import Once
 from ...oracles.several_pictures import TALK, Turns, asked, check_answers, check_batch
 from ..pruners.test_trtrtx import ENGINE, MISSING, build
 
@@ -83,32 +84,30 @@ class Made:
     kind: str
 
 
+def save_named(path: Path, name: str) -> Any:
+    return save_gemma(path, MODELS[name]())
+
+
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Any]]:
+def folders(saved: Callable[..., Any]) -> Callable[[str], tuple[Path, Any]]:
     """Folder and model by name; written at the first call."""
-    root, made = tmp_path_factory.mktemp("gemma"), dict[str, tuple[Path, Any]]()
 
     def get(name: str) -> tuple[Path, Any]:
-        if name not in made:
-            made[name] = (root / name, save_gemma(root / name, MODELS[name]()))
-        return made[name]
+        return saved(save_named, name)
 
     return get
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory, folders: Callable[[str], Any]) -> Callable[[str], Made]:
+def bundle(once: Once, folders: Callable[[str], Any]) -> Callable[[str], Made]:
     """A bundle by name, exported, and held against torch, at the first call."""
-    root, made = tmp_path_factory.mktemp("gemma-bundles"), dict[str, Made]()
 
     def get(name: str) -> Made:
-        if name not in made:
-            kind, method, keep, wishes = BUNDLES[name]
-            folder, model = folders(kind)
-            length = MAX_LENGTH if kind.startswith("pali") else 256  # room for a talk about three pictures
-            request = Request(root / name, str(folder), method, keep, max_length=length, **wishes)
-            made[name] = Made(export(request).folder, model, kind)
-        return made[name]
+        kind, method, keep, wishes = BUNDLES[name]
+        folder, model = folders(kind)
+        length = MAX_LENGTH if kind.startswith("pali") else 256  # room for a talk about three pictures
+        asked = {"method": method, "keep_tokens": keep, "max_length": length, "verify": "full", **wishes}
+        return Made(once.bundle(folder, **asked), model, kind)
 
     return get
 

@@ -24,6 +24,7 @@ from vtp.runtime.preprocess import preprocess
 
 from ...models.tiny import BOS
 from ...models.tiny_video import ONEVISION, VIDEO, clip, pixels_of, save_onevision
+from ...once import Once
 from .test_video_llava import ASKED, follow, generate
 
 FRAMES = 3
@@ -32,24 +33,19 @@ WORDS = [40, 50, 60, 70]
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+def model(saved: Callable[..., Any]) -> tuple[Path, Any]:
     """A complete Hugging Face folder, and the model in it."""
-    folder = tmp_path_factory.mktemp("onevision") / "model"
-    return folder, save_onevision(folder)
+    return saved(save_onevision)
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory, model: tuple[Path, Any]) -> Callable[..., Path]:
+def bundle(once: Once, model: tuple[Path, Any]) -> Callable[..., Path]:
     """A bundle for videos by method, exported, and held against torch, at the first call."""
-    root, made = tmp_path_factory.mktemp("onevision-bundles"), dict[str, Path]()
 
     def get(method: str, **more: Any) -> Path:
-        key = "-".join([method, *more.values()])
-        if key not in made:
-            keep = None if method == "none" else "6"
-            request = Request(root / key, str(model[0]), method, keep, max_length=160, frames=FRAMES, **more)
-            made[key] = export(request).folder
-        return made[key]
+        keep = {} if method == "none" else {"keep_tokens": "6"}
+        wishes = {"max_length": 160, "frames": FRAMES, "verify": "full", **keep, **more}
+        return once.bundle(model[0], method=method, **wishes)
 
     return get
 

@@ -56,6 +56,7 @@ from ...models.tiny_qwen import (
     tiny_qwen,
     transformers_answer,
 )
+from ...once import Once
 from ...oracles.several_pictures import TALK, WORDS, asked, check_answers, check_batch
 
 # (height, width): 4 x 6 merged tokens, and 5 x 3.
@@ -114,33 +115,25 @@ class Made:
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Any]]:
+def folders(saved: Callable[..., Any]) -> Callable[[str], tuple[Path, Any]]:
     """Folder and model by name; written at the first call."""
-    root, made = tmp_path_factory.mktemp("qwen"), dict[str, tuple[Path, Any]]()
 
     def get(name: str) -> tuple[Path, Any]:
-        if name not in made:
-            kind, options = MODELS[name]
-            made[name] = (root / name, save_qwen(root / name, kind, **options))
-        return made[name]
+        kind, options = MODELS[name]
+        return saved(save_qwen, kind, **options)
 
     return get
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory, folders: Callable[[str], Any]) -> Callable[[str], Made]:
+def bundle(once: Once, folders: Callable[[str], Any]) -> Callable[[str], Made]:
     """A bundle by name, exported, and held against torch, at the first call."""
-    root, made = tmp_path_factory.mktemp("qwen-bundles"), dict[str, Made]()
 
     def get(name: str) -> Made:
-        if name not in made:
-            model, size, wishes = BUNDLES[name]
-            folder, torch_model = folders(model)
-            request = Request(
-                root / name, model=str(folder), max_length=256, image_size=SIZES[size], **wishes
-            )
-            made[name] = Made(export(request).folder, torch_model, SIZES[size])
-        return made[name]
+        model, size, wishes = BUNDLES[name]
+        folder, torch_model = folders(model)
+        made = once.bundle(folder, max_length=256, image_size=SIZES[size], verify="full", **wishes)
+        return Made(made, torch_model, SIZES[size])
 
     return get
 

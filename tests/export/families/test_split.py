@@ -18,7 +18,6 @@ from vtp.engines import VtpError
 from vtp.engines.tensorrt.library import INSTALL, build_engine, refused_nodes
 from vtp.export.checkpoint.loading import load
 from vtp.export.cli import main
-from vtp.export.exporter import Request, export
 from vtp.export.families import find_family
 from vtp.export.verify.parity import STEPS
 from vtp.export.verify.reference import reference_generate
@@ -31,6 +30,7 @@ from vtp.runtime.result import Timings
 from vtp.runtime.stages.runner import StageRunner
 
 from ...models.tiny_split import idefics3_processor, internvl_processor, save_idefics3, save_internvl
+from ...once import Once
 from ...oracles.several_pictures import TALK, Turns, asked, check_answers, check_batch
 from ...oracles.tensorrt_10_3 import refused
 
@@ -116,32 +116,25 @@ class Made:
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Any]]:
+def folders(saved: Callable[..., Any]) -> Callable[[str], tuple[Path, Any]]:
     """Folder and model by name; written at the first call."""
-    root, made = tmp_path_factory.mktemp("split"), dict[str, tuple[Path, Any]]()
 
     def get(name: str) -> tuple[Path, Any]:
-        if name not in made:
-            save, _, options = MODELS[name]
-            made[name] = (root / name, save(root / name, **options))
-        return made[name]
+        save, _, options = MODELS[name]
+        return saved(save, **options)
 
     return get
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory, folders: Callable[[str], Any]) -> Callable[[str], Made]:
+def bundle(once: Once, folders: Callable[[str], Any]) -> Callable[[str], Made]:
     """A bundle by name, exported, and held against torch, at the first call."""
-    root, made = tmp_path_factory.mktemp("split-bundles"), dict[str, Made]()
 
     def get(name: str) -> Made:
-        if name not in made:
-            model, size, wishes = BUNDLES[name]
-            folder, torch_model = folders(model)
-            request = Request(root / name, model=str(folder), max_length=256, image_size=size, **wishes)
-            processor = MODELS[model][1](torch_model, size)
-            made[name] = Made(export(request).folder, torch_model, processor, size)
-        return made[name]
+        model, size, wishes = BUNDLES[name]
+        folder, torch_model = folders(model)
+        made = once.bundle(folder, max_length=256, image_size=size, verify="full", **wishes)
+        return Made(made, torch_model, MODELS[model][1](torch_model, size), size)
 
     return get
 

@@ -33,6 +33,7 @@ from vtp.runtime.stages.runner import StageRunner
 
 from ...models.tiny import BOS, IMAGE
 from ...models.tiny_video import COUNT, PROCESSOR, VIDEO, clip, pixels_of, save_video_llava, video_tokenizer
+from ...once import Once
 
 FRAMES = 3
 TOKENS = FRAMES * (COUNT + 1)
@@ -41,24 +42,19 @@ METHODS = ["vispruner", "divprune", "fastv"]
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+def model(saved: Callable[..., Any]) -> tuple[Path, Any]:
     """A complete Hugging Face folder, and the model in it."""
-    folder = tmp_path_factory.mktemp("video") / "model"
-    return folder, save_video_llava(folder)
+    return saved(save_video_llava)
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory, model: tuple[Path, Any]) -> Callable[..., Path]:
+def bundle(once: Once, model: tuple[Path, Any]) -> Callable[..., Path]:
     """A bundle by method and frames, exported, and held against torch, at the first call."""
-    root, made = tmp_path_factory.mktemp("video-bundles"), dict[Any, Path]()
 
     def get(method: str, frames: int | None = FRAMES, **more: Any) -> Path:
-        key = f"{method}-{frames}-{'-'.join(more.values())}"
-        if key not in made:
-            keep = None if method == "none" else "6"
-            request = Request(root / key, str(model[0]), method, keep, max_length=160, frames=frames, **more)
-            made[key] = export(request).folder
-        return made[key]
+        keep = {} if method == "none" else {"keep_tokens": "6"}
+        wishes = {"max_length": 160, "frames": frames, "verify": "full", **keep, **more}
+        return once.bundle(model[0], method=method, **wishes)
 
     return get
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from vtp.runtime.result import Timings
 from vtp.runtime.stages.runner import StageRunner
 
 from ...models.tiny import save_tiny
+from ...once import Once
 from ...stand_ins import curious
 
 FILE = Path(curious.__file__)
@@ -41,24 +43,17 @@ class Recording(parity.Chosen):
 
 
 @pytest.fixture(scope="module")
-def model_path(tmp_path_factory):
-    path = tmp_path_factory.mktemp("deep")
-    save_tiny(path, layers=5, vision_layers=2, seed=11)
-    return path
+def model_path(saved: Callable[..., Any]) -> Path:
+    return saved(save_tiny, layers=5, vision_layers=2, seed=11)[0]
 
 
 @pytest.fixture(scope="module")
-def bundles(tmp_path_factory, model_path):
+def bundles(once: Once, model_path: Path) -> Callable[[str], Path]:
     """Bundles of the classes above, each exported and verified once."""
-    root, made = tmp_path_factory.mktemp("sites"), dict[str, Path]()
 
     def get(name: str) -> Path:
-        if name not in made:
-            method = f"{FILE}:{name}"
-            keep = ",".join(map(str, KEEP))
-            request = Request(root / name, str(model_path), method, keep, max_length=128)
-            made[name] = export(request).folder
-        return made[name]
+        wishes = {"keep_tokens": ",".join(map(str, KEEP)), "max_length": 128, "verify": "full"}
+        return once.bundle(model_path, method=f"{FILE}:{name}", **wishes)
 
     return get
 

@@ -19,11 +19,6 @@ from vtp.runtime.bundle.folder import MANIFEST, open_bundle, set_calibration, wh
 from vtp.runtime.stages import runner as stages
 
 
-@pytest.fixture
-def bundle(exported: Callable[[str], Any], tmp_path: Path) -> Path:
-    return Path(shutil.copytree(exported("none").folder, tmp_path / "bundle"))
-
-
 def replace(target: Path, source: Path) -> None:
     with whole_bundle(target, overwrite=True) as aside:
         for file in source.iterdir():

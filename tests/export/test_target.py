@@ -66,11 +66,13 @@ def test_only_standard_operators_and_no_float64(bundle_of: Get, method: str) -> 
 
 
 @pytest.mark.parametrize("other", ["tensorrt", "jetpack6"])
-def test_a_right_padded_batch_equals_target_ort(bundle_of: Get, other: str) -> None:
+def test_a_right_padded_batch_equals_target_ort(
+    exported: Callable[[str], Any], bundle_of: Get, other: str
+) -> None:
     """Two rows of different length, prefill and one step: logits and cache of the two emitters."""
     answers = []
-    for target in ("ort", other):
-        engine = OrtEngine(bundle_of("none", target, dtype="float32").path("decoder.onnx"), threads=1)
+    for bundle in (open_bundle(exported("none").folder), bundle_of("none", other, dtype="float32")):
+        engine = OrtEngine(bundle.path("decoder.onnx"), threads=1)
         answers.append(_prefill_and_step(engine, lengths=(7, 4)))
     for one, two in zip(*answers, strict=True):
         np.testing.assert_allclose(one, two, atol=1e-5)

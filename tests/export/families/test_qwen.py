@@ -400,7 +400,7 @@ def test_videos_and_other_counts_of_pictures_are_refused(bundle: Callable[[str],
 
 def test_a_decoder_site_takes_one_picture(bundle: Callable[[str], Made]) -> None:
     refused = pytest.raises(UsageError, match="method fastv chooses inside the decoder and takes one picture")
-    with Pipeline.load(bundle("2-fastv").folder) as pipe, refused:
+    with Pipeline.load(bundle("3-fastv").folder) as pipe, refused:
         pipe.generate([noise(32, 48)] * 2, "which ?")
 
 

@@ -252,7 +252,8 @@ class Pipeline:
     def warmup(self) -> None:
         """Run every stage once on a blank picture, so that the first answer does not pay for set-up."""
         spec = self.manifest.image
-        blank = [Image.new("RGB", (spec.image_width or 64, spec.image_height or 64))] * (spec.frames or 1)
+        height, width = spec.image_size or (64, 64)
+        blank = [Image.new("RGB", (width, height))] * (spec.frames or 1)
         for keep in self.manifest.visual.keep:
             self.generate(blank, "warm up", keep_tokens=keep, max_new_tokens=2)
 

@@ -24,13 +24,12 @@ from typing import Any
 
 from vtp.bench.common.checkout import checkout, place
 from vtp.bench.gpu.beside import SHAPE_CHECKS
-from vtp.bench.gpu.checks import CHECKS, CPU, Job, checks_for
+from vtp.bench.gpu.checks import CHECKS, Job, checks_for
 from vtp.bench.gpu.device import CUDA, device_for, load_cuda_libraries, slug
 from vtp.bench.gpu.report import markdown, measured_before, write_results
-from vtp.engines import UsageError, VtpError, engine_names
+from vtp.engines import UsageError, VtpError, capabilities, engine_names
 from vtp.engines.child import python_command
 from vtp.engines.ort.library import load_onnxruntime
-from vtp.engines.tensorrt.library import LIBRARIES
 from vtp.engines.versions import installed_version
 from vtp.runtime.bundle.folder import open_bundle
 from vtp.runtime.bundle.manifest import Manifest
@@ -110,7 +109,7 @@ def _jobs(args: argparse.Namespace) -> dict[str, Job]:
         raise UsageError(f"no bundle in {BUNDLES}; make some with: vtp-export --dtype float16 -o DIR")
     jobs = {}
     for folder, manifest in manifests.items():
-        if manifest.dtype == "float32" and args.engine != CPU:
+        if manifest.dtype == "float32" and not capabilities(args.engine).on_cpu:
             continue  # the engine takes none: it is here as a reference
         if folder.name in jobs:
             raise UsageError(f"two bundles are called '{folder.name}'; results go by the folder's name")
@@ -200,7 +199,7 @@ def _child(job_text: str, checks: str, log: str) -> int:
 
 
 def hardware(machine: Machine, engine: str) -> str:
-    if engine in (CUDA, *LIBRARIES):
+    if not capabilities(engine).on_cpu:
         return machine.cuda.devices[0].name if machine.cuda.devices else "no GPU"
     return machine.processor or platform.machine()
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vtp.engines import choose_engine, open_graph
+from vtp.engines import capabilities, choose_engine, open_graph
 from vtp.engines.errors import UsageError, VtpError, shown
 from vtp.engines.plugins import PLUGINS
 from vtp.engines.plugins.greedy import check_plugin
@@ -30,7 +30,7 @@ from vtp.runtime.shell import command_line
 from vtp.runtime.triton.repository import write_repository
 
 PROG = "vtp-build"
-TARGETS = ("tensorrt", "jetpack6")  # those whose graphs TensorRT takes
+TARGETS = capabilities("tensorrt").targets
 _QUIET = 2.0  # seconds between two lines about one build
 
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from vtp.engines import Decision, judge_engines
+from vtp.engines import Decision, capabilities, judge_engines
 from vtp.engines.errors import shown
 from vtp.engines.versions import version_numbers
 from vtp.runtime.bundle.folder import Bundle, open_bundle
@@ -55,7 +55,7 @@ def examine(machine: Machine, bundle: Bundle | None = None, engines: list[Decisi
         engines = tried(judge_engines(dtype, cuda=lambda: machine.cuda, target=target), machine, bundle)
     report: dict[str, Any] = {
         "machine": dataclasses.asdict(machine),
-        "engines": [dataclasses.asdict(decision) for decision in engines],
+        "engines": [decision.to_json() for decision in engines],
     }
     target = bundle.manifest.target if bundle else None
     advice = [
@@ -73,7 +73,7 @@ def examine(machine: Machine, bundle: Bundle | None = None, engines: list[Decisi
 def _bundle_report(machine: Machine, bundle: Bundle, engines: list[Decision]) -> dict[str, Any]:
     engine = next((decision.engine for decision in engines if decision.accepted), "ort-cpu")
     needs = bundle_memory(bundle, engine)
-    room = machine.memory.usable if engine == "ort-cpu" else machine.gpu_memory
+    room = machine.room(on_cpu=capabilities(engine).on_cpu)
     fits = needs.total <= room if room else None
     return {
         "folder": str(bundle.folder),
@@ -95,15 +95,15 @@ def _bundle_report(machine: Machine, bundle: Bundle, engines: list[Decision]) ->
 
 def _advise_memory(needs: BundleMemory, room: int, bundle: Bundle) -> list[str]:
     """What to change when a bundle does not fit, largest effect first."""
-    manifest = bundle.manifest
+    manifest, able = bundle.manifest, capabilities(needs.engine)
     largest = max(needs.stages, key=lambda stage: stage.total)
     lines = [
         f"this bundle may need {_mb(needs.total)} MB on {needs.engine}, and {_mb(room)} MB are free: "
         f"{largest.file} takes {_mb(largest.total)} MB"
     ]
-    if manifest.dtype == "float32" and needs.engine != "ort-cpu":
+    if manifest.dtype == "float32" and not able.on_cpu:
         lines.append("export with --dtype float16 to halve weights and cache")
-    if manifest.dtype == "float16" and needs.engine == "ort-cpu":
+    if manifest.dtype == "float16" and able.widens_float16:
         lines.append("export with --dtype float32 for the CPU, which widens float16 weights and keeps both")
     if sum(stage.cache + stage.activations for stage in needs.stages) > needs.total // 4:
         lines.append(f"export with a --max-length below {manifest.model.max_length}")
@@ -134,10 +134,10 @@ def _advise_packages(machine: Machine, engines: list[Decision]) -> list[str]:
 def _advise_gpu(machine: Machine, engines: list[Decision]) -> str:
     """There is a GPU that no engine uses."""
     device = machine.cuda.devices[0]
-    reason = next((one.reason for one in engines if one.engine == "ort-cuda"), "")
-    if "does not run target" in reason:
+    code = next((one.code for one in engines if one.engine == "ort-cuda"), "")
+    if code == "target":
         return f"to use the {device.name}, export the bundle with --target ort"
-    if "float32" in reason:
+    if code == "dtype":
         return f"to use the {device.name}, export the bundle with --dtype float16"
     if machine.is_jetson:
         return (

@@ -10,9 +10,8 @@ from typing import Any
 
 from PIL import Image
 
-from vtp.engines import UsageError, engine_names
+from vtp.engines import UsageError, capabilities, engine_names
 from vtp.engines.errors import shown
-from vtp.engines.tensorrt.library import LIBRARIES
 from vtp.runtime.bundle.folder import check_outside
 from vtp.runtime.bundle.manifest import Manifest
 from vtp.runtime.commands.batch_file import Line, read_lines
@@ -124,7 +123,7 @@ def _run(args: argparse.Namespace) -> None:
     threads = None if args.threads is None else whole_number("threads", args.threads)
     opening = Opening(Path(args.engines) if args.engines else None, args.allow_cpu_nodes, args.cuda_graph)
     with Pipeline.load(args.bundle, args.engine, threads, args.check_hashes, opening=opening) as pipe:
-        if pipe.engine in LIBRARIES:
+        if not capabilities(pipe.engine).proven:
             note(PROG, NEVER_RUN)
         _check_media(pipe.manifest.image.frames, args)
         if args.batch:

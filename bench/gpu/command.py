@@ -33,6 +33,7 @@ from vtp.engines.ort.library import load_onnxruntime
 from vtp.engines.versions import installed_version
 from vtp.runtime.bundle.folder import open_bundle
 from vtp.runtime.bundle.manifest import Manifest
+from vtp.runtime.commands.arguments import add_debug
 from vtp.runtime.commands.console import DONE, FAILED, Parser, Progress, run_command
 from vtp.runtime.machine.facts import Machine, look
 
@@ -54,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--resume", action="store_true", help="leave out bundles that the result holds without a failure")
     add("--limit", type=float, default=180, metavar="S", help="seconds of one check (default: %(default)s)")
     add("--child", nargs=3, metavar=("JOB", "CHECKS", "LOG"), help=argparse.SUPPRESS)
-    add("--debug", action="store_true", help="show tracebacks")
+    add_debug(parser)
     args = parser.parse_args(argv)
     if args.child:
         return _child(*args.child)

@@ -13,6 +13,7 @@ from vtp.engines.errors import shown
 from vtp.engines.versions import version_numbers
 from vtp.runtime.bundle.folder import Bundle, open_bundle
 from vtp.runtime.bundle.memory import BundleMemory, bundle_memory
+from vtp.runtime.commands.arguments import add_debug, add_json
 from vtp.runtime.commands.console import Parser, run_command, say, say_json, table
 from vtp.runtime.machine.engine_trial import tried
 from vtp.runtime.machine.facts import Machine, look
@@ -27,8 +28,8 @@ def build_parser() -> argparse.ArgumentParser:
     """The flags of vtp-doctor."""
     parser = Parser(prog=PROG, description="Tell what this machine can run, and what a bundle needs.")
     parser.add_argument("bundle", nargs="?", metavar="BUNDLE", help="a folder that vtp-export made")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    add_json(parser)
+    add_debug(parser)
     return parser
 
 

@@ -200,6 +200,7 @@ def _child(job_text: str, checks: str, log: str) -> int:
 
 
 def hardware(machine: Machine, engine: str) -> str:
+    """The name of what an engine runs on: the first GPU, or the processor."""
     if not capabilities(engine).on_cpu:
         return machine.cuda.devices[0].name if machine.cuda.devices else "no GPU"
     return machine.processor or platform.machine()

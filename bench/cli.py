@@ -18,6 +18,7 @@ from vtp.bench.shapes.cached_bundle import Wanted, make
 from vtp.engines import UsageError, engine_names
 from vtp.engines.versions import installed_version
 from vtp.runtime.bundle.folder import open_bundle
+from vtp.runtime.commands.arguments import add_debug, add_engine, add_json, add_keep_tokens, add_threads
 from vtp.runtime.commands.console import Parser, Progress, run_command, say, say_json, whole_number
 from vtp.runtime.machine.facts import look
 from vtp.scenes import examples_dir
@@ -37,19 +38,19 @@ def build_parser() -> argparse.ArgumentParser:
     add("--method", default="vispruner", help="of a --shape (default: %(default)s)")
     add("--dtype", default="float32", help="of a --shape: float32 or float16 (default: %(default)s)")
     add("--cache", metavar="DIR", help=f"where shapes are kept (default: ${CACHE} or ~/.cache/vtp-edge)")
-    add("--keep-tokens", metavar="K", help="one of the bundle's keep-counts; of a --shape: any")
+    add_keep_tokens(parser, "one of the bundle's keep-counts; of a --shape: any")
     add("--image", metavar="FILE", help="the picture (default: one of the built-in examples)")
     add("--prompt", default=PROMPT, metavar="TEXT", help="default: %(default)s")
     add("--max-new-tokens", default="32", metavar="N", help="tokens of every answer (default: %(default)s)")
     add(
         "--repeats", default="10", metavar="N", help="timed runs, after two to warm up (default: %(default)s)"
     )
-    add("--engine", default="auto", help=f"one of {', '.join(engine_names())} (default: %(default)s)")
-    add("--threads", metavar="N", help="CPU threads (default: all cores)")
-    add("--json", action="store_true", help="print one JSON object")
+    add_engine(parser)
+    add_threads(parser)
+    add_json(parser)
     add("--csv", metavar="FILE", help="also write every figure as a line of FILE")
     add("--plot", metavar="FILE", help="also draw the stages (.png, .svg or .pdf; needs matplotlib)")
-    add("--debug", action="store_true", help="show tracebacks")
+    add_debug(parser)
     return parser
 
 

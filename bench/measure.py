@@ -25,7 +25,7 @@ from vtp.bench.common.ceiling import Ceiling, open_ceilings
 from vtp.bench.common.energy import Meter
 from vtp.bench.common.figures import spread
 from vtp.bench.common.resident import peak_resident, resident
-from vtp.engines import UsageError, VtpError, choose_engine
+from vtp.engines import UsageError, VtpError, capabilities, choose_engine
 from vtp.engines.child import python_command
 from vtp.engines.ort import session as ort
 from vtp.export.patched import patched
@@ -91,7 +91,7 @@ def measure(task: Task) -> dict[str, Any]:
                 answer = _ask(pipe, task)
         peak = peak_resident()
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        dtype = bundle.manifest.dtype if choice.engine != "ort-cpu" else "float32"
+        dtype = "float32" if capabilities(choice.engine).widens_float16 else bundle.manifest.dtype
         limits = open_ceilings(folder, choice.engine, task.threads, dtype, task.small_ceilings)
         for limit in limits:
             limit.run()
@@ -289,7 +289,7 @@ def step_work(bundle: Bundle, keep: int, past: Mapping[str, int], engine: str) -
             token = 2 * len(graph.kv.layers) * graph.kv.heads * graph.kv.head_dim
             read += token * held * _SIZES.get(graph.kv.dtype, 4)
         found = flops.count(bundle.path(info.file), sizes, held)
-        widened = 2 if engine == "ort-cpu" and manifest.dtype == "float16" else 1
+        widened = 2 if capabilities(engine).widens_float16 and manifest.dtype == "float16" else 1
         read, work = read + found.weights * widened, work + found.total
     return read, work
 

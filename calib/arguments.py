@@ -15,6 +15,7 @@ from vtp.calib.workers.cluster import Ray
 from vtp.calib.workers.local import Local, Workers
 from vtp.engines import UsageError, choose_engine
 from vtp.runtime.bundle.folder import open_bundle
+from vtp.runtime.commands.arguments import add_debug, add_json, add_threads
 
 
 def shared_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,12 +29,12 @@ def shared_arguments(parser: argparse.ArgumentParser) -> None:
     add("--metric", default="auto", help=f"{', '.join(METRICS)} (default: %(default)s)")
     add("--max-new-tokens", type=int, default=NEW_TOKENS, metavar="N", help="default: %(default)s")
     add("--engine", default="auto", help="engine (default: %(default)s)")
-    add("--threads", type=int, metavar="N", help="CPU threads of one operator (all cores; 1 on Ray)")
+    add_threads(parser, "CPU threads of one operator (all cores; 1 on Ray)", type=int)
     add("--ray", metavar="ADDRESS", help="work on a Ray cluster: HOST:PORT of its head, auto, or local")
     add("--workers", type=int, metavar="N", help="workers on Ray at most (default: by the cluster's cores)")
     add("--out", metavar="DIR", help="folder of the journal and the report (default: beside the bundle)")
-    add("--json", action="store_true", help="print the result as JSON")
-    add("--debug", action="store_true", help="show tracebacks")
+    add_json(parser, "print the result as JSON")
+    add_debug(parser)
 
 
 def read_samples(args: argparse.Namespace) -> tuple[list[Sample], str]:

@@ -1,12 +1,13 @@
 """vtp.engines: opens and runs ONE graph file. Knows no model, no pruner and no bundle."""
 
-from vtp.engines.base import Binding, Engine, Held, TensorSpec, Value
+from vtp.engines.base import Binding, Capabilities, Engine, Held, TensorSpec, Value
 from vtp.engines.errors import UsageError, VtpError, nearest
 from vtp.engines.ort.library import disable_telemetry
 from vtp.engines.registry import (
     AUTO,
     Choice,
     Decision,
+    capabilities,
     choose_engine,
     engine_names,
     judge_engines,
@@ -16,6 +17,7 @@ from vtp.engines.registry import (
 __all__ = [
     "AUTO",
     "Binding",
+    "Capabilities",
     "Choice",
     "Decision",
     "Engine",
@@ -24,6 +26,7 @@ __all__ = [
     "UsageError",
     "Value",
     "VtpError",
+    "capabilities",
     "choose_engine",
     "engine_names",
     "judge_engines",

@@ -19,6 +19,35 @@ class TensorSpec:
     shape: tuple[int | str, ...]
 
 
+@dataclass(frozen=True)
+class Capabilities:
+    """What an engine can do on any machine that has it; `vtp.engines.capabilities` gives them by name.
+
+    device            where graphs run and values lie: "cpu" or "cuda"
+    targets           the export targets whose graphs it runs
+    widens_float16    computes float16 graphs in float32, holding the weights in both
+    built             runs what vtp-build made of a graph on this device, not the graph's file
+    largest_batch     most rows (prompts, or pictures of one) in a run; None: as many as the graph takes
+    replays           can record runs with fixed places and replay them
+    cache_in_place    the targets whose KV cache is read and written at one place; others take two
+    proven            whether its code ever ran on its hardware; if not, it runs only when asked for by name
+    """
+
+    device: str
+    targets: tuple[str, ...]
+    widens_float16: bool = False
+    built: bool = False
+    largest_batch: int | None = None
+    replays: bool = True
+    cache_in_place: tuple[str, ...] = ("ort", "tensorrt", "jetpack6")
+    proven: bool = True
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether it shares the host's memory."""
+        return self.device == "cpu"
+
+
 class Value(Protocol):
     """A tensor on an engine's device. Only the engine that made it may run on it or update it."""
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from itertools import islice
 
 VALUE_LENGTH = 200  # characters of one value in a message
+ARGUMENT_LENGTH = 60  # of an argument from Python
 MESSAGE_LENGTH = 1000  # characters of a message
 # What moves a terminal's cursor, ends a line, turns the direction of text, or cannot be encoded: C0 and C1
 # controls, line and paragraph separators, bidirectional controls, byte order marks, lone surrogates.
@@ -45,12 +47,27 @@ def shown(value: object, limit: int = VALUE_LENGTH) -> str:
 
 
 def quoted(value: object, limit: int = VALUE_LENGTH) -> str:
-    """The same of a JSON value, as Python writes it: text in quotes; huge numbers and deep lists are cut."""
+    """The same of any value, as Python writes it: text in quotes; huge numbers and deep lists are cut."""
     try:
-        text = repr(value[: limit + 1] if isinstance(value, (str, bytes)) else value)
+        text = repr(_start(value, limit + 1))
     except (ValueError, RecursionError):  # an integer of more digits than Python prints; nested too deeply
         text = f"a very large {type(value).__name__}"
-    return _cut(escape(text), limit)
+    except Exception:  # a caller's own value, whose repr fails
+        text = f"of type {type(value).__name__}"
+    # JSON values are written on one line; arrays and callers' own values may take several.
+    return _cut(escape(" ".join(text.split()) if "\n" in text else text), limit)
+
+
+def quoted_argument(value: object) -> str:
+    """A value that a caller of the Python interface gave: short, for it stands amid an explanation."""
+    return quoted(value, ARGUMENT_LENGTH)
+
+
+def _start(value: object, count: int) -> object:
+    """As much of a long value as `count` characters of its text can show."""
+    if type(value) in (str, bytes, list, tuple):
+        return value[:count]  # type: ignore[index]
+    return dict(islice(value.items(), count)) if type(value) is dict else value
 
 
 def one_line(message: object) -> str:

@@ -1,14 +1,16 @@
-"""Which engine runs here: every candidate is accepted or rejected with the reason."""
+"""The engines by name: what each can do, whether it runs here and why (not), and how it opens a graph."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import util
 from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
-from vtp.engines.base import Engine
+from vtp.engines.base import Capabilities, Engine
 from vtp.engines.cuda.driver import CudaProbe, probe_cuda
 from vtp.engines.errors import UsageError, VtpError, nearest, quoted
 from vtp.engines.ort.library import load_onnxruntime
@@ -18,13 +20,34 @@ AUTO = "auto"
 _INSTALL = "pip install 'vtp-edge[ort]' (or 'vtp-edge[ort-gpu]' with an NVIDIA GPU)"
 
 
+Code = Literal[
+    "accepted",
+    "no-library",  # not installed, or it does not load
+    "no-provider",  # an ONNX Runtime without the provider
+    "no-gpu",
+    "dtype",  # it does not compute in the bundle's dtype
+    "target",  # it does not run the bundle's target
+    "by-name",  # it could run, and is used only if it is asked for by name
+    "opens-nothing",  # a graph was tried, and did not open
+]
+
+
 @dataclass(frozen=True)
 class Decision:
-    """One candidate, whether it can run here, and why (not)."""
+    """One candidate, whether it can run here, and why (not): a code for programs, a line for people."""
 
     engine: str
-    accepted: bool
+    code: Code
     reason: str
+
+    @property
+    def accepted(self) -> bool:
+        """Whether it can run here."""
+        return self.code == "accepted"
+
+    def to_json(self) -> dict[str, Any]:
+        """A dictionary of JSON values."""
+        return {**dataclasses.asdict(self), "accepted": self.accepted}
 
 
 @dataclass(frozen=True)
@@ -48,31 +71,26 @@ def installed_providers() -> list[str] | None:
 
 
 def _judge_cuda(providers: list[str] | None, dtype: str | None, cuda: Callable[[], CudaProbe]) -> Decision:
+    reject = partial(Decision, "ort-cuda")
     if providers is None:
-        return Decision("ort-cuda", False, f"onnxruntime is not installed: {_INSTALL}")
+        return reject("no-library", f"onnxruntime is not installed: {_INSTALL}")
     if "CUDAExecutionProvider" not in providers:
-        return Decision(
-            "ort-cuda",
-            False,
+        return reject(
+            "no-provider",
             "this onnxruntime has no CUDA provider: pip install 'vtp-edge[ort-gpu]' in place of onnxruntime",
         )
     if dtype == "float32":
-        return Decision(
-            "ort-cuda",
-            False,
-            "its fused attention takes no float32: export the bundle again with --dtype float16",
+        return reject(
+            "dtype", "its fused attention takes no float32: export the bundle again with --dtype float16"
         )
-    found = cuda()  # onnxruntime-gpu lists its provider wherever it is installed
-    if not found.devices:
-        return Decision("ort-cuda", False, f"{found.reason}; check nvidia-smi, or use --engine ort-cpu")
-    device = found.devices[0]
-    return Decision("ort-cuda", True, f"the CUDA provider is present, and a {device.name} (SM {device.sm})")
+    # onnxruntime-gpu lists its provider wherever it is installed
+    return _judge_gpu("ort-cuda", "the CUDA provider is present", cuda())
 
 
 def _judge_cpu(providers: list[str] | None, dtype: str | None, cuda: Callable[[], CudaProbe]) -> Decision:
     if providers is None:
-        return Decision("ort-cpu", False, f"onnxruntime is not installed: {_INSTALL}")
-    return Decision("ort-cpu", True, "onnxruntime is installed")
+        return Decision("ort-cpu", "no-library", f"onnxruntime is not installed: {_INSTALL}")
+    return Decision("ort-cpu", "accepted", "onnxruntime is installed")
 
 
 def _judge_tensorrt(
@@ -81,37 +99,81 @@ def _judge_tensorrt(
     try:
         library = load_library(engine)
     except VtpError as error:
-        return Decision(engine, False, str(error))
-    found = cuda()
+        return Decision(engine, "no-library", str(error))
+    return _judge_gpu(engine, f"{library.__name__} {library.__version__}", cuda())
+
+
+def _judge_gpu(engine: str, library: str, found: CudaProbe) -> Decision:
+    """The last question to an engine whose library is there."""
     if not found.devices:
-        return Decision(engine, False, f"{found.reason}; check nvidia-smi, or use --engine ort-cpu")
+        return Decision(engine, "no-gpu", f"{found.reason}; check nvidia-smi, or use --engine ort-cpu")
     device = found.devices[0]
-    return Decision(
-        engine, True, f"{library.__name__} {library.__version__}, and a {device.name} (SM {device.sm})"
-    )
+    return Decision(engine, "accepted", f"{library}, and a {device.name} (SM {device.sm})")
 
 
-# Which engines run the graphs of a target.
-_RUNS = {
-    "ort": ("ort-cuda", "ort-cpu"),
-    "tensorrt": ("ort-cpu", *LIBRARIES),
-    "jetpack6": ("ort-cuda", "ort-cpu", *LIBRARIES),
+def _open_ort(
+    name: str, path: str | Path, threads: int | None, plan: str | Path | None, **cuda: bool
+) -> Engine:
+    from vtp.engines.ort.session import OrtEngine
+
+    return OrtEngine(path, name, threads, **cuda)
+
+
+def _open_tensorrt(
+    name: str, path: str | Path, threads: int | None, plan: str | Path | None, **cuda: bool
+) -> Engine:
+    from vtp.engines.tensorrt.run import TrtEngine
+
+    if plan is None:
+        raise VtpError(f"{Path(path).name} needs an engine that was built for {name}: run vtp-build")
+    return TrtEngine(path, plan, name)
+
+
+class _Registered(NamedTuple):
+    """An engine: what it can do, whether it runs here, how it opens a graph."""
+
+    capabilities: Capabilities
+    judge: Callable[[list[str] | None, str | None, Callable[[], CudaProbe]], Decision]
+    open: Callable[..., Engine]
+
+
+_TENSORRT = Capabilities(
+    "cuda",
+    ("tensorrt", "jetpack6"),
+    built=True,
+    largest_batch=1,
+    replays=False,
+    cache_in_place=("tensorrt",),  # written by TensorScatter; another cache has two places that change roles
+    proven=False,
+)
+# Best first: "auto" takes the first that is accepted, of those that are proven.
+_ENGINES = {
+    "ort-cuda": _Registered(
+        Capabilities("cuda", ("ort", "jetpack6")), _judge_cuda, partial(_open_ort, "ort-cuda")
+    ),
+    "ort-cpu": _Registered(
+        Capabilities("cpu", ("ort", "tensorrt", "jetpack6"), widens_float16=True),
+        _judge_cpu,
+        partial(_open_ort, "ort-cpu"),
+    ),
+    **{
+        name: _Registered(_TENSORRT, partial(_judge_tensorrt, name), partial(_open_tensorrt, name))
+        for name in LIBRARIES
+    },
 }
+_TARGETS = {target for engine in _ENGINES.values() for target in engine.capabilities.targets}
 
-Judge = Callable[[list[str] | None, str | None, Callable[[], CudaProbe]], Decision]
 
-# Best first: "auto" takes the first that is accepted, of those that were ever run on their hardware.
-_JUDGES: dict[str, Judge] = {
-    "ort-cuda": _judge_cuda,
-    "ort-cpu": _judge_cpu,
-    **{name: partial(_judge_tensorrt, name) for name in LIBRARIES},
-}
-_BY_NAME = tuple(LIBRARIES)
+def capabilities(engine: str) -> Capabilities:
+    """What an engine can do, by its name ("auto" is none). Raises UsageError for an unknown name."""
+    if engine not in _ENGINES:
+        raise UsageError(f"unknown engine '{engine}'; choose one of {', '.join(_ENGINES)}")
+    return _ENGINES[engine].capabilities
 
 
 def engine_names() -> list[str]:
     """Every name that `--engine` takes."""
-    return [AUTO, *_JUDGES]
+    return [AUTO, *_ENGINES]
 
 
 def choose_engine(
@@ -134,18 +196,19 @@ def choose_engine(
         raise UsageError(
             f"unknown engine '{wanted}'{nearest(wanted, known)}; choose one of {', '.join(known)}"
         )
-    if target not in _RUNS:
+    if target not in _TARGETS:
         raise VtpError(
             f"this bundle was made for target '{target}', which no engine here runs; "
             "export it again with: vtp-export --target ort"
         )
     providers = probe()
-    names = [name for name in _JUDGES if name not in _BY_NAME] if wanted == AUTO else [wanted]
+    proven = [name for name, engine in _ENGINES.items() if engine.capabilities.proven]
+    names = proven if wanted == AUTO else [wanted]
     decisions = [_judge(name, providers, dtype, cuda, target) for name in names]
     for decision in list(decisions):
         if decision.accepted:
             if wanted == AUTO:
-                decisions += [_not_by_itself(name) for name in _BY_NAME if name in _RUNS[target]]
+                decisions += _only_by_name(target)
             return Choice(decision.engine, decisions)
     raise VtpError(f"engine '{wanted}' cannot run here: {decisions[-1].reason}")
 
@@ -163,12 +226,16 @@ def judge_engines(
     try:
         providers = probe()
     except VtpError as error:
-        return [Decision(name, False, str(error)) for name in _JUDGES]
-    return [_judge(name, providers, dtype, cuda, target) for name in _JUDGES]
+        return [Decision(name, "no-library", str(error)) for name in _ENGINES]
+    return [_judge(name, providers, dtype, cuda, target) for name in _ENGINES]
 
 
-def _not_by_itself(name: str) -> Decision:
-    return Decision(name, False, f"its code never ran on a GPU yet: only by name, --engine {name}")
+def _only_by_name(target: str) -> list[Decision]:
+    return [
+        Decision(name, "by-name", f"its code never ran on a GPU yet: only by name, --engine {name}")
+        for name, engine in _ENGINES.items()
+        if not engine.capabilities.proven and target in engine.capabilities.targets
+    ]
 
 
 def _judge(
@@ -178,12 +245,14 @@ def _judge(
     cuda: Callable[[], CudaProbe],
     target: str | None,
 ) -> Decision:
-    if target is not None and name not in _RUNS.get(target, ()):
-        fitting = "tensorrt" if name in LIBRARIES else "ort"
+    targets = _ENGINES[name].capabilities.targets
+    if target is not None and target not in targets:
         return Decision(
-            name, False, f"it does not run target '{target}'; export the bundle again with --target {fitting}"
+            name,
+            "target",
+            f"it does not run target '{target}'; export the bundle again with --target {targets[0]}",
         )
-    return _JUDGES[name](providers, dtype, cuda)
+    return _ENGINES[name].judge(providers, dtype, cuda)
 
 
 def open_graph(
@@ -198,12 +267,5 @@ def open_graph(
     `plan` is the file that TensorRT's engine was built into; `cuda` are OrtEngine's allow_cpu_nodes and
     cuda_graph.
     """
-    if engine in LIBRARIES:
-        from vtp.engines.tensorrt.run import TrtEngine
-
-        if plan is None:
-            raise VtpError(f"{Path(path).name} needs an engine that was built for {engine}: run vtp-build")
-        return TrtEngine(path, plan, engine)
-    from vtp.engines.ort.session import OrtEngine
-
-    return OrtEngine(path, engine, threads, **cuda)
+    capabilities(engine)  # an unknown name
+    return _ENGINES[engine].open(path, threads, plan, **cuda)

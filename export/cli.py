@@ -13,6 +13,7 @@ from vtp.engines import UsageError, VtpError
 from vtp.engines.errors import shown
 from vtp.runtime.bundle.folder import Bundle
 from vtp.runtime.bundle.manifest import Manifest
+from vtp.runtime.commands.arguments import add_debug, add_json, add_overwrite
 from vtp.runtime.commands.console import (
     Parser,
     Progress,
@@ -79,12 +80,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: %(default)s)",
     )
     add("-o", "--output", metavar="DIR", help="bundle folder (default: bundle-METHOD)")
-    add("--overwrite", action="store_true", help="replace an existing bundle")
+    add_overwrite(parser)
     add("--list-methods", action="store_true", help="list the methods and exit")
     add("--list-families", action="store_true", help="list the model families and exit")
-    add("--json", action="store_true", help="print the result (or the list) as JSON")
+    add_json(parser, "print the result (or the list) as JSON")
     add("--markdown", action="store_true", help="print the list as a Markdown table")
-    add("--debug", action="store_true", help="show tracebacks")
+    add_debug(parser)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

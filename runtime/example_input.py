@@ -12,7 +12,7 @@ PROMPT = "What is in the picture?"
 
 def sample_for(spec: ImageSpec) -> Image.Image | list[Image.Image]:
     """What a bundle looks at: `sample_picture` at its size, or a clip through which that picture moves."""
-    picture = sample_picture(spec.image_size if spec.image_height else spec.fixed_size)
+    picture = sample_picture(spec.image_size or spec.fixed_size)
     if spec.frames is None:
         return picture
     moves = [picture.width * place // spec.frames for place in range(spec.frames)]

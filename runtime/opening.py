@@ -10,8 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vtp.engines import Engine, VtpError, open_graph
-from vtp.engines.tensorrt.library import LIBRARIES
+from vtp.engines import Engine, VtpError, capabilities, open_graph
 from vtp.engines.tensorrt.store import cache_folder
 from vtp.runtime.bundle.folder import Bundle
 from vtp.runtime.shell import command_line
@@ -48,7 +47,7 @@ def open_stage(
     never compared with ONNX Runtime here, or found to differ.
     """
     how = how or Opening()
-    if engine not in LIBRARIES:
+    if not capabilities(engine).built:
         return open_graph(
             bundle.path(file),
             engine,

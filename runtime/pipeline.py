@@ -14,10 +14,10 @@ from PIL import Image
 
 from vtp.engines import AUTO, Choice, UsageError, VtpError, choose_engine
 from vtp.engines.disk.whole import undisturbed
-from vtp.engines.errors import quoted
+from vtp.engines.errors import quoted, quoted_argument
 from vtp.runtime.bundle.folder import Bundle, open_bundle
 from vtp.runtime.generation.answer import Answer
-from vtp.runtime.generation.arguments import flag, is_whole, shown, thread_count, whole
+from vtp.runtime.generation.arguments import flag, is_whole, thread_count, whole
 from vtp.runtime.generation.batch import about, batches, check_lists, each_prompt, write_together
 from vtp.runtime.generation.keep_count import choose_keep
 from vtp.runtime.generation.loop import write
@@ -113,7 +113,9 @@ class Pipeline:
         threads = thread_count(threads)
         for name, prompts in (("vision_feature_cache", vision_feature_cache), ("image_cache", image_cache)):
             if not is_whole(prompts) or prompts < 0:
-                raise UsageError(f"{name} {shown(prompts)} is not a number of prompts; give 0 (off) or more")
+                raise UsageError(
+                    f"{name} {quoted_argument(prompts)} is not a number of prompts; give 0 (off) or more"
+                )
         most = max(vision_feature_cache, image_cache)
         hashed = flag("check_hashes", check_hashes)
         caching, earlier = flag("prefix_caching", prefix_caching), flag("reuse_prompt", reuse_prompt)
@@ -252,7 +254,8 @@ class Pipeline:
     def warmup(self) -> None:
         """Run every stage once on a blank picture, so that the first answer does not pay for set-up."""
         spec = self.manifest.image
-        blank = [Image.new("RGB", (spec.image_width or 64, spec.image_height or 64))] * (spec.frames or 1)
+        height, width = spec.image_size or (64, 64)
+        blank = [Image.new("RGB", (width, height))] * (spec.frames or 1)
         for keep in self.manifest.visual.keep:
             self.generate(blank, "warm up", keep_tokens=keep, max_new_tokens=2)
 

@@ -276,6 +276,17 @@ def test_every_module_says_what_it_is_for(module: str) -> None:
     assert not text.strip() or ast.get_docstring(ast.parse(text)), f"{module} has no docstring"
 
 
+@pytest.mark.parametrize("module", MODULES)
+def test_every_public_name_says_what_it_does(module: str) -> None:
+    """Functions and classes of a module's top level."""
+    public = [
+        node
+        for node in ast.parse(MODULES[module].read_text(encoding="utf-8")).body
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")
+    ]
+    assert not [node.name for node in public if not ast.get_docstring(node)]
+
+
 def test_importing_the_light_rooms_loads_nothing_heavy() -> None:
     light = ["vtp", "vtp.engines", "vtp.runtime", "vtp.runtime.commands.run", "vtp.scenes"]
     light += ["vtp.scenes.generator.pictures"]

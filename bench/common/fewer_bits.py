@@ -19,6 +19,7 @@ from vtp.calib.data import Sample
 from vtp.calib.quantize.quantizer import Quantizer, Wish
 from vtp.engines import UsageError
 from vtp.runtime.bundle.folder import Bundle, open_bundle, whole_bundle
+from vtp.runtime.commands.arguments import add_debug, add_threads
 from vtp.runtime.commands.console import Parser, Progress, run_command
 from vtp.scenes import examples_dir
 
@@ -37,8 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--vision", default="int8", help="int8 or none (default: %(default)s)")
     add("--decoder", default="none", help="int4 or none (default: %(default)s)")
     add("--pictures", default="2", help="built-in pictures to calibrate on (default: %(default)s)")
-    add("--threads", help="CPU threads (default: all cores)")
-    add("--debug", action="store_true", help="show tracebacks")
+    add_threads(parser)
+    add_debug(parser)
     args = parser.parse_args(argv)
     return run_command("fewer_bits", lambda: _run(args), args.debug)
 

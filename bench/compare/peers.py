@@ -36,6 +36,7 @@ from vtp.engines import UsageError, VtpError
 from vtp.engines.child import python_command
 from vtp.export.cli import quiet_libraries
 from vtp.runtime.bundle.folder import MANIFEST, open_bundle
+from vtp.runtime.commands.arguments import add_debug, add_threads
 from vtp.runtime.commands.console import Parser, Progress, run_command
 from vtp.runtime.compare import compare
 from vtp.runtime.machine.facts import look
@@ -65,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--keep", default="64", help="visual tokens kept (default: %(default)s)")
     add("--rounds", default=ROUNDS, help="turns of every pair (default: %(default)s)")
     add("--tokens", default="16", help="tokens of every answer (default: %(default)s)")
-    add("--threads", help="CPU threads of everybody (default: all cores)")
+    add_threads(parser, "CPU threads of everybody (default: all cores)")
     add("--work", metavar="DIR", help="folder for models and bundles (default: build/bench of the checkout)")
     add(
         "--out",
@@ -73,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="checkout whose docs/ and README are written (default: the current folder)",
     )
     add("--make-only", action="store_true", help="make models, bundles and graphs, and measure nothing yet")
-    add("--debug", action="store_true", help="show tracebacks")
+    add_debug(parser)
     args = parser.parse_args(argv)
     return run_command("peers", lambda: _run(args), args.debug)
 

@@ -16,10 +16,11 @@ import numpy as np
 
 from vtp.bench.common.figures import ratio, spread
 from vtp.bench.gpu.beside_torch import WAYS, Run, TorchModel, bandwidth
-from vtp.bench.gpu.checks import CPU, LIMITS, WARM_UPS, Job, Opened, WaitingTimings
+from vtp.bench.gpu.checks import LIMITS, WARM_UPS, Job, Opened, WaitingTimings
 from vtp.bench.gpu.device import Device
 from vtp.bench.gpu.weights import fill_bundles
 from vtp.bench.measure import part_of, step_work
+from vtp.engines import capabilities
 from vtp.runtime.compare import compare
 from vtp.runtime.media.images import load_image
 from vtp.runtime.preprocess import preprocess
@@ -34,7 +35,7 @@ Turn = dict[str, float]  # part -> milliseconds
 
 def torch_device(engine: str) -> str:
     """Where PyTorch is put beside an engine."""
-    return "cpu" if engine == CPU else "cuda"
+    return capabilities(engine).device
 
 
 def weights(job: Job, device: Device) -> dict[str, Any]:

@@ -18,9 +18,8 @@ from typing import Any
 import numpy as np
 
 from vtp.bench.gpu.device import CUDA, Device
-from vtp.engines import Value, VtpError, choose_engine
+from vtp.engines import Value, VtpError, capabilities, choose_engine
 from vtp.engines.ort.library import load_onnxruntime
-from vtp.engines.tensorrt.library import LIBRARIES
 from vtp.runtime import Pipeline
 from vtp.runtime.bundle.folder import open_bundle
 from vtp.runtime.commands.build import build_bundle, compare_bundle
@@ -392,5 +391,5 @@ CHECKS: dict[str, Callable[[Job, Device], dict[str, Any]]] = {
 
 def checks_for(engine: str) -> list[str]:
     """Names of the checks that an engine takes: ONNX Runtime builds nothing, TensorRT has no providers."""
-    left_out = ("nodes", "cuda_graph") if engine in LIBRARIES else ("engines",)
+    left_out = ("nodes", "cuda_graph") if capabilities(engine).built else ("engines",)
     return [name for name in CHECKS if name not in left_out]

@@ -24,16 +24,16 @@ from typing import Any
 
 from vtp.bench.common.checkout import checkout, place
 from vtp.bench.gpu.beside import SHAPE_CHECKS
-from vtp.bench.gpu.checks import CHECKS, CPU, Job, checks_for
+from vtp.bench.gpu.checks import CHECKS, Job, checks_for
 from vtp.bench.gpu.device import CUDA, device_for, load_cuda_libraries, slug
 from vtp.bench.gpu.report import markdown, measured_before, write_results
-from vtp.engines import UsageError, VtpError, engine_names
+from vtp.engines import UsageError, VtpError, capabilities, engine_names
 from vtp.engines.child import python_command
 from vtp.engines.ort.library import load_onnxruntime
-from vtp.engines.tensorrt.library import LIBRARIES
 from vtp.engines.versions import installed_version
 from vtp.runtime.bundle.folder import open_bundle
 from vtp.runtime.bundle.manifest import Manifest
+from vtp.runtime.commands.arguments import add_debug
 from vtp.runtime.commands.console import DONE, FAILED, Parser, Progress, run_command
 from vtp.runtime.machine.facts import Machine, look
 
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--resume", action="store_true", help="leave out bundles that the result holds without a failure")
     add("--limit", type=float, default=180, metavar="S", help="seconds of one check (default: %(default)s)")
     add("--child", nargs=3, metavar=("JOB", "CHECKS", "LOG"), help=argparse.SUPPRESS)
-    add("--debug", action="store_true", help="show tracebacks")
+    add_debug(parser)
     args = parser.parse_args(argv)
     if args.child:
         return _child(*args.child)
@@ -110,7 +110,7 @@ def _jobs(args: argparse.Namespace) -> dict[str, Job]:
         raise UsageError(f"no bundle in {BUNDLES}; make some with: vtp-export --dtype float16 -o DIR")
     jobs = {}
     for folder, manifest in manifests.items():
-        if manifest.dtype == "float32" and args.engine != CPU:
+        if manifest.dtype == "float32" and not capabilities(args.engine).on_cpu:
             continue  # the engine takes none: it is here as a reference
         if folder.name in jobs:
             raise UsageError(f"two bundles are called '{folder.name}'; results go by the folder's name")
@@ -200,7 +200,8 @@ def _child(job_text: str, checks: str, log: str) -> int:
 
 
 def hardware(machine: Machine, engine: str) -> str:
-    if engine in (CUDA, *LIBRARIES):
+    """The name of what an engine runs on: the first GPU, or the processor."""
+    if not capabilities(engine).on_cpu:
         return machine.cuda.devices[0].name if machine.cuda.devices else "no GPU"
     return machine.processor or platform.machine()
 

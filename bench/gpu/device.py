@@ -14,10 +14,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-from vtp.engines import VtpError
+from vtp.engines import VtpError, capabilities
 from vtp.engines.cuda.driver import load_driver
 from vtp.engines.ort.library import load_onnxruntime
-from vtp.engines.tensorrt.library import LIBRARIES
 
 CUDA = "ort-cuda"
 
@@ -81,7 +80,7 @@ class Cuda:
 
 def device_for(engine: str) -> Device:
     """The device that an engine runs on."""
-    return Cuda() if engine in (CUDA, *LIBRARIES) else Cpu()
+    return Cpu() if capabilities(engine).on_cpu else Cuda()
 
 
 def load_cuda_libraries(engine: str) -> None:

@@ -21,6 +21,7 @@ from vtp.bench.shapes.weightless import export_weightless
 from vtp.engines.disk.whole import whole_file
 from vtp.export.cli import quiet_libraries
 from vtp.export.exporter import Request
+from vtp.runtime.commands.arguments import add_debug
 from vtp.runtime.commands.console import Parser, Progress, run_command
 
 # Folder of the archive -> method and keep-counts.
@@ -36,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("--shape", default="llava-1.5-7b", help="full-size shape (default: %(default)s)")
     add("--out", default=f"build/{FOLDER}.tar.xz", metavar="FILE", help="the archive (default: %(default)s)")
-    add("--debug", action="store_true", help="show tracebacks")
+    add_debug(parser)
     args = parser.parse_args(argv)
     return run_command("gpu_pack", lambda: _run(args), args.debug)
 

@@ -29,6 +29,7 @@ from vtp.bench.shapes.cached_bundle import BESIDE, Wanted, check, free_disk, run
 from vtp.engines import UsageError
 from vtp.runtime.bundle.folder import MANIFEST, Bundle, open_bundle
 from vtp.runtime.bundle.memory import PROCESS
+from vtp.runtime.commands.arguments import add_debug, add_threads
 from vtp.runtime.commands.console import Parser, Progress, run_command
 from vtp.runtime.machine.facts import look
 from vtp.scenes import examples_dir
@@ -55,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     add("--rounds", help="turns of every point (default: 3)")
     add("--tokens", default="9", help="tokens of every answer (default: %(default)s)")
-    add("--threads", help="CPU threads of one stream (default: all cores)")
+    add_threads(parser, "CPU threads of one stream (default: all cores)")
     add("--work", metavar="DIR", help="folder for models and bundles (default: build/bench of the checkout)")
     add("--make-only", action="store_true", help="make the bundle, and measure nothing yet")
     add(
@@ -63,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="DIR",
         help="checkout whose docs/ are written (default: the current folder; with --quick: --work)",
     )
-    add("--debug", action="store_true", help="show tracebacks")
+    add_debug(parser)
     args = parser.parse_args(argv)
     return run_command("scaling", lambda: _run(args), args.debug)
 

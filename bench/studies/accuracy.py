@@ -21,6 +21,7 @@ from PIL import Image
 from vtp.export.cli import quiet_libraries
 from vtp.export.exporter import Request, export
 from vtp.runtime import Pipeline
+from vtp.runtime.commands.arguments import add_debug
 from vtp.runtime.commands.console import Parser, Progress, run_command
 from vtp.scenes.exam import Item, Score, blank, held_out, score
 
@@ -60,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--work", default="build/accuracy", help="folder for the bundles (default: %(default)s)"
     )
     parser.add_argument("--json", metavar="FILE", help="also write the figures to a file")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    add_debug(parser)
     args = parser.parse_args(argv)
     return run_command("accuracy", lambda: _run(args), args.debug)
 

@@ -20,6 +20,7 @@ import numpy as np
 from vtp.engines import UsageError, VtpError, open_graph
 from vtp.export.keep_counts import parse_keep
 from vtp.runtime import Pipeline
+from vtp.runtime.commands.arguments import add_debug, add_threads
 from vtp.runtime.commands.console import Parser, Progress, run_command, table
 from vtp.runtime.media.images import load_image
 from vtp.runtime.preprocess import preprocess
@@ -39,8 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--keep", default="32,64,96", help="smaller, middle and larger keep-count (default: %(default)s)")
     add("--count", type=int, default=1000, help="questions (default: %(default)s)")
     add("--seed", type=int, default=31, help="seed of the exam (default: %(default)s)")
-    add("--threads", type=int, help="CPU threads (default: all cores)")
-    add("--debug", action="store_true", help="show tracebacks")
+    add_threads(parser, type=int)
+    add_debug(parser)
     args = parser.parse_args(argv)
     return run_command("adaptive", lambda: _run(args), args.debug)
 

@@ -30,6 +30,7 @@ from vtp.export.exporter import Request, export
 from vtp.export.keep_counts import parse_keep
 from vtp.export.pruners import find_method, method_names
 from vtp.runtime import Pipeline
+from vtp.runtime.commands.arguments import add_debug
 from vtp.runtime.commands.console import Parser, Progress, run_command
 from vtp.scenes.exam import SEED, Item, blank, by_picture, held_out, is_right
 
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--resume", action="store_true", help="keep bundles and answers that the work folder holds")
     add("--no-timing", action="store_true", help="stop after the questions and write no report")
     add("--out", default=str(ROOT), help="checkout whose docs/ and README are written (default: this one)")
-    add("--debug", action="store_true", help="show tracebacks")
+    add_debug(parser)
     args = parser.parse_args(argv)
     return run_command("methods", lambda: _run(args), args.debug)
 

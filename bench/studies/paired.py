@@ -25,6 +25,7 @@ from vtp.export.exporter import Request, export
 from vtp.export.keep_counts import parse_keep
 from vtp.runtime import Pipeline
 from vtp.runtime.bundle.folder import MANIFEST
+from vtp.runtime.commands.arguments import add_debug, add_threads
 from vtp.runtime.commands.console import Parser, Progress, run_command
 from vtp.scenes.exam import SEED, Item, by_picture, held_out, is_right
 
@@ -44,10 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--count", type=int, default=1000, help="questions (default: %(default)s)")
     add("--seed", type=int, default=SEED, help="seed of the exam (default: %(default)s)")
     add("--model", help="model folder in the built-in model's layout (default: the built-in one)")
-    add("--threads", type=int, help="CPU threads (default: all cores)")
+    add_threads(parser, type=int)
     add("--work", default="build/paired", help="folder for the bundles (default: %(default)s)")
     add("--json", metavar="FILE", help="also write who was right on what")
-    add("--debug", action="store_true", help="show tracebacks")
+    add_debug(parser)
     args = parser.parse_args(argv)
     return run_command("paired", lambda: _run(args), args.debug)
 

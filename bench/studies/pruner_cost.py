@@ -27,6 +27,7 @@ from vtp.engines.ort.library import load_onnxruntime
 from vtp.export.cli import quiet_libraries
 from vtp.export.pruners import find_method, ops
 from vtp.export.pruners.base import Pruner
+from vtp.runtime.commands.arguments import add_debug
 from vtp.runtime.commands.console import Parser, run_command
 
 TEXT, HEADS = 60, 16
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--keep", type=int, default=64, help="default: %(default)s")
     parser.add_argument("--width", type=int, default=1024, help="of a feature (default: %(default)s)")
     parser.add_argument("--runs", type=int, default=9, help="default: %(default)s")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    add_debug(parser)
     args = parser.parse_args(argv)
     return run_command("pruner_cost", lambda: _run(args), args.debug)
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from vtp.export.cli import quiet_libraries
 from vtp.export.keep_counts import parse_keep
 from vtp.export.pruners import find_method
+from vtp.runtime.commands.arguments import add_debug
 from vtp.runtime.commands.console import Parser, run_command
 from vtp.scenes import model_dir
 from vtp.scenes.exam import by_picture, held_out
@@ -47,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--count", type=int, default=1000, help="questions (default: %(default)s)")
     parser.add_argument("--keep", default="64,32,16", help="keep-counts (default: %(default)s)")
     parser.add_argument("--only", default="", help="only rules whose name holds this text")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    add_debug(parser)
     args = parser.parse_args(argv)
     return run_command("trials", lambda: _run(args), args.debug)
 

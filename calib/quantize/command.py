@@ -24,6 +24,7 @@ from vtp.engines.errors import shown
 from vtp.runtime import Pipeline
 from vtp.runtime.bundle.folder import MANIFEST, Bundle, check_output, open_bundle, whole_bundle
 from vtp.runtime.bundle.manifest import Manifest
+from vtp.runtime.commands.arguments import add_overwrite
 from vtp.runtime.commands.console import Progress, say, say_json, table
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--vision", default="int8", help="vision encoder and projector: int8 or none (default: %(default)s)")
     add("--decoder", default="int4", help="the decoder's weights: int4 or none (default: %(default)s)")
     add("--output", metavar="DIR", help="the new bundle (default: BUNDLE-quantized)")
-    add("--overwrite", action="store_true", help="replace an existing bundle")
+    add_overwrite(parser)
     add(
         "--samples", type=int, default=32, metavar="N", help="pictures to calibrate on (default: %(default)s)"
     )

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from vtp.calib.workers.local import C, Job, Local, Opened, R
-from vtp.engines import UsageError, VtpError
+from vtp.engines import UsageError, VtpError, capabilities
 from vtp.engines.versions import installed_version
 from vtp.runtime.bundle.folder import MANIFEST
 
@@ -151,7 +151,7 @@ class Ray:
     def _hired(self, job: Job[C, R]) -> list[Any]:
         """The actors, started at the first job: its engine says whether they need GPUs."""
         if not self._actors:
-            gpus = 0 if job.engine == "ort-cpu" else 1
+            gpus = 0 if capabilities(job.engine).on_cpu else 1
             options = {"num_cpus": self._threads, "num_gpus": gpus}
             retries = {"max_restarts": -1, "max_task_retries": _RETRIES}
             hire = self._ray.remote(Worker).options(**options, **retries)

@@ -23,6 +23,7 @@ from vtp.export.checkpoint.weights import Weights, shapes_of
 from vtp.export.families import families, find_family
 from vtp.export.families.base import Family
 from vtp.runtime.preprocess import ImageSpec
+from vtp.runtime.preprocess.clip import ClipSpec
 from vtp.runtime.prompt.prompter import TextSpec
 
 __all__ = ["DTYPES", "Checkpoint", "about", "check", "load", "read_config", "resolve"]
@@ -123,7 +124,8 @@ def _load(
             f"the image processor cuts pictures as kind '{image.kind}', family {family_class.name} takes "
             f"{', '.join(family_class.image_kinds)}; fix the image processor's settings"
         )
-    image = replace(image, frames=frames)
+    if isinstance(image, ClipSpec):
+        image = replace(image, frames=frames)
     family = family_class(_load_model(folder, family_class.architectures[0], DTYPES[dtype]))
     family.prepare(image)
     if image.fixed_size != family.image_size:

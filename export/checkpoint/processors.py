@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 
 from vtp.engines.errors import UsageError, VtpError
 from vtp.runtime.preprocess import anyres, idefics3, internvl, qwen
-from vtp.runtime.preprocess.spec import CLIP_MEAN, CLIP_STD, FITS, ImageSpec, Size, is_int
+from vtp.runtime.preprocess.base import CLIP_MEAN, CLIP_STD, ImageSpec, Size, is_int
+from vtp.runtime.preprocess.clip import ClipSpec
+from vtp.runtime.preprocess.fit import FITS, FittedSpec
 
 _HALF = (0.5, 0.5, 0.5)
 Settings = dict[str, Any]
@@ -21,7 +23,7 @@ def spec_from_processor(
     config      keys left out or null take the default of the processor class that the file names.
     image_size  (height, width) that the bundle is to be made for; None: the processor's only size, or for
                 processors that adapt to each picture a moderate square. See docs of the kinds' modules.
-    fit         what becomes of pictures that the processor would lay out otherwise; see `ImageSpec`.
+    fit         what becomes of pictures that the processor would lay out otherwise; see `FittedSpec`.
 
     Raises `VtpError`, by name, for a processor class, key or size that is not known here, and `UsageError`
     for an image size that the processor does not give.
@@ -33,56 +35,71 @@ def spec_from_processor(
     values["processor_class"] = config.get("processor_class") or owner
     if fit not in FITS:
         raise UsageError(f"unknown fit '{fit}'; choose one of {', '.join(FITS)}")
-    shared = {
-        "resample": int(values["resample"]),
-        "mean": _three(values["image_mean"]),
-        "std": _three(values["image_std"]),
-        **{name: values[name] for name in ("do_convert_rgb", "do_resize", "do_rescale")},
-        **{name: values[name] for name in ("rescale_factor", "do_normalize")},
-    }
-    fields = processor.read(values, image_size)
-    if fields.get("kind", "clip") == "clip":
-        spec = ImageSpec(**shared, **fields)
-        if image_size is not None and image_size != spec.fixed_size:
-            raise UsageError(
-                f"image size {_words(image_size)} is not supported: this model's image processor makes "
-                f"{_words(spec.fixed_size)} only"
-            )
-        return spec
-    try:
-        return ImageSpec(**shared, **fields, fit=fit)
-    except VtpError as error:
-        if image_size is None:
-            raise
-        raise UsageError(str(error)) from error
+    spec = processor.read(values, _Asked(image_size, fit))
+    if isinstance(spec, ClipSpec) and image_size not in (None, spec.fixed_size):
+        raise UsageError(
+            f"image size {_words(image_size)} is not supported: this model's image processor makes "
+            f"{_words(spec.fixed_size)} only"
+        )
+    return spec
 
 
 def _words(size: Size) -> str:
     return f"{size[1]}x{size[0]}"
 
 
-# -- from a processor's settings to fields of the spec, kind by kind ----------------------------------------
+# -- from a processor's settings to a spec, kind by kind ----------------------------------------------------
 
 
-def _read_clip(values: Settings, _: Size | None) -> Settings:
+class _Asked(NamedTuple):
+    """What the caller wants of processors that adapt to each picture; see `spec_from_processor`."""
+
+    size: Size | None
+    fit: str
+
+
+def _shared(values: Settings) -> Settings:
+    """Fields of every kind."""
+    names = ("do_convert_rgb", "do_resize", "do_rescale", "rescale_factor", "do_normalize")
+    return {
+        "resample": int(values["resample"]),
+        "mean": _three(values["image_mean"]),
+        "std": _three(values["image_std"]),
+        **{name: values[name] for name in names},
+    }
+
+
+def _fitted(kind: type[FittedSpec], values: Settings, asked: _Asked, size: Size, **own: Any) -> FittedSpec:
+    """A spec for the image size `size`; what is wrong with one that was asked for is a `UsageError`."""
+    image: Settings = {"image_height": size[0], "image_width": size[1], "fit": asked.fit}
+    try:
+        return kind(**_shared(values), **image, **own)
+    except VtpError as error:
+        if asked.size is None:
+            raise
+        raise UsageError(str(error)) from error
+
+
+def _read_clip(values: Settings, _: _Asked) -> ClipSpec:
     size = _size_fields(values["size"]) if values["do_resize"] else {}
     crop = _crop_fields(values["crop_size"]) if values["do_center_crop"] else {}
-    return {"do_pad": values["do_pad"], "do_center_crop": values["do_center_crop"], **size, **crop}
+    switches = {name: values[name] for name in ("do_pad", "do_center_crop")}
+    return ClipSpec(**_shared(values), **switches, **size, **crop)
 
 
-def _read_gemma3(values: Settings, image_size: Size | None) -> Settings:
+def _read_gemma3(values: Settings, asked: _Asked) -> ClipSpec:
     if values["do_pan_and_scan"]:
         raise VtpError(
             "the image processor sets do_pan_and_scan, which makes as many crops as a picture suggests; "
             "only do_pan_and_scan false is supported"
         )
-    return _read_clip(values, image_size)
+    return _read_clip(values, asked)
 
 
-def _read_qwen(values: Settings, image_size: Size | None) -> Settings:
-    size = dict(values["size"]) if isinstance(values["size"], Mapping) else {}
-    least = values["min_pixels"] or size.get("shortest_edge") or size.get("min_pixels")
-    most = values["max_pixels"] or size.get("longest_edge") or size.get("max_pixels")
+def _read_qwen(values: Settings, asked: _Asked) -> FittedSpec:
+    pixels = dict(values["size"]) if isinstance(values["size"], Mapping) else {}
+    least = values["min_pixels"] or pixels.get("shortest_edge") or pixels.get("min_pixels")
+    most = values["max_pixels"] or pixels.get("longest_edge") or pixels.get("max_pixels")
     if not (is_int(least) and is_int(most) and 1 <= least <= most):
         raise VtpError(
             f"image size {values['size']} is not supported; supported: shortest_edge and longest_edge, "
@@ -93,11 +110,11 @@ def _read_qwen(values: Settings, image_size: Size | None) -> Settings:
         if not (is_int(side) and side >= 1):
             raise VtpError(f"the image processor's {name} is {side!r}; it must be a positive whole number")
     factor = sides["patch_size"] * sides["merge_size"]
-    given = image_size or qwen.default_size(least, most, factor)
-    return {"kind": "qwen", "min_pixels": least, "max_pixels": most, **sides, **_image(given)}
+    size = asked.size or qwen.default_size(least, most, factor)
+    return _fitted(qwen.QwenSpec, values, asked, size, min_pixels=least, max_pixels=most, **sides)
 
 
-def _read_anyres(values: Settings, image_size: Size | None) -> Settings:
+def _read_anyres(values: Settings, asked: _Asked) -> FittedSpec:
     tile = _one_tile(values)
     points = values["image_grid_pinpoints"]
     if not (isinstance(points, list | tuple) and points and all(_is_pair(point) for point in points)):
@@ -105,8 +122,8 @@ def _read_anyres(values: Settings, image_size: Size | None) -> Settings:
             f"image_grid_pinpoints {points!r:.60} is not supported; supported: [height, width] pairs"
         )
     pinpoints = tuple((point[0], point[1]) for point in points)
-    given = image_size or anyres.default_size(pinpoints, tile)
-    return {"kind": "anyres", "height": tile, "width": tile, "pinpoints": pinpoints, **_image(given)}
+    size = asked.size or anyres.default_size(pinpoints, tile)
+    return _fitted(anyres.AnyresSpec, values, asked, size, height=tile, width=tile, pinpoints=pinpoints)
 
 
 def _one_tile(values: Settings) -> int:
@@ -121,7 +138,7 @@ def _one_tile(values: Settings) -> int:
     return edges.pop()
 
 
-def _read_internvl(values: Settings, image_size: Size | None) -> Settings:
+def _read_internvl(values: Settings, asked: _Asked) -> ImageSpec:
     tile = _size_fields(values["size"])
     if "height" not in tile:
         raise VtpError(f"image size {values['size']} is not supported; supported: height and width")
@@ -130,29 +147,24 @@ def _read_internvl(values: Settings, image_size: Size | None) -> Settings:
     edges, least, most = (tile["height"], tile["width"]), values["min_patches"], values["max_patches"]
     if not (is_int(least) and is_int(most) and 1 <= least <= most):
         raise VtpError(f"min_patches {least!r} and max_patches {most!r} of the image processor do not fit")
-    if image_size is None:
-        image_size = internvl.default_size(edges, least, most) if crops else edges
-    if image_size == edges:  # as with crop_to_patches off: every picture is stretched to the one tile
-        return tile
-    return {"kind": "internvl", **tile, "min_tiles": least, "max_tiles": most, **_image(image_size)}
+    size = asked.size or (internvl.default_size(edges, least, most) if crops else edges)
+    if size == edges:  # as with crop_to_patches off: every picture is one stretched tile
+        return ClipSpec(**_shared(values), **tile)
+    return _fitted(internvl.InternvlSpec, values, asked, size, **tile, min_tiles=least, max_tiles=most)
 
 
-def _read_idefics3(values: Settings, image_size: Size | None) -> Settings:
-    edges = [_longest_edge(values[name], name) for name in ("size", "max_image_size")]
-    longest, tile = edges
+def _read_idefics3(values: Settings, asked: _Asked) -> FittedSpec:
+    longest, tile = (_longest_edge(values[name], name) for name in ("size", "max_image_size"))
     splitting = values["do_image_splitting"]
-    if image_size is None:
-        image_size = idefics3.default_size(longest, tile, splitting)
-    elif splitting:
-        longest = max(image_size)  # as with transformers' size={"longest_edge": ...}
-    return {
-        "kind": "idefics3",
+    image_size = asked.size or idefics3.default_size(longest, tile, splitting)
+    own = {
         "height": tile,
         "width": tile,
-        "longest_edge": longest,
+        # An asked size goes as transformers' size={"longest_edge": ...} does.
+        "longest_edge": max(asked.size) if asked.size and splitting else longest,
         "do_image_splitting": splitting,
-        **_image(image_size),
     }
+    return _fitted(idefics3.Idefics3Spec, values, asked, image_size, **own)
 
 
 def _longest_edge(size: Any, name: str) -> int:
@@ -160,10 +172,6 @@ def _longest_edge(size: Any, name: str) -> int:
     if not (is_int(edge) and edge >= 1):
         raise VtpError(f"{name} {size} is not supported; supported: longest_edge")
     return edge
-
-
-def _image(size: Size) -> Settings:
-    return {"image_height": size[0], "image_width": size[1]}
 
 
 # -- the processors -----------------------------------------------------------------------------------------
@@ -175,7 +183,7 @@ class _Processor(NamedTuple):
     `ignored` are keys of its files that change nothing for one picture.
     """
 
-    read: Callable[[Settings, Size | None], Settings]
+    read: Callable[[Settings, _Asked], ImageSpec]
     defaults: Settings
     pads: bool = False
     ignored: tuple[str, ...] = ()

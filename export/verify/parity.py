@@ -260,7 +260,7 @@ def _reference(
             max_new_tokens=steps,
             eos_ids=(),
             positions=bundle.manifest.method.positions,
-            image_size=bundle.manifest.image.image_size if bundle.manifest.image.image_height else None,
+            image_size=bundle.manifest.image.image_size,
             reference=model.family.reference,
         )
 

@@ -17,7 +17,7 @@ from vtp.engines import VtpError
 from vtp.engines.errors import quoted
 from vtp.engines.strict_json import parse_json
 from vtp.runtime.generation.arguments import is_penalty
-from vtp.runtime.preprocess import ImageSpec
+from vtp.runtime.preprocess import ImageSection, ImageSpec, spec_from_json, spec_to_json
 from vtp.runtime.prompt.prompter import TextSpec
 
 SCHEMA = 2  # what export writes; 1, whose stages have no role, is read as well
@@ -204,7 +204,8 @@ class Manifest:
 
     def to_json(self) -> str:
         """The text of manifest.json."""
-        return json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False) + "\n"
+        data = {**dataclasses.asdict(self), "image": spec_to_json(self.image)}
+        return json.dumps(data, indent=1, ensure_ascii=False) + "\n"
 
 
 def parse_manifest(text: str | bytes) -> Manifest:
@@ -390,6 +391,8 @@ def _build(kind: Any, data: Any, where: str) -> Any:
         return data
     if origin in (typing.Union, types.UnionType):
         return _build_union(arguments, data, where)
+    if kind is ImageSpec:
+        return spec_from_json(vars(_build_dataclass(ImageSection, data, where)))
     if dataclasses.is_dataclass(kind):
         return _build_dataclass(kind, data, where)
     if origin is list:

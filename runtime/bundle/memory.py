@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from vtp.engines import Capabilities, capabilities
 from vtp.engines.graph.memory import CACHE, graph_memory
-from vtp.engines.tensorrt.library import LIBRARIES
 from vtp.runtime.bundle.folder import Bundle
 from vtp.runtime.bundle.manifest import SINGLE, GraphInfo, Manifest
 
@@ -59,16 +59,15 @@ def bundle_memory(bundle: Bundle, engine: str, keep: int | None = None) -> Bundl
 
     Every open graph is counted with all it may hold at once: engines do not give memory back between stages.
     """
-    on_cpu = engine == "ort-cpu"
+    able = capabilities(engine)
     longest = {} if keep is None else _longest(bundle.manifest, keep)
     stages = [
-        _stage(bundle, file, graph, on_cpu, longest.get(file, {}))
+        _stage(bundle, file, graph, able, longest.get(file, {}))
         for file, graph in bundle.manifest.graphs.items()
     ]
-    if engine in LIBRARIES and bundle.manifest.target != "tensorrt":
-        # TensorRT writes in place what TensorScatter writes; another cache has two places that change roles.
+    if bundle.manifest.target not in able.cache_in_place:
         stages = [replace(stage, cache=2 * stage.cache) for stage in stages]
-    return BundleMemory(engine, stages, PROCESS if on_cpu else PROCESS + CUDA_CONTEXT)
+    return BundleMemory(engine, stages, PROCESS if able.on_cpu else PROCESS + CUDA_CONTEXT)
 
 
 def _longest(manifest: Manifest, keep: int) -> dict[str, dict[str, int]]:
@@ -82,7 +81,7 @@ def _longest(manifest: Manifest, keep: int) -> dict[str, dict[str, int]]:
 
 
 def _stage(
-    bundle: Bundle, file: str, graph: GraphInfo, on_cpu: bool, longest: Mapping[str, int]
+    bundle: Bundle, file: str, graph: GraphInfo, able: Capabilities, longest: Mapping[str, int]
 ) -> StageMemory:
     # One prompt; a prompt of several pictures has no more visual tokens than the longest has room for.
     axes = {name: 1 if name in SINGLE else sizes[-1] for name, sizes in graph.axes.items()}
@@ -90,12 +89,12 @@ def _stage(
     if graph.kv is not None and "sequence" in axes:
         axes["sequence"] = min(axes["sequence"], graph.kv.capacity)
     found = graph_memory(bundle.path(file), axes)
-    widened = on_cpu and bundle.manifest.dtype == "float16"
+    widened = able.widens_float16 and bundle.manifest.dtype == "float16"
     return StageMemory(
         file,
         found.weights * (_WIDENED if widened else 1),
         _cache(graph),
-        found.activations * (2 if widened else 1) + (found.scores if on_cpu else 0),
+        found.activations * (2 if widened else 1) + (found.scores if able.on_cpu else 0),
         found.unknown,
     )
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vtp.engines import choose_engine, open_graph
+from vtp.engines import capabilities, choose_engine, open_graph
 from vtp.engines.errors import UsageError, VtpError, shown
 from vtp.engines.plugins import PLUGINS
 from vtp.engines.plugins.greedy import check_plugin
@@ -20,6 +20,7 @@ from vtp.engines.tensorrt.library import LIBRARIES, BuildOptions, Profile, load_
 from vtp.runtime.bundle.folder import Bundle, open_bundle
 from vtp.runtime.bundle.manifest import SINGLE, GraphInfo
 from vtp.runtime.bundle.memory import bundle_memory
+from vtp.runtime.commands.arguments import add_debug, add_json
 from vtp.runtime.commands.console import Parser, Progress, run_command, say, say_json, table, whole_number
 from vtp.runtime.example_input import PROMPT
 from vtp.runtime.machine.facts import Machine, look
@@ -30,7 +31,7 @@ from vtp.runtime.shell import command_line
 from vtp.runtime.triton.repository import write_repository
 
 PROG = "vtp-build"
-TARGETS = ("tensorrt", "jetpack6")  # those whose graphs TensorRT takes
+TARGETS = capabilities("tensorrt").targets
 _QUIET = 2.0  # seconds between two lines about one build
 
 
@@ -61,8 +62,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--image", metavar="FILE", help="picture to compare engines on (default: a generated one)")
     add("--prompt", metavar="TEXT", default=PROMPT, help="prompt to compare engines on")
     add("--again", action="store_true", help="compare engines again that were compared on this GPU")
-    add("--json", action="store_true", help="print one JSON object")
-    add("--debug", action="store_true", help="show tracebacks")
+    add_json(parser)
+    add_debug(parser)
     return parser
 
 

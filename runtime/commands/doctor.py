@@ -8,11 +8,12 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from vtp.engines import Decision, judge_engines
+from vtp.engines import Decision, capabilities, judge_engines
 from vtp.engines.errors import shown
 from vtp.engines.versions import version_numbers
 from vtp.runtime.bundle.folder import Bundle, open_bundle
 from vtp.runtime.bundle.memory import BundleMemory, bundle_memory
+from vtp.runtime.commands.arguments import add_debug, add_json
 from vtp.runtime.commands.console import Parser, run_command, say, say_json, table
 from vtp.runtime.machine.engine_trial import tried
 from vtp.runtime.machine.facts import Machine, look
@@ -27,8 +28,8 @@ def build_parser() -> argparse.ArgumentParser:
     """The flags of vtp-doctor."""
     parser = Parser(prog=PROG, description="Tell what this machine can run, and what a bundle needs.")
     parser.add_argument("bundle", nargs="?", metavar="BUNDLE", help="a folder that vtp-export made")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    add_json(parser)
+    add_debug(parser)
     return parser
 
 
@@ -55,7 +56,7 @@ def examine(machine: Machine, bundle: Bundle | None = None, engines: list[Decisi
         engines = tried(judge_engines(dtype, cuda=lambda: machine.cuda, target=target), machine, bundle)
     report: dict[str, Any] = {
         "machine": dataclasses.asdict(machine),
-        "engines": [dataclasses.asdict(decision) for decision in engines],
+        "engines": [decision.to_json() for decision in engines],
     }
     target = bundle.manifest.target if bundle else None
     advice = [
@@ -73,7 +74,7 @@ def examine(machine: Machine, bundle: Bundle | None = None, engines: list[Decisi
 def _bundle_report(machine: Machine, bundle: Bundle, engines: list[Decision]) -> dict[str, Any]:
     engine = next((decision.engine for decision in engines if decision.accepted), "ort-cpu")
     needs = bundle_memory(bundle, engine)
-    room = machine.memory.usable if engine == "ort-cpu" else machine.gpu_memory
+    room = machine.room(on_cpu=capabilities(engine).on_cpu)
     fits = needs.total <= room if room else None
     return {
         "folder": str(bundle.folder),
@@ -95,15 +96,15 @@ def _bundle_report(machine: Machine, bundle: Bundle, engines: list[Decision]) ->
 
 def _advise_memory(needs: BundleMemory, room: int, bundle: Bundle) -> list[str]:
     """What to change when a bundle does not fit, largest effect first."""
-    manifest = bundle.manifest
+    manifest, able = bundle.manifest, capabilities(needs.engine)
     largest = max(needs.stages, key=lambda stage: stage.total)
     lines = [
         f"this bundle may need {_mb(needs.total)} MB on {needs.engine}, and {_mb(room)} MB are free: "
         f"{largest.file} takes {_mb(largest.total)} MB"
     ]
-    if manifest.dtype == "float32" and needs.engine != "ort-cpu":
+    if manifest.dtype == "float32" and not able.on_cpu:
         lines.append("export with --dtype float16 to halve weights and cache")
-    if manifest.dtype == "float16" and needs.engine == "ort-cpu":
+    if manifest.dtype == "float16" and able.widens_float16:
         lines.append("export with --dtype float32 for the CPU, which widens float16 weights and keeps both")
     if sum(stage.cache + stage.activations for stage in needs.stages) > needs.total // 4:
         lines.append(f"export with a --max-length below {manifest.model.max_length}")
@@ -134,10 +135,10 @@ def _advise_packages(machine: Machine, engines: list[Decision]) -> list[str]:
 def _advise_gpu(machine: Machine, engines: list[Decision]) -> str:
     """There is a GPU that no engine uses."""
     device = machine.cuda.devices[0]
-    reason = next((one.reason for one in engines if one.engine == "ort-cuda"), "")
-    if "does not run target" in reason:
+    code = next((one.code for one in engines if one.engine == "ort-cuda"), "")
+    if code == "target":
         return f"to use the {device.name}, export the bundle with --target ort"
-    if "float32" in reason:
+    if code == "dtype":
         return f"to use the {device.name}, export the bundle with --dtype float16"
     if machine.is_jetson:
         return (

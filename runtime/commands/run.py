@@ -10,11 +10,11 @@ from typing import Any
 
 from PIL import Image
 
-from vtp.engines import UsageError, engine_names
+from vtp.engines import UsageError, capabilities
 from vtp.engines.errors import shown
-from vtp.engines.tensorrt.library import LIBRARIES
 from vtp.runtime.bundle.folder import check_outside
 from vtp.runtime.bundle.manifest import Manifest
+from vtp.runtime.commands.arguments import add_debug, add_engine, add_json, add_keep_tokens, add_threads
 from vtp.runtime.commands.batch_file import Line, read_lines
 from vtp.runtime.commands.console import (
     Parser,
@@ -66,8 +66,8 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FILE.jsonl",
         help='instead: {"image": path or list of paths, "prompt": text} a line; prints a JSON object a line',
     )
-    add("--keep-tokens", metavar="K", help="one of the bundle's keep-counts (default: the bundle's)")
-    add("--engine", default="auto", help=f"one of {', '.join(engine_names())} (default: %(default)s)")
+    add_keep_tokens(parser, "one of the bundle's keep-counts (default: the bundle's)")
+    add_engine(parser)
     add("--max-new-tokens", default=str(DEFAULT_NEW_TOKENS), metavar="N", help="default: %(default)s")
     add("--temperature", default="0", metavar="T", help="0 is greedy (default)")
     add(
@@ -94,7 +94,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="MS",
         help="end the answer after this many milliseconds and return what was generated",
     )
-    add("--threads", metavar="N", help="CPU threads (default: all cores)")
+    add_threads(parser)
     add("--engines", metavar="DIR", help="where vtp-build -o put TensorRT engines (default: in the cache)")
     add("--allow-cpu-nodes", action="store_true", help="on CUDA, go on even if nodes are left to the CPU")
     add(
@@ -104,8 +104,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--show-kept", metavar="OUT.png", help="write the picture (or frames) with dropped patches dimmed")
     add("--check-hashes", action="store_true", help="compare every file's sha256 with the manifest first")
-    add("--json", action="store_true", help="print one JSON object")
-    add("--debug", action="store_true", help="show tracebacks")
+    add_json(parser)
+    add_debug(parser)
     return parser
 
 
@@ -124,7 +124,7 @@ def _run(args: argparse.Namespace) -> None:
     threads = None if args.threads is None else whole_number("threads", args.threads)
     opening = Opening(Path(args.engines) if args.engines else None, args.allow_cpu_nodes, args.cuda_graph)
     with Pipeline.load(args.bundle, args.engine, threads, args.check_hashes, opening=opening) as pipe:
-        if pipe.engine in LIBRARIES:
+        if not capabilities(pipe.engine).proven:
             note(PROG, NEVER_RUN)
         _check_media(pipe.manifest.image.frames, args)
         if args.batch:

@@ -1,4 +1,4 @@
-"""Checks of the arguments of a generation, and how their values look in messages."""
+"""Checks of the arguments of a generation."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import TypeGuard
 
 import numpy as np
 
-from vtp.engines.errors import UsageError
+from vtp.engines.errors import UsageError, quoted_argument
 
-__all__ = ["flag", "is_number", "is_penalty", "is_whole", "shown", "thread_count", "whole"]
+__all__ = ["flag", "is_number", "is_penalty", "is_whole", "thread_count", "whole"]
 
 
 def is_whole(value: object) -> TypeGuard[int]:
@@ -39,14 +39,14 @@ _FLOAT32 = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 def whole(name: str, value: object, least: int = 1) -> int:
     """`value` as an int; UsageError unless it is an integer of at least `least`."""
     if not is_whole(value) or value < least:
-        raise UsageError(f"{name} {shown(value)} is not a whole number of at least {least}")
+        raise UsageError(f"{name} {quoted_argument(value)} is not a whole number of at least {least}")
     return int(value)
 
 
 def flag(name: str, value: object) -> bool:
     """`value` as a bool; UsageError unless it is one: text such as "no" would count as true."""
     if not isinstance(value, bool | np.bool_):
-        raise UsageError(f"{name} {shown(value)} is not a yes or no; give True or False")
+        raise UsageError(f"{name} {quoted_argument(value)} is not a yes or no; give True or False")
     return bool(value)
 
 
@@ -60,14 +60,7 @@ def thread_count(value: object) -> int | None:
         return None
     count, most = whole("threads", value), max(64, 4 * (os.cpu_count() or 1))
     if count > most:
-        raise UsageError(f"threads {shown(value)} is more than this machine has use for; choose 1 to {most}")
+        raise UsageError(
+            f"threads {quoted_argument(value)} is more than this machine has use for; choose 1 to {most}"
+        )
     return count
-
-
-def shown(value: object) -> str:
-    """A value in a message: as Python writes it, on one line of at most 60 characters."""
-    try:
-        text = " ".join(repr(value).split())
-    except Exception:  # an integer of too many digits to print, a repr of the caller's that fails
-        return f"of type {type(value).__name__}"
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 import numpy as np
 
 from vtp.engines import UsageError, VtpError
+from vtp.engines.errors import quoted_argument
 from vtp.runtime.generation.answer import Answer
-from vtp.runtime.generation.arguments import shown
 from vtp.runtime.generation.request import Request
 from vtp.runtime.generation.stopping import Interrupted
 from vtp.runtime.result import Timings
@@ -115,7 +115,9 @@ def check_lists(images: object, prompts: object, messages: object) -> int:
     name, asked = ("prompts", prompts) if messages is None else ("messages", messages)
     for what, given in (("images", images), (name, asked)):
         if not isinstance(given, list | tuple):
-            raise UsageError(f"{what} must be a list with an entry for each prompt, not {shown(given)}")
+            raise UsageError(
+                f"{what} must be a list with an entry for each prompt, not {quoted_argument(given)}"
+            )
     assert isinstance(images, list | tuple) and isinstance(asked, list | tuple)  # by the check above
     if len(images) != len(asked):
         raise UsageError(

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from vtp.engines import UsageError
+from vtp.engines.errors import quoted_argument
 from vtp.runtime.bundle.manifest import Manifest
-from vtp.runtime.generation.arguments import is_number, is_whole, shown
+from vtp.runtime.generation.arguments import is_number, is_whole
 from vtp.runtime.generation.options import GenerateOptions
 from vtp.runtime.machine.conditions import Conditions
 
@@ -29,7 +30,7 @@ def _held_keep(wanted: int | None, manifest: Manifest) -> int:
     if not is_whole(keep) or keep not in visual.keep:
         held = ", ".join(map(str, visual.keep))
         raise UsageError(
-            f"keep_tokens {shown(wanted)} is not in this bundle, which holds {held}; "
+            f"keep_tokens {quoted_argument(wanted)} is not in this bundle, which holds {held}; "
             "choose one of them, or export with --keep-tokens"
         )
     return int(keep)
@@ -40,7 +41,7 @@ def _largest_within(
 ) -> int:
     """The largest keep-count within a time, from what vtp-calib wrote into the manifest."""
     if not (is_number(budget_ms) and budget_ms > 0):
-        raise UsageError(f"budget_ms {shown(budget_ms)} is not a number of milliseconds above 0")
+        raise UsageError(f"budget_ms {quoted_argument(budget_ms)} is not a number of milliseconds above 0")
     known = manifest.calibration
     if known.get("engine") != engine:
         made = f"measured on {known['engine']}" if "engine" in known else "not calibrated"

@@ -12,9 +12,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from vtp.engines.errors import UsageError, VtpError
+from vtp.engines.errors import UsageError, VtpError, quoted_argument
 from vtp.runtime.bundle.manifest import GenerationInfo
-from vtp.runtime.generation.arguments import is_penalty, shown
+from vtp.runtime.generation.arguments import is_penalty
 from vtp.runtime.prompt.prompter import TextSpec
 
 __all__ = ["LogitsRules", "with_penalty", "written_out"]
@@ -29,8 +29,8 @@ def with_penalty(info: GenerationInfo, repetition_penalty: float | None) -> Gene
         return info
     if not is_penalty(repetition_penalty):
         raise UsageError(
-            f"repetition_penalty {shown(repetition_penalty)} is not allowed; choose a number above 0 (1: "
-            "off), from 1.2e-38 to 3.4e+38"
+            f"repetition_penalty {quoted_argument(repetition_penalty)} is not allowed; choose a number "
+            "above 0 (1: off), from 1.2e-38 to 3.4e+38"
         )
     return replace(info, repetition_penalty=float(repetition_penalty))
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vtp.engines import UsageError, VtpError
-from vtp.engines.tensorrt.library import LIBRARIES
+from vtp.engines import UsageError, VtpError, capabilities
 from vtp.runtime.bundle.manifest import GenerationInfo, Manifest
 from vtp.runtime.generation.arguments import flag, whole
 from vtp.runtime.generation.logits_rules import with_penalty
@@ -95,7 +94,7 @@ class RequestMaker:
 
     def _check_several(self, count: int) -> None:
         """Refuse several pictures where a graph was made for one."""
-        if self._engine in LIBRARIES:
+        if capabilities(self._engine).largest_batch == 1:
             raise UsageError(
                 f"engines for {self._engine} are built for one picture per prompt, not {count}; choose an "
                 "ort engine"

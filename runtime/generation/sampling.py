@@ -11,8 +11,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from vtp.engines.errors import UsageError, VtpError
-from vtp.runtime.generation.arguments import is_number, is_whole, shown
+from vtp.engines.errors import UsageError, VtpError, quoted_argument
+from vtp.runtime.generation.arguments import is_number, is_whole
 
 __all__ = ["Sampler"]
 
@@ -112,4 +112,4 @@ def _nucleus_start(ascending: np.ndarray, top_p: float) -> int:
 
 def _check_number(name: str, value: object, good: bool, allowed: str) -> None:
     if not good:
-        raise UsageError(f"{name} {shown(value)} is not allowed; choose {allowed}")
+        raise UsageError(f"{name} {quoted_argument(value)} is not allowed; choose {allowed}")

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import time
 
-from vtp.engines.errors import UsageError
-from vtp.runtime.generation.arguments import is_number, shown
+from vtp.engines.errors import UsageError, quoted_argument
+from vtp.runtime.generation.arguments import is_number
 
 CANCELLED, TIMEOUT = "cancelled", "timeout"  # finish reasons
 
@@ -56,8 +56,8 @@ class StopSignal:
     def __init__(self, clock: Clock, timeout_ms: float | None = None) -> None:
         if timeout_ms is not None and not (is_number(timeout_ms) and timeout_ms > 0):
             raise UsageError(
-                f"timeout_ms {shown(timeout_ms)} is not a number of milliseconds above 0; leave it out to "
-                "wait for the whole answer"
+                f"timeout_ms {quoted_argument(timeout_ms)} is not a number of milliseconds above 0; leave "
+                "it out to wait for the whole answer"
             )
         self.cancelled = False
         self._clock = clock

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from vtp.engines import capabilities
 from vtp.engines.versions import installed_version
 from vtp.runtime.machine.facts import Machine, look
 
@@ -62,7 +63,7 @@ def conditions(engine: str, threads: int | None, machine: Machine | None = None)
 
 def _name(machine: Machine, engine: str) -> str:
     power = machine.power.partition(", GPU")[0]  # without the clock of this very moment
-    gpus = machine.cuda.devices[:1] if engine != "ort-cpu" else []
+    gpus = machine.cuda.devices[:1] if not capabilities(engine).on_cpu else []
     parts = (
         machine.board or machine.processor,
         f"{_usable_cores()} cores",

@@ -7,8 +7,7 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from vtp.engines import Decision, VtpError, open_graph
-from vtp.engines.tensorrt.library import LIBRARIES
+from vtp.engines import Decision, VtpError, capabilities, open_graph
 from vtp.runtime.bundle.folder import Bundle
 from vtp.runtime.bundle.memory import bundle_memory
 from vtp.runtime.machine.facts import Machine
@@ -29,12 +28,12 @@ def tried(decisions: Iterable[Decision], machine: Machine, bundle: Bundle | None
 def _try(decision: Decision, machine: Machine, bundle: Bundle | None) -> Decision:
     engine = decision.engine
     if bundle is None:
-        found = "" if engine in LIBRARIES else _failure_of_smallest(engine)
+        found = "" if capabilities(engine).built else _failure_of_smallest(engine)
     elif not _has_room(engine, machine, bundle):
         return dataclasses.replace(decision, reason=f"{decision.reason}; not opened, for it would not fit")
     else:
         found = _failure_of_bundle(engine, bundle)
-    return Decision(engine, False, found) if found else decision
+    return Decision(engine, "opens-nothing", found) if found else decision
 
 
 def _failure_of_smallest(engine: str) -> str:
@@ -61,6 +60,6 @@ def _failure_of_bundle(engine: str, bundle: Bundle) -> str:
 
 def _has_room(engine: str, machine: Machine, bundle: Bundle) -> bool:
     """Whether the largest graph fits by itself, or nothing is known about the memory."""
-    room = machine.memory.usable if engine == "ort-cpu" else machine.gpu_memory
+    room = machine.room(on_cpu=capabilities(engine).on_cpu)
     largest = max(stage.total for stage in bundle_memory(bundle, engine).stages)
     return not room or largest <= room

@@ -72,6 +72,10 @@ class Machine:
         """Whether this is a Jetson: GPU and processor share one memory."""
         return bool(self.l4t)
 
+    def room(self, *, on_cpu: bool) -> int:
+        """Bytes free for graphs that run on the CPU, or on the GPU; 0 if it is not known."""
+        return self.memory.usable if on_cpu else self.gpu_memory
+
     @property
     def gpu_memory(self) -> int:
         """Free bytes of the first GPU, or what is usable where memory is shared; 0 without a GPU."""

@@ -1,7 +1,7 @@
 """From a picture to `pixel_values`, bit for bit as transformers' PIL image processors make them.
 
-The preprocessing is data (`ImageSpec`), read from a model's processor configuration at export (see
-`vtp.export.checkpoint.processors`) and kept in the bundle; its `kind` names the module that carries it out.
+The preprocessing is data (`ImageSpec`, one frozen dataclass for each kind), read from a model's processor
+configuration at export (see `vtp.export.checkpoint.processors`) and kept in the bundle (see `kinds`).
 Resizing is Pillow's own, and the arithmetic on pixels is done once for each of the 256 values and looked up,
 which gives the same bits as doing it per pixel.
 
@@ -18,10 +18,21 @@ import numpy as np
 from PIL import Image
 
 from vtp.engines.errors import VtpError
-from vtp.runtime.preprocess import kinds  # noqa: F401 (fills the table)
-from vtp.runtime.preprocess.spec import FITS, KINDS, Box, ImageSpec
+from vtp.runtime.preprocess.base import Box, ImageSpec
+from vtp.runtime.preprocess.fit import FITS
+from vtp.runtime.preprocess.kinds import ImageSection, spec_from_json, spec_to_json
 
-__all__ = ["FITS", "Box", "ImageSpec", "preprocess", "source_box", "source_boxes"]
+__all__ = [
+    "FITS",
+    "Box",
+    "ImageSection",
+    "ImageSpec",
+    "preprocess",
+    "source_box",
+    "source_boxes",
+    "spec_from_json",
+    "spec_to_json",
+]
 
 
 def preprocess(image: Image.Image | Sequence[Image.Image], spec: ImageSpec) -> np.ndarray:
@@ -47,7 +58,7 @@ def _pixels(image: Image.Image, spec: ImageSpec) -> np.ndarray:
         raise VtpError(
             f"preprocess takes RGB images, not mode {image.mode}; open the picture with load_image"
         )
-    return KINDS[spec.kind].pixels(image, spec)
+    return spec.pixels(image)
 
 
 def source_box(spec: ImageSpec, width: int, height: int) -> Box:
@@ -62,4 +73,4 @@ def source_box(spec: ImageSpec, width: int, height: int) -> Box:
 
 def source_boxes(spec: ImageSpec, width: int, height: int) -> tuple[Box, ...]:
     """Where each tile of `pixel_values` lies in a source picture, in the order of the tiles."""
-    return KINDS[spec.kind].boxes(spec, width, height)
+    return spec.boxes(width, height)

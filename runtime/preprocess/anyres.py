@@ -10,77 +10,86 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from vtp.runtime.preprocess.fit import fitted_size, pad, padded_box
+from vtp.runtime.preprocess.base import LONGEST_EDGE, Box, Size, is_int
+from vtp.runtime.preprocess.fit import TiledSpec, pad, padded_box
 from vtp.runtime.preprocess.pixels import cut_tiles, paste, resize, values_of
-from vtp.runtime.preprocess.spec import Box, ImageSpec, Size
-
-FIELDS = ("image_height", "image_width", "fit", "height", "width", "pinpoints")
 
 
-def check(spec: ImageSpec) -> None:
-    """Square tiles, and resolutions made of them."""
-    spec.require_all("image_height", "image_width", "height", "width")
-    spec.require(
-        spec.height == spec.width, f"tiles of {spec.width}x{spec.height} are not square, as this kind needs"
-    )
-    spec.require(bool(spec.pinpoints), "pinpoints holds no resolution")
-    for point in spec.pinpoints:
-        spec.require(
-            all(edge % (spec.height or 1) == 0 for edge in point),
-            f"the resolution {list(point)} is not made of whole tiles of {spec.height}",
-        )
+@dataclass(frozen=True, kw_only=True)
+class AnyresSpec(TiledSpec):
+    """[tiles, 3, `height`, `width`]: the whole picture, then its parts at the best of `pinpoints`.
 
+    `pinpoints` holds the processor's resolutions, (height, width) each.
+    """
 
-def size(spec: ImageSpec) -> Size:
-    """(H, W) of one tile."""
-    return spec.tile
+    kind: ClassVar[str] = "anyres"
 
+    pinpoints: tuple[tuple[int, int], ...] = ()
 
-def tiles(spec: ImageSpec) -> tuple[int, int]:
-    """(rows, columns) of the tiles that follow the whole picture."""
-    height, width = resolution(spec)
-    return height // spec.tile[0], width // spec.tile[1]
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "pinpoints", tuple(tuple(point) for point in self.pinpoints))
+        super().__post_init__()
 
+    def check(self) -> None:
+        """Square tiles, and resolutions made of them."""
+        super().check()
+        for point in self.pinpoints:
+            fits = len(point) == 2 and all(is_int(edge) and 1 <= edge <= LONGEST_EDGE for edge in point)
+            self.require(fits, f"a resolution must be two edges of 1 to {LONGEST_EDGE}, not {list(point)}")
+        self.require_square_tiles()
+        self.require(bool(self.pinpoints), "pinpoints holds no resolution")
+        for point in self.pinpoints:
+            self.require(
+                all(edge % self.height == 0 for edge in point),
+                f"the resolution {list(point)} is not made of whole tiles of {self.height}",
+            )
 
-def resolution(spec: ImageSpec) -> Size:
-    """(H, W) of the pinpoint that suits the bundle's image size."""
-    return best_resolution(spec.image_size, spec.pinpoints)
+    @property
+    def tiles(self) -> tuple[int, int]:
+        """(rows, columns) of the tiles that follow the whole picture."""
+        height, width = self.resolution
+        return height // self.height, width // self.width
 
+    @property
+    def resolution(self) -> Size:
+        """(H, W) of the pinpoint that suits the bundle's image size."""
+        return best_resolution(self.image_size, self.pinpoints)
 
-def shape(spec: ImageSpec) -> tuple[int, ...]:
-    """[1 + rows x columns, 3, H, W]; the whole picture comes first."""
-    return (1 + math.prod(tiles(spec)), 3, *spec.tile)
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[1 + rows x columns, 3, H, W]; the whole picture comes first."""
+        return (1 + math.prod(self.tiles), 3, *self.tile)
 
+    def pixels(self, image: Image.Image) -> np.ndarray:
+        """Fit, then the whole picture and its parts: float32 [1 + rows x columns, 3, H, W]."""
+        plan = self._plan((image.height, image.width))
+        image = pad(image, plan.fitted, self)
+        parts = paste(resize(image, plan.resized, self), self.resolution, (0, 0, 0))
+        whole = values_of(resize(image, self.tile, self), self)
+        return np.concatenate([whole[None], cut_tiles(values_of(parts, self), self.tile)])
 
-def default_size(pinpoints: Sequence[Size], tile: int) -> Size:
-    """The size of a bundle for which none was asked: two by two tiles, or the smallest that there is."""
-    return (2 * tile, 2 * tile) if (2 * tile, 2 * tile) in pinpoints else min(pinpoints, key=math.prod)
+    def boxes(self, width: int, height: int) -> tuple[Box, ...]:
+        """The whole picture, then its parts; those reach over the black."""
+        plan = self._plan((height, width))
+        whole = padded_box((height, width), plan.fitted)
+        target = self.resolution
+        scale = [plan.fitted[axis] / plan.resized[axis] for axis in (0, 1)]
+        black = [(target[axis] - plan.resized[axis]) // 2 * scale[axis] for axis in (0, 1)]
+        left, top = whole.left - black[1], whole.top - black[0]
+        canvas = Box(left, top, left + target[1] * scale[1], top + target[0] * scale[0])
+        return (whole, *canvas.cut(*self.tiles))
 
-
-def pixels(image: Image.Image, spec: ImageSpec) -> np.ndarray:
-    """Fit, then the whole picture and its parts: float32 [1 + rows x columns, 3, H, W]."""
-    plan = _plan(spec, (image.height, image.width))
-    image = pad(image, plan.fitted, spec)
-    parts = paste(resize(image, plan.resized, spec), resolution(spec), (0, 0, 0))
-    whole = values_of(resize(image, spec.tile, spec), spec)
-    return np.concatenate([whole[None], cut_tiles(values_of(parts, spec), spec.tile)])
-
-
-def boxes(spec: ImageSpec, width: int, height: int) -> tuple[Box, ...]:
-    """The whole picture, then its parts; those reach over the black."""
-    plan = _plan(spec, (height, width))
-    whole = padded_box((height, width), plan.fitted)
-    target = resolution(spec)
-    scale = [plan.fitted[axis] / plan.resized[axis] for axis in (0, 1)]
-    black = [(target[axis] - plan.resized[axis]) // 2 * scale[axis] for axis in (0, 1)]
-    left, top = whole.left - black[1], whole.top - black[0]
-    canvas = Box(left, top, left + target[1] * scale[1], top + target[0] * scale[0])
-    return (whole, *canvas.cut(*tiles(spec)))
+    def _plan(self, picture: Size) -> _Plan:
+        target = self.resolution
+        made_for = resized_within(self.image_size, target)
+        fitted = self.fitted_size(picture, resized_within(picture, target), made_for)
+        return _Plan(fitted, made_for if self.fit == "stretch" else resized_within(fitted, target))
 
 
 class _Plan(NamedTuple):
@@ -88,11 +97,9 @@ class _Plan(NamedTuple):
     resized: Size  # within the resolution, the rest being black
 
 
-def _plan(spec: ImageSpec, picture: Size) -> _Plan:
-    target = resolution(spec)
-    made_for = resized_within(spec.image_size, target)
-    fitted = fitted_size(spec, picture, resized_within(picture, target), made_for)
-    return _Plan(fitted, made_for if spec.fit == "stretch" else resized_within(fitted, target))
+def default_size(pinpoints: Sequence[Size], tile: int) -> Size:
+    """The size of a bundle for which none was asked: two by two tiles, or the smallest that there is."""
+    return (2 * tile, 2 * tile) if (2 * tile, 2 * tile) in pinpoints else min(pinpoints, key=math.prod)
 
 
 def best_resolution(picture: Size, pinpoints: Sequence[Size]) -> Size:

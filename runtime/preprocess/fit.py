@@ -11,31 +11,100 @@ refuse      it is refused, in one line.
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 from PIL import Image
 
 from vtp.engines.errors import VtpError
+from vtp.runtime.media.images import MAX_PIXELS
+from vtp.runtime.preprocess.base import Box, ImageSpec, Size
 from vtp.runtime.preprocess.pixels import check_area, mean_colour, paste
-from vtp.runtime.preprocess.spec import Box, ImageSpec, Size
+
+FITS = ("letterbox", "stretch", "refuse")
 
 
-def fitted_size(spec: ImageSpec, picture: Size, own: object, made_for: object) -> Size:
-    """(height, width) after padding a picture of size `picture`.
+@dataclass(frozen=True, kw_only=True)
+class FittedSpec(ImageSpec):
+    """A kind that is made for one image size, `image_height` x `image_width`.
 
-    `own` is the layout that the processor would choose for it, `made_for` the bundle's; raises `VtpError`
-    where they differ and the spec says to refuse, and for a picture too long to be padded.
+    `fit` ("letterbox", "stretch", "refuse") says what becomes of a picture that the processor would lay out
+    otherwise.
     """
-    if own == made_for or spec.fit == "stretch":
-        return picture
-    height, width = spec.image_size
-    if spec.fit == "refuse":
-        raise VtpError(
-            f"a picture of {picture[1]}x{picture[0]} does not have the layout that this bundle was made for, "
-            f"that of {width}x{height} pixels; crop or resize the picture, or export with --image-fit "
-            "letterbox"
+
+    image_height: int
+    image_width: int
+    fit: str = "letterbox"
+
+    def check(self) -> None:
+        super().check()
+        self.require_lengths("image_height", "image_width")
+        self.require(self.do_resize, f"kind {self.kind} needs do_resize")
+        self.require(self.fit in FITS, f"fit must be one of {', '.join(FITS)}, not {self.fit!r}")
+        self.require(
+            math.prod(self.image_size) <= MAX_PIXELS,
+            f"image size {self.image_width}x{self.image_height} is too large; at most {MAX_PIXELS:,} pixels",
         )
-    padded = _padded(picture, (height, width))
-    check_area(picture, padded, f"padded to the shape of {width}x{height}")
-    return padded
+
+    @property
+    def image_size(self) -> Size:
+        return self.image_height, self.image_width
+
+    def fitted_size(self, picture: Size, own: object, made_for: object) -> Size:
+        """(height, width) after padding a picture of size `picture`.
+
+        `own` is the layout that the processor would choose for it, `made_for` the bundle's; raises
+        `VtpError` where they differ and the spec says to refuse, and for a picture too long to be padded.
+        """
+        if own == made_for or self.fit == "stretch":
+            return picture
+        height, width = self.image_size
+        if self.fit == "refuse":
+            raise VtpError(
+                f"a picture of {picture[1]}x{picture[0]} does not have the layout that this bundle was made "
+                f"for, that of {width}x{height} pixels; crop or resize the picture, or export with "
+                "--image-fit letterbox"
+            )
+        padded = _padded(picture, (height, width))
+        check_area(picture, padded, f"padded to the shape of {width}x{height}")
+        return padded
+
+
+@dataclass(frozen=True, kw_only=True)
+class TiledSpec(FittedSpec):
+    """A kind that cuts a picture into tiles of `height` x `width`, beside the whole picture."""
+
+    height: int
+    width: int
+
+    def check(self) -> None:
+        super().check()
+        self.require_lengths("height", "width")
+
+    def require_square_tiles(self) -> None:
+        """Raise `VtpError` unless a tile is as high as it is wide."""
+        self.require(
+            self.height == self.width,
+            f"tiles of {self.width}x{self.height} are not square, as this kind needs",
+        )
+
+    @property
+    def tile(self) -> Size:
+        """(H, W) of one tile."""
+        return self.height, self.width
+
+    @property
+    def fixed_size(self) -> Size:
+        return self.tile
+
+    @property
+    def views(self) -> int:
+        return self.shape[0]
+
+    @property
+    def tiles(self) -> tuple[int, int]:
+        """(rows, columns) of the tiles, the whole picture apart; (1, 1) if there is but one."""
+        return self.image_height // self.height, self.image_width // self.width
 
 
 def _padded(picture: Size, shape: Size) -> Size:

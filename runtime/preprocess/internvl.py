@@ -8,46 +8,61 @@ picture over it. A bundle for one tile is of kind "clip".
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from PIL import Image
 
-from vtp.runtime.preprocess.fit import fitted_size, pad, padded_box
+from vtp.runtime.preprocess.base import Box, Size
+from vtp.runtime.preprocess.fit import TiledSpec, pad, padded_box
 from vtp.runtime.preprocess.pixels import cut_tiles, resize, values_of
-from vtp.runtime.preprocess.spec import Box, ImageSpec, Size
-
-FIELDS = ("image_height", "image_width", "fit", "height", "width", "min_tiles", "max_tiles")
 
 
-def check(spec: ImageSpec) -> None:
-    """An image size of whole tiles, as many as the processor may cut."""
-    spec.require_all("image_height", "image_width", "height", "width", "min_tiles", "max_tiles")
-    (height, width), (tall, wide) = spec.image_size, spec.tile
-    spec.require(
-        height % tall == 0 and width % wide == 0,
-        f"image size {width}x{height} is not made of whole tiles; give multiples of {wide}x{tall}",
-    )
-    least, most = spec.min_tiles or 1, spec.max_tiles or 1
-    spec.require(
-        max(2, least) <= math.prod(tiles(spec)) <= most,
-        f"image size {width}x{height} is {math.prod(tiles(spec))} tiles; this processor cuts "
-        f"{max(2, least)} to {most}",
-    )
+@dataclass(frozen=True, kw_only=True)
+class InternvlSpec(TiledSpec):
+    """[tiles, 3, `height`, `width`]: `min_tiles` to `max_tiles` parts, then the whole picture."""
 
+    kind: ClassVar[str] = "internvl"
 
-def size(spec: ImageSpec) -> Size:
-    """(H, W) of one tile."""
-    return spec.tile
+    min_tiles: int
+    max_tiles: int
 
+    def check(self) -> None:
+        """An image size of whole tiles, as many as the processor may cut."""
+        super().check()
+        self.require_lengths("min_tiles", "max_tiles")
+        (height, width), (tall, wide) = self.image_size, self.tile
+        self.require(
+            height % tall == 0 and width % wide == 0,
+            f"image size {width}x{height} is not made of whole tiles; give multiples of {wide}x{tall}",
+        )
+        count, least = math.prod(self.tiles), max(2, self.min_tiles)
+        self.require(
+            least <= count <= self.max_tiles,
+            f"image size {width}x{height} is {count} tiles; this processor cuts {least} to {self.max_tiles}",
+        )
 
-def tiles(spec: ImageSpec) -> tuple[int, int]:
-    """(rows, columns) of the tiles before the whole picture."""
-    return spec.image_size[0] // spec.tile[0], spec.image_size[1] // spec.tile[1]
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[rows x columns + 1, 3, H, W]; the whole picture comes last."""
+        return (math.prod(self.tiles) + 1, 3, *self.tile)
 
+    def pixels(self, image: Image.Image) -> np.ndarray:
+        """Fit, then the parts and the whole picture: float32 [rows x columns + 1, 3, H, W]."""
+        image = pad(image, self._fitted((image.height, image.width)), self)
+        parts = values_of(resize(image, self.image_size, self), self)
+        whole = values_of(resize(image, self.tile, self), self)
+        return np.concatenate([cut_tiles(parts, self.tile), whole[None]])
 
-def shape(spec: ImageSpec) -> tuple[int, ...]:
-    """[rows x columns + 1, 3, H, W]; the whole picture comes last."""
-    return (math.prod(tiles(spec)) + 1, 3, *spec.tile)
+    def boxes(self, width: int, height: int) -> tuple[Box, ...]:
+        """The parts, then the whole picture."""
+        whole = padded_box((height, width), self._fitted((height, width)))
+        return (*whole.cut(*self.tiles), whole)
+
+    def _fitted(self, picture: Size) -> Size:
+        own = _best_grid(picture, self.tile, self.min_tiles, self.max_tiles)
+        return self.fitted_size(picture, own, self.tiles)
 
 
 def default_size(tile: Size, min_tiles: int, max_tiles: int) -> Size:
@@ -55,25 +70,6 @@ def default_size(tile: Size, min_tiles: int, max_tiles: int) -> Size:
     count = min(max(4, min_tiles), max_tiles)
     _, columns, rows = min((abs(x - y), x, y) for x, y in _grids(count, count))
     return rows * tile[0], columns * tile[1]
-
-
-def pixels(image: Image.Image, spec: ImageSpec) -> np.ndarray:
-    """Fit, then the parts and the whole picture: float32 [rows x columns + 1, 3, H, W]."""
-    image = pad(image, _fitted(spec, (image.height, image.width)), spec)
-    parts = values_of(resize(image, spec.image_size, spec), spec)
-    whole = values_of(resize(image, spec.tile, spec), spec)
-    return np.concatenate([cut_tiles(parts, spec.tile), whole[None]])
-
-
-def boxes(spec: ImageSpec, width: int, height: int) -> tuple[Box, ...]:
-    """The parts, then the whole picture."""
-    whole = padded_box((height, width), _fitted(spec, (height, width)))
-    return (*whole.cut(*tiles(spec)), whole)
-
-
-def _fitted(spec: ImageSpec, picture: Size) -> Size:
-    own = _best_grid(picture, spec.tile, spec.min_tiles or 1, spec.max_tiles or 1)
-    return fitted_size(spec, picture, own, tiles(spec))
 
 
 def _best_grid(picture: Size, tile: Size, least: int, most: int) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from vtp.engines.errors import VtpError
 from vtp.runtime.media.images import MAX_PIXELS
-from vtp.runtime.preprocess.spec import ImageSpec, Size
+from vtp.runtime.preprocess.base import ImageSpec, Size
 
 _ROWS = 16  # looked up at a time: numpy widens the pixels to indices, and a picture of those is fresh memory
 

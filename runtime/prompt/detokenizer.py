@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from tokenizers import Tokenizer
 
-from vtp.engines.errors import UsageError, VtpError
-from vtp.runtime.prompt.messages import check_text, shown
+from vtp.engines.errors import UsageError, VtpError, quoted_argument
+from vtp.runtime.prompt.messages import check_text
 from vtp.runtime.prompt.tokenizer import LONGEST_PIECE, decoder_steps, failing_as, special_texts
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
@@ -115,7 +115,9 @@ class StopStrings:
         self._stops = (stops,) if isinstance(stops, str) else tuple(stops)
         for stop in self._stops:
             if not isinstance(stop, str) or not stop:
-                raise UsageError(f"a stop string must be text of at least one character, not {shown(stop)}")
+                raise UsageError(
+                    f"a stop string must be text of at least one character, not {quoted_argument(stop)}"
+                )
             check_text(stop, "a stop string")
         if (length := sum(map(len, self._stops))) > _STOPS_LENGTH:
             raise UsageError(

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
-from vtp.engines.errors import UsageError
+from vtp.engines.errors import UsageError, quoted_argument
 
 __all__ = [
     "Messages",
@@ -17,7 +16,6 @@ __all__ = [
     "check_text",
     "joined_text",
     "parts_of",
-    "shown",
     "with_media",
 ]
 
@@ -29,19 +27,6 @@ ROLES = ("system", "user", "assistant")
 MEDIA = {"image": "picture", "video": "video"}  # what users call each kind of media
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _THOUGHT = "</think>"  # templates of reasoning models leave out what an earlier answer thought
-
-
-def shown(value: object) -> str:
-    """A value of any type, size and depth as it may stand in a message."""
-    try:
-        return _SHOWN.repr(value)
-    except ValueError:  # an integer of too many digits to print
-        return f"of type {type(value).__name__}"
-
-
-_SHOWN = reprlib.Repr()
-_SHOWN.maxstring = _SHOWN.maxother = 60
-_SHOWN.maxlevel, _SHOWN.maxlist, _SHOWN.maxdict = 2, 4, 4
 
 
 def check_text(text: str, what: str) -> None:
@@ -87,17 +72,21 @@ def check_messages(messages: object, wanted: int, media: str, most: int) -> list
 def _check_message(message: object, index: int, media: str, most: int) -> dict[str, Any]:
     where = f"message {index}"
     if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
-        given = shown(sorted(map(shown, message))) if isinstance(message, Mapping) else type(message).__name__
+        given = (
+            quoted_argument(sorted(map(quoted_argument, message)))
+            if isinstance(message, Mapping)
+            else type(message).__name__
+        )
         raise UsageError(f"{where} must have the keys role and content, and no others, not {given}")
     role, content = message["role"], message["content"]
     if not isinstance(role, str) or role not in ROLES:
-        raise UsageError(f"{where} has the role {shown(role)}; choose {', '.join(ROLES)}")
+        raise UsageError(f"{where} has the role {quoted_argument(role)}; choose {', '.join(ROLES)}")
     role = str.__str__(role)
     if isinstance(content, str):
         check_text(content, where)
         return {"role": role, "content": str.__str__(content)}
     if not isinstance(content, list | tuple) or not content:
-        raise UsageError(f"{where}'s content must be text or a list of parts, not {shown(content)}")
+        raise UsageError(f"{where}'s content must be text or a list of parts, not {quoted_argument(content)}")
     if len(content) > most:
         raise UsageError(f"{where} has {len(content)} parts; this bundle holds {most} tokens")
     return {"role": role, "content": [_check_part(part, role, where, media) for part in content]}
@@ -121,7 +110,7 @@ def _check_part(part: object, role: str, where: str, media: str) -> dict[str, st
                 f"{where} puts a {MEDIA[media]} into the {role}'s turn; only user turns may hold one"
             )
         return {"type": media}
-    raise UsageError(f"{where} has a part of type {shown(kind)}; choose text or {media}")
+    raise UsageError(f"{where} has a part of type {quoted_argument(kind)}; choose text or {media}")
 
 
 def parts_of(message: dict[str, Any]) -> list[dict[str, str]]:

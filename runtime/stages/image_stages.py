@@ -7,8 +7,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from vtp.engines import Binding, Value
-from vtp.engines.tensorrt.library import LIBRARIES
+from vtp.engines import Binding, Value, capabilities
 from vtp.runtime.opening import Opening
 from vtp.runtime.result import Timings
 from vtp.runtime.stages.opened import OpenedStages
@@ -34,7 +33,7 @@ def choose_image_stages(
         return DelegatedImages(opened, opening.image)
     if cache is not None:
         return CachedImages(opened, cache)
-    if opening.cuda_graph and engine not in LIBRARIES:
+    if opening.cuda_graph and capabilities(engine).replays:
         return ReplayedImages(opened)
     return PlainImages(opened)
 

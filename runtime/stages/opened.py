@@ -6,8 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 
-from vtp.engines import Engine, Value, VtpError
-from vtp.engines.tensorrt.library import LIBRARIES
+from vtp.engines import Engine, Value, VtpError, capabilities
 from vtp.runtime.bundle.folder import Bundle
 from vtp.runtime.bundle.manifest import Manifest, StageInfo, TensorInfo
 from vtp.runtime.stages.kv_cache import KvCache
@@ -94,11 +93,14 @@ class OpenedStages:
             engine.close()
 
     def _together(self, stage: StageInfo, names: Iterable[str]) -> int:
-        """How long the first axis of some inputs may be; TensorRT's engines are built for one."""
+        """How long the first axis of some inputs may be, in the graph and on the engine."""
         graph = self.manifest.graphs[stage.file]
         axes = [graph.inputs[name].shape[0] for name in names]
-        fixed = self._engine in LIBRARIES or not all(isinstance(axis, str) for axis in axes)
-        return 1 if fixed else min(graph.axes[str(axis)][-1] for axis in axes)
+        most = capabilities(self._engine).largest_batch
+        if not all(isinstance(axis, str) for axis in axes):
+            return 1
+        longest = min(graph.axes[str(axis)][-1] for axis in axes)
+        return longest if most is None else min(most, longest)
 
     def _bytes(self, file: str) -> int:
         """Size of a graph's own weights. The largest is opened first, with nothing else in memory yet.

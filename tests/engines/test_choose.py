@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from vtp.engines import AUTO, UsageError, VtpError, choose_engine, engine_names, judge_engines
+from vtp.engines import AUTO, UsageError, VtpError, capabilities, choose_engine, engine_names, judge_engines
 from vtp.engines.cuda.driver import CudaDevice, CudaProbe
 from vtp.engines.registry import installed_providers
 
@@ -108,6 +108,40 @@ def test_auto_leaves_tensorrt_alone_and_says_why(monkeypatch: pytest.MonkeyPatch
     assert choice.engine == "ort-cpu"
     said = {one.engine: one.reason for one in choice.decisions}
     assert said["tensorrt"] == "its code never ran on a GPU yet: only by name, --engine tensorrt"
+
+
+def test_decisions_say_by_a_code_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    def codes(dtype: str | None, found: Any, cuda: Any, target: str | None) -> list[str]:
+        return [one.code for one in judge_engines(dtype, probe(found), cuda, target)][:3]
+
+    assert codes(None, None, orin, None) == ["no-library"] * 3
+    assert codes("float16", CPU, orin, "ort") == ["no-provider", "accepted", "target"]
+    assert codes("float32", GPU, orin, "ort") == ["dtype", "accepted", "target"]
+    assert codes("float16", GPU, no_gpu, "ort") == ["no-gpu", "accepted", "target"]
+    assert codes("float16", GPU, orin, "tensorrt") == ["target", "accepted", "no-library"]
+    install(monkeypatch)
+    assert codes("float16", GPU, orin, "jetpack6") == ["accepted"] * 3
+    choice = choose_engine(AUTO, "float16", probe(CPU), orin, "tensorrt")
+    assert {one.engine: one.code for one in choice.decisions}["tensorrt"] == "by-name"
+    assert choice.decisions[0].to_json() == {
+        "engine": "ort-cuda",
+        "code": "target",
+        "reason": choice.decisions[0].reason,
+        "accepted": False,
+    }
+
+
+def test_capabilities_are_facts_of_every_engine() -> None:
+    """As the engines are: one shares the host's memory, two run what was built."""
+    able = {name: capabilities(name) for name in engine_names() if name != AUTO}
+    assert {name for name, one in able.items() if one.on_cpu} == {"ort-cpu"}
+    assert {name for name, one in able.items() if one.widens_float16} == {"ort-cpu"}
+    assert {name for name, one in able.items() if "ort" in one.targets} == {"ort-cuda", "ort-cpu"}
+    built = {name for name, one in able.items() if one.built}
+    assert built == {name for name, one in able.items() if one.largest_batch == 1 and not one.proven}
+    assert built == {"tensorrt", "tensorrt-rtx"}
+    with pytest.raises(UsageError, match="unknown engine 'auto'; choose one of ort-cuda, ort-cpu, tensorrt"):
+        capabilities(AUTO)
 
 
 def test_auto_leaves_float32_to_the_cpu() -> None:

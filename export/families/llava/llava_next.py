@@ -17,7 +17,7 @@ from vtp.export.families.llava.llava import Llava
 from vtp.export.families.llava.tiles import LinesProjector, Views, ViewsEncoder
 from vtp.export.families.reference import TiledReference
 from vtp.runtime.preprocess import ImageSpec
-from vtp.runtime.preprocess.anyres import best_resolution, resolution, tiles
+from vtp.runtime.preprocess.anyres import AnyresSpec, best_resolution
 
 
 class LlavaNext(Llava):
@@ -34,13 +34,14 @@ class LlavaNext(Llava):
     reference = TiledReference
 
     def prepare(self, image: ImageSpec) -> None:
+        assert isinstance(image, AnyresSpec)  # see image_kinds
         points = [(point[0], point[1]) for point in self.model.config.image_grid_pinpoints]
-        if best_resolution(image.image_size, points) != resolution(image):
+        if best_resolution(image.image_size, points) != image.resolution:
             raise VtpError(
                 "image_grid_pinpoints of the image processor and of config.json disagree about a picture of "
                 f"{image.image_size[1]}x{image.image_size[0]}; fix the image processor's settings"
             )
-        self.packing = Views(self.image_size[0] // self._vision.patch_size, tiles(image), image.image_size)
+        self.packing = Views(self.image_size[0] // self._vision.patch_size, image.tiles, image.image_size)
 
     @property
     def views(self) -> int:

@@ -91,10 +91,11 @@ class LlavaOnevision(LlavaNext):
                 "supported: anyres_max_N"
             )
         most, packing = int(named[1]), self.packing
+        height, width = packing.image_size
         patches = len(packing.rows) * len(packing.columns)
         if math.sqrt(patches / (most * packing.side**2)) > 1.1:
             raise UsageError(
-                f"image size {image.image_size[1]}x{image.image_size[0]} gives {patches} patches beside the "
+                f"image size {width}x{height} gives {patches} patches beside the "
                 f"whole picture's {packing.side**2}, which this model would resample ({named[0]}); choose a "
                 "smaller image size"
             )

@@ -20,6 +20,7 @@ from vtp.export.families.qwen_vl.tower import PatchGrid, PatchTower, TowerParts
 from vtp.export.graphs.decoder import Decoder
 from vtp.export.graphs.encoder import Projector
 from vtp.runtime.preprocess import ImageSpec
+from vtp.runtime.preprocess.qwen import QwenSpec
 
 
 class Qwen2VL(Family):
@@ -43,6 +44,7 @@ class Qwen2VL(Family):
         )  # what the family lacks shows in the loaded config alone: older files are laid out otherwise
 
     def prepare(self, image: ImageSpec) -> None:
+        assert isinstance(image, QwenSpec)  # see image_kinds
         vision = self._vision
         for name, side in (
             ("patch_size", image.patch_size),

@@ -26,7 +26,7 @@ from vtp.export.graphs.pruner import DecoderPruner
 from vtp.export.graphs.splice import Splice, TextCues
 from vtp.export.pruners.base import Pruner
 from vtp.runtime.preprocess import ImageSpec
-from vtp.runtime.preprocess.idefics3 import tiles
+from vtp.runtime.preprocess.idefics3 import Idefics3Spec
 
 _TILED = MappingProxyType({"grid": "its tokens lie in several tiles"})
 
@@ -54,7 +54,8 @@ class Idefics3(Family):
                 raise VtpError(f"vision_config.{name} is {vision[name]!r}; only a whole number is supported")
 
     def prepare(self, image: ImageSpec) -> None:
-        self._tiles = tiles(image)
+        assert isinstance(image, Idefics3Spec)  # see image_kinds
+        self._tiles = image.tiles
         self._views = image.views
         if self._views > 1:
             self.lacks = _TILED

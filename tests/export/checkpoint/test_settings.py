@@ -74,7 +74,7 @@ def without_videos(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def picture_for(spec: Any) -> Image.Image:
     """Noise, of the size that the bundle is made for where its processor adapts to each picture."""
-    height, width = spec.image_size if spec.image_height else (61, 90)
+    height, width = spec.image_size or (61, 90)
     return Image.fromarray(np.random.default_rng(5).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 

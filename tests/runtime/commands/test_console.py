@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from vtp.engines import UsageError, VtpError
@@ -43,10 +44,20 @@ def test_an_error_is_one_bounded_line_whatever_it_quotes() -> None:
     assert (type(again), str(again)) == (UsageError, str(UsageError(HOSTILE)))
 
 
+class Unprintable:
+    def __repr__(self) -> str:
+        raise ZeroDivisionError
+
+
 def test_values_are_escaped_and_cut() -> None:
     assert shown("naïve 日本語　👩‍💻.png") == "naïve 日本語　👩‍💻.png"
     assert len(shown("\x1b" * 5000)) == VALUE_LENGTH and shown("\x1b" * 5000).endswith("…")
     assert quoted(10**5000) == "a very large int" and len(quoted([HOSTILE] * 999)) == VALUE_LENGTH
+    assert (
+        quoted([[1, 2]] * 10**6, 60) == f"{repr([[1, 2]] * 20)[:59]}…" and quoted({"a": [1]}) == "{'a': [1]}"
+    )
+    assert quoted(np.zeros((2, 2))) == "array([[0., 0.], [0., 0.]])" and quoted("a\n  b") == r"'a\n  b'"
+    assert quoted(Unprintable()) == "of type Unprintable"
     assert quoted(HOSTILE).isprintable()
     assert escape("a\tb\nc\rd", lines=True) == "a\tb\nc\\rd"
 

@@ -47,8 +47,8 @@ ORIN = {
 GPU = CudaProbe([CudaDevice("Orin", "8.7", 7990000000)], driver="12.6")
 NONE = CudaProbe(reason="no NVIDIA driver")
 CPU_ONLY = [
-    Decision("ort-cuda", False, "this onnxruntime has no CUDA provider"),
-    Decision("ort-cpu", True, "ok"),
+    Decision("ort-cuda", "no-provider", "this onnxruntime has no CUDA provider"),
+    Decision("ort-cpu", "accepted", "ok"),
 ]
 
 
@@ -99,7 +99,7 @@ def test_a_pc_with_a_card(tmp_path: Path) -> None:
 
 def test_a_tensorrt_bundle_on_a_card_names_the_other_target(tmp_path: Path) -> None:
     card = CudaProbe([CudaDevice("RTX 4090", "8.9", 25 << 30)], driver="13.0")
-    rejected = [Decision("ort-cuda", False, "it does not run target 'tensorrt'"), CPU_ONLY[1]]
+    rejected = [Decision("ort-cuda", "target", ""), CPU_ONLY[1]]
     advice = doctor.examine(machine(tmp_path, {}, card), engines=rejected)["advice"]
     assert advice == ["to use the RTX 4090, export the bundle with --target ort"]
 
@@ -223,7 +223,7 @@ def test_a_cache_that_tensorrt_cannot_write_in_place_counts_twice(exported: Call
 def test_both_runtimes_installed_is_said(tmp_path: Path) -> None:
     found = machine(tmp_path, {}, **{"onnxruntime": "1.31", "onnxruntime-gpu": "1.31"})
     assert "overwrite each other" in doctor.examine(found, engines=CPU_ONLY)["advice"][0]
-    nothing = [Decision("ort-cpu", False, "onnxruntime is not installed")]
+    nothing = [Decision("ort-cpu", "no-library", "onnxruntime is not installed")]
     assert doctor.examine(machine(tmp_path, {}), engines=nothing)["advice"] == [
         "no engine runs here: pip install 'vtp-edge[ort]'"
     ]

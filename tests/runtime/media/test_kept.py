@@ -11,10 +11,12 @@ from PIL import Image
 from vtp.engines.errors import UsageError, VtpError
 from vtp.runtime.media.show_kept import check_picture_path, save_picture, show_kept, show_kept_frames
 from vtp.runtime.preprocess import ImageSpec, source_box
+from vtp.runtime.preprocess.clip import ClipSpec
+from vtp.runtime.preprocess.internvl import InternvlSpec
 
-LLAVA = ImageSpec(shortest_edge=336, do_center_crop=True, crop_height=336, crop_width=336)
-EXACT = ImageSpec(height=336, width=336)
-PADDED = ImageSpec(do_pad=True, shortest_edge=336)
+LLAVA = ClipSpec(shortest_edge=336, do_center_crop=True, crop_height=336, crop_width=336)
+EXACT = ClipSpec(height=336, width=336)
+PADDED = ClipSpec(do_pad=True, shortest_edge=336)
 
 
 def bright(width: int, height: int) -> Image.Image:
@@ -163,8 +165,6 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_several_tiles_are_refused() -> None:
-    spec = ImageSpec(
-        kind="internvl", height=8, width=8, min_tiles=1, max_tiles=9, image_height=16, image_width=16
-    )
+    spec = InternvlSpec(height=8, width=8, min_tiles=1, max_tiles=9, image_height=16, image_width=16)
     with pytest.raises(VtpError, match="sees a picture in 5 tiles"):
         show_kept(Image.new("RGB", (30, 30)), spec, (2, 2), [0])

@@ -16,7 +16,8 @@ from transformers.video_utils import convert_to_rgb as on_white
 
 from vtp.engines import UsageError, VtpError
 from vtp.runtime.media.videos import check_video, load_video, sample_frames
-from vtp.runtime.preprocess import ImageSpec, preprocess
+from vtp.runtime.preprocess import preprocess, spec_from_json
+from vtp.runtime.preprocess.clip import ClipSpec
 
 MP4 = b"\0\0\0\x18ftypisom\0\0\2\0isomiso2" + bytes(64)
 
@@ -199,9 +200,9 @@ def test_a_video_file_through_opencv(tmp_path: Path) -> None:
 
 
 def test_pixels_of_a_clip_are_those_of_its_pictures() -> None:
-    spec = ImageSpec(height=8, width=8, frames=2)
+    spec = ClipSpec(height=8, width=8, frames=2)
     pictures = [Image.fromarray(frame) for frame in film(2)]
-    one = ImageSpec(height=8, width=8)
+    one = ClipSpec(height=8, width=8)
     expected = np.concatenate([preprocess(picture, one) for picture in pictures])
     assert spec.shape == expected.shape == (2, 3, 8, 8)
     np.testing.assert_array_equal(preprocess(pictures, spec), expected)
@@ -212,4 +213,4 @@ def test_pixels_of_a_clip_are_those_of_its_pictures() -> None:
     with pytest.raises(VtpError, match="answers about pictures, not videos"):
         preprocess(pictures, one)
     with pytest.raises(VtpError, match="kind qwen has no frames"):
-        ImageSpec(kind="qwen", frames=2)
+        spec_from_json({"kind": "qwen", "frames": 2})

@@ -16,6 +16,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from vtp.engines.errors import VtpError
+from vtp.runtime.prompt.panics import without_panic_lines
 from vtp.runtime.prompt.template import first_line
 
 LARGEST = 2**28  # bytes of a tokenizer.json; real ones have up to 40 MB
@@ -54,9 +55,13 @@ class CheckedTokenizer:
 
 @contextmanager
 def failing_as(what: str) -> Iterator[None]:
-    """Any failure inside as a `VtpError` of one line; a panic of the tokenizers library is no `Exception`."""
+    """Any failure inside as a `VtpError` of one line; a panic of the tokenizers library is no `Exception`.
+
+    Nor is it printed: see `panics`.
+    """
     try:
-        yield
+        with without_panic_lines():
+            yield
     except VtpError:
         raise
     except Exception as error:

@@ -53,7 +53,7 @@ def test_other_lines_come_through_in_order(panicking: Path, capfd: pytest.Captur
 
 
 def test_many_threads_at_once(panicking: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    descriptors = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else 0
+    descriptors = len(list(Path("/proc/self/fd").iterdir())) if Path("/proc/self/fd").exists() else 0
 
     def work(number: int) -> None:
         for turn in range(3):
@@ -68,7 +68,7 @@ def test_many_threads_at_once(panicking: Path, capfd: pytest.CaptureFixture[str]
         thread.join()
     said = sorted(capfd.readouterr().err.splitlines())
     assert said == [f"{number}.{turn}" for number in range(4) for turn in range(3)]
-    assert not descriptors or len(os.listdir("/proc/self/fd")) == descriptors
+    assert not descriptors or len(list(Path("/proc/self/fd").iterdir())) == descriptors
 
 
 @pytest.mark.parametrize(

@@ -11,12 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from vtp.engines import Engine, VtpError, open_graph
-from vtp.engines.ort.arena import limit_tensors
 from vtp.engines.tensorrt.library import LIBRARIES
 from vtp.engines.tensorrt.store import cache_folder
-from vtp.runtime.bundle.fit import switched_off
 from vtp.runtime.bundle.folder import Bundle
-from vtp.runtime.machine.room import memory_room
 from vtp.runtime.shell import command_line
 
 NEVER_RUN = (
@@ -40,7 +37,6 @@ class Opening:
     allow_cpu_nodes: bool = False
     cuda_graph: bool = False
     image: Callable[[int, np.ndarray], Mapping[str, np.ndarray]] | None = None
-    check_memory: bool = True
 
 
 def open_stage(
@@ -53,8 +49,6 @@ def open_stage(
     """
     how = how or Opening()
     if engine not in LIBRARIES:
-        if how.check_memory and not switched_off():
-            limit_tensors(memory_room)
         return open_graph(
             bundle.path(file),
             engine,

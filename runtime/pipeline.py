@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -107,8 +106,8 @@ class Pipeline:
         prefix_caching  read a prompt on from what it shares with the one before (and its answer): a picture
                       and the turns of a conversation are then read once
         opening       where TensorRT's engines lie, and what CUDA may do (see `Opening`)
-        check_memory  refuse a bundle that takes more than this machine, or a limit of this process, leaves,
-                      and stop a graph that computes more than that; VTP_CHECK_MEMORY=0 turns it off as well
+        check_memory  refuse a bundle that takes more than this machine, or a limit of this process, leaves;
+                      VTP_CHECK_MEMORY=0 turns it off as well
         image_cache, reuse_prompt  the earlier names of `vision_feature_cache` and `prefix_caching`
 
         Both caches change timings, and the last bits of logits (the vision feature cache if several pictures
@@ -123,15 +122,19 @@ class Pipeline:
         most = max(vision_feature_cache, image_cache)
         hashed = flag("check_hashes", check_hashes)
         checked = flag("check_memory", check_memory) and not switched_off()
-        how = replace(opening or Opening(), check_memory=checked)
         caching, earlier = flag("prefix_caching", prefix_caching), flag("reuse_prompt", reuse_prompt)
 
         def load(folder: Path) -> Pipeline:
             opened = open_bundle(folder, hashed)
             choice = choose_engine(engine, opened.manifest.dtype, target=opened.manifest.target)
             if checked:
-                check_fits(opened, choice.engine, memory_room(), None if how.image is None else "image")
-            return cls(opened, choice, threads, most, caching or earlier, how)
+                check_fits(
+                    opened,
+                    choice.engine,
+                    memory_room(),
+                    "image" if opening is not None and opening.image is not None else None,
+                )
+            return cls(opened, choice, threads, most, caching or earlier, opening)
 
         return undisturbed(load)(bundle)  # one bundle, even while another takes its place
 

@@ -5,8 +5,8 @@ writes needs little of that, so the rest is refused: weights outside the files t
 other domains, control flow (a loop of 2^62 rounds never ends), functions, random numbers. Every occurrence of
 a field counts: protocol buffer parsers merge messages that are said twice.
 
-Not bounded here: the sizes of tensors that operators compute. `vtp.engines.ort.arena` holds ONNX Runtime's
-CPU sessions to the memory that is there, so that a graph that asks for more ends in one line.
+Not bounded here: the sizes of tensors that operators compute. A graph that asks for more memory than there
+is ends in ONNX Runtime's one-line error, or in a process that the system ends.
 """
 
 from __future__ import annotations

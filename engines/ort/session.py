@@ -11,7 +11,6 @@ import numpy as np
 
 from vtp.engines.base import Binding, Engine, Held, TensorSpec, Value
 from vtp.engines.errors import VtpError
-from vtp.engines.ort.arena import tensors_limited
 from vtp.engines.ort.library import load_onnxruntime
 from vtp.engines.ort.placement import record_assignment, refuse_cpu_nodes
 
@@ -291,8 +290,6 @@ def _open_session(path: Path, name: str, threads: int | None, cuda_graph: bool =
     # int8 activations stay as they are written. Made uint8 for x86, they fall out with the `output_dtype`
     # that ONNX Runtime gives to those it moves past a Reshape, and it refuses the graph (its issue 25526).
     options.add_session_config_entry("session.qdqisint8allowed", "1")
-    if name == "ort-cpu" and tensors_limited():
-        options.add_session_config_entry("session.use_env_allocators", "1")
     if threads:
         options.intra_op_num_threads = threads
     providers: list[Any] = [_PROVIDERS["ort-cpu"]]

@@ -35,7 +35,7 @@ class CheckedTokenizer:
     def __init__(self, path: Path) -> None:
         self.tokenizer = _read(path)
         name = f"'{path}'"
-        with failing_as(f"{name} is not a usable tokenizer.json"):
+        with failing_as(f"{name} is not a usable tokenizer.json"), without_panic_lines():
             _check_growth(_steps(self.tokenizer.normalizer, "normalizers"), "normalizer")
             _check_growth(_steps(self.tokenizer.decoder, "decoders"), "decoder")
             _check_model(self.tokenizer.model)
@@ -49,19 +49,15 @@ class CheckedTokenizer:
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         """Ids of a text. Raises `VtpError` where the tokenizer cannot encode it."""
-        with failing_as("the model's tokenizer cannot encode the prompt"):
+        with failing_as("the model's tokenizer cannot encode the prompt"), without_panic_lines():
             return list(self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
 
 
 @contextmanager
 def failing_as(what: str) -> Iterator[None]:
-    """Any failure inside as a `VtpError` of one line; a panic of the tokenizers library is no `Exception`.
-
-    Nor is it printed: see `panics`.
-    """
+    """Any failure inside as a `VtpError` of one line; a panic of the tokenizers library is no `Exception`."""
     try:
-        with without_panic_lines():
-            yield
+        yield
     except VtpError:
         raise
     except Exception as error:
@@ -88,7 +84,7 @@ def _read(path: Path) -> Tokenizer:
         raise VtpError(f"no tokenizer at '{path}'; export the bundle again")
     if (size := path.stat().st_size) > LARGEST:
         raise VtpError(f"'{path}' has {size} bytes (limit: {LARGEST}); refuse this bundle")
-    with failing_as(f"'{path}' is not a readable tokenizer.json"):
+    with failing_as(f"'{path}' is not a readable tokenizer.json"), without_panic_lines():
         tokenizer = Tokenizer.from_file(str(path))
         tokenizer.no_padding()
         tokenizer.no_truncation()

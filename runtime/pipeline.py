@@ -15,6 +15,7 @@ from PIL import Image
 from vtp.engines import AUTO, Choice, UsageError, VtpError, choose_engine
 from vtp.engines.disk.whole import undisturbed
 from vtp.engines.errors import quoted, quoted_argument
+from vtp.runtime.bundle.fit import check_fits, switched_off
 from vtp.runtime.bundle.folder import Bundle, open_bundle
 from vtp.runtime.generation.answer import Answer
 from vtp.runtime.generation.arguments import flag, is_whole, thread_count, whole
@@ -26,6 +27,7 @@ from vtp.runtime.generation.request import Request, RequestMaker
 from vtp.runtime.generation.stopping import Clock, StopSignal
 from vtp.runtime.generation.stream import Stream
 from vtp.runtime.machine.conditions import Conditions, conditions
+from vtp.runtime.machine.room import memory_room
 from vtp.runtime.media.pictures import Images
 from vtp.runtime.opening import Opening
 from vtp.runtime.prompt.messages import Messages
@@ -89,6 +91,7 @@ class Pipeline:
         prefix_caching: bool = False,
         opening: Opening | None = None,
         *,
+        check_memory: bool = True,
         image_cache: int = 0,
         reuse_prompt: bool = False,
     ) -> Pipeline:
@@ -103,6 +106,8 @@ class Pipeline:
         prefix_caching  read a prompt on from what it shares with the one before (and its answer): a picture
                       and the turns of a conversation are then read once
         opening       where TensorRT's engines lie, and what CUDA may do (see `Opening`)
+        check_memory  refuse a bundle that takes more than this machine, or a limit of this process, leaves;
+                      VTP_CHECK_MEMORY=0 turns it off as well
         image_cache, reuse_prompt  the earlier names of `vision_feature_cache` and `prefix_caching`
 
         Both caches change timings, and the last bits of logits (the vision feature cache if several pictures
@@ -118,11 +123,19 @@ class Pipeline:
                 )
         most = max(vision_feature_cache, image_cache)
         hashed = flag("check_hashes", check_hashes)
+        checked = flag("check_memory", check_memory) and not switched_off()
         caching, earlier = flag("prefix_caching", prefix_caching), flag("reuse_prompt", reuse_prompt)
 
         def load(folder: Path) -> Pipeline:
             opened = open_bundle(folder, hashed)
             choice = choose_engine(engine, opened.manifest.dtype, target=opened.manifest.target)
+            if checked:
+                check_fits(
+                    opened,
+                    choice.engine,
+                    memory_room(),
+                    "image" if opening is not None and opening.image is not None else None,
+                )
             return cls(opened, choice, threads, most, caching or earlier, opening)
 
         return undisturbed(load)(bundle)  # one bundle, even while another takes its place

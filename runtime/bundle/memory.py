@@ -93,13 +93,13 @@ def _stage(
     return StageMemory(
         file,
         found.weights * (_WIDENED if widened else 1),
-        _cache(graph),
+        cache_bytes(graph),
         found.activations * (2 if widened else 1) + (found.scores if able.on_cpu else 0),
         found.unknown,
     )
 
 
-def _cache(graph: GraphInfo) -> int:
+def cache_bytes(graph: GraphInfo) -> int:
     """Keys and values of every layer, one buffer each; past and present share it."""
     kv = graph.kv
     if kv is None:

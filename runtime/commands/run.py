@@ -104,6 +104,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--show-kept", metavar="OUT.png", help="write the picture (or frames) with dropped patches dimmed")
     add("--check-hashes", action="store_true", help="compare every file's sha256 with the manifest first")
+    add("--no-memory-check", action="store_true", help="load the bundle even if the memory looks too small")
     add_json(parser)
     add_debug(parser)
     return parser
@@ -123,7 +124,8 @@ def _run(args: argparse.Namespace) -> None:
         check_outside(Path(args.show_kept))
     threads = None if args.threads is None else whole_number("threads", args.threads)
     opening = Opening(Path(args.engines) if args.engines else None, args.allow_cpu_nodes, args.cuda_graph)
-    with Pipeline.load(args.bundle, args.engine, threads, args.check_hashes, opening=opening) as pipe:
+    checks = {"check_hashes": args.check_hashes, "check_memory": not args.no_memory_check}
+    with Pipeline.load(args.bundle, args.engine, threads, opening=opening, **checks) as pipe:
         if not capabilities(pipe.engine).proven:
             note(PROG, NEVER_RUN)
         _check_media(pipe.manifest.image.frames, args)

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from vtp.engines.disk.files import open_checked
-from vtp.engines.errors import UsageError, VtpError
+from vtp.engines.errors import UsageError, VtpError, shown
 from vtp.runtime.media.rgb import to_rgb
 
 __all__ = [
@@ -104,15 +104,18 @@ def path_of(source: str | PathLike[str]) -> str:
 def _from_path(text: str, act: Callable[[Image.Image, str], T]) -> T:
     """Open a local file, naming what is wrong with the path before Pillow sees it."""
     if text.startswith(("http://", "https://", "data:")):
-        raise UsageError(f"'{text[:60]}' is not a local file; download the picture first and give its path")
+        raise UsageError(
+            f"'{shown(text, 60)}' is not a local file; download the picture first and give its path"
+        )
     path = Path(text)
+    name = f"'{shown(path)}'"
     try:
         with open_regular(path) as file:
-            return act(identify(file, f"'{path}'"), f"'{path}'")
+            return act(identify(file, name), name)
     except FileNotFoundError as error:
-        raise UsageError(f"no such file: '{path}'; give the path of a picture") from error
+        raise UsageError(f"no such file: {name}; give the path of a picture") from error
     except (OSError, ValueError) as error:
-        raise UsageError(f"cannot read '{path}': {reason(error)}") from error
+        raise UsageError(f"cannot read {name}: {reason(error)}") from error
 
 
 def open_regular(path: Path) -> BinaryIO:
@@ -126,9 +129,9 @@ def open_regular(path: Path) -> BinaryIO:
 
 def _check_regular(path: Path, mode: int) -> None:
     if stat.S_ISDIR(mode):
-        raise UsageError(f"'{path}' is a directory; give one picture file")
+        raise UsageError(f"'{shown(path)}' is a directory; give one picture file")
     if not stat.S_ISREG(mode):
-        raise UsageError(f"'{path}' is not a regular file; give one picture file")
+        raise UsageError(f"'{shown(path)}' is not a regular file; give one picture file")
 
 
 def identify(file: BinaryIO, name: str) -> Image.Image:

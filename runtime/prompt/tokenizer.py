@@ -16,6 +16,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from vtp.engines.errors import VtpError
+from vtp.runtime.prompt.panics import without_panic_lines
 from vtp.runtime.prompt.template import first_line
 
 LARGEST = 2**28  # bytes of a tokenizer.json; real ones have up to 40 MB
@@ -34,7 +35,7 @@ class CheckedTokenizer:
     def __init__(self, path: Path) -> None:
         self.tokenizer = _read(path)
         name = f"'{path}'"
-        with failing_as(f"{name} is not a usable tokenizer.json"):
+        with failing_as(f"{name} is not a usable tokenizer.json"), without_panic_lines():
             _check_growth(_steps(self.tokenizer.normalizer, "normalizers"), "normalizer")
             _check_growth(_steps(self.tokenizer.decoder, "decoders"), "decoder")
             _check_model(self.tokenizer.model)
@@ -48,7 +49,7 @@ class CheckedTokenizer:
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         """Ids of a text. Raises `VtpError` where the tokenizer cannot encode it."""
-        with failing_as("the model's tokenizer cannot encode the prompt"):
+        with failing_as("the model's tokenizer cannot encode the prompt"), without_panic_lines():
             return list(self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
 
 
@@ -83,7 +84,7 @@ def _read(path: Path) -> Tokenizer:
         raise VtpError(f"no tokenizer at '{path}'; export the bundle again")
     if (size := path.stat().st_size) > LARGEST:
         raise VtpError(f"'{path}' has {size} bytes (limit: {LARGEST}); refuse this bundle")
-    with failing_as(f"'{path}' is not a readable tokenizer.json"):
+    with failing_as(f"'{path}' is not a readable tokenizer.json"), without_panic_lines():
         tokenizer = Tokenizer.from_file(str(path))
         tokenizer.no_padding()
         tokenizer.no_truncation()

@@ -32,6 +32,8 @@ class LlavaNext(Llava):
     lacks = MappingProxyType({"grid": "its tokens lie in several tiles"})
     image_kinds = ("anyres",)
     reference = TiledReference
+    reductions = ("ipcv", "tome")
+    unreduced = "how its tiles are packed depends on their size"
 
     def prepare(self, image: ImageSpec) -> None:
         points = [(point[0], point[1]) for point in self.model.config.image_grid_pinpoints]

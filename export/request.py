@@ -226,7 +226,7 @@ def _check_rows(model: Checkpoint, keep: int) -> None:
     most = reduced.reduction.most_kept(model.family.tower_shape, visual_tokens(model)) if reduced else keep
     if reduced and keep > most:
         raise UsageError(
-            f"keep-tokens {keep} is more than tower {reduced.reduction.name} leaves apart: its {reduced.rows} "
+            f"keep-tokens {keep} is more than tower {reduced.reduction.name} leaves apart: {reduced.rows} "
             f"of {reduced.of} rows make {most} different tokens; keep fewer, or reduce the tower less"
         )
 

@@ -108,7 +108,7 @@ class RowReduction(TowerReduction):
         """Make transformers' own `layers` do the same in its long form while the context lasts.
 
         Each layer takes N rows and gives N rows, so that what stands around them needs no change. `layers`
-        are the blocks that the features need, in a tower with eager attention, of one picture or tile.
+        are the blocks that the features need, in a tower with eager attention.
         """
 
 

@@ -83,21 +83,24 @@ class Ipcv(RowReduction):
     def reference(self, layers: Sequence[Any], has_cls: bool, cues: bool) -> Iterator[None]:
         cut, last = self.settings["cut"], len(layers) - 1
         seen: dict[int, Tensor] = {}
-        chosen: list[tuple[Tensor, Tensor, Tensor]] = []
+        chosen: list[_LongChoice] = []
 
         def whole(number: int, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
             def forward(hidden: Tensor, *rest: Any, **named: Any) -> Tensor:
                 seen[number] = hidden
                 if number == cut:
-                    chosen[:] = [_long_choice(seen[cut - 1], hidden, self.settings["keep"], has_cls)]
+                    pairs = zip(seen[cut - 1], hidden, strict=True)
+                    chosen[:] = [_long_choice(*pair, self.settings["keep"], has_cls) for pair in pairs]
                 if number < cut or number > last:
                     return original(hidden, *rest, **named)
-                keep, weights, start = chosen[0]
                 if number < cut + self.settings["stable"] or (cues and number == last):
-                    now = original(hidden, *rest, **named)[:, keep]
+                    now = _each(original(hidden, *rest, **named), [one.places for one in chosen])
                 else:
-                    now = original(hidden[:, keep], *rest, **named)
-                return start + weights @ (now - start[:, keep])
+                    now = original(_each(hidden, [one.places for one in chosen]), *rest, **named)
+                moved = now - torch.stack([one.start[one.places] for one in chosen])
+                return torch.stack(
+                    [one.start + one.weights @ by for one, by in zip(chosen, moved, strict=True)]
+                )
 
             return forward
 
@@ -145,10 +148,19 @@ def _distances(rows: Tensor, others: Tensor) -> Tensor:
     return (others * others).sum(dim=2).unsqueeze(1) - 2 * torch.matmul(rows, others.transpose(1, 2))
 
 
-def _long_choice(before: Tensor, hidden: Tensor, keep: float, has_cls: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """(places int64 [n], W [1,N,n], hidden) of one picture [1,N,C], row by row."""
-    size, patches = hidden.shape[1], hidden.shape[1] - has_cls
-    changed = (hidden - before)[0].double().norm(dim=1)[int(has_cls) :]
+@dataclass(frozen=True)
+class _LongChoice:
+    """Of one picture or tile: places int64 [n], W [N,n], all rows [N,C] at the cut."""
+
+    places: Tensor
+    weights: Tensor
+    start: Tensor
+
+
+def _long_choice(before: Tensor, hidden: Tensor, keep: float, has_cls: bool) -> _LongChoice:
+    """Choose row by row among hidden [N,C]."""
+    size, patches = len(hidden), len(hidden) - has_cls
+    changed = (hidden - before).double().norm(dim=1)[int(has_cls) :]
     best = torch.argsort(changed, descending=True, stable=True)[: int(keep * patches + 1e-6)]
     places = sorted((best + int(has_cls)).tolist() + ([0] if has_cls else []))
     weights = torch.zeros(size, len(places), dtype=hidden.dtype)
@@ -156,10 +168,15 @@ def _long_choice(before: Tensor, hidden: Tensor, keep: float, has_cls: bool) -> 
         if row in places:
             weights[row, places.index(row)] = 1.0
             continue
-        apart = (hidden[0, places] - hidden[0, row]).double().norm(dim=1)
+        apart = (hidden[places] - hidden[row]).double().norm(dim=1)
         nearest = torch.argsort(apart, stable=True)[:_NEIGHBOURS]
         weights[row, nearest] = 1.0 / len(nearest)
-    return torch.tensor(places), weights.unsqueeze(0), hidden
+    return _LongChoice(torch.tensor(places), weights, hidden)
+
+
+def _each(hidden: Tensor, places: Sequence[Tensor]) -> Tensor:
+    """[B,N,C] -> [B,n,C]: of every picture or tile its own places."""
+    return torch.stack([rows[own] for rows, own in zip(hidden, places, strict=True)])
 
 
 REDUCTION = Ipcv

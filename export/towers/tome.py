@@ -73,21 +73,21 @@ class Tome(RowReduction):
 
     @contextmanager
     def reference(self, layers: Sequence[Any], has_cls: bool, cues: bool) -> Iterator[None]:
-        groups: list[list[int]] = []
+        groups: list[list[list[int]]] = []  # of every picture or tile
 
         def merging(number: int, layer: Any) -> Callable[..., Tensor]:
             block = Block(layer)
 
             def forward(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
                 if number == 0:
-                    groups[:] = [[row] for row in range(hidden.shape[1])]
+                    groups[:] = [[[row] for row in range(hidden.shape[1])] for _ in hidden]
                 normed = block.norm(hidden)
                 added, _weights = block.attention(normed, attention_mask=None)
                 hidden = hidden + (layer.lambda_1 * added if block.is_internvl else added)
-                metric = block.key(normed)[0].double().mean(dim=0)
-                groups[:] = _long_merge(groups, metric, self.settings["merge"], has_cls)
-                for group in groups:
-                    hidden[:, group] = hidden[:, group].mean(dim=1, keepdim=True)
+                for tile, metric in enumerate(block.key(normed).double().mean(dim=1)):
+                    groups[tile] = _long_merge(groups[tile], metric, self.settings["merge"], has_cls)
+                    for group in groups[tile]:
+                        hidden[tile, group] = hidden[tile, group].mean(dim=0, keepdim=True)
                 return block.finish(hidden)
 
             return forward
@@ -113,7 +113,7 @@ class _Rows:
 
     @property
     def bias(self) -> Tensor:
-        """What is added to attention logits, float32 [B,1,t,t] in full, as ONNX Runtime's operator needs it."""
+        """What is added to attention logits, float32 [B,1,t,t]: ONNX Runtime's operator needs it in full."""
         logs = torch.log(self.sizes).transpose(1, 2).unsqueeze(1)
         return logs.expand(-1, -1, self.rows.shape[1], -1)
 

@@ -50,6 +50,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--keep-tokens", metavar="K[,K...|A:B:STEP]", help="visual tokens to keep (default: the method's own)"
     )
     add("--prune-ratio", metavar="R", help="fraction of visual tokens to drop, instead of --keep-tokens")
+    add(
+        "--tower",
+        default="none",
+        metavar="NAME[:VALUE]",
+        help="less work in the vision tower: ipcv[:KEEP], tome[:MERGE], downsample[:SIZE] or none (default: "
+        "%(default)s)",
+    )
+    add(
+        "--tower-option", action="append", default=[], metavar="NAME=VALUE", help="an option of the reduction"
+    )
     add("--method-option", action="append", default=[], metavar="NAME=VALUE", help="an option of the method")
     add(
         "--target",
@@ -147,6 +157,8 @@ def _export(args: argparse.Namespace) -> None:
         image_size=None if args.image_size is None else _size(args.image_size),
         image_fit=args.image_fit,
         frames=None if args.frames is None else whole_number("frames", args.frames, least=0),
+        tower=args.tower,
+        tower_options=args.tower_option,
         verify=args.verify,
         overwrite=args.overwrite,
     )
@@ -197,6 +209,7 @@ def _summary(bundle: Bundle) -> dict[str, Any]:
         "method": manifest.method.name,
         "visual_tokens": {"before": manifest.visual.count, "after": manifest.visual.default_keep},
         "keep_tokens": manifest.visual.keep,
+        "tower": manifest.tower.to_json() if manifest.tower else None,
         "bytes": sum(info.bytes for info in manifest.files.values()),
         "parity": manifest.parity,
     }
@@ -222,11 +235,17 @@ def _report(bundle: Bundle, output: Path) -> str:
             table(["stage", "file", "MB", "parity"], rows),
             "",
             f"{manifest.method.name}: visual tokens {keeps}; {total:.1f} MB in {shown(output)}",
+            *_tower_lines(manifest),
             *_generation_lines(manifest.parity),
             "",
             f'next: {command_line("vtp-run", output)} {look} --prompt "what color is the star ?"',
         ]
     )
+
+
+def _tower_lines(manifest: Manifest) -> list[str]:
+    tower = manifest.tower
+    return [f"tower {tower.name}: {tower.rows} of {tower.of} rows in its last block"] if tower else []
 
 
 def _stage_of(manifest: Manifest, file: str) -> str:

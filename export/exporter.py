@@ -49,9 +49,11 @@ def export(
 def _load_model(request: Request, progress: Progress, note: Callable[[str], None]) -> Checkpoint:
     """The model that is asked for, its weights still on the disk."""
     folder = checkpoint.resolve(request.model)
-    checkpoint.check(folder, request.frames)
+    checkpoint.check(folder, request.frames, request.reduction)
     progress("load the model")
-    model = checkpoint.load(folder, request.precision, request.image_size, request.image_fit, request.frames)
+    model = checkpoint.load(
+        folder, request.precision, request.image_size, request.image_fit, request.frames, request.reduction
+    )
     for line in model.generation.notes:
         note(line)
     return model

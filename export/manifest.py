@@ -8,6 +8,7 @@ from pathlib import Path
 
 import onnx
 
+from vtp.export.families.base import Family
 from vtp.export.graphs.decoder import DecoderPart
 from vtp.export.graphs.frames import Frames
 from vtp.export.graphs.pruner import DecoderPruner
@@ -24,6 +25,7 @@ from vtp.runtime.bundle.manifest import (
     MethodInfo,
     ModelInfo,
     TensorInfo,
+    TowerInfo,
     VisualInfo,
 )
 
@@ -57,7 +59,16 @@ def describe(folder: Path, job: Job, plan: Plan) -> Manifest:
         files=describe_files(folder),
         versions=_versions(),
         generation=model.generation.info,
+        tower=_tower_info(family),
     )
+
+
+def _tower_info(family: Family) -> TowerInfo | None:
+    reduced = family.reduced
+    if reduced is None:
+        return None
+    kind = reduced.reduction
+    return TowerInfo(kind.name, reduced.rows, reduced.of, dict(kind.settings), kind.paper)
 
 
 def _frame_info(frames: Frames | None) -> FrameInfo | None:

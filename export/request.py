@@ -16,6 +16,7 @@ from vtp.export.plan.schedule import Schedule, make_schedules
 from vtp.export.pruners import POSITIONS, Site, parse_options, resolve_method
 from vtp.export.pruners.base import Pruner
 from vtp.export.targets import TARGETS, Target
+from vtp.export.towers import TowerReduction, parse_reduction
 from vtp.runtime.bundle.folder import check_output
 from vtp.runtime.preprocess import FITS
 
@@ -92,6 +93,8 @@ class Request:
     image_size: tuple[int, int] | None = None  # (height, width)
     image_fit: str = "letterbox"
     frames: int | None = None  # of the videos that the bundle is for; None: pictures
+    tower: str = "none"
+    tower_options: Sequence[str] = ()
     verify: str = "full"
     overwrite: bool = False
 
@@ -100,12 +103,17 @@ class Request:
         _check_words(self)
         _check_numbers(self)
         check_output(self.output, self.overwrite)
-        _ = self.choice  # looked up now, so that a wrong method is refused
+        _ = self.choice, self.reduction  # looked up now, so that a wrong method or reduction is refused
 
     @cached_property
     def choice(self) -> Choice:
         """The method and its options, read once: an outside method's file is executed."""
         return _choose(self)
+
+    @cached_property
+    def reduction(self) -> TowerReduction | None:
+        """What the vision tower does with fewer rows; None: it works on all of them."""
+        return parse_reduction(self.tower, self.tower_options)
 
     @property
     def precision(self) -> str:
@@ -207,9 +215,20 @@ def _schedules(request: Request, model: Checkpoint) -> list[Schedule]:
     if choice.method is None:
         _refuse_keep_for_none(request, count)
         return []
-    return make_schedules(
-        choice.method, model.family, _keep_counts(request, choice.method, count), choice.options
-    )
+    counts = _keep_counts(request, choice.method, count)
+    _check_rows(model, counts[-1])
+    return make_schedules(choice.method, model.family, counts, choice.options)
+
+
+def _check_rows(model: Checkpoint, keep: int) -> None:
+    """Refuse to keep more tokens than a reduced tower has rows of their own for."""
+    reduced = model.family.reduced
+    most = reduced.reduction.most_kept(model.family.tower_shape, visual_tokens(model)) if reduced else keep
+    if reduced and keep > most:
+        raise UsageError(
+            f"keep-tokens {keep} is more than tower {reduced.reduction.name} leaves apart: {reduced.rows} "
+            f"of {reduced.of} rows make {most} different tokens; keep fewer, or reduce the tower less"
+        )
 
 
 def _refuse_keep_for_none(request: Request, count: int) -> None:

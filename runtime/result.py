@@ -60,6 +60,7 @@ class Result:
     prompt_tokens   text tokens of the prompt, without the picture's
     finish_reason   "eos", "stop" (a stop string), "length" (max_new_tokens or the cache is full), "timeout"
                     (timeout_ms), "cancelled"
+    tower           {"name", "rows", "of"} of a bundle whose vision tower works on fewer rows; else None
     """
 
     text: str
@@ -69,6 +70,7 @@ class Result:
     timings: Timings
     prompt_tokens: int
     finish_reason: str
+    tower: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The object that `vtp-run --json` prints."""
@@ -76,6 +78,7 @@ class Result:
             "text": self.text,
             "token_ids": self.token_ids,
             "visual_tokens": self.visual_tokens._asdict(),
+            "tower": self.tower,
             "kept": self.kept,
             "timings": self.timings.to_dict(),
             "prompt_tokens": self.prompt_tokens,

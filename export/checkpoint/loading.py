@@ -22,6 +22,7 @@ from vtp.export.checkpoint.unsupported import refuse_unsupported
 from vtp.export.checkpoint.weights import Weights, shapes_of
 from vtp.export.families import families, find_family
 from vtp.export.families.base import Family
+from vtp.export.towers import TowerReduction
 from vtp.runtime.preprocess import ImageSpec
 from vtp.runtime.preprocess.clip import ClipSpec
 from vtp.runtime.prompt.prompter import TextSpec
@@ -52,16 +53,20 @@ def read_config(folder: Path) -> dict[str, Any]:
     return _read_json(folder / "config.json", f"{folder} is not a model folder: it has no config.json")
 
 
-def check(folder: Path, frames: int | None = None) -> type[Family]:
+def check(folder: Path, frames: int | None = None, tower: TowerReduction | None = None) -> type[Family]:
     """The family that serves the model in `folder`, found without loading the model.
 
     frames  of the videos that it is to answer about; None: pictures
+    tower   what its vision tower is to do with fewer rows
 
     Raises VtpError for an unsupported architecture and for missing files, UsageError for a family without
-    videos.
+    videos or without that reduction.
     """
     with about(folder):
-        return _check(folder, frames)
+        family = _check(folder, frames)
+    if tower is not None:
+        family.check_reduction(tower.name)
+    return family
 
 
 def _check(folder: Path, frames: int | None) -> type[Family]:
@@ -95,6 +100,7 @@ def load(
     image_size: tuple[int, int] | None = None,
     fit: str = "letterbox",
     frames: int | None = None,
+    tower: TowerReduction | None = None,
 ) -> Checkpoint:
     """Build a model with transformers in `dtype` and gather what the bundle needs from its folder.
 
@@ -103,16 +109,22 @@ def load(
     image_size  (height, width) that the bundle is made for, and `fit`, what becomes of pictures that the
                 processor would lay out otherwise: see `spec_from_processor`.
     frames      of the videos that it answers about; None: pictures.
+    tower       a reduction of its vision tower, if any
 
     Raises VtpError for what `check` refuses, and for weights that do not fit the config; UsageError for an
-    image size that the processor does not give.
+    image size that the processor does not give, and for a reduction that does not fit the tower.
     """
     with about(folder):
-        return _load(folder, dtype, image_size, fit, frames)
+        return _load(folder, dtype, image_size, fit, frames, tower)
 
 
 def _load(
-    folder: Path, dtype: str, image_size: tuple[int, int] | None, fit: str, frames: int | None
+    folder: Path,
+    dtype: str,
+    image_size: tuple[int, int] | None,
+    fit: str,
+    frames: int | None,
+    tower: TowerReduction | None,
 ) -> Checkpoint:
     family_class = _check(folder, frames)
     settings.check_files(folder, _read_json)
@@ -127,6 +139,7 @@ def _load(
     if isinstance(image, ClipSpec):
         image = replace(image, frames=frames)
     family = family_class(_load_model(folder, family_class.architectures[0], DTYPES[dtype]))
+    image = image if tower is None else family.reduce(tower, image)
     family.prepare(image)
     if image.fixed_size != family.image_size:
         raise VtpError(

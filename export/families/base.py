@@ -4,24 +4,36 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from vtp.engines import VtpError
+from vtp.engines import UsageError, VtpError
 from vtp.export.families.reference import Reference
 from vtp.export.graphs.decoder import Decoder
 from vtp.export.graphs.frames import Frames
 from vtp.export.graphs.pruner import DecoderPruner
 from vtp.export.graphs.splice import Splice, TextCues
 from vtp.export.pruners.base import Pruner
+from vtp.export.towers.base import RowReduction, TowerReduction, TowerShape
+from vtp.export.towers.downsample import Downsample
 from vtp.runtime.preprocess import ImageSpec
 
 # Decoders whose attention, rotary embedding and norms the emitter was held against transformers with.
 DECODERS = ("llama", "mistral", "qwen2", "qwen3", "qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text")
 # Rotary embeddings whose frequencies depend on the position alone, not on how long the prompt is.
 ROTARY = ("default", "linear", "llama3", "yarn")
+
+
+@dataclass(frozen=True)
+class Reduced:
+    """A tower with a reduction: its last block works on `rows` of the `of` rows that it would have."""
+
+    reduction: TowerReduction
+    rows: int
+    of: int
 
 
 class Family(ABC):
@@ -41,6 +53,9 @@ class Family(ABC):
     reference       its reference: where an unmodified transformers model is cut
     media           what it looks at: "image", or "video" for a family's `clips`
     clips           the same models as a family that answers about videos, where they can
+    reductions      the tower reductions that it serves, and `unreduced`, why not others
+
+    reduced is what `reduce` was given: None for a whole tower.
     """
 
     name: ClassVar[str]
@@ -56,6 +71,9 @@ class Family(ABC):
     reference: ClassVar[type[Reference]] = Reference
     media: ClassVar[str] = "image"
     clips: ClassVar[type[Family] | None] = None
+    reductions: ClassVar[tuple[str, ...]] = ()
+    unreduced: ClassVar[str] = ""
+    reduced: Reduced | None = None
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -79,6 +97,42 @@ class Family(ABC):
         """Raise VtpError for a decoder's model_type that is not in `decoders`."""
         if kind not in cls.decoders:
             raise VtpError(f"this model's decoder is '{kind}'; supported decoders: {', '.join(cls.decoders)}")
+
+    @classmethod
+    def check_reduction(cls, name: str) -> None:
+        """Raise UsageError for a tower reduction that is not in `reductions`."""
+        if name not in cls.reductions:
+            served = ", ".join(("none", *cls.reductions))
+            because = f": {cls.unreduced}" if cls.unreduced else ""
+            raise UsageError(f"family {cls.name} does not serve tower {name}{because}; choose {served}")
+
+    @property
+    def tower_shape(self) -> TowerShape:
+        """The part of the vision tower that runs, for families with `reductions`."""
+        raise NotImplementedError
+
+    def reduce(self, reduction: TowerReduction, image: ImageSpec) -> ImageSpec:
+        """Do less work in the tower from now on; how pictures are cut then. Called once, before `prepare`.
+
+        Raises UsageError for what the family or this model's tower does not serve.
+        """
+        self.check_reduction(reduction.name)
+        of = self.tower_shape.rows
+        if isinstance(reduction, Downsample):
+            image = self.downsample(reduction, image)
+        reduction.check(self.tower_shape)
+        self.reduced = Reduced(reduction, reduction.rows(self.tower_shape), of)
+        return image
+
+    def downsample(self, reduction: Downsample, image: ImageSpec) -> ImageSpec:
+        """Give the tower the smaller size; how pictures are cut then."""
+        raise NotImplementedError
+
+    @property
+    def row_reduction(self) -> RowReduction | None:
+        """What the tower's blocks are to do with fewer rows; None: nothing."""
+        kind = self.reduced.reduction if self.reduced else None
+        return kind if isinstance(kind, RowReduction) else None
 
     @property
     @abstractmethod

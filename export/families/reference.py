@@ -29,6 +29,17 @@ class Reference:
         return self.model.model.vision_tower
 
     @property
+    def blocks(self) -> list[Any]:
+        """The tower's layers that the features need."""
+        layers, layer = list(self.tower.encoder.layers), self.model.config.vision_feature_layer
+        return layers[: range(len(layers) + 1)[layer]]
+
+    @property
+    def has_cls(self) -> bool:
+        """Whether a CLS row goes before the tower's patches."""
+        return hasattr(self.tower.embeddings, "class_embedding")
+
+    @property
     def token_id(self) -> int:
         """The id that stands for a visual token in transformers' prompt."""
         return self.model.config.image_token_id
@@ -69,7 +80,7 @@ class Reference:
         finally:
             hook.remove()
         states = out.hidden_states[layer]
-        has_cls = hasattr(tower.embeddings, "class_embedding")
+        has_cls = self.has_cls
         cropped = self.model.config.vision_feature_select_strategy == "default"
         cues = {"image_features": states[:, 1:] if cropped else states}
         if wanted and (number < 0 or cropped != has_cls):

@@ -8,6 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from vtp.export.graphs.attention.operators import TowerProbe, active
+from vtp.export.towers.base import RowReduction
+from vtp.export.towers.blocks import Block
 
 
 class VisionEncoder(nn.Module):
@@ -15,7 +17,7 @@ class VisionEncoder(nn.Module):
 
     `embed` turns pixels into the first hidden states; `layers` are only those that the features need, `norm`
     what follows them in some towers. Cues: attention_scores float32 [B,N] and vision_keys [B,N,C], both of
-    the last of those layers.
+    the last of those layers. With a `reduction` the layers work on fewer rows, see `vtp.export.towers`.
     """
 
     def __init__(
@@ -25,6 +27,7 @@ class VisionEncoder(nn.Module):
         has_cls: bool,
         cues: Sequence[str] = (),
         norm: nn.Module | None = None,
+        reduction: RowReduction | None = None,
     ) -> None:
         super().__init__()
         self.embed = embed
@@ -32,18 +35,29 @@ class VisionEncoder(nn.Module):
         self.norm = norm
         self.has_cls = has_cls
         self.cues = tuple(cues)
+        self.reduction = reduction
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+        run = self._run if self.reduction is None else self._run_reduced
+        hidden, read = run(self.embed(pixel_values))
+        hidden = hidden if self.norm is None else self.norm(hidden)
+        features = hidden[:, 1:] if self.has_cls else hidden
+        return (features, *(read[name] for name in self.cues))
+
+    def _run(self, hidden: Tensor) -> tuple[Tensor, dict[str, Any]]:
         probed = self.layers[-1].self_attn if self.cues else None
         probe = TowerProbe(probed, self.has_cls)  # type: ignore[arg-type]
-        hidden = self.embed(pixel_values)
         with active(probe):
             for layer in self.layers:
                 hidden = layer(hidden, None)
-        hidden = hidden if self.norm is None else self.norm(hidden)
-        features = hidden[:, 1:] if self.has_cls else hidden
-        read: dict[str, Any] = {"attention_scores": probe.scores, "vision_keys": probe.keys}
-        return (features, *(read[name] for name in self.cues))
+        return hidden, {"attention_scores": probe.scores, "vision_keys": probe.keys}
+
+    def _run_reduced(self, hidden: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        assert self.reduction is not None
+        blocks = [Block(getattr(layer, "layer", layer)) for layer in self.layers]
+        with active(TowerProbe(None, self.has_cls)):
+            made = self.reduction.encode(blocks, hidden, self.has_cls, bool(self.cues))
+        return made.hidden, {"attention_scores": made.scores, "vision_keys": made.keys}
 
 
 class Projector(nn.Module):

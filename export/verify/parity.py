@@ -262,6 +262,7 @@ def _reference(
             positions=bundle.manifest.method.positions,
             image_size=bundle.manifest.image.image_size,
             reference=model.family.reference,
+            reduction=model.family.row_reduction,
         )
 
 

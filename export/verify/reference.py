@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -23,6 +24,7 @@ from vtp.engines.errors import UsageError, VtpError
 from vtp.export.families.reference import Reference
 from vtp.export.pruners.base import Pruner
 from vtp.export.pruners.site import Site
+from vtp.export.towers.base import RowReduction
 
 
 @dataclass
@@ -57,6 +59,7 @@ def reference_generate(
     positions: str = "compact",
     image_size: tuple[int, int] | None = None,
     reference: type[Reference] = Reference,
+    reduction: RowReduction | None = None,
 ) -> ReferenceAnswer:
     """Answer one prompt greedily, in the model's dtype.
 
@@ -69,6 +72,7 @@ def reference_generate(
     image_size    (height, width) of the picture, for models that see it in several views: pixel_values are
                   then [V,3,H,W], and what a vision or projector site chooses from are the P patches.
     reference     the family's
+    reduction     what the tower's own layers are to do with fewer rows, in its long form
 
     Raises VtpError where the model cannot serve the pruner's site, or a decoder site several pictures, and
     UsageError for an unknown `positions`.
@@ -82,9 +86,10 @@ def reference_generate(
     if in_decoder and len(pictures) > 1:
         raise VtpError(f"site {site} takes one picture per prompt, not {len(pictures)}")
     parts = reference(model, image_size)
-    with torch.no_grad(), parts.eager():
+    first = None if in_decoder or not schedule else schedule[0]
+    with torch.no_grad(), parts.eager(), _reduced(parts, reduction, first):
         decoder = _Decoder(parts, input_ids, in_decoder or positions == "original")
-        text, first = decoder.text_cues(), None if in_decoder or not schedule else schedule[0]
+        text = decoder.text_cues()
         looks = [_look(parts, pixels, first, text) for pixels in pictures]
         decoder.start(torch.cat([look.embeds for look in looks], dim=1))
         if first is not None:
@@ -93,6 +98,18 @@ def reference_generate(
         decoder.prefill(schedule if in_decoder else [], looks[0].cues)
         tokens, logits = decoder.answer(max_new_tokens, eos_ids)
     return ReferenceAnswer(tokens, decoder.kept, logits, decoder.cache_lengths())
+
+
+_TOWER_CUES = {"attention_scores", "vision_keys"}
+
+
+def _reduced(
+    parts: Reference, reduction: RowReduction | None, first: Pruner | None
+) -> AbstractContextManager[None]:
+    """The tower's layers as the reduction has them; nothing changes without one."""
+    if reduction is None:
+        return nullcontext()
+    return reduction.reference(parts.blocks, parts.has_cls, bool(first and _TOWER_CUES & set(first.needs)))
 
 
 @dataclass(frozen=True)
@@ -106,7 +123,7 @@ class _Look:
 
 def _look(parts: Reference, pixel_values: Tensor, pruner: Pruner | None, text: dict[str, Tensor]) -> _Look:
     """Look at one picture, with the pruner of a vision or projector site if there is one."""
-    wanted = {"attention_scores", "vision_keys"} & set(pruner.needs if pruner else ())
+    wanted = _TOWER_CUES & set(pruner.needs if pruner else ())
     cues = {**text, **parts.vision(pixel_values, wanted)}
     cues["image_embeds"] = parts.project(cues["image_features"])
     embeds, places = parts.tokens(pixel_values, cues["image_embeds"])

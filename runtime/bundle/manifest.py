@@ -97,6 +97,21 @@ class MethodInfo:
 
 
 @dataclass(frozen=True)
+class TowerInfo:
+    """A vision tower with a reduction: its last block works on `rows` of the `of` rows that it would have."""
+
+    name: str
+    rows: int
+    of: int
+    options: dict[str, Any]
+    paper: str
+
+    def to_json(self) -> dict[str, Any]:
+        """What results say of it."""
+        return {"name": self.name, "rows": self.rows, "of": self.of}
+
+
+@dataclass(frozen=True)
 class FrameInfo:
     """The visual tokens of a video: patch i of frame f is number first + f * step + i of them.
 
@@ -182,6 +197,7 @@ class Manifest:
     # What vtp-calib quantize made of the bundle's graphs, layer by layer, and what it cost; {}: nothing.
     quantization: dict[str, Any] = field(default_factory=dict)
     generation: GenerationInfo = field(default_factory=GenerationInfo)
+    tower: TowerInfo | None = None  # null: the vision tower works on all its rows
     schema: int = SCHEMA
 
     def stages_for(self, when: str, keep: int) -> list[StageInfo]:
@@ -263,6 +279,8 @@ def _check(manifest: Manifest) -> None:
     clips = manifest.image.frames is not None
     _agree(clips == (manifest.text.media == "video"), "manifest.text.media and manifest.image.frames differ")
     _agree(clips == (visual.frame is not None), "manifest.visual.frame and manifest.image.frames differ")
+    tower = manifest.tower
+    _agree(tower is None or 0 < tower.rows <= tower.of, "manifest.tower.rows is out of range")
     _check_frame(visual, manifest.image.frames or 0)
     _check_generation(manifest.generation, manifest.model.vocab_size)
     _check_ids(manifest)

@@ -138,4 +138,5 @@ def _empty(request: Request, manifest: Manifest) -> Result:
         timings=request.timings,
         prompt_tokens=request.prompt.text_tokens,
         finish_reason=CANCELLED,
+        tower=manifest.tower.to_json() if manifest.tower else None,
     )

@@ -27,6 +27,8 @@ class Gemma3(PaliGemma):
 
     name = "gemma3"
     architectures = ("Gemma3ForConditionalGeneration",)
+    reductions = ("ipcv", "tome")
+    unreduced = "its projector pools a whole tower's patches"
     decoders = ("gemma3_text",)
     limits = "without pan and scan; attention in single operators, since GroupQueryAttention is causal"
     reference = Gemma3Reference

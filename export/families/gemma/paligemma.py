@@ -20,6 +20,9 @@ from vtp.export.families.reference import Reference
 from vtp.export.graphs.decoder import Decoder
 from vtp.export.graphs.encoder import Projector, VisionEncoder
 from vtp.export.graphs.splice import Splice
+from vtp.export.towers.base import TowerShape
+from vtp.export.towers.downsample import Downsample, smaller
+from vtp.runtime.preprocess import ImageSpec
 
 
 class PaliGemma(Family):
@@ -30,6 +33,7 @@ class PaliGemma(Family):
     sites = ("vision", "projector", "decoder")
     decoders: ClassVar[tuple[str, ...]] = ("gemma", "gemma2")
     several = True
+    reductions: ClassVar[tuple[str, ...]] = ("ipcv", "tome", "downsample")
     limits = (
         "one question, no conversation; a prompt no longer than Gemma 2's window; attention in single "
         "operators, since GroupQueryAttention is causal"
@@ -64,6 +68,15 @@ class PaliGemma(Family):
         return self._vision.hidden_size
 
     @property
+    def tower_shape(self) -> TowerShape:
+        patches = (self._vision.image_size // self._vision.patch_size) ** 2
+        return TowerShape(patches, len(self.tower.encoder.layers), False)
+
+    def downsample(self, reduction: Downsample, image: ImageSpec) -> ImageSpec:
+        reduction.resample(self.tower.embeddings, self._vision)
+        return smaller(image, reduction.settings["size"])
+
+    @property
     def decoder(self) -> Decoder:
         softcap = getattr(self.model.config.text_config, "final_logit_softcapping", None)
         return Decoder(
@@ -80,7 +93,8 @@ class PaliGemma(Family):
 
     def vision_encoder(self, cues: Sequence[str]) -> nn.Module:
         tower = self.tower
-        return VisionEncoder(tower.embeddings, tower.encoder.layers, False, cues, tower.post_layernorm)
+        norm, reduction = tower.post_layernorm, self.row_reduction
+        return VisionEncoder(tower.embeddings, tower.encoder.layers, False, cues, norm, reduction)
 
     def projector(self, whole: bool) -> nn.Module:
         del whole  # it has no tokens but its patches

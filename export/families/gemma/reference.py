@@ -14,6 +14,10 @@ from vtp.export.families.reference import Reference
 class SiglipReference(Reference):
     """Features are the tower's last_hidden_state, in some models pooled; cues are of its last layer."""
 
+    @property
+    def blocks(self) -> list[Any]:
+        return list(self.tower.encoder.layers)
+
     def vision(self, pixel_values: Tensor, wanted: Collection[str]) -> dict[str, Tensor]:
         tower = self.tower
         keys: list[Tensor] = []

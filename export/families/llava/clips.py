@@ -17,6 +17,7 @@ class Clips(Llava):
     several = False
     lacks = MappingProxyType({"grid": "its tokens lie in several frames"})
     media = "video"
+    reductions = ("ipcv", "tome")
     frames: Frames
 
     @property

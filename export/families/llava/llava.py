@@ -16,6 +16,9 @@ from vtp.engines import VtpError
 from vtp.export.families.base import Family
 from vtp.export.graphs.decoder import Decoder
 from vtp.export.graphs.encoder import Projector, VisionEncoder
+from vtp.export.towers.base import TowerShape
+from vtp.export.towers.downsample import Downsample, smaller
+from vtp.runtime.preprocess import ImageSpec
 
 
 class Llava(Family):
@@ -26,6 +29,7 @@ class Llava(Family):
     sites: ClassVar[tuple[str, ...]] = ("vision", "projector", "decoder")
     several = True
     limits = "CLIP or SigLIP tower; one vision_feature_layer"
+    reductions = ("ipcv", "tome", "downsample")
 
     @classmethod
     def check(cls, config: dict[str, Any]) -> None:
@@ -49,6 +53,15 @@ class Llava(Family):
         return self._vision.hidden_size
 
     @property
+    def tower_shape(self) -> TowerShape:
+        rows, columns = (size // self._vision.patch_size for size in self.image_size)
+        return TowerShape(rows * columns, self._feature_layer(), self._has_cls())
+
+    def downsample(self, reduction: Downsample, image: ImageSpec) -> ImageSpec:
+        reduction.resample(self.tower.embeddings, self._vision)
+        return smaller(image, reduction.settings["size"])
+
+    @property
     def decoder(self) -> Decoder:
         return Decoder(self.model.model.language_model, self.model.lm_head)
 
@@ -70,7 +83,8 @@ class Llava(Family):
     def _encoder(self, cues: Sequence[str], leave_cls: bool) -> VisionEncoder:
         """The tower up to the layer that makes the features, which leaves a CLS token out or passes it on."""
         layers = list(self.tower.encoder.layers)[: self._feature_layer()]
-        return VisionEncoder(_TOWERS[self._vision.model_type](self.tower), layers, leave_cls, cues)
+        embed = _TOWERS[self._vision.model_type](self.tower)
+        return VisionEncoder(embed, layers, leave_cls, cues, reduction=self.row_reduction)
 
     @property
     def _vision(self) -> Any:

@@ -32,6 +32,8 @@ class LlavaNext(Llava):
     lacks = MappingProxyType({"grid": "its tokens lie in several tiles"})
     image_kinds = ("anyres",)
     reference = TiledReference
+    reductions = ("ipcv", "tome")
+    unreduced = "how its tiles are packed depends on their size"
 
     def prepare(self, image: ImageSpec) -> None:
         assert isinstance(image, AnyresSpec)  # see image_kinds

@@ -48,6 +48,8 @@ class VideoLlavaClips(Clips):
     name = "video_llava"
     architectures = ("VideoLlavaForConditionalGeneration",)
     reference = ClipReference
+    reductions = ()
+    unreduced = "the CLS rows of a video's frames are visual tokens, too"
 
     def prepare(self, image: ImageSpec) -> None:
         self.frames = Frames(image.frames or 1, self.seen, before=int(self._has_cls()))
@@ -71,6 +73,7 @@ class VideoLlava(Llava):
         "frames' CLS tokens, and methods that need a grid are refused"
     )
     several = False
+    reductions = ("ipcv", "tome")
     reference = PictureReference
     clips = VideoLlavaClips
 

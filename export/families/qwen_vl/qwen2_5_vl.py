@@ -16,6 +16,7 @@ class Qwen2_5VL(Qwen2VL):
     """Qwen2_5_VLForConditionalGeneration."""
 
     name = "qwen2_5_vl"
+    unreduced = "most of its tower's blocks attend within windows; choose a smaller --image-size"
     architectures = ("Qwen2_5_VLForConditionalGeneration",)
     reference = WindowReference
 

@@ -27,6 +27,7 @@ class Qwen2VL(Family):
     """Qwen2VLForConditionalGeneration."""
 
     name = "qwen2_vl"
+    unreduced = "its tower takes patches of any size of picture; choose a smaller --image-size"
     architectures = ("Qwen2VLForConditionalGeneration",)
     sites = ("vision", "projector", "decoder")
     several = True

@@ -25,6 +25,7 @@ from vtp.export.graphs.encoder import Projector, VisionEncoder
 from vtp.export.graphs.pruner import DecoderPruner
 from vtp.export.graphs.splice import Splice, TextCues
 from vtp.export.pruners.base import Pruner
+from vtp.export.towers.base import TowerShape
 from vtp.runtime.preprocess import ImageSpec
 from vtp.runtime.preprocess.idefics3 import Idefics3Spec
 
@@ -42,6 +43,8 @@ class Idefics3(Family):
         "one image size per bundle; K is for the whole picture, all tiles together; tile separators "
         "are never pruned; methods that need a grid only at one tile; no video"
     )
+    reductions = ("ipcv", "tome")
+    unreduced = "a smaller --image-size gives it fewer tiles"
     image_kinds = ("idefics3",)
     reference = Idefics3Reference
 
@@ -97,6 +100,10 @@ class Idefics3(Family):
         return self._vision.hidden_size * self._factor**2
 
     @property
+    def tower_shape(self) -> TowerShape:
+        return TowerShape(self._side**2, len(self.tower.encoder.layers), False)
+
+    @property
     def decoder(self) -> Decoder:
         return Decoder(self.model.model.text_model, self.model.lm_head)
 
@@ -136,7 +143,8 @@ class Idefics3(Family):
 
     def vision_encoder(self, cues: Sequence[str]) -> nn.Module:
         embed, norm = _Patches(self.tower.embeddings), self.tower.post_layernorm
-        encoder = VisionEncoder(embed, list(self.tower.encoder.layers), has_cls=False, cues=cues, norm=norm)
+        layers = list(self.tower.encoder.layers)
+        encoder = VisionEncoder(embed, layers, False, cues, norm, self.row_reduction)
         return ShuffledEncoder(encoder, cues, self._factor, self._views == 1)
 
     def projector(self, whole: bool) -> nn.Module:

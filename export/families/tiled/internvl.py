@@ -20,6 +20,7 @@ from vtp.export.families.tiled.reference import InternVLReference
 from vtp.export.families.tiled.shuffle import ShuffledEncoder
 from vtp.export.graphs.decoder import Decoder
 from vtp.export.graphs.encoder import Projector, VisionEncoder
+from vtp.export.towers.base import TowerShape
 from vtp.runtime.preprocess import ImageSpec
 
 _TILED = MappingProxyType({"grid": "its tokens lie in several tiles"})
@@ -37,6 +38,8 @@ class InternVL(Family):
         "one image size per bundle; K is for the whole picture, all tiles together; methods that need a "
         "grid only at one tile; no video"
     )
+    reductions = ("ipcv", "tome")
+    unreduced = "a smaller --image-size gives it fewer tiles"
     image_kinds = ("internvl", "clip")  # the second at an image size of one tile
     reference = InternVLReference
     _views = 1
@@ -81,6 +84,13 @@ class InternVL(Family):
         return self._vision.hidden_size * self._factor**2
 
     @property
+    def tower_shape(self) -> TowerShape:
+        rows, columns = (
+            size // patch for size, patch in zip(self.image_size, self._vision.patch_size, strict=True)
+        )
+        return TowerShape(rows * columns, self._feature_layer(), True)
+
+    @property
     def decoder(self) -> Decoder:
         return Decoder(self.model.model.language_model, self.model.lm_head)
 
@@ -109,7 +119,8 @@ class InternVL(Family):
         number = self._feature_layer()
         layers = [_Layer(layer) for layer in list(self.tower.encoder.layer)[:number]]
         norm = self.tower.layernorm if self.model.config.vision_feature_layer == -1 else None
-        encoder = VisionEncoder(self.tower.embeddings, layers, has_cls=True, cues=cues, norm=norm)
+        embed = self.tower.embeddings
+        encoder = VisionEncoder(embed, layers, True, cues, norm, self.row_reduction)
         return ShuffledEncoder(encoder, cues, self._factor, self._views == 1)
 
     def projector(self, whole: bool) -> nn.Module:

@@ -65,6 +65,13 @@ class ShuffledReference(Reference):
 class InternVLReference(ShuffledReference):
     """InternVL's: the tower has CLS."""
 
+    has_cls = True
+
+    @property
+    def blocks(self) -> list[Any]:
+        layers, layer = list(self.tower.encoder.layer), self.model.config.vision_feature_layer
+        return layers[: range(len(layers) + 1)[layer]]
+
     def _view(self, pixel_values: Tensor) -> dict[str, Tensor]:
         layers, layer = self.tower.encoder.layer, self.model.config.vision_feature_layer
         attention = layers[range(len(layers) + 1)[layer] - 1].attention
@@ -93,9 +100,15 @@ class InternVLReference(ShuffledReference):
 class Idefics3Reference(ShuffledReference):
     """Idefics3's and SmolVLM's: no CLS."""
 
+    has_cls = False
+
     @property
     def tower(self) -> Any:
         return self.model.model.vision_model
+
+    @property
+    def blocks(self) -> list[Any]:
+        return list(self.tower.encoder.layers)
 
     @property
     def text(self) -> Any:

@@ -90,7 +90,9 @@ def decomposed(
     groups = key.shape[1]
     grouped = query.reshape(batch, groups, heads // groups * sequence, width)
     scores = softcapped(torch.matmul(grouped, key.transpose(2, 3)).float() * scale, softcap)
-    if mask is not None:
+    if mask is not None and mask.is_floating_point():  # a tower's: groups are heads
+        scores = scores + mask.float()
+    elif mask is not None:
         apart = scores.reshape(batch, groups, heads // groups, sequence, key.shape[2])
         hidden = apart.masked_fill(~mask.unsqueeze(1), torch.finfo(torch.float32).min)
         scores = hidden.reshape(scores.shape)

@@ -298,7 +298,7 @@ def _tower_attention(
     probe: TowerProbe = _active.get()
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     if module is probe.module:
-        probe.scores = _cls_row(query, key, scale) if probe.has_cls else attention_received(query, key, scale)
+        probe.scores = cls_row(query, key, scale) if probe.has_cls else attention_received(query, key, scale)
         keys = _merge_heads(key)
         probe.keys = keys[:, 1:] if probe.has_cls else keys
     return _attending.get().tower(query, key, value, attention_mask, scale).transpose(1, 2), None
@@ -313,7 +313,7 @@ def fused_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | No
 GROUPED_QUERY = Attending(grouped_query_attention, fused_attention)
 
 
-def _cls_row(query: Tensor, key: Tensor, scale: float) -> Tensor:
+def cls_row(query: Tensor, key: Tensor, scale: float) -> Tensor:
     """CLS' attention to the patches, mean over heads: one row per head, float32 [B,N]."""
     logits = torch.matmul(query[:, :, :1], key.transpose(2, 3)).float() * scale
     return torch.softmax(logits, dim=-1)[:, :, 0, 1:].mean(dim=1)

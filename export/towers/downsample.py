@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from vtp.export.towers.base import TowerReduction, TowerShape
 from vtp.runtime.preprocess import ImageSpec
+from vtp.runtime.preprocess.clip import ClipSpec
 
 
 class Downsample(TowerReduction):
@@ -60,13 +61,20 @@ class Downsample(TowerReduction):
 
 def smaller(image: ImageSpec, size: int) -> ImageSpec:
     """The same cut of pictures for a tower that takes `size` x `size` pixels: every length in proportion."""
+    assert isinstance(image, ClipSpec)  # what the families that serve this take
     before = max(image.fixed_size)
 
     def scaled(length: int | None) -> int | None:
         return None if length is None else round(length * size / before)
 
-    lengths = ("shortest_edge", "height", "width", "crop_height", "crop_width")
-    return replace(image, **{name: scaled(getattr(image, name)) for name in lengths})
+    return replace(
+        image,
+        shortest_edge=scaled(image.shortest_edge),
+        height=scaled(image.height),
+        width=scaled(image.width),
+        crop_height=scaled(image.crop_height),
+        crop_width=scaled(image.crop_width),
+    )
 
 
 class ResampledPositions(nn.Module):

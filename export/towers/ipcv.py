@@ -66,7 +66,8 @@ class Ipcv(RowReduction):
         for block in blocks[:cut]:
             before, hidden = hidden, block(hidden)
         kept = _choose(before, hidden, self._kept(hidden.shape[1] - has_cls), has_cls)
-        rows, read = kept.first, (None, None)
+        rows = kept.first
+        read: tuple[Tensor | None, Tensor | None] = (None, None)
         for number, block in enumerate(blocks[cut:], cut):
             reads = cues and number == len(blocks) - 1
             if reads or number < cut + self.settings["stable"]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import MappingProxyType
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -17,7 +18,7 @@ class Clips(Llava):
     several = False
     lacks = MappingProxyType({"grid": "its tokens lie in several frames"})
     media = "video"
-    reductions = ("ipcv", "tome")
+    reductions: ClassVar[tuple[str, ...]] = ("ipcv", "tome")
     frames: Frames
 
     @property

@@ -29,7 +29,7 @@ class Llava(Family):
     sites: ClassVar[tuple[str, ...]] = ("vision", "projector", "decoder")
     several = True
     limits = "CLIP or SigLIP tower; one vision_feature_layer"
-    reductions = ("ipcv", "tome", "downsample")
+    reductions: ClassVar[tuple[str, ...]] = ("ipcv", "tome", "downsample")
 
     @classmethod
     def check(cls, config: dict[str, Any]) -> None:

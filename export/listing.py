@@ -6,13 +6,14 @@ import json
 from typing import Any
 
 from vtp.export import families as family_registry
-from vtp.export import pruners
+from vtp.export import pruners, towers
 from vtp.export.pruners.base import Pruner
 from vtp.runtime.commands.console import table
 
 
 def methods() -> list[dict[str, Any]]:
-    """One row per method: name, site, selects or merges, needs, default K of 576 tokens, options, paper."""
+    """A row per method: name, site, selects or merges, needs, default K of 576 tokens, options, paper; then
+    a row per tower reduction, whose site is "--tower"."""
     rows: list[dict[str, Any]] = [
         {
             "method": pruners.NONE,
@@ -38,7 +39,24 @@ def methods() -> list[dict[str, Any]]:
                     "paper": method.paper,
                 }
             )
-    return rows
+    return [*rows, *_reductions()]
+
+
+def _reductions() -> list[dict[str, Any]]:
+    """One row per tower reduction: what `--tower` takes, beside any method."""
+    found = [towers.find_reduction(name) for name in towers.reduction_names()]
+    return [
+        {
+            "method": kind.name,
+            "site": "--tower",
+            "does": "reduces",
+            "needs": [],
+            "K of 576": 576,
+            "options": dict(kind.options),
+            "paper": kind.paper,
+        }
+        for kind in found
+    ]
 
 
 def _options(method: type[Pruner]) -> dict[str, Any]:

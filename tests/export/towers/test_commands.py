@@ -1,0 +1,179 @@
+"""--tower on the command line: what is refused, in one line, and what manifest and results say."""
+
+from __future__ import annotations
+
+import json
+from importlib import util
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from vtp.engines.tensorrt.library import build_engine
+from vtp.export.cli import main
+from vtp.export.exporter import Request, export
+from vtp.runtime import Pipeline
+from vtp.runtime.bundle.folder import open_bundle
+from vtp.runtime.commands.build import profile_of
+
+from ...models.tiny import save_tiny
+from ...models.tiny_gemma import save_gemma, tiny_gemma3
+from ...models.tiny_qwen import save_qwen
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("towers")
+    save_tiny(root / "llava", layers=2, vision_layers=5, image_size=84)
+    save_qwen(root / "qwen2_5", "qwen2_5_vl")
+    save_gemma(root / "gemma3", tiny_gemma3())
+    return root
+
+
+@pytest.fixture(scope="module")
+def bundle(folder: Path) -> Path:
+    wishes = {"method": "vispruner", "keep_tokens": "5", "tower": "ipcv:0.35", "tower_options": ["stable=1"]}
+    request = Request(folder / "ipcv", model=str(folder / "llava"), max_length=128, **wishes)  # type: ignore[arg-type]
+    return export(request).folder
+
+
+@pytest.mark.parametrize(
+    ("model", "flags", "code", "words"),
+    [
+        ("llava", ["--tower", "ipcv:0"], 2, "tower ipcv: keep is 0; choose a fraction above 0 and up to 1"),
+        (
+            "llava",
+            ["--tower", "ipcv:1.5"],
+            2,
+            "tower ipcv: keep is 1.5; choose a fraction above 0 and up to 1",
+        ),
+        (
+            "llava",
+            ["--tower", "ipcv:nan"],
+            2,
+            "tower ipcv: keep is 'nan'; give a finite number, such as 0.35",
+        ),
+        ("llava", ["--tower", "ipcv:"], 2, "tower ipcv: keep is ''; give a finite number, such as 0.35"),
+        ("llava", ["--tower", "ipcv:0.001"], 2, "keep is 0.001; that keeps none of the 36 patches"),
+        (
+            "llava",
+            ["--tower", "ipcv", "--tower-option", "cut=4"],
+            2,
+            "tower ipcv: cut is 4; the vision tower runs 4 blocks; choose 1 to 3",
+        ),
+        ("llava", ["--tower", "ipcv", "--tower-option", "cut=0"], 2, "cut is 0; choose at least 1"),
+        ("llava", ["--tower", "ipcv", "--tower-option", "cut"], 2, "'cut' is not of the form name=value"),
+        ("llava", ["--tower", "ipcv:1", "--tower-option", "keep=1"], 2, "keep is given twice; give it once"),
+        (
+            "llava",
+            ["--tower", "ipcv", "--tower-option", "cuts=2"],
+            2,
+            "no option 'cuts'; did you mean 'cut'?",
+        ),
+        ("llava", ["--tower", "ipvc"], 2, "unknown tower reduction 'ipvc'; did you mean 'ipcv'?"),
+        ("llava", ["--tower", "none:3"], 2, "tower none has no options; leave out '3'"),
+        ("llava", ["--tower", "tome:1_0"], 2, "merge is '1_0'; give a whole number, such as 16"),
+        ("llava", ["--tower", "tome:-1"], 2, "merge is -1; choose 0 or more pairs of rows for every block"),
+        (
+            "llava",
+            ["--tower", "tome:9"],
+            2,
+            "tower tome: merge is 9; 37 rows and 4 blocks do not have so many",
+        ),
+        (
+            "llava",
+            ["--tower", "tome:5", "--keep-tokens", "30"],
+            2,
+            "keep-tokens 30 is more than tower tome leaves apart: 17 of 37 rows make 16 different tokens",
+        ),
+        (
+            "llava",
+            ["--tower", "downsample:84"],
+            2,
+            "choose a multiple of the patches' 14 pixels, from 14 to 70",
+        ),
+        (
+            "llava",
+            ["--tower", "downsample:60"],
+            2,
+            "choose a multiple of the patches' 14 pixels, from 14 to 70",
+        ),
+        (
+            "qwen2_5",
+            ["--tower", "ipcv"],
+            2,
+            "family qwen2_5_vl does not serve tower ipcv: most of its tower's",
+        ),
+        (
+            "gemma3",
+            ["--tower", "downsample"],
+            2,
+            "family gemma3 does not serve tower downsample: its projector",
+        ),
+    ],
+)
+def test_what_cannot_be_is_one_line(
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    model: str,
+    flags: list[str],
+    code: int,
+    words: str,
+) -> None:
+    out = tmp_path / "out"
+    assert main(["--model", str(folder / model), "--method", "vispruner", "-o", str(out), *flags]) == code
+    lines = [line for line in capsys.readouterr().err.splitlines() if "load the model" not in line]
+    assert len(lines) == 1 and words in lines[0], lines
+    assert not out.exists()
+
+
+def test_the_manifest_and_every_result_say_it(bundle: Path) -> None:
+    said = {"name": "ipcv", "rows": 13, "of": 37}  # 12 of 36 patches and CLS
+    tower = json.loads((bundle / "manifest.json").read_text())["tower"]
+    assert {name: tower[name] for name in said} == said
+    assert tower["options"] == {"keep": 0.35, "cut": 3, "stable": 1}
+    with Pipeline.load(bundle) as pipe:
+        result = pipe.generate(np.zeros((60, 80, 3), np.uint8), "what is it ?", max_new_tokens=2)
+    assert result.to_json()["tower"] == said
+    assert result.visual_tokens == (36, 5)
+
+
+@pytest.mark.parametrize(("name", "value"), [("rows", 38), ("rows", 0), ("of", "37"), ("more", 1)])
+def test_a_manifest_that_lies_is_refused(bundle: Path, tmp_path: Path, name: str, value: object) -> None:
+    import shutil
+
+    from vtp.engines import VtpError
+
+    shutil.copytree(bundle, tmp_path / "copy")
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    manifest["tower"][name] = value
+    (tmp_path / "copy" / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(VtpError, match="tower"):
+        open_bundle(tmp_path / "copy")
+
+
+@pytest.mark.parametrize("tower", ["ipcv:0.5", "tome:2"])
+@pytest.mark.parametrize("mode", ["layers"])
+def test_by_layers_it_is_verified_too(folder: Path, tmp_path: Path, tower: str, mode: str) -> None:
+    wishes = {"method": "vispruner", "keep_tokens": "5", "tower": tower, "verify": mode}
+    request = Request(tmp_path / "out", model=str(folder / "llava"), max_length=128, **wishes)  # type: ignore[arg-type]
+    assert export(request).manifest.parity["mode"] == mode
+
+
+@pytest.mark.trtrtx
+@pytest.mark.skipif(util.find_spec("tensorrt_rtx") is None, reason="TensorRT-RTX is not installed")
+@pytest.mark.parametrize("tower", ["ipcv:0.5", "tome:2", "downsample:56"])
+def test_tensorrt_rtx_builds_it(folder: Path, tmp_path: Path, tower: str) -> None:
+    wishes = {"method": "vispruner", "keep_tokens": "5", "tower": tower, "target": "tensorrt"}
+    request = Request(
+        tmp_path / "out",
+        model=str(folder / "llava"),
+        max_length=128,
+        verify="none",
+        **wishes,  # type: ignore[arg-type]
+    )
+    made = export(request)
+    file = "vision_encoder.onnx"
+    profile = profile_of(made.manifest.graphs[file])
+    assert build_engine(made.path(file), "tensorrt-rtx", profile).plan.nbytes

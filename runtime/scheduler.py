@@ -16,6 +16,7 @@ from vtp.runtime.media.pictures import Images
 from vtp.runtime.pipeline import Pipeline
 from vtp.runtime.prompt.messages import Messages
 from vtp.runtime.scheduling.job import Job
+from vtp.runtime.scheduling.loader import Loader
 from vtp.runtime.scheduling.queue import Closed, Queue, QueueFull
 from vtp.runtime.scheduling.rows import Rows
 from vtp.runtime.scheduling.sharing import slot_count, why_in_turn
@@ -63,7 +64,9 @@ class Scheduler:
             count = slot_count(slots, _ANY if self._in_turn else runner.rows_together)
             self._slots = Slots(runner, 1 if self._in_turn else count)
             stack.callback(self._slots.close)
-            self._queue = Queue(self._slots.count, capacity)
+            loader = Loader()
+            stack.callback(loader.close)
+            self._queue = Queue(self._slots.count, capacity, loader)
             keep = None if self._in_turn else pipeline.manifest.visual.default_keep
             rows = Rows(self._slots, self._queue, keep)
             self._worker = Worker(self._queue, rows, stack.pop_all())

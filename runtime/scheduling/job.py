@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from concurrent.futures import Future
 
 import numpy as np
 
@@ -27,6 +28,7 @@ class Job:
         self.error: Exception | None = None
         self.submitted = time.perf_counter()
         self.started: float | None = None
+        self.loading: Future[None] | None = None  # of its pictures, by the loader
 
     def start(self) -> None:
         """Note that it runs from now on."""
@@ -42,6 +44,18 @@ class Job:
     def seconds(self) -> float | None:
         """How long it has run; None before it started."""
         return None if self.started is None else time.perf_counter() - self.started
+
+    @property
+    def loaded(self) -> bool:
+        """Whether nothing is gained by waiting for its pictures."""
+        return self.loading is None or self.loading.done()
+
+    def load(self) -> None:
+        """Have its pictures decoded; raises what is wrong with them."""
+        if self.loading is None:
+            self.answer.request.load()
+        else:
+            self.loading.result()
 
     def take(self, logits: np.ndarray, room: int) -> None:
         """Write the next token, by its logits [V]; `room` as for `Answer.ends`."""

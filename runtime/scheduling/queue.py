@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections import Counter, defaultdict, deque
+from itertools import islice
 
 from vtp.engines import VtpError
 from vtp.runtime.generation.stopping import CANCELLED, TIMEOUT
 from vtp.runtime.scheduling.job import Job
+from vtp.runtime.scheduling.loader import Loader
 from vtp.runtime.scheduling.stats import SchedulerStats
 
 _FIRST_GUESS = 1.0  # seconds, while no request has ended yet
@@ -32,9 +34,11 @@ class Queue:
 
     slots     requests that run at once
     capacity  requests that may wait beyond those
+    loader    decodes the pictures of the next `slots` requests
     """
 
-    def __init__(self, slots: int, capacity: int) -> None:
+    def __init__(self, slots: int, capacity: int, loader: Loader) -> None:
+        self._loader = loader
         self._slots, self._capacity = slots, capacity
         self._waiting: deque[Job] = deque()
         self._running: dict[int, Job] = {}
@@ -54,6 +58,7 @@ class Queue:
         with self._changed:
             self._refuse()
             self._waiting.append(job)
+            self._load_ahead()
             self._changed.notify_all()
 
     def wait(self) -> bool:
@@ -63,12 +68,16 @@ class Queue:
                 self._changed.wait()
             return bool(self._waiting)
 
-    def next(self) -> Job | None:
-        """The request whose turn it is, which now runs; None: nobody waits."""
+    def next(self, only_loaded: bool) -> Job | None:
+        """The request whose turn it is, which now runs; None: nobody waits.
+
+        only_loaded  None also while its pictures are being decoded
+        """
         with self._changed:
-            if not self._waiting:
+            if not self._waiting or (only_loaded and not self._waiting[0].loaded):
                 return None
             job = self._waiting.popleft()
+            self._load_ahead()
             self._running[id(job)] = job
             job.start()
             return job
@@ -130,6 +139,10 @@ class Queue:
                 copied_bytes=copied_bytes,
                 **counts,
             )
+
+    def _load_ahead(self) -> None:
+        """Have pictures decoded of as many requests as could run next: each takes memory from then on."""
+        self._loader.begin(islice(self._waiting, self._slots))
 
     def _refuse(self) -> None:
         """Raise if no request can be taken now."""

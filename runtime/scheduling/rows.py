@@ -102,7 +102,7 @@ def _begin(job: Job, runner: StageRunner) -> None:
     """Everything up to the first token; raises Interrupted if there is no time left for it."""
     request = job.answer.request
     request.stop_signal.check()
-    request.pictures.load(request.timings)
+    job.load()
     request.stop_signal.check()
     logits = prefill(runner, job.answer)
     request.pictures.release()

@@ -38,7 +38,7 @@ class Worker:
         rows, queue = self._rows, self._queue
         queue.withdraw_late()
         rows.leave_interrupted()
-        if not rows.full and (job := queue.next()) is not None:
+        if not rows.full and (job := queue.next(only_loaded=not rows.empty)) is not None:
             rows.join(job)
             rows.leave_interrupted()  # who was cancelled meanwhile
         rows.compact()

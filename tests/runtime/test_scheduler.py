@@ -86,14 +86,18 @@ SHARED = ["none", "vispruner", "original", "adaptprune", "fastv", "siglip", "qwe
 
 
 @pytest.mark.parametrize("name", SHARED)
-def test_answers_are_those_of_each_request_alone(exported: Callable[[str], Any], name: str) -> None:
+def test_answers_are_those_of_each_request_alone(
+    exported: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     """Every site and target: requests of unequal length join and leave while others decode."""
     with Pipeline.load(exported(name).folder, threads=1) as pipe:
         asked = requests(pipe, 24, seed=1)
         alone = [said(ask(pipe, one)) for one in asked]
+        gate = Gate(monkeypatch)
         with Scheduler(pipe, slots=3) as scheduler:
             assert scheduler.in_turn is None and scheduler.slots == 3
             tickets = [submit(scheduler, one) for one in asked]
+            gate.open()
             assert [said(ticket.result(60)) for ticket in tickets] == alone
             stats = scheduler.stats()
         assert stats.stepped_rows > stats.steps > 0  # they did share steps
@@ -156,12 +160,14 @@ def test_conversations_and_several_pictures(pipe: Pipeline) -> None:
 
 @pytest.mark.parametrize("caches", [{"vision_feature_cache": 2}, {"prefix_caching": True}])
 def test_caches_serve_all_slots(
-    exported: Callable[[str], Any], pipe: Pipeline, caches: dict[str, Any]
+    exported: Callable[[str], Any], pipe: Pipeline, caches: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = [(PICTURES[place % 2], WORDS[place % 5] + " ?", {"max_new_tokens": 12}) for place in range(16)]
     alone = [said(ask(pipe, one)) for one in asked]
     with Scheduler.load(exported("vispruner").folder, threads=1, slots=4, **caches) as scheduler:
+        gate = Gate(monkeypatch)
         tickets = [submit(scheduler, one) for one in asked]
+        gate.open()
         results = [ticket.result(60) for ticket in tickets]
         copies = scheduler.stats().copies
     assert [said(one) for one in results] == alone
@@ -206,15 +212,19 @@ def test_memory_is_that_of_the_slots(pipe: Pipeline) -> None:
     assert sum(cache.bytes for cache in pipe._open_runner().caches.values()) == before
 
 
-def test_equal_lengths_copy_nothing(endless: Pipeline) -> None:
+def test_equal_lengths_copy_nothing(endless: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts are read in place; rows are moved only into holes, which equal lengths leave at the end."""
     with Scheduler(endless, slots=2) as scheduler:
         for _ in range(3):
             scheduler.submit(PICTURES[0], "how ?", max_new_tokens=5).result(60)
         assert (scheduler.stats().copies, scheduler.stats().copied_bytes) == (0, 0)
-        long = scheduler.submit(PICTURES[0], "how ?", max_new_tokens=3)
+        gate = Gate(monkeypatch)
+        short = scheduler.submit(PICTURES[0], "how ?", max_new_tokens=5)
+        assert gate.entered.acquire(timeout=60)
         longer = scheduler.submit(PICTURES[1], "how many ?", max_new_tokens=30)
-        long.result(60), longer.result(60)
+        longer._job.load()
+        gate.open()
+        short.result(60), longer.result(60)
         assert scheduler.stats().copies == 1 and scheduler.stats().copied_bytes > 0
 
 

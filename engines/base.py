@@ -9,6 +9,8 @@ from typing import Protocol
 
 import numpy as np
 
+from vtp.engines.errors import VtpError
+
 
 @dataclass(frozen=True)
 class TensorSpec:
@@ -107,10 +109,12 @@ class Held:
 class Engine(ABC):
     """One opened graph. Not safe for use from several threads at once.
 
-    notes  what was asked for and could not be done, a line each; may grow while the engine runs
+    notes        what was asked for and could not be done, a line each; may grow while the engine runs
+    shares_rows  whether `rows` and `copy_row` work: values lie where their rows can be used one by one
     """
 
     notes: Sequence[str] = ()
+    shares_rows = False
     inputs: dict[str, TensorSpec]
     outputs: dict[str, TensorSpec]
 
@@ -121,6 +125,14 @@ class Engine(ABC):
     @abstractmethod
     def zeros(self, shape: Sequence[int], dtype: str) -> Value:
         """Allocate a zeroed tensor on this engine's device."""
+
+    def rows(self, value: Value, first: int, count: int) -> Value:
+        """Rows first .. first + count - 1 of a value that `zeros` made: a value in the same memory."""
+        raise VtpError(f"{type(self).__name__} gives no part of a tensor; use ort-cpu")
+
+    def copy_row(self, value: Value, source: int, target: int, places: int) -> None:
+        """Copy, in a value [B,H,S,D] that `zeros` made, the first `places` of axis 2 from row to row."""
+        raise VtpError(f"{type(self).__name__} copies no part of a tensor; use ort-cpu")
 
     def bind(self, feeds: Mapping[str, Value], into: Mapping[str, Value]) -> Binding:
         """Fix the graph's inputs and (all of) its outputs; an input and an output may share a value.

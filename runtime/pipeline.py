@@ -181,13 +181,22 @@ class Pipeline:
 
         The time between this call and the first `next()` is counted neither in timings nor in `timeout_ms`.
         """
-        asked, clock = GenerateOptions(**options), Clock()
-        stop_signal = StopSignal(clock, asked.timeout_ms)
-        request = self._requests.make(image, prompt, messages, asked, self._keep(asked), clock, stop_signal)
-        request.pictures.load(request.timings)
-        clock.pause()
-        answer = self._answer(request)
+        answer = self.prepare(image, prompt, messages, GenerateOptions(**options))
+        answer.request.pictures.load(answer.request.timings)
+        answer.request.clock.pause()
         return Stream(answer, self._write(answer))
+
+    def prepare(
+        self, image: Images, prompt: str | None, messages: Messages | None, options: GenerateOptions
+    ) -> Answer:
+        """A checked request, whose clock runs, and the answer that it will get: nothing is decoded or run.
+
+        For what runs requests itself, such as a `Scheduler`. Raises as `generate` does.
+        """
+        clock = Clock()
+        stop_signal = StopSignal(clock, options.timeout_ms)
+        keep = self._keep(options)
+        return self._answer(self._requests.make(image, prompt, messages, options, keep, clock, stop_signal))
 
     @takes_options
     def generate_batch(
@@ -234,7 +243,7 @@ class Pipeline:
             ),
         )
         answers = [self._answer(request) for request in requests]
-        with self._claimed() as runner:
+        with self.claimed() as runner:
             for places in batches(requests, together):
                 for place in places:
                     with about(place, count):
@@ -301,7 +310,7 @@ class Pipeline:
     def _write(self, answer: Answer) -> Generator[str, None, None]:
         """The pieces of an answer; leaving the generator by any door frees the pipeline."""
         answer.request.clock.go_on()
-        with self._claimed() as runner:
+        with self.claimed() as runner:
             yield from write(runner, answer)
 
     def _keep(self, options: GenerateOptions) -> int:
@@ -313,13 +322,13 @@ class Pipeline:
         return conditions(self.engine, self._threads)
 
     @contextmanager
-    def _claimed(self) -> Iterator[StageRunner]:
-        """The stages, for one generation alone."""
+    def claimed(self) -> Iterator[StageRunner]:
+        """The stages, for one generation (or one scheduler) alone; VtpError while another has them."""
         runner = self._open_runner()
         if not self._busy.acquire(blocking=False):
             raise VtpError(
                 "this pipeline is busy: it serves one generation at a time; finish or cancel the open "
-                "stream, or load one Pipeline per thread"
+                "stream, close the scheduler that has it, or load one Pipeline per thread"
             )
         try:
             yield runner

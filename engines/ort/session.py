@@ -179,6 +179,20 @@ class OrtEngine(Engine):
         """Allocate a zeroed tensor on the session's device."""
         return self._hand_over(np.zeros(shape, dtype))
 
+    @property
+    def shares_rows(self) -> bool:  # type: ignore[override]
+        """Whether values lie in memory of the host, part of which can be used by itself."""
+        return self._device == "cpu"
+
+    def rows(self, value: Value, first: int, count: int) -> OrtValue:
+        """Some rows of a value as one of its own, in the same memory."""
+        return self._hand_over(_memory(value)[first : first + count])
+
+    def copy_row(self, value: Value, source: int, target: int, places: int) -> None:
+        """Copy the first `places` of axis 2 of one row to another."""
+        memory = _memory(value)
+        memory[target, :, :places] = memory[source, :, :places]
+
     def bind(self, feeds: Mapping[str, Value], into: Mapping[str, Value]) -> OrtBinding:
         """Fix inputs and outputs; every output of the graph must be in `into`."""
         missing = sorted(set(self.outputs) - set(into))
@@ -244,6 +258,13 @@ class OrtEngine(Engine):
                 raise VtpError(f"the graph has no output '{name}'; it gives {', '.join(self.outputs)}")
             _check("output", self.outputs[name], value)
             io.bind_ortvalue_output(name, value.raw)  # type: ignore[attr-defined]
+
+
+def _memory(value: Value) -> np.ndarray:
+    """The array in which a value lies; VtpError if ONNX Runtime keeps it elsewhere."""
+    if value._memory is None:  # type: ignore[attr-defined]
+        raise VtpError("ONNX Runtime keeps this tensor in memory of its own; use another version of it")
+    return value._memory  # type: ignore[attr-defined]
 
 
 def _spec(arg: Any) -> TensorSpec:

@@ -87,6 +87,12 @@ class Answer:
             return False
         return True
 
+    def take(self, logits: np.ndarray, room: int) -> tuple[str, bool]:
+        """`add`, and `finish` if it `ends`: the text that is certain now, and whether it is over."""
+        piece = self.add(logits)
+        over = self.ends(room)
+        return (piece + self.finish() if over else piece), over
+
     def interrupt(self, reason: str) -> None:
         """Note that it ends here, and why."""
         self.begun = True

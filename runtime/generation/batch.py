@@ -54,10 +54,7 @@ def _write(runner: StageRunner, keep: int, answers: Sequence[Answer], going: np.
         check()
         rooms = runner.rooms()
         for row in np.flatnonzero(going).tolist():
-            answers[row].add(logits[row])
-            if answers[row].ends(int(rooms[row])):
-                answers[row].finish()
-                going[row] = False
+            going[row] = not answers[row].take(logits[row], int(rooms[row]))[1]
         if not going.any():
             return
         check()

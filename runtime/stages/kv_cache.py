@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import copy
 
 import numpy as np
 
@@ -19,6 +20,8 @@ class KvCache:
 
     feeds: dict[str, Value]
     into: dict[str, Value]
+    lengths: np.ndarray
+    _buffers: dict[str, Value]
     _binding: Held | None
 
     def __init__(self, engine: Engine, info: KvInfo, batch: int = 1) -> None:
@@ -34,13 +37,48 @@ class KvCache:
     def resize(self, batch: int) -> None:
         """Replace the buffers by empty ones for a batch of this number of rows."""
         self._binding = None  # before new buffers are made: two sets may be too much
-        self.feeds, self.into = {}, {}
+        self.feeds, self.into, self._buffers = {}, {}, {}
         info, zeros = self._info, self._engine.zeros
         shape = (batch, info.heads, info.capacity, info.head_dim)
         slots = [f"{layer}.{part}" for layer in info.layers for part in ("key", "value")]
-        buffers = {slot: zeros(shape, info.dtype) for slot in slots}
-        self._seqlens = zeros((batch,), "int32")
-        self._total = zeros((), "int32")
+        self._use({slot: zeros(shape, info.dtype) for slot in slots}, np.zeros(batch, np.int32))
+
+    def rows(self, first: int, count: int) -> KvCache:
+        """A cache of rows first .. first + count - 1 of this one, in the same memory and with their lengths.
+
+        It serves until this one is resized. Only on engines that share rows.
+        """
+        part, share = copy(self), self._engine.rows
+        buffers = {slot: share(buffer, first, count) for slot, buffer in self._buffers.items()}
+        part._use(buffers, self.lengths[first : first + count])
+        return part
+
+    def copy_row(self, source: int, target: int, tokens: int | None = None) -> int:
+        """Have row `target` hold the first tokens of row `source` (None: all of them); returns the bytes."""
+        count = int(self.lengths[source]) if tokens is None else tokens
+        for buffer in self._buffers.values():
+            self._engine.copy_row(buffer, source, target, count)
+        self.lengths[target] = count
+        return sum(
+            count * buffer.shape[1] * buffer.shape[3] * buffer.dtype.itemsize
+            for buffer in self._buffers.values()
+        )
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the buffers."""
+        return sum(int(np.prod(buffer.shape)) * buffer.dtype.itemsize for buffer in self._buffers.values())
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longest row."""
+        return int(self.lengths.max())
+
+    def _use(self, buffers: dict[str, Value], lengths: np.ndarray) -> None:
+        """Bind buffers [B,heads,capacity,head_dim] of which `lengths` int32 [B] tokens are filled."""
+        self._buffers, self.lengths = buffers, lengths
+        self._seqlens = self._engine.zeros(lengths.shape, "int32")
+        self._total = self._engine.zeros((), "int32")
         self.feeds = {
             **{f"past_key_values.{slot}": buffer for slot, buffer in buffers.items()},
             "seqlens_k": self._seqlens,
@@ -48,7 +86,6 @@ class KvCache:
         }
         self.into = {f"present.{slot}": buffer for slot, buffer in buffers.items()}
         self._binding = self._engine.hold(self.feeds, self.into)
-        self.reset()
 
     def run(self, feeds: Mapping[str, Value]) -> dict[str, Value]:
         """Run the engine on the cache, with what else it reads; `advance` comes first."""
@@ -57,12 +94,11 @@ class KvCache:
 
     def reset(self) -> None:
         """Forget every token; the buffers stay as they are, for lengths bound what is read."""
-        self.lengths = np.zeros(self._seqlens.shape, np.int32)
-        self.length = 0
+        self.keep_first(0)
 
     def keep_first(self, tokens: int) -> None:
         """Count only the first `tokens` of every row as filled."""
-        self.lengths, self.length = np.full_like(self.lengths, tokens), tokens
+        self.lengths[:] = tokens
 
     def advance(self, tokens: int | np.ndarray) -> None:
         """Make room for `tokens` more, or int32 [B] for every row its own.
@@ -77,6 +113,6 @@ class KvCache:
                 f"{longest} tokens exceed this bundle's cache of {self.capacity}; "
                 "shorten the prompt, or export with a larger --max-length"
             )
-        self.lengths, self.length = lengths, longest
-        self._seqlens.update(lengths - 1)
+        self.lengths[:] = lengths
+        self._seqlens.update(self.lengths - 1)
         self._total.update(np.array(longest, np.int32))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from copy import copy
 
 import numpy as np
 
@@ -49,6 +50,18 @@ class OpenedStages:
             )
             for info in self.manifest.stages_for(when, keep)
         ]
+
+    def on_rows(self, first: int, count: int, prefix: Prefix | None) -> OpenedStages:
+        """The same graphs on some rows of the caches; see `KvCache.rows`."""
+        part = copy(self)
+        part.caches = {file: cache.rows(first, count) for file, cache in self.caches.items()}
+        part._prefix = prefix
+        return part
+
+    @property
+    def shares_rows(self) -> bool:
+        """Whether every cache can be used row by row."""
+        return all(self._engines[file].shares_rows for file in self.caches)
 
     @property
     def any_engine(self) -> Engine:

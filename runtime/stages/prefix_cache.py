@@ -5,7 +5,7 @@ Off unless asked for, as the vision feature cache is.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -31,16 +31,71 @@ class Prefix:
     def begin(self, feeds: Mapping[str, Value]) -> int:
         """How many first rows of a prompt [1,S,...] lie in the cache: all but one of them at most."""
         given = {name: value.numpy() for name, value in feeds.items()}
-        known = {name: np.concatenate(pieces, axis=1) for name, pieces in self._rows.items()}
-        single = all(array.shape[0] == 1 for array in given.values())
-        self.reused = _equal_rows(known, given) if single and known else 0
-        self._rows = {name: [array[:, : self.reused]] for name, array in given.items()} if single else {}
-        return self.reused
+        return self._go_on(given, self.shared(given))
+
+    def shared(self, given: Mapping[str, np.ndarray]) -> int:
+        """How many first rows of a prompt are those that fill this cache."""
+        if not self._rows or not _single(given):
+            return 0
+        return _equal_rows(
+            {name: np.concatenate(pieces, axis=1) for name, pieces in self._rows.items()}, given
+        )
+
+    def _go_on(self, given: Mapping[str, np.ndarray], reused: int) -> int:
+        """Keep the first `reused` rows, to which the others of the prompt will be added."""
+        self.reused = reused
+        rows = {name: [array[:, :reused]] for name, array in given.items()}
+        self._rows = rows if _single(given) else {}
+        return reused
 
     def add(self, feeds: Mapping[str, Value]) -> None:
         """Note rows that have joined the cache."""
+        self.note({name: value.numpy() for name, value in feeds.items()})
+
+    def note(self, given: Mapping[str, np.ndarray]) -> None:
+        """The same, of rows [1,S,...] on the host."""
         for name, pieces in self._rows.items():
-            pieces.append(feeds[name].numpy())
+            pieces.append(given[name])
+
+
+class SlotPrefix(Prefix):
+    """The rows of one of several caches, whose prompts begin with what any of them holds.
+
+    slots  all of them, this one among them
+    copy   copies the first rows of one cache to another: source, target, how many
+    """
+
+    def __init__(self, slots: list[SlotPrefix], copy: Callable[[int, int, int], None]) -> None:
+        super().__init__()
+        self._slots, self._copy = slots, copy
+
+    def begin(self, feeds: Mapping[str, Value]) -> int:
+        """How many first rows of a prompt [1,S,...] lie in this cache, once they are copied to it."""
+        given = {name: value.numpy() for name, value in feeds.items()}
+        own, found = self._slots.index(self), [one.shared(given) for one in self._slots]
+        best = own if found[own] == max(found) else found.index(max(found))
+        if best != own:
+            self._rows = {}  # not its rows any more, should the copying fail
+            self._copy(best, own, found[best])
+        return self._go_on(given, found[best])
+
+    def follow(self, other: SlotPrefix) -> None:
+        """Take over what is known of a cache that was copied whole."""
+        self._rows = {name: list(pieces) for name, pieces in other._rows.items()}
+
+
+class StepPrefix(Prefix):
+    """Tells several caches, each of its own row, what has joined them."""
+
+    def __init__(self, slots: Sequence[SlotPrefix]) -> None:
+        super().__init__()
+        self._slots = slots
+
+    def add(self, feeds: Mapping[str, Value]) -> None:
+        """Note rows [B,1,...] that have joined the caches, one each."""
+        given = {name: value.numpy() for name, value in feeds.items()}
+        for row, slot in enumerate(self._slots):
+            slot.note({name: array[row : row + 1] for name, array in given.items()})
 
 
 def rest_of(feeds: Mapping[str, Value], first: int, engine: Engine) -> dict[str, Value]:
@@ -66,6 +121,10 @@ def check_prefix(bundle: Bundle) -> None:
             f"prefix_caching does not support this bundle (family {manifest.model.family}, target "
             f"{manifest.target}): its decoder reads a prompt in one piece; leave it out"
         )
+
+
+def _single(given: Mapping[str, np.ndarray]) -> bool:
+    return all(array.shape[0] == 1 for array in given.values())
 
 
 def _equal_rows(known: Mapping[str, np.ndarray], given: Mapping[str, np.ndarray]) -> int:

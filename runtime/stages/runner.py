@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 
@@ -94,6 +95,36 @@ class StageRunner:
         """The stages of one moment for one keep-count, in order."""
         return self._opened.stages(when, keep)
 
+    @property
+    def shares_rows(self) -> bool:
+        """Whether `on_rows` can give parts of a batch."""
+        return self._opened.shares_rows
+
+    @property
+    def prefix(self) -> Prefix | None:
+        """What is known of the prompt before, where prompts are read on from it."""
+        return self._prefix
+
+    def resize(self, batch: int) -> None:
+        """Empty the caches, for a batch of this number of rows."""
+        if batch != self._batch:
+            self._steps.clear()  # bound to the buffers that go
+            self._batch = 0  # of no size, should memory run out on the way
+            for cache in self._opened.caches.values():
+                cache.resize(batch)
+            self._batch = batch
+        self.reset()
+
+    def on_rows(self, first: int, count: int, prefix: Prefix | None = None) -> StageRunner:
+        """A runner of some rows of this one's batch, in the same memory; it serves until `resize` or `close`.
+
+        prefix  what it knows of prompts before
+        """
+        part = copy(self)
+        part._opened = self._opened.on_rows(first, count, prefix)
+        part._prefix, part._batch, part._steps = prefix, count, {}
+        return part
+
     def reset(self) -> None:
         """Start a new conversation."""
         for cache in self._opened.caches.values():
@@ -139,7 +170,7 @@ class StageRunner:
         Rows of unequal length are padded on the right. Returns every tensor that flowed, by the pipeline's
         names: logits [B,1,V] and next_position [B] among them.
         """
-        self._start(len(rows))
+        self.resize(len(rows))
         put = self._opened.put
         lengths = np.array([len(row.ids) for row in rows], np.int32)
         padding = lengths.max() - lengths
@@ -204,16 +235,6 @@ class StageRunner:
         self._steps.clear()
         self.images.close()
         self._opened.close()
-
-    def _start(self, batch: int) -> None:
-        """Empty the caches, for a batch of this number of rows."""
-        if batch != self._batch:
-            self._steps.clear()  # bound to the buffers that go
-            self._batch = 0  # of no size, should memory run out on the way
-            for cache in self._opened.caches.values():
-                cache.resize(batch)
-            self._batch = batch
-        self.reset()
 
     def _step_bindings(self, keep: int) -> tuple[dict[str, Value], list[tuple[Stage, Binding]]]:
         if keep not in self._steps:

@@ -16,6 +16,7 @@ from typing import Any
 from vtp.engines import VtpError
 from vtp.engines.errors import quoted
 from vtp.engines.strict_json import parse_json
+from vtp.runtime.bundle.generation_info import GenerationInfo as GenerationInfo
 from vtp.runtime.generation.arguments import is_penalty
 from vtp.runtime.preprocess import ImageSection, ImageSpec, spec_from_json, spec_to_json
 from vtp.runtime.prompt.prompter import TextSpec
@@ -135,24 +136,6 @@ class VisualInfo:
     keep: list[int]
     default_keep: int
     frame: FrameInfo | None = None
-
-
-@dataclass(frozen=True)
-class GenerationInfo:
-    """What the model's generation_config asks of every answer, greedy or sampled; the defaults ask nothing.
-
-    Names and meaning are those of transformers' `GenerationConfig`, and lengths count as there: with all N
-    visual tokens of every picture. `min_length` is 0 where `min_new_tokens` stands in its place.
-    """
-
-    repetition_penalty: float = 1.0
-    no_repeat_ngram_size: int = 0
-    bad_words_ids: list[list[int]] = field(default_factory=list)
-    min_length: int = 0
-    min_new_tokens: int = 0
-    forced_eos_token_id: list[int] = field(default_factory=list)
-    suppress_tokens: list[int] = field(default_factory=list)
-    begin_suppress_tokens: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

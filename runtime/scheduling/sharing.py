@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from vtp.engines import UsageError
+from vtp.engines.errors import quoted_argument
 from vtp.runtime.bundle.manifest import Manifest
-from vtp.runtime.generation.arguments import shown, whole
+from vtp.runtime.generation.arguments import whole
 from vtp.runtime.stages.runner import StageRunner
 
 
@@ -25,7 +26,7 @@ def slot_count(wanted: object, most: int) -> int:
     count = whole("slots", wanted)
     if count > most:
         raise UsageError(
-            f"slots {shown(wanted)} is more than the {most} prompts that this bundle's graphs take together; "
+            f"slots {quoted_argument(wanted)} is more than the {most} prompts that this bundle's graphs take together; "
             f"choose 1 to {most}"
         )
     return count

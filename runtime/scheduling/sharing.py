@@ -26,7 +26,7 @@ def slot_count(wanted: object, most: int) -> int:
     count = whole("slots", wanted)
     if count > most:
         raise UsageError(
-            f"slots {quoted_argument(wanted)} is more than the {most} prompts that this bundle's graphs take together; "
-            f"choose 1 to {most}"
+            f"slots {quoted_argument(wanted)} is more than the {most} prompts that this bundle's graphs take "
+            f"together; choose 1 to {most}"
         )
     return count

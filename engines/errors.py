@@ -50,10 +50,9 @@ def quoted(value: object, limit: int = VALUE_LENGTH) -> str:
     """The same of any value, as Python writes it: text in quotes; huge numbers and deep lists are cut."""
     try:
         text = repr(_start(value, limit + 1))
-    except (ValueError, RecursionError):  # an integer of more digits than Python prints; nested too deeply
-        text = f"a very large {type(value).__name__}"
-    except Exception:  # a caller's own value, whose repr fails
-        text = f"of type {type(value).__name__}"
+    except Exception:  # an integer of more digits than Python prints, one in a set, what fails by itself
+        kind = type(value).__name__
+        text = f"a very large {kind}" if isinstance(value, int) else f"of type {kind}"
     # JSON values are written on one line; arrays and callers' own values may take several.
     return _cut(escape(" ".join(text.split()) if "\n" in text else text), limit)
 

@@ -223,7 +223,9 @@ def exported(once: Once, model_folder: Callable[[str], Path]) -> Callable[[str],
     def get(name: str) -> Made:
         model, wishes = BUNDLES[name]
         source = model_folder(model)
-        return Made(once.bundle(source, **{"max_length": MAX_LENGTH, "verify": "none", **wishes}), source)
+        made = once.bundle(source, **{"max_length": MAX_LENGTH, "verify": "none", **wishes})
+        # Under its own name, which commands print.
+        return Made(once.folder(f"named/{name}", lambda part: shutil.copytree(made, part)), source)
 
     return get
 

@@ -119,14 +119,10 @@ class Family(ABC):
         self.check_reduction(reduction.name)
         of = self.tower_shape.rows
         if isinstance(reduction, Downsample):
-            image = self.downsample(reduction, image)
+            image = reduction.resample(self.tower.embeddings, self.model.config.vision_config, image)
         reduction.check(self.tower_shape)
         self.reduced = Reduced(reduction, reduction.rows(self.tower_shape), of)
         return image
-
-    def downsample(self, reduction: Downsample, image: ImageSpec) -> ImageSpec:
-        """Give the tower the smaller size; how pictures are cut then."""
-        raise NotImplementedError
 
     @property
     def row_reduction(self) -> RowReduction | None:

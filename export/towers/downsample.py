@@ -38,8 +38,8 @@ class Downsample(TowerReduction):
     def rows(self, shape: TowerShape) -> int:
         return shape.rows
 
-    def resample(self, embeddings: Any, config: Any) -> None:
-        """Give a CLIP or SigLIP tower's embeddings and vision config the smaller size.
+    def resample(self, embeddings: Any, config: Any, image: ImageSpec) -> ImageSpec:
+        """Give a CLIP or SigLIP tower's embeddings and config the smaller size; how pictures are cut then.
 
         Raises UsageError for a size that is not smaller, or not whole patches.
         """
@@ -57,6 +57,7 @@ class Downsample(TowerReduction):
             setattr(embeddings, name, value)
         embeddings.position_ids = torch.arange(count + has_cls).unsqueeze(0)
         config.image_size = size
+        return smaller(image, size)
 
 
 def smaller(image: ImageSpec, size: int) -> ImageSpec:

@@ -46,7 +46,7 @@ class Tome(RowReduction):
                 most = (shape.patches - 1) // (2 * shape.blocks)
                 raise self.wrong(
                     "merge",
-                    f"{shape.rows} rows and {shape.blocks} blocks do not have so many pairs; up to {most} "
+                    f"{shape.rows} rows and {shape.blocks} blocks do not have as many pairs; up to {most} "
                     "always fit",
                 )
             left -= self.settings["merge"]

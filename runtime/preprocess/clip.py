@@ -23,7 +23,7 @@ class ClipSpec(ImageSpec):
 
     `do_pad` to a square in the mean colour; `do_resize` so that the shorter edge is `shortest_edge`, or to
     exactly `height` x `width`; `do_center_crop` to `crop_height` x `crop_width`, black where the picture is
-    smaller. With `frames` the bundle answers about videos of so many frames, each made as a picture is.
+    smaller. With `frames` the bundle answers about videos of N frames, each made as a picture is.
     """
 
     kind: ClassVar[str] = "clip"

@@ -17,7 +17,7 @@ from vtp.runtime.scheduling.delivery import Delivery
 class Job:
     """A request, its answer, and where the pieces go.
 
-    `over` says that nothing more will be written; whoever ends it then tells the queue, and after that
+    `over` says that nothing more will be written; who ends it then tells the queue, and after that
     `deliver`s the end, so that a caller who reacts to it finds the place free.
     """
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -64,20 +64,6 @@ def ask(pipe: Pipeline, asked: Asked) -> Result:
 
 def submit(scheduler: Scheduler, asked: Asked) -> Ticket:
     return scheduler.submit(asked[0], asked[1], **asked[2])
-
-
-@pytest.fixture(scope="module")
-def pipe(exported: Callable[[str], Any]) -> Iterator[Pipeline]:
-    with Pipeline.load(exported("vispruner").folder, threads=1) as pipeline:
-        yield pipeline
-
-
-@pytest.fixture(scope="module")
-def endless(exported: Callable[[str], Any]) -> Iterator[Pipeline]:
-    """No answer ends before its length does."""
-    with Pipeline.load(exported("vispruner").folder, threads=1) as pipeline:
-        pipeline.manifest.text.__dict__["eos_token_ids"] = ()
-        yield pipeline
 
 
 # -- equal answers -------------------------------------------------------------------------------------------

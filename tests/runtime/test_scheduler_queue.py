@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -20,20 +20,6 @@ PICTURES = [
     Image.fromarray(np.random.default_rng(seed).integers(0, 256, (60, 90, 3), dtype=np.uint8))
     for seed in range(2)
 ]
-
-
-@pytest.fixture(scope="module")
-def pipe(exported: Callable[[str], Any]) -> Iterator[Pipeline]:
-    with Pipeline.load(exported("vispruner").folder, threads=1) as pipeline:
-        yield pipeline
-
-
-@pytest.fixture(scope="module")
-def endless(exported: Callable[[str], Any]) -> Iterator[Pipeline]:
-    """No answer ends before its length does."""
-    with Pipeline.load(exported("vispruner").folder, threads=1) as pipeline:
-        pipeline.manifest.text.__dict__["eos_token_ids"] = ()
-        yield pipeline
 
 
 # -- the queue -----------------------------------------------------------------------------------------------

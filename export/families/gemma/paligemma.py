@@ -21,8 +21,6 @@ from vtp.export.graphs.decoder import Decoder
 from vtp.export.graphs.encoder import Projector, VisionEncoder
 from vtp.export.graphs.splice import Splice
 from vtp.export.towers.base import TowerShape
-from vtp.export.towers.downsample import Downsample, smaller
-from vtp.runtime.preprocess import ImageSpec
 
 
 class PaliGemma(Family):
@@ -71,10 +69,6 @@ class PaliGemma(Family):
     def tower_shape(self) -> TowerShape:
         patches = (self._vision.image_size // self._vision.patch_size) ** 2
         return TowerShape(patches, len(self.tower.encoder.layers), False)
-
-    def downsample(self, reduction: Downsample, image: ImageSpec) -> ImageSpec:
-        reduction.resample(self.tower.embeddings, self._vision)
-        return smaller(image, reduction.settings["size"])
 
     @property
     def decoder(self) -> Decoder:

@@ -17,8 +17,6 @@ from vtp.export.families.base import Family
 from vtp.export.graphs.decoder import Decoder
 from vtp.export.graphs.encoder import Projector, VisionEncoder
 from vtp.export.towers.base import TowerShape
-from vtp.export.towers.downsample import Downsample, smaller
-from vtp.runtime.preprocess import ImageSpec
 
 
 class Llava(Family):
@@ -56,10 +54,6 @@ class Llava(Family):
     def tower_shape(self) -> TowerShape:
         rows, columns = (size // self._vision.patch_size for size in self.image_size)
         return TowerShape(rows * columns, self._feature_layer(), self._has_cls())
-
-    def downsample(self, reduction: Downsample, image: ImageSpec) -> ImageSpec:
-        reduction.resample(self.tower.embeddings, self._vision)
-        return smaller(image, reduction.settings["size"])
 
     @property
     def decoder(self) -> Decoder:

@@ -78,7 +78,7 @@ def bundle(folder: Path) -> Path:
             "llava",
             ["--tower", "tome:9"],
             2,
-            "tower tome: merge is 9; 37 rows and 4 blocks do not have so many",
+            "tower tome: merge is 9; 37 rows and 4 blocks do not have as many",
         ),
         (
             "llava",

@@ -185,3 +185,12 @@ def test_a_family_answers_as_its_reduced_torch_model(
     assert manifest.tower is not None and manifest.tower.rows < manifest.tower.of
     for case in manifest.parity["generation"].values():
         assert case["equal"] == case["tokens"] == 16
+
+
+@pytest.mark.parametrize("family", ["llava", "paligemma"])
+def test_a_family_answers_about_smaller_pictures(tmp_path: Path, family: str) -> None:
+    MODELS[family][0](tmp_path / "model")
+    wishes: dict[str, Any] = {"method": "fastervlm", "keep_tokens": "2", "tower": "downsample:28"}
+    manifest = export(Request(tmp_path / "out", str(tmp_path / "model"), max_length=128, **wishes)).manifest
+    assert manifest.visual.count == 4 and manifest.image.fixed_size == (28, 28)
+    assert all(case["equal"] == case["tokens"] == 16 for case in manifest.parity["generation"].values())

@@ -17,7 +17,7 @@ from setuptools import find_namespace_packages
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 FIND = PROJECT["tool"]["setuptools"]["packages"]["find"]
-ROOMS = ("engines", "runtime", "export", "calib", "scenes", "bench")
+ROOMS = ("engines", "runtime", "export", "calib", "serve", "scenes", "bench")
 HEAVY = {
     "torch",
     "transformers",
@@ -38,8 +38,9 @@ ALLOWED = {
     "runtime": {"engines", "runtime"},
     "export": {"engines", "runtime", "export", "scenes"},
     "calib": {"engines", "runtime", "calib"},
+    "serve": {"engines", "runtime", "serve"},
     "scenes": {"engines", "runtime", "scenes"},
-    "bench": {"engines", "runtime", "export", "calib", "scenes", "bench"},
+    "bench": {"engines", "runtime", "export", "calib", "serve", "scenes", "bench"},
 }
 # Of scenes, export may know where the built-in model lies, and nothing else.
 SCENES_FACE = {"vtp.scenes"}
@@ -195,14 +196,16 @@ def test_circles_are_found() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", [name for name in MODULES if room(name) in ("engines", "runtime", "calib")]
+    "module", [name for name in MODULES if room(name) in ("engines", "runtime", "calib", "serve")]
 )
 def test_the_runtime_side_never_imports_torch(module: str) -> None:
     refused = HEAVY - {"onnx"} if module in REWRITES else HEAVY
     assert not {name.split(".")[0] for name, _ in imports(MODULES[module])} & refused
 
 
-@pytest.mark.parametrize("module", [name for name in MODULES if room(name) in ("engines", "runtime")])
+@pytest.mark.parametrize(
+    "module", [name for name in MODULES if room(name) in ("engines", "runtime", "serve")]
+)
 def test_engines_are_imported_where_they_are_used(module: str) -> None:
     """Importing the runtime loads no onnxruntime: a machine without one still gets its one-line message."""
     assert not [name for name, top in imports(MODULES[module]) if top and name.split(".")[0] == "onnxruntime"]
@@ -289,7 +292,7 @@ def test_every_public_name_says_what_it_does(module: str) -> None:
 
 def test_importing_the_light_rooms_loads_nothing_heavy() -> None:
     light = ["vtp", "vtp.engines", "vtp.runtime", "vtp.runtime.commands.run", "vtp.scenes"]
-    light += ["vtp.scenes.generator.pictures"]
+    light += ["vtp.scenes.generator.pictures", "vtp.serve.http"]
     script = (
         f"import sys; [__import__(name) for name in {light}]; "
         f"print(sorted({HEAVY | {'onnxruntime'}} & set(sys.modules)))"

@@ -1,0 +1,50 @@
+"""What a client is told when a request cannot be answered: OpenAI's body, a status, one clear line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+# The error type that OpenAI's clients expect with a status.
+_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    500: "server_error",
+    503: "unavailable_error",
+}
+
+
+class ApiError(Exception):
+    """A request that is refused, or that failed.
+
+    message  one line: what was given, what is allowed, what to do. Never a library's own text, a path or an
+             address: texts of `VtpError` may be passed on where they hold none
+    status   of the HTTP answer
+    param    the request's field that is meant, such as "messages.0.content"
+    code     for programs, such as "context_length_exceeded"
+    headers  further headers of the answer, such as Retry-After
+    """
+
+    def __init__(
+        self,
+        message: str,
+        status: int = 400,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.status = status
+        self.param = param
+        self.code = code
+        self.headers = dict(headers or {})
+
+    def body(self) -> dict[str, Any]:
+        """OpenAI's error body."""
+        kind = _TYPES.get(self.status, "invalid_request_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}

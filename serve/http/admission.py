@@ -1,6 +1,6 @@
 """Who is let in: the checks that every request passes before the application sees it, as ASGI middlewares.
 
-`guarded` puts them around an application in the right order: host, cross-origin headers, key, body size.
+`guarded` puts them around an application in the right order: host, cross-origin headers, origin, key, size.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vtp.serve.http.errors import ApiError
 
-__all__ = ["BodyLimit", "HostCheck", "KeyCheck", "guarded"]
+__all__ = ["BodyLimit", "HostCheck", "KeyCheck", "OriginCheck", "guarded"]
 
 _OPEN_PATHS = frozenset(("/", "/metrics", "/health"))  # without a key, and what lies below /health
 _HOST = re.compile(r"(?P<host>\[[0-9a-f:.]+\]|[^\[\]:/@\s]+)(?::[0-9]{0,5})?")
@@ -46,6 +46,7 @@ def guarded(
     app = BodyLimit(app, limit_bytes)
     if key is not None:
         app = KeyCheck(app, key)
+    app = OriginCheck(app, cors_origins)
     if cors_origins:  # around the key: preflights have none, and a page must be able to read a refusal
         app = CORSMiddleware(
             app,
@@ -99,6 +100,43 @@ def _is_address(host: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+class OriginCheck:
+    """Refuses (403) what a foreign web page sends: it could not read the answer, but the work would be done.
+
+    Without the header Origin, no browser is behind the request. The server's own page passes, and so do
+    `origins` and those of applications and extensions (such as app://), which no web page has.
+    """
+
+    def __init__(self, app: ASGIApp, origins: Sequence[str] = ()) -> None:
+        self._app = app
+        self._origins = frozenset(origins)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or self._passes(scope):
+            await self._app(scope, receive, send)
+            return
+        await _refuse(
+            scope,
+            send,
+            ApiError(
+                "this server is not for pages of the origin in the Origin header; have its owner allow it "
+                "(vtp-serve --cors-origin)",
+                403,
+            ),
+        )
+
+    def _passes(self, scope: Scope) -> bool:
+        if scope["method"] in ("GET", "HEAD", "OPTIONS") or "*" in self._origins:
+            return True
+        hosts = _headers(scope, b"host")
+        return all(self._may(origin.decode("latin-1"), hosts) for origin in _headers(scope, b"origin"))
+
+    def _may(self, origin: str, hosts: list[bytes]) -> bool:
+        scheme, _, place = origin.partition("://")
+        foreign = scheme in ("http", "https", "null") and [place.encode("latin-1")] != hosts
+        return not foreign or origin in self._origins
 
 
 class KeyCheck:

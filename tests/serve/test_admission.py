@@ -314,3 +314,28 @@ def test_no_origin_is_allowed_by_default() -> None:
         status, headers, _ = preflight(port, "https://page.example.org")
         assert status == 405 and not [name for name in headers if name.startswith("access-control")]
         assert "access-control-allow-origin" not in exchange(port, request(Origin="null"))[1]
+
+
+@pytest.mark.parametrize(
+    ("origin", "status"),
+    [
+        (None, 200),
+        ("http://localhost", 200),
+        ("https://page.example.org", 200),
+        ("app://notes", 200),
+        ("chrome-extension://abc", 200),
+        ("http://evil.test", 403),
+        ("https://page.example.org.evil.test", 403),
+        ("http://localhost:3000", 403),
+        ("null", 403),
+        ("http://", 403),
+    ],
+)
+def test_foreign_pages_make_no_work(origin: str | None, status: int) -> None:
+    """A form or a plain-text request needs no preflight: what it asks for would be answered, unread."""
+    with served(guarded(APP, cors_origins=("https://page.example.org",))) as port:
+        headers = {"Content_Length": "0", **({} if origin is None else {"Origin": origin})}
+        found, answered, body = exchange(port, request(method="POST", **headers))
+    assert found == status
+    if status == 403:
+        assert "access-control-allow-origin" not in answered and "--cors-origin" in error_of(body)["message"]

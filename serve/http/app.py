@@ -17,6 +17,7 @@ from vtp.serve.http.metrics import CONTENT_TYPE, Metrics
 from vtp.serve.http.models import Models
 from vtp.serve.http.ollama import endpoints as ollama
 from vtp.serve.http.openai.chat import chat_completions
+from vtp.serve.http.page import page_route
 from vtp.serve.http.refusals import failure
 from vtp.serve.http.responses import JsonResponse, error_response
 from vtp.serve.http.service import Service, log
@@ -28,6 +29,7 @@ def make_app(models: Models, settings: Settings | None = None) -> Starlette:
     settings = settings or Settings()
     app = Starlette(
         routes=[
+            page_route(),
             Route("/health", health),
             Route("/v1/health", health),
             Route("/health/ready", ready),

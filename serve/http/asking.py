@@ -70,14 +70,22 @@ class Asked:
     """A question that a model has taken. Read `whole` or `pieces`, once: after that `result` is there.
 
     notes  what was done to the question, in words, such as "transparency flattened on white"
+    sizes  (width, height) of its pictures
     """
 
     def __init__(
-        self, request: Request, model: Model, ticket: Ticket, notes: list[str], tally: Tally
+        self,
+        request: Request,
+        model: Model,
+        ticket: Ticket,
+        notes: list[str],
+        sizes: list[tuple[int, int]],
+        tally: Tally,
     ) -> None:
         """Made by `ask`."""
         self.model = model
         self.notes = notes
+        self.sizes = sizes
         self.result: Result | None = None
         self._request, self._ticket, self._tally = request, ticket, tally
         self._ping = Service.of(request).settings.ping_seconds
@@ -175,7 +183,8 @@ async def ask(request: Request, model: Model, question: Question) -> Asked:
         tally.end(500)
         raise
     notes = [text for picture in pictures for text in picture.notes]
-    return Asked(request, model, ticket, [*dict.fromkeys(notes), *note], tally)
+    sizes = [picture.image.size for picture in pictures]
+    return Asked(request, model, ticket, [*dict.fromkeys(notes), *note], sizes, tally)
 
 
 async def _read(question: Question, service: Service) -> list[Picture]:

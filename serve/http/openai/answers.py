@@ -7,6 +7,7 @@ import uuid
 from typing import Any
 
 from vtp.runtime.result import Result
+from vtp.serve.http.kept_places import kept_places
 from vtp.serve.http.models import Model
 
 _FINISH = {"eos": "stop", "stop": "stop", "length": "length", "timeout": "length"}
@@ -73,10 +74,16 @@ def _first(kept: list[Any]) -> list[Any]:
 
 
 class Writer:
-    """Writes one answer: whole, or as the chunks of a stream."""
+    """Writes one answer: whole, or as the chunks of a stream.
 
-    def __init__(self, model: Model, include_usage: bool = False) -> None:
+    sizes  of the pictures, if the answer shall say where their kept tokens lie (see `kept_places`)
+    """
+
+    def __init__(
+        self, model: Model, include_usage: bool = False, sizes: list[tuple[int, int]] | None = None
+    ) -> None:
         self._model = model
+        self._sizes = sizes
         self._usage = {"usage": None} if include_usage else {}
         self._head = {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
@@ -121,4 +128,7 @@ class Writer:
         return {**self._head, "object": "chat.completion.chunk", "choices": [choice], **self._usage}
 
     def _figures(self, result: Result, notes: list[str]) -> dict[str, Any]:
-        return {"timings": timings(result), "vtp": pruning(self._model, result, notes)}
+        own = pruning(self._model, result, notes)
+        if self._sizes is not None:
+            own["kept"] = kept_places(self._model.manifest, self._sizes, result.kept)
+        return {"timings": timings(result), "vtp": own}

@@ -27,12 +27,16 @@ async def chat_completions(request: Request) -> Response:
     if asked_for.stream:
         return await EventStream.begun(_events(asked, asked_for))
     result = await asked.whole()
-    return JsonResponse(Writer(model).whole(result, asked.notes))
+    return JsonResponse(_writer(asked, asked_for).whole(result, asked.notes))
+
+
+def _writer(asked: Asked, asked_for: ChatRequest) -> Writer:
+    return Writer(asked.model, asked_for.include_usage, asked.sizes if asked_for.show_kept else None)
 
 
 async def _events(asked: Asked, asked_for: ChatRequest) -> AsyncIterator[bytes]:
     """Server-sent events: the role with the first text, text, why it ended, usage if wanted, the end."""
-    writer, begun = Writer(asked.model, asked_for.include_usage), False
+    writer, begun = _writer(asked, asked_for), False
     async for piece in asked.pieces():
         if piece is None:
             yield PING

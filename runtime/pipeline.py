@@ -20,7 +20,7 @@ from vtp.runtime.bundle.folder import Bundle, open_bundle
 from vtp.runtime.generation.answer import Answer
 from vtp.runtime.generation.arguments import flag, is_whole, thread_count, whole
 from vtp.runtime.generation.batch import about, batches, check_lists, each_prompt, write_together
-from vtp.runtime.generation.keep_count import choose_keep
+from vtp.runtime.generation.keep_count import choose_keep, measured_times
 from vtp.runtime.generation.loop import write
 from vtp.runtime.generation.options import DEFAULT_NEW_TOKENS, GenerateOptions, OptionKeywords, takes_options
 from vtp.runtime.generation.request import Request, RequestMaker
@@ -317,6 +317,13 @@ class Pipeline:
         answer.request.clock.go_on()
         with self.claimed() as runner:
             yield from write(runner, answer)
+
+    def measured_times(self, what: str = "this") -> dict[int, float]:
+        """Keep-count -> milliseconds to the first token, as vtp-calib measured them here.
+
+        what  names the option that needs them. Raises UsageError where there are none that hold here
+        """
+        return measured_times(what, self.manifest, self.engine, lambda: self._conditions)
 
     def _keep(self, options: GenerateOptions) -> int:
         return choose_keep(options, self.manifest, self.engine, lambda: self._conditions)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from vtp.engines import UsageError, VtpError, capabilities
 from vtp.engines.errors import shown
-from vtp.runtime.commands.arguments import add_debug, add_engine, add_threads
+from vtp.runtime.commands.arguments import add_debug, add_engine, add_threads, real, whole
 from vtp.runtime.commands.console import Parser, note, run_command, say, whole_number
 from vtp.runtime.opening import NEVER_RUN
 from vtp.runtime.scheduler import Scheduler
@@ -22,11 +22,13 @@ from vtp.runtime.scheduler import Scheduler
 if TYPE_CHECKING:
     from vtp.serve.http.models import Models
     from vtp.serve.settings import Settings
+    from vtp.serve.slo import Slo
 
 PROG = "vtp-serve"
 PORT = 8000  # where clients look for a server such as this
 _KEY = "VTP_API_KEY"
 _LARGEST_PORT = 2**16 - 1
+_LONGEST_SLO = 3_600_000  # milliseconds
 _STOPPED = "the server was stopped before its requests had ended"
 # One red pixel, so that the line to try needs no file.
 _RED = (
@@ -84,6 +86,13 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="S",
         help="when told to stop, let running requests go on this long (default: %(default)s)",
     )
+    add(
+        "--slo-ms",
+        type=real,
+        metavar="MS",
+        help="under load, keep as many visual tokens as bring the first one in this time, queue included",
+    )
+    add("--min-keep", type=whole, default=1, metavar="K", help="with --slo-ms: never fewer than these")
     add_debug(parser)
     return parser
 
@@ -108,7 +117,8 @@ def _run(args: argparse.Namespace) -> None:
     def load() -> None:
         for name, bundle in zip(names, args.bundle, strict=True):
             if not models.stopping:
-                models.add(name, Scheduler.load(bundle, **options))
+                scheduler = Scheduler.load(bundle, **options)
+                models.add(name, scheduler, _slo(scheduler, args))
         models.loaded()
         _say_ready(models, settings, address_of(listener))
 
@@ -183,6 +193,17 @@ def _scheduling(args: argparse.Namespace) -> dict[str, Any]:
         "vision_feature_cache": whole_number("vision-feature-cache", args.vision_feature_cache, least=0),
         "prefix_caching": args.prefix_caching,
     }
+
+
+def _slo(scheduler: Scheduler, args: argparse.Namespace) -> Slo | None:
+    """The aim for one model; UsageError where its times were not measured."""
+    from vtp.serve.slo import Slo
+
+    if args.slo_ms is None:
+        return None
+    if not 0 < args.slo_ms <= _LONGEST_SLO:
+        raise UsageError(f"--slo-ms {args.slo_ms:g} is not a time above 0, up to {_LONGEST_SLO} ms")
+    return Slo.of(scheduler, args.slo_ms, args.min_keep)
 
 
 def _port(text: str) -> int:

@@ -26,6 +26,7 @@ from vtp.serve.http.models import Model
 from vtp.serve.http.refusals import told
 from vtp.serve.http.service import Service
 from vtp.serve.http.turns import forms_of, media_for
+from vtp.serve.slo import Chosen
 
 GONE = 499  # the status, in logs and metrics, of a request whose client went away
 
@@ -52,13 +53,21 @@ class Question:
     options: dict[str, Any] = field(default_factory=dict)
     detail: str = "auto"
 
-    def options_for(self, model: Model) -> dict[str, Any]:
+    @property
+    def leaves_keep_open(self) -> bool:
+        """Whether the server may choose how many visual tokens are kept."""
+        named = [self.options.get(name) for name in ("keep_tokens", "budget_ms")]
+        return named == [None, None] and self.detail == "auto"
+
+    def options_for(self, model: Model, chosen: Chosen | None = None) -> dict[str, Any]:
         """`options` with what the model decides: a keep-count, and an answer as long as its cache allows."""
         manifest = model.manifest
-        chosen = {"max_new_tokens": manifest.model.max_length, **self.options}
-        if chosen.get("keep_tokens") is None and chosen.get("budget_ms") is None:
-            chosen["keep_tokens"] = keep_of(self.detail, manifest.visual)
-        return chosen
+        options = {"max_new_tokens": manifest.model.max_length, **self.options}
+        if chosen is not None:
+            options["keep_tokens"] = chosen.keep_tokens
+        elif options.get("keep_tokens") is None and options.get("budget_ms") is None:
+            options["keep_tokens"] = keep_of(self.detail, manifest.visual)
+        return options
 
 
 def keep_of(detail: str, visual: VisualInfo) -> int:
@@ -71,6 +80,7 @@ class Asked:
 
     notes  what was done to the question, in words, such as "transparency flattened on white"
     sizes  (width, height) of its pictures
+    chosen  the keep-count that the server chose to be in time, if it did
     """
 
     def __init__(
@@ -80,12 +90,14 @@ class Asked:
         ticket: Ticket,
         notes: list[str],
         sizes: list[tuple[int, int]],
+        chosen: Chosen | None,
         tally: Tally,
     ) -> None:
         """Made by `ask`."""
         self.model = model
         self.notes = notes
         self.sizes = sizes
+        self.chosen = chosen
         self.result: Result | None = None
         self._request, self._ticket, self._tally = request, ticket, tally
         self._ping = Service.of(request).settings.ping_seconds
@@ -175,7 +187,8 @@ async def ask(request: Request, model: Model, question: Question) -> Asked:
     tally = Tally(service.metrics, model.name)
     try:
         pictures = await _read(question, service)
-        ticket, note = await _submit(model, question, pictures)
+        chosen = _choose(model, question)
+        ticket, note = await _submit(model, question, pictures, chosen)
     except ApiError as error:
         tally.end(error.status)
         raise
@@ -184,7 +197,7 @@ async def ask(request: Request, model: Model, question: Question) -> Asked:
         raise
     notes = [text for picture in pictures for text in picture.notes]
     sizes = [picture.image.size for picture in pictures]
-    return Asked(request, model, ticket, [*dict.fromkeys(notes), *note], sizes, tally)
+    return Asked(request, model, ticket, [*dict.fromkeys(notes), *note], sizes, chosen, tally)
 
 
 async def _read(question: Question, service: Service) -> list[Picture]:
@@ -203,9 +216,18 @@ async def _read(question: Question, service: Service) -> list[Picture]:
     ]
 
 
-async def _submit(model: Model, question: Question, pictures: list[Picture]) -> tuple[Ticket, list[str]]:
+def _choose(model: Model, question: Question) -> Chosen | None:
+    """The keep-count that is in time, where there is an aim and the request leaves the choice."""
+    if model.slo is None or not question.leaves_keep_open:
+        return None
+    return model.slo.choose(model.scheduler.expected_wait())
+
+
+async def _submit(
+    model: Model, question: Question, pictures: list[Picture], chosen: Chosen | None
+) -> tuple[Ticket, list[str]]:
     """Take a ticket, in a thread: tokenizing takes a while. Should the request end meanwhile, so does it."""
-    work = asyncio.create_task(asyncio.to_thread(submit, model, question, pictures))
+    work = asyncio.create_task(asyncio.to_thread(submit, model, question, pictures, chosen))
     try:
         return await asyncio.shield(work)
     except asyncio.CancelledError:
@@ -218,14 +240,16 @@ def _give_up(work: asyncio.Task[tuple[Ticket, list[str]]]) -> None:
         work.result()[0].cancel()
 
 
-def submit(model: Model, question: Question, pictures: list[Picture]) -> tuple[Ticket, list[str]]:
+def submit(
+    model: Model, question: Question, pictures: list[Picture], chosen: Chosen | None = None
+) -> tuple[Ticket, list[str]]:
     """A ticket for a question, and what had to be done to its turns so that the model's template takes them.
 
     Templates differ in what they take: the turns are tried as they are, then in plainer forms.
     """
     media = model.manifest.text.media
     images, messages = media_for(media, [picture.image for picture in pictures], question.messages)
-    take = partial(model.scheduler.submit, images, **question.options_for(model))
+    take = partial(model.scheduler.submit, images, **question.options_for(model, chosen))
     refused: UsageError | None = None
     for turns, notes in forms_of(messages):
         try:

@@ -12,14 +12,16 @@ from vtp.engines.errors import quoted_argument
 from vtp.runtime.bundle.manifest import Manifest
 from vtp.runtime.scheduler import Scheduler
 from vtp.serve.http.errors import ApiError
+from vtp.serve.slo import Slo
 
 
 @dataclass(frozen=True)
 class Model:
-    """A bundle under the name that requests give; its scheduler answers them."""
+    """A bundle under the name that requests give; its scheduler answers them, in time where `slo` says so."""
 
     name: str
     scheduler: Scheduler
+    slo: Slo | None = None
     created: int = field(default_factory=lambda: int(time.time()))  # seconds since 1970
 
     @property
@@ -71,10 +73,10 @@ class Models:
         for name, scheduler in (schedulers or {}).items():
             self.add(name, scheduler)
 
-    def add(self, name: str, scheduler: Scheduler) -> None:
+    def add(self, name: str, scheduler: Scheduler, slo: Slo | None = None) -> None:
         """Serve another model."""
         with self._lock:
-            self._models[name] = Model(name, scheduler)
+            self._models[name] = Model(name, scheduler, slo)
 
     def loaded(self) -> None:
         """Every model is there: take requests."""

@@ -31,7 +31,8 @@ async def chat_completions(request: Request) -> Response:
 
 
 def _writer(asked: Asked, asked_for: ChatRequest) -> Writer:
-    return Writer(asked.model, asked_for.include_usage, asked.sizes if asked_for.show_kept else None)
+    sizes = asked.sizes if asked_for.show_kept else None
+    return Writer(asked.model, asked_for.include_usage, sizes, asked.chosen)
 
 
 async def _events(asked: Asked, asked_for: ChatRequest) -> AsyncIterator[bytes]:

@@ -4,7 +4,7 @@ from vtp.engines import UsageError, VtpError
 from vtp.runtime.bundle.folder import Bundle, open_bundle
 from vtp.runtime.bundle.manifest import Manifest
 from vtp.runtime.pipeline import Pipeline, Stream
-from vtp.runtime.result import Result, Timings, VisualTokens
+from vtp.runtime.result import Result, Timings, TokenLogprob, VisualTokens
 
 __all__ = [
     "Bundle",
@@ -13,6 +13,7 @@ __all__ = [
     "Result",
     "Stream",
     "Timings",
+    "TokenLogprob",
     "UsageError",
     "VisualTokens",
     "VtpError",

@@ -159,7 +159,8 @@ class Pipeline:
                         {"type": "image"} (or "video") and {"type": "text", "text": ...}}; without an image
                         entry the pictures join the first user turn
         options         see `GenerateOptions`: max_new_tokens, keep_tokens or budget_ms, temperature, top_p,
-                        seed, repetition_penalty, stop, skip_special_tokens, allow_special_tokens, timeout_ms
+                        seed, repetition_penalty, stop, skip_special_tokens, allow_special_tokens, timeout_ms,
+                        logprobs
 
         Raises UsageError for a bad argument and VtpError for a picture or prompt that cannot be served.
         """

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from vtp.runtime.prompt.messages import (
     shape_of,
 )
 from vtp.runtime.prompt.template import ChatTemplate, TemplateLimit, first_line
+from vtp.runtime.prompt.token_bytes import TokenBytes
 from vtp.runtime.prompt.tokenizer import CheckedTokenizer, special_texts
 
 __all__ = ["Detokenizer", "Prompt", "Prompter", "StopStrings", "TextSpec"]
@@ -137,6 +139,11 @@ class Prompter:
     def tokenizer(self) -> Tokenizer:
         """The bundle's tokenizer, without padding and truncation."""
         return self._words.tokenizer
+
+    @cached_property
+    def token_bytes(self) -> TokenBytes:
+        """What single tokens of the bundle's tokenizer stand for."""
+        return TokenBytes(self.tokenizer)
 
     def messages_for(self, prompt: str, images: int = 1) -> list[dict[str, Any]]:
         """One user turn: the images, then `prompt`. A prompt that is empty or blank is a `UsageError`."""

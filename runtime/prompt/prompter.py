@@ -178,6 +178,12 @@ class Prompter:
         ids = self._words.encode(text, add_special_tokens=not self._has_bos(text))
         return self._place_images(text, ids, images)
 
+    def continued(self, before: str, text: str) -> list[int]:
+        """The ids that a text adds after another; none where it changes those of the other."""
+        own = self._words.encode(before, add_special_tokens=False)
+        ids = self._words.encode(before + text, add_special_tokens=False)
+        return ids[len(own) :] if ids[: len(own)] == own else []
+
     def check(self) -> None:
         """Try a question. Raises `VtpError` for a template and a tokenizer that no prompt can go through."""
         try:

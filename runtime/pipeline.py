@@ -45,6 +45,8 @@ if TYPE_CHECKING:
 
 __all__ = ["DEFAULT_NEW_TOKENS", "Images", "Messages", "Pipeline", "Stream"]
 
+_NO_MEMORY = "there is not enough memory to load this bundle; vtp-doctor says what it needs at least"
+
 
 class Pipeline:
     """Answers prompts about pictures from one bundle.
@@ -139,7 +141,10 @@ class Pipeline:
                     memory_room(),
                     "image" if opening is not None and opening.image is not None else None,
                 )
-            return cls(opened, choice, threads, most, caching or earlier, opening)
+            try:
+                return cls(opened, choice, threads, most, caching or earlier, opening)
+            except MemoryError as error:
+                raise VtpError(_NO_MEMORY) from error
 
         return undisturbed(load)(bundle)  # one bundle, even while another takes its place
 

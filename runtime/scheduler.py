@@ -193,6 +193,11 @@ class Scheduler:
         if self._owned is not None:
             self._owned.close()
 
+    def cancel(self) -> None:
+        """Take no more requests and cancel those that there are, without waiting for their end; `close` then
+        does."""
+        self._queue.close(drain=False)
+
     def _withdraw(self, job: Job) -> None:
         """For tickets, which keep the scheduler alive by it."""
         self._queue.withdraw(job)

@@ -19,6 +19,7 @@ from vtp.runtime.commands.batch_file import Line, read_lines
 from vtp.runtime.commands.console import (
     Parser,
     note,
+    real_number,
     run_command,
     say,
     say_json,
@@ -225,16 +226,16 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "max_new_tokens": whole_number("max-new-tokens", args.max_new_tokens),
         "keep_tokens": None if args.keep_tokens is None else whole_number("keep-tokens", args.keep_tokens),
-        "temperature": _number("temperature", args.temperature),
-        "top_p": _number("top-p", args.top_p),
+        "temperature": real_number("temperature", args.temperature),
+        "top_p": real_number("top-p", args.top_p),
         "seed": None if args.seed is None else whole_number("seed", args.seed),
         "repetition_penalty": None
         if args.repetition_penalty is None
-        else _number("repetition-penalty", args.repetition_penalty),
+        else real_number("repetition-penalty", args.repetition_penalty),
         "stop": args.stop,
         "skip_special_tokens": not args.special_tokens,
         "allow_special_tokens": args.allow_special_tokens,
-        "timeout_ms": None if args.timeout_ms is None else _number("timeout-ms", args.timeout_ms),
+        "timeout_ms": None if args.timeout_ms is None else real_number("timeout-ms", args.timeout_ms),
         "logprobs": None if args.logprobs is None else whole_number("logprobs", args.logprobs),
     }
 
@@ -246,13 +247,6 @@ def _report(result: Result, kept: str | None) -> str:
     if kept:
         lines.append(f"kept tokens shown in {shown(Path(kept))}")
     return "\n".join(lines)
-
-
-def _number(name: str, text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise UsageError(f"{name} '{shown(text)}' is not a number") from None
 
 
 if __name__ == "__main__":

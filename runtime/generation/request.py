@@ -19,6 +19,19 @@ from vtp.runtime.result import Timings
 from vtp.runtime.stages.runner import Row
 
 
+class PromptTooLong(VtpError):
+    """A prompt leaves no room for an answer in the bundle's cache.
+
+    tokens  what it has, the visual tokens of its pictures before pruning among them
+    room    what the cache has for a prompt
+    """
+
+    def __init__(self, message: object, tokens: int, room: int) -> None:
+        super().__init__(message)
+        self.tokens = tokens
+        self.room = room
+
+
 @dataclass(frozen=True)
 class Request:
     """Everything one generation needs, checked; `pictures` are loaded before it begins."""
@@ -149,7 +162,9 @@ class RequestMaker:
         if text > room:
             beside = f"{visual} visual tokens" + (f" of {pictures} pictures" if pictures > 1 else "")
             fewer = ", give fewer pictures" if pictures > 1 else ""
-            raise VtpError(
+            raise PromptTooLong(
                 f"the prompt has {text} tokens; beside {beside} this bundle has room for {max(room, 0)}; "
-                f"shorten it{fewer}, or export with a larger --max-length"
+                f"shorten it{fewer}, or export with a larger --max-length",
+                tokens=text + visual,
+                room=self._manifest.model.max_length - 1,
             )

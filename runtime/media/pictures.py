@@ -7,13 +7,17 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from vtp.engines.errors import UsageError
+from vtp.engines.errors import UsageError, VtpError
 from vtp.runtime.media.images import ImageSource, check_image, load_image
 from vtp.runtime.media.videos import VideoSource, check_video, load_video
 from vtp.runtime.preprocess import ImageSpec, preprocess
 from vtp.runtime.result import Timings
 
 Images: TypeAlias = "ImageSource | VideoSource | Sequence[ImageSource]"  # of one prompt
+
+
+class PictureError(VtpError):
+    """A picture that cannot be decoded, or that the model cannot take: damaged, too large, too long."""
 
 
 class Pictures:
@@ -41,13 +45,18 @@ class Pictures:
                 check_image(source) if frames is None else check_video(source, frames)
 
     def load(self, timings: Timings) -> None:
-        """Decode and preprocess; VtpError or UsageError for what cannot be."""
-        frames = self._spec.frames
+        """Decode and preprocess; PictureError or UsageError for what cannot be."""
         with timings.measure("preprocess"):
-            self.pixels = [
-                preprocess(load_image(source) if frames is None else load_video(source, frames), self._spec)
-                for source in self._sources
-            ]
+            try:
+                self.pixels = [preprocess(self._load_one(source), self._spec) for source in self._sources]
+            except UsageError:
+                raise
+            except VtpError as error:
+                raise PictureError(str(error)) from error
+
+    def _load_one(self, source: Any) -> Any:
+        frames = self._spec.frames
+        return load_image(source) if frames is None else load_video(source, frames)
 
     def release(self) -> None:
         """Give the memory of `pixels` back."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Generator, Iterator
+import asyncio
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 from typing import Any
 
 from vtp.runtime.result import Result, TokenLogprob
@@ -52,6 +53,23 @@ class Ticket:
         if not self._job.delivery.wait(timeout=timeout):
             raise TimeoutError(f"the answer is not over after {timeout:g} s; wait longer, or cancel it")
         return self._whole()
+
+    async def pieces_from(self, seen: int, timeout: float | None = None) -> tuple[Sequence[str], bool]:
+        """All pieces from number `seen` on, as soon as there is one, and whether they are the last.
+
+        timeout  seconds; then ([], False)
+
+        For those who send them on: what came while they were busy comes at once. Errors are `result`'s.
+        """
+        delivery = self._job.delivery
+        pieces, over = delivery.after(seen)
+        if pieces or over:
+            return pieces, over
+        try:
+            await asyncio.wait_for(delivery.changed(seen), timeout)
+        except asyncio.TimeoutError:
+            return [], False
+        return delivery.after(seen)
 
     def __iter__(self) -> Iterator[str]:
         seen, delivery, over = 0, self._job.delivery, False

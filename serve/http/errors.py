@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,12 +17,23 @@ _TYPES = {
     503: "unavailable_error",
 }
 
+OLLAMA = "/api/"  # below it lie Ollama's endpoints, whose clients read errors of another form
+FAILED = "the server could not answer this request; its log says why"
+# Paths, addresses of memory and of machines: none of a client's business. What follows "<" is markup.
+_PRIVATE = re.compile(
+    r"(?<![\w.<])(?:~|\.{1,2})?/[\w.~-]"  # /home, ./bundle, ../x, ~/x
+    r"|(?<!\w)[A-Za-z]:[\\/]"
+    r"|\b0x[0-9a-fA-F]{5,}"
+    r"|\b\d{1,3}(?:\.\d{1,3}){3}\b"
+    r"|\w://"
+)
+
 
 class ApiError(Exception):
     """A request that is refused, or that failed.
 
     message  one line: what was given, what is allowed, what to do. Never a library's own text, a path or an
-             address: texts of `VtpError` may be passed on where they hold none
+             address: texts of `VtpError` may be passed on where they hold none (see `holds_no_secret`)
     status   of the HTTP answer
     param    the request's field that is meant, such as "messages.0.content"
     code     for programs, such as "context_length_exceeded"
@@ -48,3 +60,12 @@ class ApiError(Exception):
         """OpenAI's error body."""
         kind = _TYPES.get(self.status, "invalid_request_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+    def body_at(self, path: str) -> dict[str, Any]:
+        """The error body for a request's path: below /api/, Ollama's."""
+        return {"error": self.message} if path.startswith(OLLAMA) else self.body()
+
+
+def holds_no_secret(text: str) -> bool:
+    """Whether a message may be shown to clients: no path of a file, no URL, no address in it."""
+    return _PRIVATE.search(text) is None

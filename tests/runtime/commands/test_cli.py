@@ -119,7 +119,7 @@ def test_show_kept_writes_a_picture(
         (["--max-new-tokens", "0"], 2, "max_new_tokens 0 is not"),
         (["--max-new-tokens", "²"], 2, "max-new-tokens '²' is not a whole number"),
         (["--temperature", "hot"], 2, "temperature 'hot' is not a number"),
-        (["--temperature", "nan"], 2, "temperature nan is not allowed"),
+        (["--temperature", "nan"], 2, "temperature 'nan' is not a number"),
         (["--top-p", "2"], 2, "top_p 2.0 is not allowed"),
         (["--repetition-penalty", "0"], 2, "repetition_penalty 0.0 is not allowed; choose a number above 0"),
         (["--repetition-penalty", "1e-46"], 2, "choose a number above 0 (1: off), from 1.2e-38 to 3.4e+38"),

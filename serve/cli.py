@@ -1,0 +1,246 @@
+"""vtp-serve: bundles behind an HTTP port that OpenAI's clients speak to."""
+
+from __future__ import annotations
+
+import argparse
+import ipaddress
+import logging
+import os
+import socket
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vtp.engines import UsageError, VtpError, capabilities
+from vtp.engines.errors import shown
+from vtp.runtime.commands.arguments import add_debug, add_engine, add_threads
+from vtp.runtime.commands.console import Parser, note, run_command, say, whole_number
+from vtp.runtime.opening import NEVER_RUN
+from vtp.runtime.scheduler import Scheduler
+
+if TYPE_CHECKING:
+    from vtp.serve.http.models import Models
+    from vtp.serve.settings import Settings
+
+PROG = "vtp-serve"
+PORT = 8000  # where clients look for a server such as this
+_KEY = "VTP_API_KEY"
+_LARGEST_PORT = 2**16 - 1
+_STOPPED = "the server was stopped before its requests had ended"
+# One red pixel, so that the line to try needs no file.
+_RED = (
+    "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4z8AAAAMBAQDJ/pLvAAAA"
+    "AElFTkSuQmCC"
+)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags of vtp-serve."""
+    parser = Parser(
+        prog=PROG, description="Answer OpenAI's chat completions from bundles, over HTTP, until told to stop."
+    )
+    add = parser.add_argument
+    add("bundle", nargs="+", metavar="BUNDLE", help="a folder that vtp-export made")
+    add(
+        "--name",
+        action="append",
+        default=[],
+        help="how requests name a bundle, once for each (default: its folder's name)",
+    )
+    add("--host", default="127.0.0.1", metavar="ADDRESS", help="where to listen (default: %(default)s)")
+    add("--port", default=str(PORT), metavar="N", help="default: %(default)s; 0: any free one")
+    add("--api-key", metavar="KEY", help=f"what clients must send as bearer token (or set {_KEY})")
+    add("--insecure", action="store_true", help="let anyone in, also from other machines")
+    add("--allow-host", action="append", default=[], metavar="NAME", help="a further name of this server")
+    add("--cors-origin", action="append", default=[], metavar="ORIGIN", help="a web page's origin to let in")
+    add(
+        "--allow-media-domain",
+        action="append",
+        default=[],
+        metavar="DOMAIN",
+        help="a domain from which pictures may be fetched (default: none, pictures are sent along)",
+    )
+    add("--slots", default="4", metavar="N", help="requests that decode together (default: %(default)s)")
+    add("--queue", default="64", metavar="N", help="requests that may wait (default: %(default)s)")
+    add_engine(parser)
+    add_threads(parser)
+    add(
+        "--vision-feature-cache",
+        default="0",
+        metavar="N",
+        help="remember what the vision stages gave for the pictures of N requests (default: %(default)s)",
+    )
+    add("--prefix-caching", action="store_true", help="read what a prompt shares with earlier ones once")
+    add(
+        "--ping-seconds",
+        default="5",
+        metavar="S",
+        help="send a comment into streams that have been silent this long (default: %(default)s)",
+    )
+    add(
+        "--grace-seconds",
+        default="30",
+        metavar="S",
+        help="when told to stop, let running requests go on this long (default: %(default)s)",
+    )
+    add_debug(parser)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of vtp-serve; returns the exit code."""
+    args = build_parser().parse_args(argv)
+    return run_command(PROG, lambda: _run(args), args.debug, interrupted=_STOPPED)
+
+
+def _run(args: argparse.Namespace) -> None:
+    _check_extra()
+    from vtp.serve.http.models import Models
+    from vtp.serve.server import Server, listen, run
+
+    names, settings, options = names_of(args), settings_of(args), _scheduling(args)
+    _set_logging(args.debug)
+    listener = listen(args.host, _port(args.port))
+    models = Models(names=names)
+    server = Server(models, settings, access_log=args.debug)
+
+    def load() -> None:
+        for name, bundle in zip(names, args.bundle, strict=True):
+            if not models.stopping:
+                models.add(name, Scheduler.load(bundle, **options))
+        models.loaded()
+        _say_ready(models, settings, address_of(listener))
+
+    run(server, models, listener, load)
+
+
+def _check_extra() -> None:
+    try:
+        import starlette
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise VtpError(
+            f"vtp-serve needs {error.name}, which is not installed; run: pip install 'vtp-edge[serve]'"
+        ) from error
+    assert starlette
+
+
+# -- what was asked for --------------------------------------------------------------------------------------
+
+
+def names_of(args: argparse.Namespace) -> list[str]:
+    """A name for each bundle. UsageError where they are not as many, or two are alike."""
+    names = args.name or [Path(bundle).resolve().name for bundle in args.bundle]
+    if len(names) != len(args.bundle):
+        raise UsageError(
+            f"{len(names)} names are given for {len(args.bundle)} bundles; give one --name for each"
+        )
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UsageError(f"two bundles have the name '{shown(twice)}'; give one --name for each bundle")
+    if not all(name.strip() and name.isprintable() for name in names):
+        raise UsageError("a name is empty or has characters that cannot be printed; choose another --name")
+    return list(names)
+
+
+def settings_of(args: argparse.Namespace) -> Settings:
+    """The flags as settings. UsageError for an open server that nobody asked for."""
+    from vtp.serve.settings import Settings
+
+    key = args.api_key if args.api_key is not None else os.environ.get(_KEY) or None
+    if key is not None and not (key.isascii() and key.isprintable() and key.strip() == key and key):
+        raise UsageError("the API key must be printable ASCII without spaces around it; choose another one")
+    if key is None and not args.insecure and not is_loopback(args.host):
+        raise UsageError(
+            f"--host {shown(args.host)} lets other machines in: give --api-key KEY (or set {_KEY}), or "
+            "--insecure if everyone may ask"
+        )
+    return Settings(
+        key=key,
+        allowed_hosts=tuple(args.allow_host),
+        cors_origins=tuple(args.cors_origin),
+        media_domains=tuple(args.allow_media_domain),
+        ping_seconds=_seconds("ping-seconds", args.ping_seconds),
+        grace_seconds=_seconds("grace-seconds", args.grace_seconds),
+    )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether nobody but this machine can reach a host's every address."""
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError):
+        return False
+    return all(ipaddress.ip_address(str(entry[4][0]).partition("%")[0]).is_loopback for entry in found)
+
+
+def _scheduling(args: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "engine": args.engine,
+        "threads": None if args.threads is None else whole_number("threads", args.threads),
+        "slots": whole_number("slots", args.slots),
+        "queue": whole_number("queue", args.queue, least=0),
+        "vision_feature_cache": whole_number("vision-feature-cache", args.vision_feature_cache, least=0),
+        "prefix_caching": args.prefix_caching,
+    }
+
+
+def _port(text: str) -> int:
+    port = whole_number("port", text, least=0)
+    if port > _LARGEST_PORT:
+        raise UsageError(f"port {port} is not a valid port; choose 1 to {_LARGEST_PORT}, or 0 for a free one")
+    return port
+
+
+def _seconds(name: str, text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 < value <= 86400:
+        raise UsageError(f"{name} '{shown(text)}' is not a number of seconds above 0, up to 86400")
+    return value
+
+
+# -- what is said --------------------------------------------------------------------------------------------
+
+
+def address_of(listener: socket.socket) -> str:
+    """The URL of a socket that listens, as this machine's own clients reach it."""
+    host, port = listener.getsockname()[:2]
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _say_ready(models: Models, settings: Settings, address: str) -> None:
+    for model in models:
+        visual, scheduler = model.manifest.visual, model.scheduler
+        engine = scheduler.pipeline.engine
+        say(
+            f"{model.name}: ready on {engine}, {scheduler.slots} at a time, keeps {visual.default_keep} of "
+            f"{visual.count} visual tokens"
+        )
+        if scheduler.in_turn:
+            note(PROG, f"{model.name}: requests are answered one after the other: {scheduler.in_turn}")
+        if not capabilities(engine).proven:
+            note(PROG, NEVER_RUN)
+    say(f"listening on {address} (OpenAI's base_url: {address}/v1)")
+    say(f"try: {curl_line(address, settings.key is not None)}")
+
+
+def curl_line(address: str, key: bool = False) -> str:
+    """A line for a shell that asks about a red pixel."""
+    header = f' -H "Authorization: Bearer ${_KEY}"' if key else ""
+    picture = f'{{"type":"image_url","image_url":{{"url":"{_RED}"}}}}'
+    words = '{"type":"text","text":"what color is this ?"}'
+    body = f'{{"messages":[{{"role":"user","content":[{picture},{words}]}}],"max_tokens":32}}'
+    return f"curl {address}/v1/chat/completions{header} -d '{body}'"
+
+
+def _set_logging(debug: bool) -> None:
+    """Warnings, or everything, on standard error."""
+    logging.basicConfig(
+        level=logging.INFO if debug else logging.WARNING,
+        format=f"{PROG}: %(levelname)s: %(message)s",
+        stream=sys.stderr,
+    )

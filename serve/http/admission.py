@@ -1,0 +1,280 @@
+"""Who is let in: the checks that every request passes before the application sees it, as ASGI middlewares.
+
+`guarded` puts them around an application in the right order: host, cross-origin headers, origin, key, size.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import hmac
+import json
+import re
+import socket
+from collections.abc import Sequence
+from ipaddress import ip_address
+from typing import Any
+
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from vtp.serve.http.errors import ApiError
+
+__all__ = ["BodyLimit", "HostCheck", "KeyCheck", "OriginCheck", "guarded"]
+
+_OPEN_PATHS = frozenset(("/", "/metrics", "/health"))  # without a key, and what lies below /health
+_HOST = re.compile(r"(?P<host>\[[0-9a-f:.]+\]|[^\[\]:/@\s]+)(?::[0-9]{0,5})?")
+_DRAIN_SECONDS = 5.0  # for a client that sends on after it was refused, so that it reads why
+
+
+def guarded(
+    app: ASGIApp,
+    *,
+    allowed_hosts: Sequence[str] = (),
+    key: str | None = None,
+    cors_origins: Sequence[str] = (),
+    limit_bytes: int = 64 * 2**20,
+) -> ASGIApp:
+    """An application behind all checks.
+
+    allowed_hosts  further names that the Host header may have: "vtp.example.org", "*.example.org", "*"
+    key            that clients must send as `Authorization: Bearer`; None: none
+    cors_origins   origins whose pages may use the server: "https://example.org", "*"
+    limit_bytes    of one request's body
+    """
+    app = BodyLimit(app, limit_bytes)
+    if key is not None:
+        app = KeyCheck(app, key)
+    app = OriginCheck(app, cors_origins)
+    if cors_origins:  # around the key: preflights have none, and a page must be able to read a refusal
+        app = CORSMiddleware(
+            app,
+            allow_origins=list(cors_origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["Retry-After"],
+            max_age=600,
+        )
+    return HostCheck(app, allowed_hosts)
+
+
+class HostCheck:
+    """Refuses names that are not the server's own, so that no web page reaches it by a name of its own that
+    leads here (DNS rebinding).
+
+    Addresses pass, since no resolver stands between them and the server; so do localhost, the machine's name,
+    names below .localhost and .local, and `allowed_hosts`. 403 for others, 400 without one Host header.
+    """
+
+    def __init__(self, app: ASGIApp, allowed_hosts: Sequence[str] = ()) -> None:
+        self._app = app
+        own = socket.gethostname().lower()
+        self._names = {"localhost", own, own.partition(".")[0], *(name.lower() for name in allowed_hosts)}
+        self._below = (".localhost", ".local", *(name[1:] for name in self._names if name.startswith("*.")))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        error = None if scope["type"] == "lifespan" else self._refusal(scope)
+        await (self._app(scope, receive, send) if error is None else _refuse(scope, send, error))
+
+    def _refusal(self, scope: Scope) -> ApiError | None:
+        headers = _headers(scope, b"host")
+        found = _HOST.fullmatch(headers[0].decode("latin-1").lower()) if len(headers) == 1 else None
+        if found is None:
+            return ApiError("the request must have one Host header with a name or an address")
+        if self._is_known(found["host"].removesuffix(".")):
+            return None
+        return ApiError(
+            "this server is not known by the name in the Host header; use its address, or have its owner "
+            "allow the name (vtp-serve --allow-host)",
+            403,
+        )
+
+    def _is_known(self, host: str) -> bool:
+        return "*" in self._names or host in self._names or host.endswith(self._below) or _is_address(host)
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ip_address(host.strip("[]"))
+    except ValueError:
+        return False
+    return True
+
+
+class OriginCheck:
+    """Refuses (403) what a foreign web page sends: it could not read the answer, but the work would be done.
+
+    Without the header Origin, no browser is behind the request. The server's own page passes, and so do
+    `origins` and those of applications and extensions (such as app://), which no web page has.
+    """
+
+    def __init__(self, app: ASGIApp, origins: Sequence[str] = ()) -> None:
+        self._app = app
+        self._origins = frozenset(origins)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or self._passes(scope):
+            await self._app(scope, receive, send)
+            return
+        await _refuse(
+            scope,
+            send,
+            ApiError(
+                "this server is not for pages of the origin in the Origin header; have its owner allow it "
+                "(vtp-serve --cors-origin)",
+                403,
+            ),
+        )
+
+    def _passes(self, scope: Scope) -> bool:
+        if scope["method"] in ("GET", "HEAD", "OPTIONS") or "*" in self._origins:
+            return True
+        hosts = _headers(scope, b"host")
+        return all(self._may(origin.decode("latin-1"), hosts) for origin in _headers(scope, b"origin"))
+
+    def _may(self, origin: str, hosts: list[bytes]) -> bool:
+        scheme, _, place = origin.partition("://")
+        foreign = scheme in ("http", "https", "null") and [place.encode("latin-1")] != hosts
+        return not foreign or origin in self._origins
+
+
+class KeyCheck:
+    """Asks for `Authorization: Bearer KEY`; the page, health and metrics are open. 401 otherwise."""
+
+    def __init__(self, app: ASGIApp, key: str) -> None:
+        self._app = app
+        self._digest = _digest(key.encode())
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan" or _is_open(scope) or self._has_key(scope):
+            await self._app(scope, receive, send)
+            return
+        headers = {"WWW-Authenticate": "Bearer"}
+        await _refuse(
+            scope,
+            send,
+            ApiError(
+                "this server wants its API key: send the header Authorization: Bearer KEY with the right key",
+                401,
+                code="invalid_api_key",
+                headers=headers,
+            ),
+        )
+
+    def _has_key(self, scope: Scope) -> bool:
+        """Digests are of one length, so that the time tells nothing, not even how long the key is."""
+        headers = _headers(scope, b"authorization")
+        scheme, _, given = headers[0].partition(b" ") if len(headers) == 1 else (b"", b"", b"")
+        same = hmac.compare_digest(_digest(given.strip()), self._digest)
+        return same and scheme.lower() == b"bearer"
+
+
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()
+
+
+def _is_open(scope: Scope) -> bool:
+    path = scope.get("path", "")
+    return scope["type"] == "http" and (path in _OPEN_PATHS or path.startswith("/health/"))
+
+
+class BodyLimit:
+    """Refuses (413) bodies of more than `limit_bytes`, by Content-Length or, where they come in chunks, as
+    soon as there are more; the client gets the answer although it still sends."""
+
+    def __init__(self, app: ASGIApp, limit_bytes: int) -> None:
+        self._app = app
+        self._limit = limit_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        body = _Body(scope, receive, send, self._limit)
+        if _declared(scope) > self._limit:
+            await body.refuse()
+            return
+        try:
+            await self._app(scope, body.receive, body.send)
+        except Exception:
+            if not body.refused:
+                raise
+
+
+class _Body:
+    """One request's body while the application reads it. Once it was refused, the application is told that
+    the client has gone, and what it says then reaches nobody."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send, limit: int) -> None:
+        self._scope, self._receive, self._send, self._limit = scope, receive, send, limit
+        self._seen = 0
+        self._started = False
+        self.refused = False
+
+    async def receive(self) -> Message:
+        """For the application."""
+        if self.refused:
+            return {"type": "http.disconnect"}
+        message = await self._receive()
+        self._seen += len(message.get("body", b""))
+        if self._seen <= self._limit:
+            return message
+        await self.refuse()
+        return {"type": "http.disconnect"}
+
+    async def send(self, message: Message) -> None:
+        """For the application."""
+        if not self.refused:
+            self._started = True
+            await self._send(message)
+
+    async def refuse(self) -> None:
+        """Answer 413, read on for a while, then close."""
+        self.refused = True
+        if self._started:
+            return
+        error = ApiError(
+            f"the request is larger than {self._limit:,} bytes; send fewer or smaller pictures", 413
+        )
+        start, body = _messages(error, self._scope, {"connection": "close"})
+        await self._send(start)
+        await self._send({**body, "more_body": True})
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._drain(), _DRAIN_SECONDS)
+        await self._send({"type": "http.response.body"})
+
+    async def _drain(self) -> None:
+        """A connection that is closed while the client sends would take the answer with it."""
+        while (message := await self._receive()).get("more_body"):
+            del message
+
+
+def _declared(scope: Scope) -> int:
+    """The Content-Length; 0 without one, and for what is no number, which servers refuse themselves."""
+    text = b"".join(_headers(scope, b"content-length")[:1])
+    return int(text[:20]) if text.isdigit() else 0
+
+
+def _headers(scope: Scope, name: bytes) -> list[bytes]:
+    return [value for key, value in scope["headers"] if key == name]
+
+
+async def _refuse(scope: Scope, send: Send, error: ApiError) -> None:
+    if scope["type"] != "http":
+        await send({"type": "websocket.close", "code": 1008})
+        return
+    for message in _messages(error, scope):
+        await send(message)
+
+
+def _messages(
+    error: ApiError, scope: Scope, headers: dict[str, str] | None = None
+) -> tuple[Message, Message]:
+    """An error as an ASGI answer: its start and its body."""
+    body = json.dumps(error.body_at(scope["path"])).encode()
+    lines: dict[str, Any] = {"content-type": "application/json", "content-length": str(len(body))}
+    lines |= error.headers | (headers or {})
+    raw = [(name.lower().encode(), value.encode("latin-1")) for name, value in lines.items()]
+    start = {"type": "http.response.start", "status": error.status, "headers": raw}
+    return start, {"type": "http.response.body", "body": body}

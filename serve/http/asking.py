@@ -1,0 +1,229 @@
+"""From a question to its answer: pictures are read, a ticket is taken, the client is watched.
+
+Shared by all endpoints, which differ only in what they read and in how they write the answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from starlette.requests import Request
+
+from vtp.engines import UsageError
+from vtp.runtime.bundle.manifest import VisualInfo
+from vtp.runtime.result import Result
+from vtp.runtime.scheduler import Ticket
+from vtp.serve.http.errors import ApiError
+from vtp.serve.http.media_sources import Picture, read_picture
+from vtp.serve.http.metrics import Metrics
+from vtp.serve.http.models import Model
+from vtp.serve.http.refusals import told
+from vtp.serve.http.service import Service
+from vtp.serve.http.turns import forms_of, media_for
+
+GONE = 499  # the status, in logs and metrics, of a request whose client went away
+
+
+@dataclass(frozen=True)
+class PictureSource:
+    """A picture as a request gives it: a URL, and the field that holds it."""
+
+    url: str
+    param: str
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked, whichever API it came through.
+
+    messages  the conversation in the runtime's form, a part {"type": "image"} for each of `pictures`
+    options   keyword arguments of `Pipeline.generate`
+    detail    "low", "auto" or "high": the smallest, default or largest keep-count, where `options` has none
+    """
+
+    messages: list[dict[str, Any]]
+    pictures: tuple[PictureSource, ...] = ()
+    options: dict[str, Any] = field(default_factory=dict)
+    detail: str = "auto"
+
+    def options_for(self, model: Model) -> dict[str, Any]:
+        """`options` with what the model decides: a keep-count, and an answer as long as its cache allows."""
+        manifest = model.manifest
+        chosen = {"max_new_tokens": manifest.model.max_length, **self.options}
+        if chosen.get("keep_tokens") is None and chosen.get("budget_ms") is None:
+            chosen["keep_tokens"] = keep_of(self.detail, manifest.visual)
+        return chosen
+
+
+def keep_of(detail: str, visual: VisualInfo) -> int:
+    """The keep-count of a bundle that OpenAI's `detail` stands for."""
+    return {"low": min(visual.keep), "high": max(visual.keep)}.get(detail, visual.default_keep)
+
+
+class Asked:
+    """A question that a model has taken. Read `whole` or `pieces`, once: after that `result` is there.
+
+    notes  what was done to the question, in words, such as "transparency flattened on white"
+    """
+
+    def __init__(
+        self, request: Request, model: Model, ticket: Ticket, notes: list[str], tally: Tally
+    ) -> None:
+        """Made by `ask`."""
+        self.model = model
+        self.notes = notes
+        self.result: Result | None = None
+        self._request, self._ticket, self._tally = request, ticket, tally
+        self._ping = Service.of(request).settings.ping_seconds
+        self._gone = False
+
+    async def whole(self) -> Result:
+        """The whole answer. Raises ApiError; of status 499 if the client went away."""
+        async for _ in self.pieces():
+            pass
+        assert self.result is not None  # or an error
+        return self.result
+
+    async def pieces(self) -> AsyncIterator[str | None]:
+        """The answer's text as it is written; None where nothing came for `ping_seconds`. Raises ApiError."""
+        seen, over = 0, False
+        async with self._watched():
+            while not over:
+                some, over = await self._ticket.pieces_from(seen, self._ping)
+                seen += len(some)
+                if some:
+                    self._tally.note_piece()
+                    yield "".join(some)
+                elif not over:
+                    yield None
+            self._end()
+
+    def _end(self) -> None:
+        """Take the result of a ticket that is over, or raise why there is none."""
+        if self._gone:
+            raise ApiError("the client went away", GONE)
+        try:
+            result = self._ticket.result(0)
+        except Exception as error:
+            raise told(error, running=True) from error
+        if result.finish_reason == "cancelled":
+            raise ApiError("the server is stopping, and ended this request; try again later", 503)
+        self.result = result
+
+    @asynccontextmanager
+    async def _watched(self) -> AsyncIterator[None]:
+        """Within it, the request ends with its client, waiting or running; at the end it is counted."""
+        watcher = asyncio.create_task(self._watch())
+        status = GONE
+        try:
+            yield
+            status = 200
+        except ApiError as error:
+            status = error.status
+            raise
+        finally:
+            watcher.cancel()
+            self._ticket.cancel()
+            self._tally.end(status, self.result)
+
+    async def _watch(self) -> None:
+        while (await self._request.receive())["type"] != "http.disconnect":
+            pass
+        self._gone = True
+        self._ticket.cancel()
+
+
+class Tally:
+    """Tells the metrics of one request: its beginning, each piece, and once its end."""
+
+    def __init__(self, metrics: Metrics, model: str) -> None:
+        self._metrics, self._model = metrics, model
+        self._started = self._last = time.perf_counter()
+        self._pieces = 0
+        metrics.request_started(model)
+
+    def note_piece(self) -> None:
+        """Text was sent."""
+        now = time.perf_counter()
+        tell = self._metrics.between_tokens if self._pieces else self._metrics.first_token
+        tell(self._model, now - self._last)
+        self._last = now
+        self._pieces += 1
+
+    def end(self, status: int, result: Result | None = None) -> None:
+        """It is over."""
+        self._metrics.finished(self._model, result, time.perf_counter() - self._started, status)
+
+
+async def ask(request: Request, model: Model, question: Question) -> Asked:
+    """Hand a question to a model. Raises ApiError for what cannot be asked, and where no place is left."""
+    service = Service.of(request)
+    tally = Tally(service.metrics, model.name)
+    try:
+        pictures = await _read(question, service)
+        ticket, note = await _submit(model, question, pictures)
+    except ApiError as error:
+        tally.end(error.status)
+        raise
+    except BaseException:
+        tally.end(500)
+        raise
+    notes = [text for picture in pictures for text in picture.notes]
+    return Asked(request, model, ticket, [*dict.fromkeys(notes), *note], tally)
+
+
+async def _read(question: Question, service: Service) -> list[Picture]:
+    settings = service.settings
+    given, most = len(question.pictures), settings.media.pictures
+    if given > most:
+        raise ApiError(
+            f"the request holds {given} pictures; at most {most} are taken",
+            param=question.pictures[most].param,
+        )
+    return [
+        await read_picture(
+            source.url, limits=settings.media, allowed_domains=settings.media_domains, param=source.param
+        )
+        for source in question.pictures
+    ]
+
+
+async def _submit(model: Model, question: Question, pictures: list[Picture]) -> tuple[Ticket, list[str]]:
+    """Take a ticket, in a thread: tokenizing takes a while. Should the request end meanwhile, so does it."""
+    work = asyncio.create_task(asyncio.to_thread(submit, model, question, pictures))
+    try:
+        return await asyncio.shield(work)
+    except asyncio.CancelledError:
+        work.add_done_callback(_give_up)
+        raise
+
+
+def _give_up(work: asyncio.Task[tuple[Ticket, list[str]]]) -> None:
+    if not work.cancelled() and work.exception() is None:
+        work.result()[0].cancel()
+
+
+def submit(model: Model, question: Question, pictures: list[Picture]) -> tuple[Ticket, list[str]]:
+    """A ticket for a question, and what had to be done to its turns so that the model's template takes them.
+
+    Templates differ in what they take: the turns are tried as they are, then in plainer forms.
+    """
+    media = model.manifest.text.media
+    images, messages = media_for(media, [picture.image for picture in pictures], question.messages)
+    take = partial(model.scheduler.submit, images, **question.options_for(model))
+    refused: UsageError | None = None
+    for turns, notes in forms_of(messages):
+        try:
+            return take(messages=turns), notes
+        except UsageError as error:
+            refused = refused or error
+        except Exception as error:
+            raise told(error) from error
+    assert refused is not None  # there is at least one form
+    raise told(refused) from refused

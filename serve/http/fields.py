@@ -1,0 +1,115 @@
+"""Reading a request's JSON field by field: each is checked where it is read, null means that it is absent."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from typing import Any
+
+from starlette.requests import Request
+
+from vtp.engines import VtpError
+from vtp.engines.errors import quoted_argument
+from vtp.engines.strict_json import parse_json
+from vtp.runtime.generation.arguments import is_number, is_whole
+from vtp.serve.http.errors import ApiError
+
+_LARGE = 1 << 20  # bytes of a body that is parsed in a thread, so that other requests go on meanwhile
+
+
+class Fields:
+    """An object of a request's body.
+
+    at  its own place in the body, such as "messages.0"; "" is the body itself
+
+    Every reader raises `ApiError` 400, whose `param` is the field, for a value that is not allowed.
+    """
+
+    def __init__(self, data: object, at: str = "") -> None:
+        if not isinstance(data, dict):
+            raise ApiError(f"{at or 'the body'} must be a JSON object, not {kind_of(data)}", param=at or None)
+        self._data: dict[str, Any] = data
+        self._at = at
+        self._read: set[str] = set()
+
+    def param(self, name: str) -> str:
+        """Where a field lies in the body."""
+        return f"{self._at}.{name}" if self._at else name
+
+    def raw(self, name: str) -> Any:
+        """A field of any kind; None: absent."""
+        self._read.add(name)
+        return self._data.get(name)
+
+    def text(self, name: str) -> str | None:
+        """A field that must be text."""
+        value = self.raw(name)
+        return value if value is None or isinstance(value, str) else self._refuse(name, "text")
+
+    def flag(self, name: str) -> bool | None:
+        """A field that must be true or false."""
+        value = self.raw(name)
+        return value if value is None or isinstance(value, bool) else self._refuse(name, "true or false")
+
+    def whole(self, name: str, least: int, most: int) -> int | None:
+        """A field that must be a whole number within a range; 3.0 counts as one, true does not."""
+        value = self.raw(name)
+        if value is None:
+            return None
+        number = int(value) if isinstance(value, float) and value.is_integer() else value
+        if not is_whole(number) or not least <= number <= most:
+            self._refuse(name, f"a whole number from {least} to {most}")
+        return int(number)
+
+    def number(self, name: str, least: float, most: float) -> float | None:
+        """A field that must be a finite number within a range."""
+        value = self.raw(name)
+        if value is None:
+            return None
+        if not is_number(value) or not least <= value <= most:
+            self._refuse(name, f"a number from {least:g} to {most:g}")
+        return float(value)
+
+    def choice(self, name: str, allowed: tuple[str, ...]) -> str | None:
+        """A field that must be one of some texts."""
+        value = self.text(name)
+        return value if value is None or value in allowed else self._refuse(name, " or ".join(allowed))
+
+    def items(self, name: str) -> list[Any] | None:
+        """A field that must be a list."""
+        value = self.raw(name)
+        return value if value is None or isinstance(value, list) else self._refuse(name, "a list")
+
+    def fields(self, name: str) -> Fields | None:
+        """A field that must be an object."""
+        value = self.raw(name)
+        return None if value is None else Fields(value, self.param(name))
+
+    def unread(self) -> Iterator[str]:
+        """Fields that nothing asked for."""
+        yield from (name for name in self._data if name not in self._read)
+
+    def _refuse(self, name: str, wanted: str) -> Any:
+        at = self.param(name)
+        raise ApiError(f"{at} {quoted_argument(self._data[name])} is not {wanted}", param=at)
+
+
+def kind_of(value: object) -> str:
+    """What JSON calls a value's kind."""
+    names = {str: "text", bool: "true or false", int: "a number", float: "a number", list: "a list"}
+    return "null" if value is None else names.get(type(value), "an object")
+
+
+async def read_fields(request: Request) -> Fields:
+    """The body of a request, whatever its Content-Type; ApiError 400 for what is not one JSON object."""
+    body = await request.body()
+    return Fields(await asyncio.to_thread(_parse, body) if len(body) > _LARGE else _parse(body))
+
+
+def _parse(body: bytes) -> Any:
+    if not body:
+        raise ApiError("the body is empty; send a JSON object")
+    try:
+        return parse_json(body, "the body")
+    except VtpError as error:
+        raise ApiError(str(error)) from error

@@ -1,0 +1,193 @@
+"""The pictures of a request: from a data: URL, base64 or an allowed domain, checked before they are decoded.
+
+What Pillow says of a picture never reaches a client: its texts have held addresses (CVE-2026-22778).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+from dataclasses import dataclass
+from io import BytesIO
+
+from PIL import Image
+
+from vtp.runtime.media.rgb import to_rgb
+from vtp.serve.http.errors import ApiError
+from vtp.serve.http.fetching import Fetcher
+
+__all__ = ["MediaLimits", "Picture", "decode_base64", "decode_picture", "read_picture"]
+
+# What Pillow may try on a client's bytes: the formats of cameras and web pages, and no others.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+_NAMES = "JPEG, PNG, WebP, GIF or BMP"
+_ALPHA_MODES = frozenset(("LA", "La", "PA", "RGBA", "RGBa"))
+_ORIENTATION = 0x0112  # EXIF's tag; 1 is upright
+_SHOWN_SCHEME = 16  # characters of a URL's scheme in a message
+
+
+@dataclass(frozen=True)
+class MediaLimits:
+    """What the pictures of one request may take.
+
+    pictures  in one request
+    bytes     of one picture's file
+    pixels    of one picture, by its header
+    """
+
+    pictures: int = 16
+    bytes: int = 32 * 2**20
+    pixels: int = 40_000_000
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture as the model sees it: upright RGB; `notes` say in words what was changed for that."""
+
+    image: Image.Image
+    notes: tuple[str, ...] = ()
+
+
+async def read_picture(
+    url: str,
+    *,
+    limits: MediaLimits,
+    allowed_domains: tuple[str, ...],
+    param: str,
+    fetcher: Fetcher | None = None,
+) -> Picture:
+    """The picture of a data: URL (base64), or of an http(s) URL whose domain is allowed.
+
+    allowed_domains  such as "example.org", "*.example.org" or "example.org:8080"
+    param            the request's field, for errors
+    fetcher          how URLs are fetched; None: as `Fetcher` does by default
+
+    Raises ApiError (400) for what is refused: see `Fetcher`, `decode_base64` and `decode_picture`.
+    """
+    scheme, _, rest = url.partition(":")
+    if scheme.lower() == "data":
+        return await asyncio.to_thread(_from_data_url, rest, limits, param)
+    if scheme.lower() in ("http", "https"):
+        data = await (fetcher or Fetcher()).fetch(url, allowed_domains, limits.bytes, param)
+        return await asyncio.to_thread(decode_picture, data, limits, param)
+    given = f"begins with '{scheme[:_SHOWN_SCHEME]}:'" if _is_scheme(scheme) and rest else "has no scheme"
+    raise ApiError(
+        f"the picture's URL {given}; give the picture itself as a data: URL (data:image/jpeg;base64,…)",
+        param=param,
+        code="invalid_image_url",
+    )
+
+
+def _is_scheme(text: str) -> bool:
+    return text.isascii() and text.replace("+", "").replace("-", "").replace(".", "").isalnum()
+
+
+def _from_data_url(rest: str, limits: MediaLimits, param: str) -> Picture:
+    """The media type is not looked at: the content says what it is."""
+    head, comma, text = rest.partition(",")
+    if not comma or not head.lower().endswith(";base64"):
+        raise ApiError(
+            "the picture's data: URL is not base64; write data:image/jpeg;base64, and then the file's bytes "
+            "in base64",
+            param=param,
+            code="invalid_image_url",
+        )
+    return decode_base64(text, limits, param)
+
+
+def decode_base64(text: str, limits: MediaLimits, param: str) -> Picture:
+    """The picture of a file in base64, with padding and nothing else in it; decodes, so not in a loop."""
+    if len(text) // 4 * 3 - 2 > limits.bytes:
+        raise too_many_bytes(limits.bytes, param)
+    try:
+        data = base64.b64decode(text.encode("ascii"), validate=True)
+    except (binascii.Error, UnicodeEncodeError):
+        raise ApiError(
+            "the picture's base64 is damaged: a character that base64 does not have, or wrong padding; "
+            "encode the whole file, without line ends",
+            param=param,
+            code="invalid_base64",
+        ) from None
+    return decode_picture(data, limits, param)
+
+
+def decode_picture(data: bytes, limits: MediaLimits, param: str) -> Picture:
+    """The picture of a file's bytes: first frame, upright, transparent parts on white.
+
+    Raises ApiError (400) for more bytes or pixels than `limits` (by the header, nothing is decoded then), for
+    another format, and for a damaged file.
+    """
+    if len(data) > limits.bytes:
+        raise too_many_bytes(limits.bytes, param)
+    with _opened(data, limits, param) as image:
+        _check_size(image, limits, param)
+        try:
+            notes = _notes(image)
+            image.load()
+            transparent = _is_transparent(image)
+            picture = to_rgb(image, "the picture")
+        except Exception:  # damaged data makes decoders raise nearly anything, and their texts tell too much
+            raise _damaged(param) from None
+    return Picture(picture, (*notes, *(["transparent parts were laid on white"] if transparent else [])))
+
+
+def too_many_bytes(limit: int, param: str) -> ApiError:
+    """The refusal of a picture's file that is too large."""
+    return ApiError(
+        f"the picture's file is larger than {limit:,} bytes; shrink it, or save it as JPEG",
+        param=param,
+        code="image_too_large",
+    )
+
+
+def _opened(data: bytes, limits: MediaLimits, param: str) -> Image.Image:
+    """Read the header."""
+    try:
+        return Image.open(BytesIO(data), formats=FORMATS)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise _too_many_pixels("more pixels than are ever decoded", limits, param) from None
+    except Exception:
+        what = "not a picture that is served" if data else "empty"
+        raise ApiError(
+            f"the picture's file is {what}; give {_NAMES}, whole", param=param, code="invalid_image"
+        ) from None
+
+
+def _check_size(image: Image.Image, limits: MediaLimits, param: str) -> None:
+    width, height = image.size
+    if width < 1 or height < 1:
+        raise _damaged(param)
+    if width * height > limits.pixels:
+        raise _too_many_pixels(f"{width}x{height} = {width * height:,} pixels", limits, param)
+
+
+def _too_many_pixels(given: str, limits: MediaLimits, param: str) -> ApiError:
+    return ApiError(
+        f"the picture has {given}; at most {limits.pixels:,} are taken: shrink it first",
+        param=param,
+        code="image_too_large",
+    )
+
+
+def _damaged(param: str) -> ApiError:
+    return ApiError(
+        "the picture's file is truncated or damaged; send the whole file", param=param, code="invalid_image"
+    )
+
+
+def _notes(image: Image.Image) -> tuple[str, ...]:
+    """What the header says will be changed."""
+    turned = image.getexif().get(_ORIENTATION, 1) in range(2, 9)
+    moves = image.format in ("GIF", "WEBP", "PNG") and getattr(image, "is_animated", False)
+    notes = ("turned upright by its EXIF orientation",) if turned else ()
+    return (*notes, "only the first frame of the animation is shown") if moves else notes
+
+
+def _is_transparent(image: Image.Image) -> bool:
+    """Whether any pixel of a loaded picture lets white through."""
+    if image.mode not in _ALPHA_MODES and image.info.get("transparency") is None:
+        return False
+    if image.mode.startswith("I"):  # a single 16-bit grey that is transparent: seldom, and not worth a count
+        return True
+    return image.convert("RGBA").getchannel("A").getextrema() != (255, 255)

@@ -1,0 +1,55 @@
+"""Errors of the runtime as errors of the API: a status, and a text that tells nothing it should not."""
+
+from __future__ import annotations
+
+import math
+
+from vtp.engines import UsageError, VtpError
+from vtp.engines.errors import shown
+from vtp.runtime.generation.request import PromptTooLong
+from vtp.runtime.media.pictures import PictureError
+from vtp.runtime.scheduler import Closed, QueueFull
+from vtp.serve.http.errors import FAILED, ApiError, holds_no_secret
+from vtp.serve.http.service import log
+
+# The field that an error is about, by its text's first word; other errors are about the conversation.
+_PARAMS = {"keep_tokens": "vtp.keep_tokens", "budget_ms": "vtp.budget_ms"}
+
+
+def told(error: Exception, running: bool = False) -> ApiError:
+    """What a client is told of an error of the runtime.
+
+    running  the request had begun: what is not the request's own fault is then the server's
+    """
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, QueueFull):
+        seconds = max(1, math.ceil(error.retry_after))
+        return ApiError(
+            f"the queue is full; try again in about {seconds} s",
+            429,
+            code="queue_full",
+            headers={"Retry-After": str(seconds)},
+        )
+    if isinstance(error, Closed):
+        return ApiError("the server is stopping; try again later", 503, headers={"Retry-After": "1"})
+    if isinstance(error, PromptTooLong):
+        return ApiError(_shown(error), param="messages", code="context_length_exceeded")
+    if isinstance(error, UsageError | PictureError) or (isinstance(error, VtpError) and not running):
+        return ApiError(_shown(error), param=_PARAMS.get(str(error).partition(" ")[0], "messages"))
+    return failure(error)
+
+
+def failure(error: BaseException) -> ApiError:
+    """Status 500 for whatever nobody expected: it is logged with its traceback, and clients learn nothing."""
+    log.error("a request failed: %s: %s", type(error).__name__, shown(error), exc_info=error)
+    return ApiError(FAILED, 500)
+
+
+def _shown(error: VtpError) -> str:
+    """The error's own text, if it holds nothing that clients should not see."""
+    text = str(error)
+    if holds_no_secret(text):
+        return text
+    log.warning("a request was refused: %s", text)
+    return "this request cannot be served; the server's log says why"

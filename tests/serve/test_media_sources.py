@@ -1,0 +1,254 @@
+"""Pictures of requests: what is taken, as Pillow shows it, and what is refused, in the server's own words."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import re
+import struct
+import zlib
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vtp.serve.http.errors import ApiError
+from vtp.serve.http.media_sources import FORMATS, MediaLimits, Picture, decode_picture, read_picture
+
+LIMITS = MediaLimits()
+PARAM = "messages.0.content.1.image_url"
+
+
+def saved(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    file = BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def url_of(data: bytes, head: str = "data:image/png;base64,") -> str:
+    return head + base64.b64encode(data).decode()
+
+
+def read(url: str, limits: MediaLimits = LIMITS) -> Picture:
+    return asyncio.run(read_picture(url, limits=limits, allowed_domains=(), param=PARAM))
+
+
+def refusal(url: str, limits: MediaLimits = LIMITS) -> ApiError:
+    with pytest.raises(ApiError) as caught:
+        read(url, limits)
+    error = caught.value
+    assert (error.status, error.param) == (400, PARAM)
+    assert "\n" not in error.message and len(error.message) < 300
+    assert not re.search("0x[0-9a-f]{6}|BytesIO|PIL|Traceback|/", _without_media(error))
+    assert error.__cause__ is None
+    return error
+
+
+def _without_media(error: ApiError) -> str:
+    """The message, less the media type that it names as an example."""
+    return error.message.replace("image/jpeg", "").replace("https://example.org/picture.jpg", "")
+
+
+def scene(width: int = 6, height: int = 4) -> Image.Image:
+    values = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(values)
+
+
+# -- what is taken -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_each_format_is_read_whatever_its_media_type(kind: str) -> None:
+    data = saved(scene(), kind)
+    for head in ("data:image/png;base64,", "data:;base64,", "DATA:text/html;charset=x;BASE64,"):
+        picture = read(url_of(data, head))
+        assert (picture.image.mode, picture.image.size, picture.notes) == ("RGB", (6, 4), ())
+        assert np.array_equal(np.asarray(picture.image), np.asarray(Image.open(BytesIO(data)).convert("RGB")))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 5000), (5000, 1), (2, 3)])
+@pytest.mark.parametrize("mode", ["RGB", "L", "1", "P", "CMYK", "LA", "RGBA", "I;16", "YCbCr"])
+def test_odd_sizes_and_modes(size: tuple[int, int], mode: str) -> None:
+    if mode == "I;16":
+        image = Image.fromarray(np.full(size[::-1], 0x8123, np.uint16))
+    else:
+        image = Image.new("RGB", size, (200, 200, 200)).convert(mode)
+    kind = "JPEG" if mode in ("CMYK", "YCbCr") else "PNG"
+    picture = read(url_of(saved(image, kind))).image
+    assert (picture.mode, picture.size) == ("RGB", size)
+    expected = 0x81 if mode == "I;16" else 255 if mode == "1" else 200
+    if mode != "1":  # which is dithered
+        assert abs(np.asarray(picture).astype(int) - expected).max() <= 4
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied_and_told(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    picture = read(url_of(saved(scene(), "PNG", exif=exif)))
+    flips = {
+        1: lambda a: a,
+        2: lambda a: a[:, ::-1],
+        3: lambda a: a[::-1, ::-1],
+        4: lambda a: a[::-1],
+        5: lambda a: a.transpose(1, 0, 2),
+        6: lambda a: np.rot90(a, -1),
+        7: lambda a: a[::-1, ::-1].transpose(1, 0, 2),
+        8: lambda a: np.rot90(a),
+    }
+    assert np.array_equal(np.asarray(picture.image), flips[orientation](np.asarray(scene())))
+    assert bool(picture.notes) == (orientation != 1)
+
+
+def transparent(mode: str) -> bytes:
+    """Black, its left half transparent."""
+    alpha = np.repeat([[0, 0, 255, 255]], 4, axis=0).astype(np.uint8)
+    if mode in ("RGBA", "LA"):
+        image = Image.new(mode[:-1], (4, 4))
+        image.putalpha(Image.fromarray(alpha))
+        return saved(image)
+    if mode == "P":
+        image = Image.fromarray(alpha // 255)
+        image = image.convert("P")
+        image.putdata([int(value) // 255 for value in alpha.ravel()])
+        image.putpalette([255, 0, 0, 0, 0, 0])
+        return saved(image, transparency=0)
+    base = np.repeat(alpha[:, :, None], 3, axis=2)  # the colour that is transparent is 0, the rest grey
+    if mode == "RGB":
+        return saved(Image.fromarray(np.where(base == 0, 7, 0).astype(np.uint8)), transparency=(7, 7, 7))
+    return saved(Image.fromarray(np.where(alpha == 0, 7, 0).astype(np.uint8)), transparency=7)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB", "L"])
+def test_transparent_parts_are_laid_on_white_and_told(mode: str) -> None:
+    picture = read(url_of(transparent(mode)))
+    expected = np.repeat(np.repeat([[255, 255, 0, 0]], 4, axis=0)[:, :, None], 3, axis=2)
+    assert np.array_equal(np.asarray(picture.image), expected)
+    assert picture.notes == ("transparent parts were laid on white",)
+
+
+def test_an_alpha_channel_that_hides_nothing_is_not_worth_a_word() -> None:
+    assert read(url_of(saved(scene().convert("RGBA")))).notes == ()
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
+def test_of_an_animation_the_first_frame_is_shown(kind: str) -> None:
+    frames = [Image.new("RGB", (4, 4), color) for color in ("red", "blue")]
+    options = {"lossless": True} if kind == "WEBP" else {}
+    data = saved(frames[0], kind, save_all=True, append_images=frames[1:], **options)
+    picture = read(url_of(data))
+    assert picture.image.getpixel((0, 0)) == (255, 0, 0)
+    assert picture.notes == ("only the first frame of the animation is shown",)
+
+
+# -- what is refused -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["TIFF", "ICO", "PPM", "TGA", "PCX", "JPEG2000", "DDS", "EPS"])
+def test_other_formats_are_refused(kind: str) -> None:
+    assert "not a picture that is served" in refusal(url_of(saved(scene(16, 16), kind))).message
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"\0", b"hello", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"BM", b"\xff\xd8\xff", b"RIFF\0\0\0\0WEBP"],
+)
+def test_what_is_no_picture_is_refused(data: bytes) -> None:
+    refusal(url_of(data))
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
+def test_truncated_files_are_refused(kind: str, share: float) -> None:
+    data = saved(scene(64, 64), kind, **({"lossless": True} if kind == "WEBP" else {}))
+    refusal(url_of(data[: int(len(data) * share)]))
+
+
+def bomb(width: int, height: int) -> bytes:
+    """A PNG that is small as a file, and says that it is large."""
+    head = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    chunks = [(b"IHDR", head), (b"IDAT", zlib.compress(b"\0" * 1000)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+        for name, body in chunks
+    )
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("size", [(6325, 6325), (10_000, 10_000), (60_000, 60_000), (2**31 - 1, 2**31 - 1)])
+def test_bombs_are_refused_by_their_header(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image.Image, "load", None)  # decoding would fail
+    assert "at most 40,000,000" in refusal(url_of(bomb(*size))).message
+
+
+def test_the_pixel_limit_is_exact() -> None:
+    data = saved(scene(6, 4))
+    assert decode_picture(data, MediaLimits(pixels=24), PARAM).image.size == (6, 4)
+    error = refusal(url_of(data), MediaLimits(pixels=23))
+    assert "6x4 = 24 pixels; at most 23" in error.message and error.code == "image_too_large"
+
+
+def test_the_byte_limit_is_exact() -> None:
+    data = saved(scene())
+    assert read(url_of(data), MediaLimits(bytes=len(data))).image.size == (6, 4)
+    error = refusal(url_of(data), MediaLimits(bytes=len(data) - 1))
+    assert f"larger than {len(data) - 1} bytes" in error.message
+
+
+def test_headers_of_hostile_files_end_in_a_picture_or_in_one_line() -> None:
+    """Bytes that were changed here and there, as a fuzzer does it."""
+    random = np.random.default_rng(1)
+    for kind in FORMATS:
+        data = saved(scene(), kind)
+        for _ in range(60):
+            changed = bytearray(data)
+            for place in random.integers(0, len(data), 3):
+                changed[place] = random.integers(0, 256)
+            try:
+                assert read(url_of(bytes(changed))).image.mode == "RGB"
+            except ApiError as error:
+                assert "\n" not in error.message and "0x" not in error.message
+
+
+@pytest.mark.parametrize(
+    "text", ["=", "AAA", "AAA*", "AA AA", "AAAA\n", "A-_A", "é===", "AAAA%3D", "A===", "====A"]
+)
+def test_base64_is_read_strictly(text: str) -> None:
+    assert refusal(f"data:image/png;base64,{text}").code == "invalid_base64"
+
+
+@pytest.mark.parametrize(
+    "url", ["data:", "data:image/png,AAAA", "data:image/png;base64", "data:;base32,AAAA"]
+)
+def test_data_urls_without_base64_are_refused(url: str) -> None:
+    assert "base64" in refusal(url).message
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "",
+        "scene.png",
+        "/etc/passwd",
+        "iVBORw0KGgo=",
+        "file:///etc/passwd",
+        "FILE:/etc/passwd",
+        "ftp://example.org/a.png",
+        "gopher://example.org/",
+        "blob:https://example.org/1",
+        "jar:file:///a",
+        "//example.org/a.png",
+        "\ndata:;base64,AAAA",
+        "\ud800:x",
+    ],
+)
+def test_other_schemes_are_refused(url: str) -> None:
+    error = refusal(url)
+    assert error.code == "invalid_image_url" and "passwd" not in error.message
+
+
+@pytest.mark.filterwarnings("error::PIL.Image.DecompressionBombWarning")
+def test_a_bomb_is_refused_alike_where_warnings_are_errors() -> None:
+    assert "at most 40,000,000" in refusal(url_of(bomb(10_000, 10_000))).message

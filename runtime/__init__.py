@@ -3,16 +3,19 @@
 from vtp.engines import UsageError, VtpError
 from vtp.runtime.bundle.folder import Bundle, open_bundle
 from vtp.runtime.bundle.manifest import Manifest
+from vtp.runtime.decisions.decision import Decision
 from vtp.runtime.pipeline import Pipeline, Stream
-from vtp.runtime.result import Result, Timings, VisualTokens
+from vtp.runtime.result import Result, Timings, TokenLogprob, VisualTokens
 
 __all__ = [
     "Bundle",
+    "Decision",
     "Manifest",
     "Pipeline",
     "Result",
     "Stream",
     "Timings",
+    "TokenLogprob",
     "UsageError",
     "VisualTokens",
     "VtpError",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +17,9 @@ from vtp.engines.disk.whole import undisturbed
 from vtp.engines.errors import quoted, quoted_argument
 from vtp.runtime.bundle.fit import check_fits, switched_off
 from vtp.runtime.bundle.folder import Bundle, open_bundle
+from vtp.runtime.decisions.answer import DecisionAnswer, decide
+from vtp.runtime.decisions.decision import Decision, checked_heat
+from vtp.runtime.decisions.question import Question
 from vtp.runtime.generation.answer import Answer
 from vtp.runtime.generation.arguments import flag, is_whole, thread_count, whole
 from vtp.runtime.generation.batch import about, batches, check_lists, each_prompt, write_together
@@ -164,7 +167,8 @@ class Pipeline:
                         {"type": "image"} (or "video") and {"type": "text", "text": ...}}; without an image
                         entry the pictures join the first user turn
         options         see `GenerateOptions`: max_new_tokens, keep_tokens or budget_ms, temperature, top_p,
-                        seed, repetition_penalty, stop, skip_special_tokens, allow_special_tokens, timeout_ms
+                        seed, repetition_penalty, stop, skip_special_tokens, allow_special_tokens, timeout_ms,
+                        logprobs
 
         Raises UsageError for a bad argument and VtpError for a picture or prompt that cannot be served.
         """
@@ -198,10 +202,59 @@ class Pipeline:
 
         For what runs requests itself, such as a `Scheduler`. Raises as `generate` does.
         """
-        clock = Clock()
-        stop_signal = StopSignal(clock, options.timeout_ms)
-        keep = self._keep(options)
-        return self._answer(self._requests.make(image, prompt, messages, options, keep, clock, stop_signal))
+        return self._answer(self._request(image, prompt, messages, options))
+
+    def decide(
+        self,
+        image: Images,
+        question: str,
+        options: Sequence[str] | Mapping[str, str] | None = None,
+        *,
+        kind: str | None = None,
+        labels: str = "letters",
+        temperature: float = 1.0,
+        keep_tokens: int | None = None,
+        budget_ms: float | None = None,
+        allow_special_tokens: bool = False,
+        timeout_ms: float | None = None,
+    ) -> Decision:
+        """How likely each of a few answers is, from one prefill: no token is generated.
+
+        question    what is asked about the picture
+        options     the answers: 2 to 26 texts, or {text: what it means}. Without them, yes or no
+        kind        "choice" or "yes_no" (what `options` says), or "score": `options` are then 2 to 10 levels,
+                    from the lowest to the highest
+        labels      "letters": the prompt lists the answers, and the model is to name one by its letter (of a
+                    score by its number). "texts": the prompt is the question alone, and the answers' own
+                    first tokens are compared, which must differ
+        temperature of the answers among each other; 1: the model's own probabilities
+        keep_tokens, budget_ms, allow_special_tokens, timeout_ms  as in `generate`
+
+        The model's rules about logits (penalties, bans) are not applied. Raises as `generate` does, and
+        VtpError if the time is over before it is decided.
+        """
+        answer = self.prepare_decision(
+            image,
+            Question.of(question, options, kind, labels),
+            GenerateOptions(
+                max_new_tokens=1,
+                keep_tokens=keep_tokens,
+                budget_ms=budget_ms,
+                allow_special_tokens=allow_special_tokens,
+                timeout_ms=timeout_ms,
+            ),
+            temperature,
+        )
+        with self.claimed() as runner:
+            return decide(runner, answer)
+
+    def prepare_decision(
+        self, image: Images, question: Question, options: GenerateOptions, temperature: float = 1.0
+    ) -> DecisionAnswer:
+        """The same for a question as `prepare` for a prompt."""
+        heat = checked_heat(temperature)
+        request = self._request(image, question.prompt, None, options)
+        return DecisionAnswer(request, self.manifest, self._prompter, question, heat)
 
     @takes_options
     def generate_batch(
@@ -308,6 +361,14 @@ class Pipeline:
             "a Pipeline cannot be pickled or copied, since its graphs belong to this process; load the "
             f"bundle again, in the other process: Pipeline.load({quoted(str(self.bundle.folder))})"
         )
+
+    def _request(
+        self, image: Images, prompt: str | None, messages: Messages | None, options: GenerateOptions
+    ) -> Request:
+        clock = Clock()
+        stop_signal = StopSignal(clock, options.timeout_ms)
+        keep = self._keep(options)
+        return self._requests.make(image, prompt, messages, options, keep, clock, stop_signal)
 
     def _answer(self, request: Request) -> Answer:
         return Answer(request, self.manifest, self._prompter)

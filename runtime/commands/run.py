@@ -95,6 +95,11 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="MS",
         help="end the answer after this many milliseconds and return what was generated",
     )
+    add(
+        "--logprobs",
+        metavar="N",
+        help="in JSON, also how likely each token was, with N alternatives at its place (0 to 20)",
+    )
     add_threads(parser)
     add("--engines", metavar="DIR", help="where vtp-build -o put TensorRT engines (default: in the cache)")
     add("--allow-cpu-nodes", action="store_true", help="on CUDA, go on even if nodes are left to the CPU")
@@ -150,6 +155,8 @@ def _check_flags(args: argparse.Namespace) -> None:
         raise UsageError(
             "the following arguments are required: --image (or --video) and --prompt (or --batch FILE.jsonl)"
         )
+    if args.logprobs is not None and not (args.json or args.batch):
+        raise UsageError("--logprobs is a part of the JSON: give --json as well")
     if args.show_kept and len(args.image) > 1:
         raise UsageError("--show-kept shows one picture; give one --image")
 
@@ -229,6 +236,7 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
         "skip_special_tokens": not args.special_tokens,
         "allow_special_tokens": args.allow_special_tokens,
         "timeout_ms": None if args.timeout_ms is None else real_number("timeout-ms", args.timeout_ms),
+        "logprobs": None if args.logprobs is None else whole_number("logprobs", args.logprobs),
     }
 
 

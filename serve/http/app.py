@@ -12,6 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vtp.serve.http.admission import guarded
 from vtp.serve.http.asking import GONE
+from vtp.serve.http.decisions.endpoint import decisions
 from vtp.serve.http.errors import ApiError
 from vtp.serve.http.metrics import CONTENT_TYPE, Metrics
 from vtp.serve.http.models import Models
@@ -39,6 +40,8 @@ def make_app(models: Models, settings: Settings | None = None) -> Starlette:
             Route("/metrics", metrics),
             Route("/v1/chat/completions", chat_completions, methods=["POST"]),
             Route("/chat/completions", chat_completions, methods=["POST"]),
+            Route("/v1/decisions", decisions, methods=["POST"]),
+            Route("/decisions", decisions, methods=["POST"]),
             *ollama.ROUTES,
         ],
         middleware=_middleware(settings),

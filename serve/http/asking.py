@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -186,7 +186,7 @@ async def ask(request: Request, model: Model, question: Question) -> Asked:
     service = Service.of(request)
     tally = Tally(service.metrics, model.name)
     try:
-        pictures = await _read(question, service)
+        pictures = await read_pictures(question.pictures, service)
         chosen = _choose(model, question)
         ticket, note = await _submit(model, question, pictures, chosen)
     except ApiError as error:
@@ -200,19 +200,19 @@ async def ask(request: Request, model: Model, question: Question) -> Asked:
     return Asked(request, model, ticket, [*dict.fromkeys(notes), *note], sizes, chosen, tally)
 
 
-async def _read(question: Question, service: Service) -> list[Picture]:
+async def read_pictures(pictures: Sequence[PictureSource], service: Service) -> list[Picture]:
+    """The pictures of a request. Raises ApiError for what is not one, and for too many."""
     settings = service.settings
-    given, most = len(question.pictures), settings.media.pictures
+    given, most = len(pictures), settings.media.pictures
     if given > most:
         raise ApiError(
-            f"the request holds {given} pictures; at most {most} are taken",
-            param=question.pictures[most].param,
+            f"the request holds {given} pictures; at most {most} are taken", param=pictures[most].param
         )
     return [
         await read_picture(
             source.url, limits=settings.media, allowed_domains=settings.media_domains, param=source.param
         )
-        for source in question.pictures
+        for source in pictures
     ]
 
 

@@ -8,7 +8,8 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import accumulate
 
-from vtp.runtime.result import Result
+from vtp.runtime.decisions.decision import Decision
+from vtp.runtime.result import Result, VisualTokens
 from vtp.runtime.scheduler import Scheduler, SchedulerStats
 
 __all__ = ["CONTENT_TYPE", "Metrics"]
@@ -125,6 +126,13 @@ class Metrics:
             if result is not None:
                 self._add_result(labels, result)
 
+    def decided(self, model: str, decision: Decision) -> None:
+        """Note a question of a request that was decided without generating anything."""
+        with self._lock:
+            labels = (("model", _label(model, self._models)),)
+            self._add_prompt(labels, decision.prompt_tokens, decision.visual_tokens)
+            self._add_stages(labels, {name: ms / 1e3 for name, ms in decision.timings.stages.items()})
+
     def text(self, schedulers: Mapping[str, Scheduler]) -> str:
         """All of it, with the state of each model's scheduler, in Prometheus' text format."""
         stats = {name: scheduler.stats() for name, scheduler in schedulers.items()}
@@ -151,12 +159,17 @@ class Metrics:
         timings, generated = result.timings, len(result.token_ids)
         seconds = {stage: ms / 1e3 for stage, ms in timings.stages.items()}
         if generated:
-            before, kept = result.visual_tokens
-            self._count("vtp_prompt_tokens_total", labels, result.prompt_tokens + kept)
+            self._add_prompt(labels, result.prompt_tokens, result.visual_tokens)
             self._count("vtp_generation_tokens_total", labels, generated)
-            self._count("vtp_visual_tokens_before_total", labels, before)
-            self._count("vtp_visual_tokens_kept_total", labels, kept)
             seconds["steps"] = timings.tpot * (generated - 1) / 1e3
+        self._add_stages(labels, seconds)
+
+    def _add_prompt(self, labels: Labels, text: int, visual: VisualTokens) -> None:
+        self._count("vtp_prompt_tokens_total", labels, text + visual.after)
+        self._count("vtp_visual_tokens_before_total", labels, visual.before)
+        self._count("vtp_visual_tokens_kept_total", labels, visual.after)
+
+    def _add_stages(self, labels: Labels, seconds: Mapping[str, float]) -> None:
         for stage, value in seconds.items():
             self._add("vtp_stage_seconds", (*labels, ("stage", _label(stage, self._stages))), value)
 

@@ -389,3 +389,17 @@ def test_unwritable_kept_picture_leaves_nothing(
     assert run([*ask, "--json", "--show-kept", str(tmp_path / "kept.png")]) == 1
     assert "No space left on device" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_logprobs_are_part_of_the_json(
+    ask: list[str], bundle: Path, picture: Image.Image, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run([*ask, "--json", "--logprobs", "2"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    with Pipeline.load(bundle) as pipe:
+        wanted = pipe.generate(picture, PROMPT, max_new_tokens=6, logprobs=2)
+    assert data["logprobs"] == wanted.to_json()["logprobs"] and len(data["logprobs"]) == 6
+    assert run([*ask, "--logprobs", "2"]) == 2
+    assert "give --json as well" in capsys.readouterr().err
+    assert run([*ask, "--json", "--logprobs", "21"]) == 2
+    assert "give 0 (the chosen token's only) to 20" in capsys.readouterr().err

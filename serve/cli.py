@@ -22,6 +22,7 @@ from vtp.runtime.scheduler import Scheduler
 if TYPE_CHECKING:
     from vtp.serve.http.models import Models
     from vtp.serve.settings import Settings
+    from vtp.serve.shadow import Shadow
     from vtp.serve.slo import Slo
 
 PROG = "vtp-serve"
@@ -93,6 +94,14 @@ def build_parser() -> argparse.ArgumentParser:
         help="under load, keep as many visual tokens as bring the first one in this time, queue included",
     )
     add("--min-keep", type=whole, default=1, metavar="K", help="with --slo-ms: never fewer than these")
+    add(
+        "--shadow",
+        metavar="BUNDLE",
+        help="answer a share of the requests again with this bundle, and compare",
+    )
+    add("--shadow-rate", type=real, default=0.02, metavar="R", help="that share (default: %(default)s)")
+    add("--shadow-log", metavar="FILE", help="where disagreements go (default: BUNDLE-shadow.jsonl)")
+    add("--shadow-keep", metavar="DIR", help="keep their pictures there; otherwise only hashes are written")
     add_debug(parser)
     return parser
 
@@ -108,6 +117,7 @@ def _run(args: argparse.Namespace) -> None:
     from vtp.serve.http.models import Models
     from vtp.serve.server import Server, listen, run
 
+    _check_shadow(args)
     names, settings, options = names_of(args), settings_of(args), _scheduling(args)
     _set_logging(args.debug)
     listener = listen(args.host, _port(args.port))
@@ -118,7 +128,7 @@ def _run(args: argparse.Namespace) -> None:
         for name, bundle in zip(names, args.bundle, strict=True):
             if not models.stopping:
                 scheduler = Scheduler.load(bundle, **options)
-                models.add(name, scheduler, _slo(scheduler, args))
+                models.add(name, scheduler, _slo(scheduler, args), _shadow(models, args))
         models.loaded()
         _say_ready(models, settings, address_of(listener))
 
@@ -204,6 +214,38 @@ def _slo(scheduler: Scheduler, args: argparse.Namespace) -> Slo | None:
     if not 0 < args.slo_ms <= _LONGEST_SLO:
         raise UsageError(f"--slo-ms {args.slo_ms:g} is not a time above 0, up to {_LONGEST_SLO} ms")
     return Slo.of(scheduler, args.slo_ms, args.min_keep)
+
+
+def _check_shadow(args: argparse.Namespace) -> None:
+    """UsageError for flags of the shadow that cannot be."""
+    if args.shadow is None:
+        if args.shadow_log or args.shadow_keep:
+            raise UsageError("--shadow-log and --shadow-keep need --shadow BUNDLE")
+        return
+    if len(args.bundle) > 1:
+        raise UsageError(
+            f"--shadow compares one bundle with another, and {len(args.bundle)} are served; give one"
+        )
+    if not 0 < args.shadow_rate <= 1:
+        raise UsageError(f"--shadow-rate {args.shadow_rate:g} is not a share above 0, up to 1")
+    log = _shadow_log(args)
+    if log.is_dir() or not log.parent.is_dir():
+        raise UsageError(f"--shadow-log '{shown(log)}' is not a file in a folder that exists; choose another")
+
+
+def _shadow_log(args: argparse.Namespace) -> Path:
+    return Path(args.shadow_log or f"{Path(args.bundle[0]).resolve().name}-shadow.jsonl")
+
+
+def _shadow(models: Models, args: argparse.Namespace) -> Shadow | None:
+    """The other bundle, opened with one slot."""
+    from vtp.serve.shadow import Files, Shadow
+
+    if args.shadow is None:
+        return None
+    other = Scheduler.load(args.shadow, **{**_scheduling(args), "slots": 1, "queue": 0})
+    pictures = None if args.shadow_keep is None else Path(args.shadow_keep)
+    return Shadow(other, lambda: models.idle, args.shadow_rate, Files(_shadow_log(args), pictures))
 
 
 def _port(text: str) -> int:

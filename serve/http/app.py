@@ -135,4 +135,5 @@ async def metrics(request: Request) -> Response:
     """Prometheus' text format."""
     service = Service.of(request)
     text = service.metrics.text(service.models.schedulers)
-    return Response(text, media_type=CONTENT_TYPE)
+    shadows = [line for model in service.models if model.shadow for line in model.shadow.lines(model.name)]
+    return Response("\n".join([text.rstrip("\n"), *shadows, ""]), media_type=CONTENT_TYPE)

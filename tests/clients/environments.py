@@ -20,13 +20,14 @@ PATIENCE = 600  # seconds of one client
 
 @dataclass(frozen=True)
 class Client:
-    """One entry of versions.toml."""
+    """One entry of versions.toml; `models` are those that it is asked about, None: all."""
 
     name: str
     told: str
     script: str
     pip: tuple[str, ...] = ()
     npm: tuple[str, ...] = ()
+    models: tuple[str, ...] | None = None
 
     def prepare(self, root: Path) -> None:
         """Install its packages in `root`, unless just these are there."""
@@ -73,8 +74,9 @@ class Client:
 def clients() -> list[Client]:
     """All of them, in the order of versions.toml."""
     table = tomllib.loads((HERE / "versions.toml").read_text(encoding="utf-8"))
+    lists = ("pip", "npm", "models")
     return [
-        Client(name, one["told"], one["script"], tuple(one.get("pip", ())), tuple(one.get("npm", ())))
+        Client(name, **{key: tuple(value) if key in lists else value for key, value in one.items()})
         for name, one in table.items()
     ]
 

@@ -12,7 +12,7 @@ from .expected import facts_of
 
 ANSWER = {
     "text": "blue",
-    "text first": "red",
+    "text first": " red",
     "token_ids": [1, 2],
     "prompt_tokens": 13,
     "visual_tokens": {"before": 576, "after": 64},
@@ -22,7 +22,7 @@ ANSWER = {
 }
 ANSWERS = {"m": ANSWER}
 RIGHT: dict[str, Any] = {
-    "answers": {"m": {"whole": "blue", "text first: x": "red"}},
+    "answers": {"m": {"whole": "blue", "text first: x": " red", "stripped: y": "red"}},
     "facts": {"m": {"usage": [77, 2], "finish": "stop", "pieces": 2}},
     "models": ["m"],
     "errors": {"unknown model": ["NotFoundError", 404, "model"]},
@@ -31,8 +31,8 @@ RIGHT: dict[str, Any] = {
 
 
 def test_what_is_right_passes() -> None:
-    assert list(differences(RIGHT, ANSWERS)) == []
-    assert list(differences({"answers": RIGHT["answers"]}, ANSWERS)) == []
+    assert list(differences(RIGHT, ANSWERS, ["m"])) == []
+    assert list(differences({"answers": RIGHT["answers"]}, ANSWERS, ["m"])) == []
 
 
 @pytest.mark.parametrize(
@@ -42,6 +42,7 @@ def test_what_is_right_passes() -> None:
         {"answers": {"m": {}}},
         {"answers": {"m": {"whole": "red"}}},
         {"answers": {"m": {"text first: x": "blue"}}},
+        {"answers": {"m": {"stripped: x": " red"}}},
         {"facts": {"m": {"usage": [589, 2]}}},
         {"facts": {"m": {"finish": "length"}}},
         {"facts": {"m": {"pieces": 0}}},
@@ -54,7 +55,7 @@ def test_what_is_right_passes() -> None:
     ],
 )
 def test_what_is_wrong_is_told(wrong: dict[str, Any]) -> None:
-    assert len(list(differences({**RIGHT, **wrong}, ANSWERS))) == 1
+    assert len(list(differences({**RIGHT, **wrong}, ANSWERS, ["m"]))) == 1
 
 
 def test_visual_tokens_count_as_kept() -> None:

@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 from vtp.engines.base import Capabilities, Engine
 from vtp.engines.cuda.driver import CudaProbe, probe_cuda
 from vtp.engines.errors import UsageError, VtpError, nearest, quoted
+from vtp.engines.openvino.library import DEVICES, installed_openvino, listed_devices
 from vtp.engines.ort.library import load_onnxruntime
 from vtp.engines.tensorrt.library import LIBRARIES, load_library
 
@@ -25,6 +26,7 @@ Code = Literal[
     "no-library",  # not installed, or it does not load
     "no-provider",  # an ONNX Runtime without the provider
     "no-gpu",
+    "no-device",  # OpenVINO lists none of its kind
     "dtype",  # it does not compute in the bundle's dtype
     "target",  # it does not run the bundle's target
     "by-name",  # it could run, and is used only if it is asked for by name
@@ -111,6 +113,26 @@ def _judge_gpu(engine: str, library: str, found: CudaProbe) -> Decision:
     return Decision(engine, "accepted", f"{library}, and a {device.name} (SM {device.sm})")
 
 
+def _judge_openvino(
+    engine: str, providers: list[str] | None, dtype: str | None, cuda: Callable[[], CudaProbe]
+) -> Decision:
+    try:
+        found = f"openvino {installed_openvino()}"
+        kind = DEVICES[engine]
+        if kind == "CPU":  # which it has wherever it is installed: nothing is imported
+            return Decision(engine, "accepted", found)
+        listed = listed_devices()
+    except VtpError as error:
+        return Decision(engine, "no-library", str(error))
+    if not any(device.partition(".")[0] == kind for device in listed):
+        return Decision(
+            engine,
+            "no-device",
+            f"{found} lists no {kind} on this machine, only {', '.join(listed)}; use --engine openvino-cpu",
+        )
+    return Decision(engine, "accepted", f"{found}, and a {kind}")
+
+
 def _open_ort(
     name: str, path: str | Path, threads: int | None, plan: str | Path | None, **cuda: bool
 ) -> Engine:
@@ -127,6 +149,14 @@ def _open_tensorrt(
     if plan is None:
         raise VtpError(f"{Path(path).name} needs an engine that was built for {name}: run vtp-build")
     return TrtEngine(path, plan, name)
+
+
+def _open_openvino(
+    name: str, path: str | Path, threads: int | None, plan: str | Path | None, **cuda: bool
+) -> Engine:
+    from vtp.engines.openvino.session import OvEngine
+
+    return OvEngine(path, name, threads)
 
 
 class _Registered(NamedTuple):
@@ -146,6 +176,14 @@ _TENSORRT = Capabilities(
     cache_in_place=("tensorrt",),  # written by TensorScatter; another cache has two places that change roles
     proven=False,
 )
+# Values lie in the host's memory, whatever computes.
+_OPENVINO = Capabilities("cpu", ("ort",), widens_float16=True)
+
+
+def _openvino(name: str, able: Capabilities) -> _Registered:
+    return _Registered(able, partial(_judge_openvino, name), partial(_open_openvino, name))
+
+
 # Best first: "auto" takes the first that is accepted, of those that are proven.
 _ENGINES = {
     "ort-cuda": _Registered(
@@ -156,6 +194,11 @@ _ENGINES = {
         _judge_cpu,
         partial(_open_ort, "ort-cpu"),
     ),
+    "openvino-cpu": _openvino("openvino-cpu", _OPENVINO),
+    **{
+        name: _openvino(name, dataclasses.replace(_OPENVINO, proven=False))
+        for name in ("openvino-gpu", "openvino-npu")
+    },
     **{
         name: _Registered(_TENSORRT, partial(_judge_tensorrt, name), partial(_open_tensorrt, name))
         for name in LIBRARIES

@@ -177,7 +177,7 @@ _TENSORRT = Capabilities(
     proven=False,
 )
 # Values lie in the host's memory, whatever computes.
-_OPENVINO = Capabilities("cpu", ("ort",), widens_float16=True)
+_OPENVINO = Capabilities("cpu", ("ort",), widens_float16=True, float64=False)
 
 
 def _openvino(name: str, able: Capabilities) -> _Registered:
@@ -244,16 +244,16 @@ def choose_engine(
             f"this bundle was made for target '{target}', which no engine here runs; "
             "export it again with: vtp-export --target ort"
         )
-    providers = probe()
+    providers = probe() if wanted == AUTO or _is_ort(wanted) else None
     proven = [name for name, engine in _ENGINES.items() if engine.capabilities.proven]
-    names = proven if wanted == AUTO else [wanted]
-    decisions = [_judge(name, providers, dtype, cuda, target) for name in names]
-    for decision in list(decisions):
-        if decision.accepted:
-            if wanted == AUTO:
-                decisions += _only_by_name(target)
-            return Choice(decision.engine, decisions)
-    raise VtpError(f"engine '{wanted}' cannot run here: {decisions[-1].reason}")
+    decisions: list[Decision] = []
+    for name in proven if wanted == AUTO else [wanted]:
+        decisions.append(_judge(name, providers, dtype, cuda, target))
+        if decisions[-1].accepted:
+            return Choice(name, [*decisions, *(_only_by_name(target) if wanted == AUTO else [])])
+    # Of several that cannot run, the one that most people would install says why.
+    told = next((one for one in decisions if one.engine == "ort-cpu"), decisions[-1])
+    raise VtpError(f"engine '{wanted}' cannot run here: {told.reason}")
 
 
 def judge_engines(
@@ -266,18 +266,29 @@ def judge_engines(
 
     `target` None: whatever it is made for.
     """
+    broken, providers = "", None
     try:
         providers = probe()
     except VtpError as error:
-        return [Decision(name, "no-library", str(error)) for name in _ENGINES]
-    return [_judge(name, providers, dtype, cuda, target) for name in _ENGINES]
+        broken = str(error)
+    return [
+        Decision(name, "no-library", broken)
+        if broken and _is_ort(name)
+        else _judge(name, providers, dtype, cuda, target)
+        for name in _ENGINES
+    ]
+
+
+def _is_ort(name: str) -> bool:
+    return name.startswith("ort-")
 
 
 def _only_by_name(target: str) -> list[Decision]:
     return [
         Decision(name, "by-name", f"its code never ran on a GPU yet: only by name, --engine {name}")
         for name, engine in _ENGINES.items()
-        if not engine.capabilities.proven and target in engine.capabilities.targets
+        if engine.capabilities.built and not engine.capabilities.proven
+        if target in engine.capabilities.targets
     ]
 
 

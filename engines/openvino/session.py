@@ -10,12 +10,12 @@ import numpy as np
 
 from vtp.engines.base import Binding, Engine, Held, TensorSpec, Value
 from vtp.engines.errors import VtpError
-from vtp.engines.graph.file import GraphFile, read_graph
+from vtp.engines.graph.file import GraphFile, computes_float64, read_graph
 from vtp.engines.openvino.attention import rewrite_attention
 from vtp.engines.openvino.library import DEVICES, load_openvino
 from vtp.engines.openvino.reading import read_model, reason, version
 from vtp.engines.openvino.request import Request, check_fit
-from vtp.engines.openvino.value import OvValue, array_of
+from vtp.engines.openvino.value import OvValue, adopted, array_of
 
 
 class OvHeld(Held):
@@ -61,6 +61,11 @@ class OvEngine(Engine):
         """
         path = Path(path)
         model, file = read_model(path), read_graph(path)
+        if computes_float64(file):
+            raise VtpError(
+                f"{path.name} computes in float64, which OpenVINO rounds to float32: it would keep other "
+                "tokens; use ort-cpu for it"
+            )
         try:
             self.caches = rewrite_attention(model)
             self.compiled = _compile(model, DEVICES[name], threads)
@@ -76,6 +81,10 @@ class OvEngine(Engine):
     def put(self, array: np.ndarray) -> OvValue:
         """Copy a host array."""
         return OvValue(np.array(array, order="C", copy=True))
+
+    def adopt(self, value: Value) -> OvValue:
+        """A value of another engine in the host's memory, without copying it."""
+        return adopted(value)
 
     def zeros(self, shape: Sequence[int], dtype: str) -> OvValue:
         """Allocate a zeroed tensor."""

@@ -49,6 +49,11 @@ class OvValue:
         self.array[...] = array
 
 
+def adopted(value: Value) -> OvValue:
+    """A value of another engine in the host's memory, as one of this engine's own: nothing is copied."""
+    return value if isinstance(value, OvValue) else OvValue(value.view(), value)
+
+
 def array_of(value: Value) -> np.ndarray:
     """The array of a value that this engine made."""
     return value.array  # type: ignore[attr-defined, no-any-return]

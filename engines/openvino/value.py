@@ -51,7 +51,11 @@ class OvValue:
 
 def adopted(value: Value) -> OvValue:
     """A value of another engine in the host's memory, as one of this engine's own: nothing is copied."""
-    return value if isinstance(value, OvValue) else OvValue(value.view(), value)
+    if isinstance(value, OvValue):
+        return value
+    array = value.view()
+    # ONNX Runtime's int64 is C's long long, which OpenVINO does not know for one where long is as long.
+    return OvValue(array.view(np.dtype(array.dtype.str)), value)
 
 
 def array_of(value: Value) -> np.ndarray:

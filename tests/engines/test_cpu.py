@@ -42,16 +42,9 @@ def adder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save(tmp_path_factory.mktemp("graphs") / "adder.onnx", nodes, rows[:2], rows[2:])
 
 
-@pytest.fixture(params=["ort-cpu", "openvino-cpu"])
-def name(request: pytest.FixtureRequest) -> str:
-    if request.param == "openvino-cpu":
-        pytest.importorskip("openvino", reason="openvino is not installed")
-    return request.param
-
-
 @pytest.fixture
-def engine(adder: Path, name: str) -> Engine:
-    return open_graph(adder, name)
+def engine(adder: Path, cpu_engine: str) -> Engine:
+    return open_graph(adder, cpu_engine)
 
 
 def rows(engine: Engine, *numbers: float) -> dict[str, object]:
@@ -76,12 +69,12 @@ def test_specs_say_names_dtypes_and_axes(engine: Engine) -> None:
         (TensorProto.UINT8, "uint8"),
     ],
 )
-def test_every_dtype_has_numpys_name(tmp_path: Path, kind: int, dtype: str, name: str) -> None:
-    if dtype == "float64" and not capabilities(name).float64:
-        pytest.skip(f"{name} refuses float64, see below")
+def test_every_dtype_has_numpys_name(tmp_path: Path, kind: int, dtype: str, cpu_engine: str) -> None:
+    if dtype == "float64" and not capabilities(cpu_engine).float64:
+        pytest.skip(f"{cpu_engine} refuses float64, see below")
     tensors = [info(one, kind, [None, 2]) for one in ("x", "y")]
     node = helper.make_node("Identity", ["x"], ["y"])
-    engine = open_graph(save(tmp_path / "g.onnx", [node], tensors[:1], tensors[1:]), name)
+    engine = open_graph(save(tmp_path / "g.onnx", [node], tensors[:1], tensors[1:]), cpu_engine)
     assert engine.inputs["x"].dtype == dtype
     given = np.ones((3, 2), dtype)
     value = engine.run({"x": engine.put(given)})["y"]
@@ -157,9 +150,9 @@ def attention_graph(path: Path) -> Path:
     return save(path, [node], [*tokens[:3], *caches[:2], *lengths], [tokens[3], *caches[2:]])
 
 
-def test_cache_is_filled_in_place_and_read_back(tmp_path: Path, name: str) -> None:
+def test_cache_is_filled_in_place_and_read_back(tmp_path: Path, cpu_engine: str) -> None:
     """One buffer bound as past and as present: five tokens one by one equal five at once."""
-    engine = open_graph(attention_graph(tmp_path / "attention.onnx"), name, threads=1)
+    engine = open_graph(attention_graph(tmp_path / "attention.onnx"), cpu_engine, threads=1)
     tokens = np.random.default_rng(0).normal(size=(3, 1, 5, HEADS * WIDTH)).astype(np.float32)
 
     def run(chunks: list[slice]) -> tuple[np.ndarray, np.ndarray]:
@@ -254,26 +247,26 @@ def test_closed_engine_is_refused_and_values_live_on(engine: Engine) -> None:
 
 @pytest.mark.parametrize("content", [b"", b"garbage" * 40, None])
 def test_file_that_is_no_graph_is_one_line(
-    tmp_path: Path, adder: Path, name: str, content: bytes | None, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, adder: Path, cpu_engine: str, content: bytes | None, capfd: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "broken.onnx"
     path.write_bytes(adder.read_bytes()[:-20] if content is None else content)
     with pytest.raises(
         VtpError, match=r"cannot load broken\.onnx|broken\.onnx is not an ONNX graph"
     ) as caught:
-        open_graph(path, name)
+        open_graph(path, cpu_engine)
     assert "\n" not in str(caught.value)
     assert capfd.readouterr() == ("", "")
 
 
-def test_missing_file_is_one_line(tmp_path: Path, name: str) -> None:
+def test_missing_file_is_one_line(tmp_path: Path, cpu_engine: str) -> None:
     with pytest.raises(VtpError, match=r"nothing\.onnx") as caught:
-        open_graph(tmp_path / "nothing.onnx", name)
+        open_graph(tmp_path / "nothing.onnx", cpu_engine)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("location", ["../outside.bin", "/etc/hostname", "link.bin"])
-def test_weights_outside_the_folder_are_refused(tmp_path: Path, location: str, name: str) -> None:
+def test_weights_outside_the_folder_are_refused(tmp_path: Path, location: str, cpu_engine: str) -> None:
     """A graph cannot be made to read files beyond its folder as weights."""
     (tmp_path / "outside.bin").write_bytes(bytes(64))
     folder = tmp_path / "bundle"
@@ -289,4 +282,4 @@ def test_weights_outside_the_folder_are_refused(tmp_path: Path, location: str, n
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
     (folder / "g.onnx").write_bytes(model.SerializeToString())
     with pytest.raises(VtpError, match=r"cannot load|reads weights from"):
-        open_graph(folder / "g.onnx", name)
+        open_graph(folder / "g.onnx", cpu_engine)

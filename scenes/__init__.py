@@ -1,4 +1,4 @@
-"""The built-in model, its pictures and questions: the ruler by which pruning methods are measured.
+"""The built-in models, their pictures and questions: the ruler by which pruning methods are measured.
 
 Importing this package loads nothing heavy. `vtp.scenes.generator.pictures` and `vtp.scenes.exam` need numpy
 and pillow only; `vtp.scenes.training.train` needs torch and transformers.

@@ -22,8 +22,9 @@ class Labels:
     [P, 2], x and y of the thing's centre in -1..1 (the patch's own on ground). anchor: float32 [P], 1 for
     the patch that holds a centre. summary: float32 [32], counts per shape and colour, then areas in patches.
     character, slot: int64 [P], 0 off the signs' text (one more than the index into `ALPHABET` and `SLOTS`
-    on it), IGNORE where a character only just touches the patch. plate: float32 [P], the share of the patch
-    that plates cover.
+    on it), IGNORE where a character only just touches the patch. ends: float32 [P, 2], how far the plate's
+    left and right end are from the middle of a patch that shows a character, in units of 3
+    patches (0 elsewhere). plate: float32 [P], the share of the patch that plates cover.
     """
 
     shape: np.ndarray
@@ -33,6 +34,7 @@ class Labels:
     summary: np.ndarray
     character: np.ndarray
     slot: np.ndarray
+    ends: np.ndarray
     plate: np.ndarray
 
 
@@ -73,9 +75,10 @@ def shows_thing(picture: Picture) -> np.ndarray:
     return shown
 
 
-def _sign_labels(signs: tuple[Sign, ...], grid: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """`character`, `slot` and `plate` of `Labels`."""
+def _sign_labels(signs: tuple[Sign, ...], grid: int) -> tuple[np.ndarray, ...]:
+    """`character`, `slot`, `ends` and `plate` of `Labels`."""
     character, slot = np.zeros(grid * grid, np.int64), np.zeros(grid * grid, np.int64)
+    middles, ends = (np.arange(grid * grid) % grid + 0.5) * PATCH, np.zeros((grid * grid, 2), np.float32)
     best, plate = np.zeros(grid * grid), np.zeros(grid * grid)
     for sign in signs:
         plate += covered(sign.plate, grid)
@@ -90,7 +93,8 @@ def _sign_labels(signs: tuple[Sign, ...], grid: int) -> tuple[np.ndarray, np.nda
             best[mine] = share[mine]
             character[mine] = ALPHABET.index(letter) + 1
             slot[mine] = SLOTS.index((len(sign.text), place)) + 1
-    return character, slot, plate.astype(np.float32)
+            ends[mine] = (np.array([sign.plate[::2]]) - middles[mine, None]) / (3 * PATCH)
+    return character, slot, ends, plate.astype(np.float32)
 
 
 def covered(box: tuple[float, float, float, float], grid: int) -> np.ndarray:

@@ -81,6 +81,7 @@ class Heads(nn.Module):
             self.character = nn.Linear(WIDTH, len(ALPHABET) + 1)
             self.slot = nn.Linear(WIDTH, len(SLOTS) + 1)
             self.text = nn.Sequential(nn.Linear(WIDTH, 256), nn.GELU(), nn.Linear(256, len(ALPHABET)))
+            self.ends = nn.Linear(WIDTH, 2)
 
     def start_silent(self) -> None:
         """Begin at zero: heads that know nothing must not push a tower that knows something."""
@@ -100,6 +101,7 @@ class Targets:
     summary: Tensor
     character: Tensor
     slot: Tensor
+    ends: Tensor
     plate: Tensor
 
 
@@ -169,7 +171,9 @@ def tower_losses(heads: Heads, features: Tensor, glance: Tensor, targets: Target
 
 
 def _sign_losses(heads: Heads, features: Tensor, glance: Tensor, targets: Targets) -> dict[str, Tensor]:
+    read = targets.character > 0
     return {
+        "ends": 2 * F.l1_loss(heads.ends(features)[read], targets.ends[read]),
         "character": _balanced(heads.character(features), targets.character),
         "slot": _balanced(heads.slot(features), targets.slot),
         "text": F.smooth_l1_loss(heads.text(glance), _shown(targets.character), beta=0.2),
@@ -210,4 +214,6 @@ def tower_scores(heads: Heads, features: Tensor, glance: Tensor, targets: Target
         for name in ("character", "slot"):
             right = getattr(heads, name)(features).argmax(-1) == getattr(targets, name)
             scores[name] = right[text].float().mean().item()
+        away = (heads.ends(features) - targets.ends)[text].abs()
+        scores["ends"] = (away < 0.1).all(-1).float().mean().item()
     return scores

@@ -91,6 +91,10 @@ def test_labels_name_the_character_at_each_centre(seed: int) -> None:
             patch = int((top + bottom) / 2) // PATCH * grid + int((left + right) / 2) // PATCH
             assert labels.character[patch] == ALPHABET.index(character) + 1
             assert SLOTS[labels.slot[patch] - 1] == (len(sign.text), place)
+            middle = (patch % grid + 0.5) * PATCH
+            assert labels.ends[patch] * 3 * PATCH + middle == pytest.approx(
+                [sign.plate[0], sign.plate[2]], abs=0.01
+            )
     named = labels.character > 0
     assert np.array_equal(named, labels.slot > 0) and (labels.plate[named] > 0).all()
     assert (labels.character[labels.plate == 0] == 0).all()

@@ -10,6 +10,7 @@ from vtp.scenes.generator.signs import ALPHABET, Sign
 IGNORE = -100
 ENOUGH = 20  # pixels of a 14x14 patch from which on the patch shows the thing; below, it is not asked
 READABLE = 0.4  # share of a character that a patch beside its centre must hold to be asked which it is
+ON_PLATE = 0.25
 SLOTS = ((2, 0), (2, 1), (3, 0), (3, 1), (3, 2))  # length of the text and place in it
 _COLORS = tuple(COLORS)
 
@@ -22,9 +23,9 @@ class Labels:
     [P, 2], x and y of the thing's centre in -1..1 (the patch's own on ground). anchor: float32 [P], 1 for
     the patch that holds a centre. summary: float32 [32], counts per shape and colour, then areas in patches.
     character, slot: int64 [P], 0 off the signs' text (one more than the index into `ALPHABET` and `SLOTS`
-    on it), IGNORE where a character only just touches the patch. ends: float32 [P, 2], how far the plate's
-    left and right end are from the middle of a patch that shows a character, in units of 3
-    patches (0 elsewhere). plate: float32 [P], the share of the patch that plates cover.
+    on it), IGNORE where a character only just touches the patch. plate: float32 [P], the share of the patch
+    that plates cover. ends: float32 [P, 2], where plates cover `ON_PLATE` of a patch or more, how far their
+    left and right end are from its middle, in units of 3 patches (0 elsewhere).
     """
 
     shape: np.ndarray
@@ -81,7 +82,9 @@ def _sign_labels(signs: tuple[Sign, ...], grid: int) -> tuple[np.ndarray, ...]:
     middles, ends = (np.arange(grid * grid) % grid + 0.5) * PATCH, np.zeros((grid * grid, 2), np.float32)
     best, plate = np.zeros(grid * grid), np.zeros(grid * grid)
     for sign in signs:
-        plate += covered(sign.plate, grid)
+        mine = covered(sign.plate, grid)
+        ends[mine >= ON_PLATE] = sign.plate[::2] - middles[mine >= ON_PLATE, None]
+        plate += mine
         for place, letter in enumerate(sign.text):
             left, top, right, bottom = box = sign.character(place)
             share = covered(box, grid) * PATCH**2 / ((right - left) * (bottom - top))
@@ -93,8 +96,7 @@ def _sign_labels(signs: tuple[Sign, ...], grid: int) -> tuple[np.ndarray, ...]:
             best[mine] = share[mine]
             character[mine] = ALPHABET.index(letter) + 1
             slot[mine] = SLOTS.index((len(sign.text), place)) + 1
-            ends[mine] = (np.array([sign.plate[::2]]) - middles[mine, None]) / (3 * PATCH)
-    return character, slot, ends, plate.astype(np.float32)
+    return character, slot, ends / (3 * PATCH), plate.astype(np.float32)
 
 
 def covered(box: tuple[float, float, float, float], grid: int) -> np.ndarray:

@@ -18,7 +18,7 @@ from transformers import CLIPVisionModel
 
 from vtp.scenes.generator.pictures import COLORS, PATCH, SHAPES, draw, training_seed
 from vtp.scenes.generator.signs import ALPHABET
-from vtp.scenes.training.labels import IGNORE, SLOTS, Labels, patch_labels
+from vtp.scenes.training.labels import IGNORE, ON_PLATE, SLOTS, Labels, patch_labels
 from vtp.scenes.training.recipe import TowerStage
 
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
@@ -171,9 +171,9 @@ def tower_losses(heads: Heads, features: Tensor, glance: Tensor, targets: Target
 
 
 def _sign_losses(heads: Heads, features: Tensor, glance: Tensor, targets: Targets) -> dict[str, Tensor]:
-    read = targets.character > 0
+    near = targets.plate >= ON_PLATE
     return {
-        "ends": 2 * F.l1_loss(heads.ends(features)[read], targets.ends[read]),
+        "ends": 2 * F.l1_loss(heads.ends(features)[near], targets.ends[near]),
         "character": _balanced(heads.character(features), targets.character),
         "slot": _balanced(heads.slot(features), targets.slot),
         "text": F.smooth_l1_loss(heads.text(glance), _shown(targets.character), beta=0.2),

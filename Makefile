@@ -14,7 +14,7 @@ WORKERS := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 TRITON_PYTHON ?= /usr/bin/python3
 OLDEST_PINS := numpy==1.24.4 pillow==9.5.0 tokenizers==0.20.0 jinja2==3.1.6
 
-.PHONY: setup demo test test-all fuzz trtrtx test-trtrtx test-oldest test-triton test-ray test-page test-clients kill soak check accuracy methods bench scaling scenes clean
+.PHONY: setup demo test test-all fuzz trtrtx test-trtrtx test-oldest test-triton test-ray test-page test-clients kill soak check accuracy methods bench scaling scenes reader clean
 
 setup: .venv/.installed  ## make .venv and install vtp into it
 
@@ -115,6 +115,9 @@ scaling: setup  ## what a request costs as it grows: docs/scaling.md, .json and 
 
 scenes: setup  ## train the built-in model again (about two hours on 2 CPU cores; resumes)
 	$(BIN)/python -m vtp.scenes.training.train --run build/scenes
+
+reader: setup  ## train the second built-in model, which reads signs (about two hours on 1 CPU core; resumes)
+	$(BIN)/python -m vtp.scenes.training.train --recipe reader --run build/reader
 
 clean:
 	rm -rf build .venv

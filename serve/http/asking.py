@@ -20,9 +20,9 @@ from vtp.runtime.bundle.manifest import VisualInfo
 from vtp.runtime.result import Result
 from vtp.runtime.scheduler import Ticket
 from vtp.serve.http.errors import ApiError
-from vtp.serve.http.media_sources import Picture, read_picture
 from vtp.serve.http.metrics import Metrics
 from vtp.serve.http.models import Model
+from vtp.serve.http.pictures.sources import Picture, read_picture
 from vtp.serve.http.refusals import told
 from vtp.serve.http.service import Service
 from vtp.serve.http.turns import forms_of, media_for

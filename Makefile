@@ -14,7 +14,7 @@ WORKERS := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 TRITON_PYTHON ?= /usr/bin/python3
 OLDEST_PINS := numpy==1.24.4 pillow==9.5.0 tokenizers==0.20.0 jinja2==3.1.6
 
-.PHONY: setup demo test test-all fuzz trtrtx test-trtrtx test-oldest test-triton test-ray kill soak check accuracy methods bench scaling scenes clean
+.PHONY: setup demo test test-all fuzz trtrtx test-trtrtx test-oldest test-triton test-ray test-clients kill soak check accuracy methods bench scaling scenes clean
 
 setup: .venv/.installed  ## make .venv and install vtp into it
 
@@ -71,6 +71,10 @@ test-ray: setup  ## calibration on a local Ray with two workers, one of which is
 	test -x build/ray/bin/python || $(PYTHON) -m venv build/ray
 	build/ray/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(EDITABLE) -e '.[$(EXTRAS),ray]'
 	OMP_NUM_THREADS=1 build/ray/bin/python -m pytest tests/calib/test_ray.py
+
+# CLIENTS takes names of tests/clients/versions.toml, such as "openai llm"; packages come from PyPI and npm.
+test-clients: setup  ## unmodified clients (openai, litellm, ollama, ai, …) ask a real vtp-serve, in build/clients
+	$(BIN)/python -m tests.clients $(CLIENTS)
 
 check: setup  ## format, lint, types
 	$(BIN)/ruff format --check .

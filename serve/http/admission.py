@@ -237,7 +237,7 @@ class _Body:
         error = ApiError(
             f"the request is larger than {self._limit:,} bytes; send fewer or smaller pictures", 413
         )
-        start, body = _messages(error, {"connection": "close"})
+        start, body = _messages(error, self._scope, {"connection": "close"})
         await self._send(start)
         await self._send({**body, "more_body": True})
         with contextlib.suppress(asyncio.TimeoutError):
@@ -264,13 +264,15 @@ async def _refuse(scope: Scope, send: Send, error: ApiError) -> None:
     if scope["type"] != "http":
         await send({"type": "websocket.close", "code": 1008})
         return
-    for message in _messages(error):
+    for message in _messages(error, scope):
         await send(message)
 
 
-def _messages(error: ApiError, headers: dict[str, str] | None = None) -> tuple[Message, Message]:
+def _messages(
+    error: ApiError, scope: Scope, headers: dict[str, str] | None = None
+) -> tuple[Message, Message]:
     """An error as an ASGI answer: its start and its body."""
-    body = json.dumps(error.body()).encode()
+    body = json.dumps(error.body_at(scope["path"])).encode()
     lines: dict[str, Any] = {"content-type": "application/json", "content-length": str(len(body))}
     lines |= error.headers | (headers or {})
     raw = [(name.lower().encode(), value.encode("latin-1")) for name, value in lines.items()]

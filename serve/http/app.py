@@ -15,6 +15,7 @@ from vtp.serve.http.asking import GONE
 from vtp.serve.http.errors import ApiError
 from vtp.serve.http.metrics import CONTENT_TYPE, Metrics
 from vtp.serve.http.models import Models
+from vtp.serve.http.ollama import endpoints as ollama
 from vtp.serve.http.openai.chat import chat_completions
 from vtp.serve.http.refusals import failure
 from vtp.serve.http.responses import JsonResponse, error_response
@@ -36,6 +37,7 @@ def make_app(models: Models, settings: Settings | None = None) -> Starlette:
             Route("/metrics", metrics),
             Route("/v1/chat/completions", chat_completions, methods=["POST"]),
             Route("/chat/completions", chat_completions, methods=["POST"]),
+            *ollama.ROUTES,
         ],
         middleware=_middleware(settings),
         exception_handlers={ApiError: _answer_error, HTTPException: _answer_error},
@@ -77,16 +79,16 @@ class ErrorAnswers:
             told = error if isinstance(error, ApiError) else failure(error)
             if begun or scope["type"] != "http":
                 raise
-            await error_response(told)(scope, receive, send)
+            await error_response(told, scope["path"])(scope, receive, send)
 
 
 async def _answer_error(request: Request, error: Exception) -> Response:
     if isinstance(error, HTTPException):
-        return error_response(_of_routing(request, error))
+        return error_response(_of_routing(request, error), request.url.path)
     assert isinstance(error, ApiError)
     if error.status == GONE:
         log.info("%s: the client went away", request.url.path)
-    return error_response(error)
+    return error_response(error, request.url.path)
 
 
 def _of_routing(request: Request, error: HTTPException) -> ApiError:

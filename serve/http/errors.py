@@ -17,6 +17,7 @@ _TYPES = {
     503: "unavailable_error",
 }
 
+OLLAMA = "/api/"  # below it lie Ollama's endpoints, whose clients read errors of another form
 FAILED = "the server could not answer this request; its log says why"
 # Paths, addresses of memory and of machines: none of a client's business. What follows "<" is markup.
 _PRIVATE = re.compile(
@@ -59,6 +60,10 @@ class ApiError(Exception):
         """OpenAI's error body."""
         kind = _TYPES.get(self.status, "invalid_request_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+    def body_at(self, path: str) -> dict[str, Any]:
+        """The error body for a request's path: below /api/, Ollama's."""
+        return {"error": self.message} if path.startswith(OLLAMA) else self.body()
 
 
 def holds_no_secret(text: str) -> bool:

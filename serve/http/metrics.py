@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import accumulate
 
 from vtp.runtime.result import Result
@@ -82,13 +82,13 @@ class _Histogram:
 class Metrics:
     """Counts of one server. Safe from any thread.
 
-    `model` is the name of one that is served, and "" where a request was refused before that was known. There
-    are at most `_MOST` names; what comes beyond is counted as "other".
+    `model` is the name of one that is served, and "" where a request was refused before that was known. At
+    most `_MOST` names are told apart, beside those of `models`; what comes beyond is counted as "other".
     """
 
-    def __init__(self) -> None:
+    def __init__(self, models: Iterable[str] = ()) -> None:
         self._lock = threading.Lock()
-        self._models: set[str] = set()
+        self._models = set(models)
         self._stages: set[str] = set()
         self._in_flight: defaultdict[str, int] = defaultdict(int)
         self._counters: dict[str, defaultdict[Labels, float]] = {

@@ -9,7 +9,7 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from vtp.serve.http.errors import ApiError
+from vtp.serve.http.errors import OLLAMA, ApiError
 from vtp.serve.http.refusals import failure
 
 PING = b": ping\n\n"  # a comment, which clients skip
@@ -37,9 +37,9 @@ class JsonResponse(Response):
         return encoded(content)
 
 
-def error_response(error: ApiError) -> Response:
-    """An error as a whole answer."""
-    return JsonResponse(error.body(), error.status, error.headers)
+def error_response(error: ApiError, path: str = "") -> Response:
+    """An error as a whole answer, at the path of a request."""
+    return JsonResponse(error.body_at(path), error.status, error.headers)
 
 
 class EventStream(Response):
@@ -59,6 +59,10 @@ class EventStream(Response):
         assert isinstance(events, AsyncGenerator)
         return cls(await anext(events), events)
 
+    def failed(self, error: ApiError) -> bytes:
+        """What ends a stream that fails."""
+        return event(error.body()) + DONE
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send everything; however it ends, the events end too."""
         try:
@@ -69,10 +73,20 @@ class EventStream(Response):
                     await _send(send, data)
             except Exception as error:
                 told = error if isinstance(error, ApiError) else failure(error)
-                await _send(send, event(told.body()) + DONE)
+                await _send(send, self.failed(told))
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
             await self._events.aclose()
+
+
+class LineStream(EventStream):
+    """The same as lines of JSON, as Ollama's clients read them."""
+
+    media_type = "application/x-ndjson"
+
+    def failed(self, error: ApiError) -> bytes:
+        """A line with `error`, and no `done`."""
+        return encoded(error.body_at(OLLAMA)) + b"\n"
 
 
 async def _send(send: Send, data: bytes) -> None:

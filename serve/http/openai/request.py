@@ -49,7 +49,7 @@ def read_chat(body: Fields) -> ChatRequest:
     """Check a request's body. Raises ApiError 400, with `param`, for the first thing that is wrong."""
     model = body.raw("model")
     stream = body.flag("stream") or False
-    options = {**_limits(body), **_sampling(body), **_own(body), **_form(body)}
+    options = {**_limits(body), **_sampling(body), **read_own(body), **read_form(body)}
     include_usage = _include_usage(body)
     _refuse_others(body)
     reader = Reader()
@@ -65,12 +65,13 @@ def _limits(body: Fields) -> dict[str, Any]:
     older, newer = (body.whole(name, 1, LARGEST) for name in ("max_tokens", "max_completion_tokens"))
     most = older if newer is None else newer
     chosen: dict[str, Any] = {} if most is None else {"max_new_tokens": most}
-    if stops := _stops(body):
+    if stops := read_stops(body):
         chosen["stop"] = stops
     return chosen
 
 
-def _stops(body: Fields) -> list[str]:
+def read_stops(body: Fields) -> list[str]:
+    """Texts at which an answer ends."""
     stop = body.raw("stop")
     stops = [stop] if isinstance(stop, str) else [] if stop is None else stop
     if not isinstance(stops, list) or not all(isinstance(one, str) and one for one in stops):
@@ -99,7 +100,7 @@ def _sampling(body: Fields) -> dict[str, Any]:
     return {name: value for name, value in chosen.items() if value is not None}
 
 
-def _own(body: Fields) -> dict[str, Any]:
+def read_own(body: Fields) -> dict[str, Any]:
     """The object `vtp`, of which no field may be misspelt: it says how much is pruned."""
     own = body.fields("vtp")
     if own is None:
@@ -119,7 +120,7 @@ def _own(body: Fields) -> dict[str, Any]:
     return {name: value for name, value in chosen.items() if value is not None}
 
 
-def _form(body: Fields) -> dict[str, Any]:
+def read_form(body: Fields) -> dict[str, Any]:
     """What the answer must look like, and what is to be told of its tokens."""
     return {**_logprobs(body), **_response_format(body)}
 

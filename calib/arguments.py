@@ -15,7 +15,7 @@ from vtp.calib.workers.cluster import Ray
 from vtp.calib.workers.local import Local, Workers
 from vtp.engines import UsageError, choose_engine
 from vtp.runtime.bundle.folder import open_bundle
-from vtp.runtime.commands.arguments import add_debug, add_json, add_threads
+from vtp.runtime.commands.arguments import add_debug, add_json, add_threads, whole
 
 
 def shared_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,13 +25,13 @@ def shared_arguments(parser: argparse.ArgumentParser) -> None:
     add("--format", default="auto", help=f"{', '.join(FORMATS)} (default: %(default)s)")
     add("--images", metavar="DIR", help="folder of the pictures (default: beside the data)")
     add("--annotations", metavar="FILE", help="VQAv2's second file")
-    add("--limit", type=int, metavar="N", help="use the first N questions")
+    add("--limit", type=whole, metavar="N", help="use the first N questions")
     add("--metric", default="auto", help=f"{', '.join(METRICS)} (default: %(default)s)")
-    add("--max-new-tokens", type=int, default=NEW_TOKENS, metavar="N", help="default: %(default)s")
+    add("--max-new-tokens", type=whole, default=NEW_TOKENS, metavar="N", help="default: %(default)s")
     add("--engine", default="auto", help="engine (default: %(default)s)")
-    add_threads(parser, "CPU threads of one operator (all cores; 1 on Ray)", type=int)
+    add_threads(parser, "CPU threads of one operator (all cores; 1 on Ray)", type=whole)
     add("--ray", metavar="ADDRESS", help="work on a Ray cluster: HOST:PORT of its head, auto, or local")
-    add("--workers", type=int, metavar="N", help="workers on Ray at most (default: by the cluster's cores)")
+    add("--workers", type=whole, metavar="N", help="workers on Ray at most (default: by the cluster's cores)")
     add("--out", metavar="DIR", help="folder of the journal and the report (default: beside the bundle)")
     add_json(parser, "print the result as JSON")
     add_debug(parser)

@@ -21,6 +21,7 @@ from vtp.engines import UsageError
 from vtp.engines.errors import shown
 from vtp.runtime.bundle.folder import set_calibration
 from vtp.runtime.bundle.memory import bundle_memory
+from vtp.runtime.commands.arguments import real
 from vtp.runtime.commands.console import Parser, Progress, run_command, say, say_json, table
 
 PROG = "vtp-calib"
@@ -47,10 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _keep_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", metavar="BUNDLE")
     goal = parser.add_mutually_exclusive_group()
-    goal.add_argument("--floor", type=float, metavar="R", help="share of the unpruned score to hold (0.97)")
-    goal.add_argument("--budget-ms", type=float, metavar="MS", help="time to the first token, in the median")
+    goal.add_argument("--floor", type=real, metavar="R", help="share of the unpruned score to hold (0.97)")
+    goal.add_argument("--budget-ms", type=real, metavar="MS", help="time to the first token, in the median")
     goal.add_argument(
-        "--budget-mb", type=float, metavar="MB", help="memory, as vtp-doctor tells it beforehand"
+        "--budget-mb", type=real, metavar="MB", help="memory, as vtp-doctor tells it beforehand"
     )
     parser.add_argument("--reference", metavar="BUNDLE", help="a bundle that keeps every token")
     parser.add_argument("--dry-run", action="store_true", help="leave the bundle as it is")

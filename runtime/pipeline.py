@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -12,15 +12,19 @@ from typing import TYPE_CHECKING, NoReturn
 
 from PIL import Image
 
-from vtp.engines import AUTO, Choice, UsageError, VtpError, choose_engine
+from vtp.engines import AUTO, Choice, UsageError, VtpError
 from vtp.engines.disk.whole import undisturbed
 from vtp.engines.errors import quoted, quoted_argument
 from vtp.runtime.bundle.fit import check_fits, switched_off
 from vtp.runtime.bundle.folder import Bundle, open_bundle
+from vtp.runtime.decisions.answer import DecisionAnswer, decide
+from vtp.runtime.decisions.decision import Decision, checked_heat
+from vtp.runtime.decisions.question import Question
+from vtp.runtime.engine_choice import StageEngines, choose_engines
 from vtp.runtime.generation.answer import Answer
 from vtp.runtime.generation.arguments import flag, is_whole, thread_count, whole
 from vtp.runtime.generation.batch import about, batches, check_lists, each_prompt, write_together
-from vtp.runtime.generation.keep_count import choose_keep
+from vtp.runtime.generation.keep_count import choose_keep, measured_times
 from vtp.runtime.generation.loop import write
 from vtp.runtime.generation.options import DEFAULT_NEW_TOKENS, GenerateOptions, OptionKeywords, takes_options
 from vtp.runtime.generation.request import Request, RequestMaker
@@ -42,6 +46,8 @@ if TYPE_CHECKING:
 
 __all__ = ["DEFAULT_NEW_TOKENS", "Images", "Messages", "Pipeline", "Stream"]
 
+_NO_MEMORY = "there is not enough memory to load this bundle; vtp-doctor says what it needs at least"
+
 
 class Pipeline:
     """Answers prompts about pictures from one bundle.
@@ -54,7 +60,7 @@ class Pipeline:
     def __init__(
         self,
         bundle: Bundle,
-        choice: Choice,
+        choice: Choice | StageEngines,
         threads: int | None = None,
         vision_feature_cache: int = 0,
         prefix_caching: bool = False,
@@ -65,17 +71,19 @@ class Pipeline:
             check_prefix(bundle)
         self.bundle = bundle
         self.manifest = bundle.manifest
-        self.engine = choice.engine
-        self.decisions = choice.decisions
+        chosen = choice if isinstance(choice, StageEngines) else StageEngines(choice)
+        self.engine, self.decisions = chosen.choice.engine, chosen.choice.decisions
+        self.engines = chosen.by_stage(self.manifest)
+        self._chosen = chosen
         self._prompter = Prompter(
             self.manifest.text, bundle.path("tokenizer.json"), self.manifest.model.max_length
         )
         self._prompter.check()
-        self._requests = RequestMaker(self.manifest, self._prompter, choice.engine)
+        self._requests = RequestMaker(self.manifest, self._prompter, self.engine)
         self._features = VisionFeatureCache(vision_feature_cache) if vision_feature_cache else None
         prefix = Prefix() if prefix_caching else None
         self._runner: StageRunner | None = StageRunner(
-            bundle, choice.engine, threads, opening, prefix, self._features
+            bundle, self.engine, threads, chosen.opening(opening), prefix, self._features
         )
         self._busy = threading.Lock()
         self._threads = threads
@@ -97,7 +105,9 @@ class Pipeline:
     ) -> Pipeline:
         """Open a bundle folder.
 
-        engine        "auto" (the best that can run here), or one by name, such as "ort-cpu"
+        engine        "auto" (the best that can run here), or one by name, such as "ort-cpu"; after it, each
+                      behind a comma, stages that another engine runs:
+                      "ort-cpu,vision_encoder=openvino-cpu". `engines` says who runs what
         threads       CPU threads of one operator; None: all cores
         check_hashes  also compare every file's sha256 with the manifest (reads all weights)
         vision_feature_cache  keep what the image stages gave for the pictures of the last N prompts, for a
@@ -128,15 +138,18 @@ class Pipeline:
 
         def load(folder: Path) -> Pipeline:
             opened = open_bundle(folder, hashed)
-            choice = choose_engine(engine, opened.manifest.dtype, target=opened.manifest.target)
+            choice = choose_engines(opened, engine)
             if checked:
                 check_fits(
                     opened,
-                    choice.engine,
+                    choice.choice.engine,
                     memory_room(),
                     "image" if opening is not None and opening.image is not None else None,
                 )
-            return cls(opened, choice, threads, most, caching or earlier, opening)
+            try:
+                return cls(opened, choice, threads, most, caching or earlier, opening)
+            except MemoryError as error:
+                raise VtpError(_NO_MEMORY) from error
 
         return undisturbed(load)(bundle)  # one bundle, even while another takes its place
 
@@ -160,7 +173,8 @@ class Pipeline:
                         {"type": "image"} (or "video") and {"type": "text", "text": ...}}; without an image
                         entry the pictures join the first user turn
         options         see `GenerateOptions`: max_new_tokens, keep_tokens or budget_ms, temperature, top_p,
-                        seed, repetition_penalty, stop, skip_special_tokens, allow_special_tokens, timeout_ms
+                        seed, repetition_penalty, stop, skip_special_tokens, allow_special_tokens, timeout_ms,
+                        logprobs
 
         Raises UsageError for a bad argument and VtpError for a picture or prompt that cannot be served.
         """
@@ -194,10 +208,59 @@ class Pipeline:
 
         For what runs requests itself, such as a `Scheduler`. Raises as `generate` does.
         """
-        clock = Clock()
-        stop_signal = StopSignal(clock, options.timeout_ms)
-        keep = self._keep(options)
-        return self._answer(self._requests.make(image, prompt, messages, options, keep, clock, stop_signal))
+        return self._answer(self._request(image, prompt, messages, options))
+
+    def decide(
+        self,
+        image: Images,
+        question: str,
+        options: Sequence[str] | Mapping[str, str] | None = None,
+        *,
+        kind: str | None = None,
+        labels: str = "letters",
+        temperature: float = 1.0,
+        keep_tokens: int | None = None,
+        budget_ms: float | None = None,
+        allow_special_tokens: bool = False,
+        timeout_ms: float | None = None,
+    ) -> Decision:
+        """How likely each of a few answers is, from one prefill: no token is generated.
+
+        question    what is asked about the picture
+        options     the answers: 2 to 26 texts, or {text: what it means}. Without them, yes or no
+        kind        "choice" or "yes_no" (what `options` says), or "score": `options` are then 2 to 10 levels,
+                    from the lowest to the highest
+        labels      "letters": the prompt lists the answers, and the model is to name one by its letter (of a
+                    score by its number). "texts": the prompt is the question alone, and the answers' own
+                    first tokens are compared, which must differ
+        temperature of the answers among each other; 1: the model's own probabilities
+        keep_tokens, budget_ms, allow_special_tokens, timeout_ms  as in `generate`
+
+        The model's rules about logits (penalties, bans) are not applied. Raises as `generate` does, and
+        VtpError if the time is over before it is decided.
+        """
+        answer = self.prepare_decision(
+            image,
+            Question.of(question, options, kind, labels),
+            GenerateOptions(
+                max_new_tokens=1,
+                keep_tokens=keep_tokens,
+                budget_ms=budget_ms,
+                allow_special_tokens=allow_special_tokens,
+                timeout_ms=timeout_ms,
+            ),
+            temperature,
+        )
+        with self.claimed() as runner:
+            return decide(runner, answer)
+
+    def prepare_decision(
+        self, image: Images, question: Question, options: GenerateOptions, temperature: float = 1.0
+    ) -> DecisionAnswer:
+        """The same for a question as `prepare` for a prompt."""
+        heat = checked_heat(temperature)
+        request = self._request(image, question.prompt, None, options)
+        return DecisionAnswer(request, self.manifest, self._prompter, question, heat)
 
     @takes_options
     def generate_batch(
@@ -271,8 +334,8 @@ class Pipeline:
 
     @property
     def notes(self) -> list[str]:
-        """What was asked for and could not be done on this machine, a line each: CUDA graphs refused."""
-        return self._open_runner().notes
+        """What is not as asked, a line each: CUDA graphs refused, stages that another engine has to run."""
+        return [*self._chosen.notes, *self._open_runner().notes]
 
     def warmup(self) -> None:
         """Run every stage once on a blank picture, so that the first answer does not pay for set-up."""
@@ -305,6 +368,14 @@ class Pipeline:
             f"bundle again, in the other process: Pipeline.load({quoted(str(self.bundle.folder))})"
         )
 
+    def _request(
+        self, image: Images, prompt: str | None, messages: Messages | None, options: GenerateOptions
+    ) -> Request:
+        clock = Clock()
+        stop_signal = StopSignal(clock, options.timeout_ms)
+        keep = self._keep(options)
+        return self._requests.make(image, prompt, messages, options, keep, clock, stop_signal)
+
     def _answer(self, request: Request) -> Answer:
         return Answer(request, self.manifest, self._prompter)
 
@@ -314,13 +385,20 @@ class Pipeline:
         with self.claimed() as runner:
             yield from write(runner, answer)
 
+    def measured_times(self, what: str = "this") -> dict[int, float]:
+        """Keep-count -> milliseconds to the first token, as vtp-calib measured them here.
+
+        what  names the option that needs them. Raises UsageError where there are none that hold here
+        """
+        return measured_times(what, self.manifest, self._chosen.label, lambda: self._conditions)
+
     def _keep(self, options: GenerateOptions) -> int:
-        return choose_keep(options, self.manifest, self.engine, lambda: self._conditions)
+        return choose_keep(options, self.manifest, self._chosen.label, lambda: self._conditions)
 
     @cached_property
     def _conditions(self) -> Conditions:
         """What times measured here depend on; looked up at the first request with a budget."""
-        return conditions(self.engine, self._threads)
+        return conditions(self._chosen.label, self._threads)
 
     @contextmanager
     def claimed(self) -> Iterator[StageRunner]:

@@ -47,6 +47,32 @@ class Timings:
         return {name: round(value, 3) for name, value in rows.items()}
 
 
+@dataclass(frozen=True)
+class TokenLogprob:
+    """One token and how likely the model found it.
+
+    token    its text; the sign U+FFFD stands for parts of characters
+    id       its number
+    bytes    what it is in UTF-8: joined, those of an answer are its text, also where a character has several
+             tokens (a first word's leading space and hidden special tokens are not part of the text)
+    logprob  natural logarithm of its probability: see `vtp.runtime.generation.logprobs`
+    top      the most likely tokens at its place, most likely first, if they were asked for
+    """
+
+    token: str
+    id: int
+    bytes: bytes
+    logprob: float
+    top: tuple[TokenLogprob, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that `vtp-run --json` prints for a token."""
+        return {**self._own(), "top": [other._own() for other in self.top]}
+
+    def _own(self) -> dict[str, Any]:
+        return {"token": self.token, "id": self.id, "bytes": list(self.bytes), "logprob": self.logprob}
+
+
 @dataclass
 class Result:
     """One answer.
@@ -61,6 +87,8 @@ class Result:
     finish_reason   "eos", "stop" (a stop string), "length" (max_new_tokens or the cache is full), "timeout"
                     (timeout_ms), "cancelled"
     tower           {"name", "rows", "of"} of a bundle whose vision tower works on fewer rows; else None
+    logprobs        with the option of that name, an entry for each of `token_ids` that is part of the text:
+                    not for the one that ended it, nor for what a stop string cut off
     """
 
     text: str
@@ -71,9 +99,11 @@ class Result:
     prompt_tokens: int
     finish_reason: str
     tower: dict[str, Any] | None = None
+    logprobs: list[TokenLogprob] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The object that `vtp-run --json` prints."""
+        logprobs = {} if self.logprobs is None else {"logprobs": [one.to_json() for one in self.logprobs]}
         return {
             "text": self.text,
             "token_ids": self.token_ids,
@@ -83,4 +113,5 @@ class Result:
             "timings": self.timings.to_dict(),
             "prompt_tokens": self.prompt_tokens,
             "finish_reason": self.finish_reason,
+            **logprobs,
         }

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from vtp.engines import AUTO
+from vtp.runtime.decisions.question import Question
+from vtp.runtime.generation.answer import Answer
 from vtp.runtime.generation.arguments import whole
 from vtp.runtime.generation.options import GenerateOptions, OptionKeywords, takes_options
 from vtp.runtime.media.pictures import Images
 from vtp.runtime.pipeline import Pipeline
 from vtp.runtime.prompt.messages import Messages
+from vtp.runtime.scheduling.decision_ticket import DecisionTicket
 from vtp.runtime.scheduling.job import Job
 from vtp.runtime.scheduling.loader import Loader
 from vtp.runtime.scheduling.queue import Closed, Queue, QueueFull
@@ -28,7 +32,7 @@ from vtp.runtime.stages.slots import Slots
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # typing's own from Python 3.11 on
 
-__all__ = ["Closed", "QueueFull", "Scheduler", "SchedulerStats", "Ticket"]
+__all__ = ["Closed", "DecisionTicket", "QueueFull", "Scheduler", "SchedulerStats", "Ticket"]
 
 # The largest bound of `slots` where requests are answered in turn, and it stands for nothing.
 _ANY = 2**16
@@ -114,6 +118,41 @@ class Scheduler:
         self._queue.check_open()
         with self._making:  # tokenizer and template serve one thread at a time
             answer = self._pipeline.prepare(image, prompt, messages, GenerateOptions(**options))
+        return self._add(answer)
+
+    def decide(
+        self,
+        image: Images,
+        question: str,
+        options: Sequence[str] | Mapping[str, str] | None = None,
+        *,
+        kind: str | None = None,
+        labels: str = "letters",
+        temperature: float = 1.0,
+        keep_tokens: int | None = None,
+        budget_ms: float | None = None,
+        allow_special_tokens: bool = False,
+        timeout_ms: float | None = None,
+    ) -> DecisionTicket:
+        """Queue a question, with the arguments of `Pipeline.decide`; returns at once, and raises as `submit`.
+
+        It takes no step: its slot is free again as soon as its prompt was read. Several questions about the
+        same pictures share the encoder's work if the pipeline has a vision feature cache.
+        """
+        self._queue.check_open()
+        asked = Question.of(question, options, kind, labels)
+        how = GenerateOptions(
+            max_new_tokens=1,
+            keep_tokens=keep_tokens,
+            budget_ms=budget_ms,
+            allow_special_tokens=allow_special_tokens,
+            timeout_ms=timeout_ms,
+        )
+        with self._making:
+            answer = self._pipeline.prepare_decision(image, asked, how, temperature)
+        return DecisionTicket(self._add(answer), answer)
+
+    def _add(self, answer: Answer) -> Ticket:
         job = Job(answer)
         self._queue.add(job)
         return Ticket(job, self._withdraw)
@@ -141,6 +180,13 @@ class Scheduler:
     def stats(self) -> SchedulerStats:
         """What there is now, and was so far."""
         return self._queue.stats(self._slots.copies, self._slots.copied_bytes)
+
+    def expected_wait(self) -> float:
+        """Seconds that a request submitted now would wait for a slot; 0 while one is free.
+
+        An estimate: the requests before it, at the mean time of those that are over (0 before the first).
+        """
+        return self._queue.expected_wait()
 
     def close(self, drain: bool = True) -> None:
         """Take no more requests, wait for those that there are, and give the pipeline back.

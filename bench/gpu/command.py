@@ -33,7 +33,7 @@ from vtp.engines.ort.library import load_onnxruntime
 from vtp.engines.versions import installed_version
 from vtp.runtime.bundle.folder import open_bundle
 from vtp.runtime.bundle.manifest import Manifest
-from vtp.runtime.commands.arguments import add_debug
+from vtp.runtime.commands.arguments import add_debug, real
 from vtp.runtime.commands.console import DONE, FAILED, Parser, Progress, run_command
 from vtp.runtime.machine.facts import Machine, look
 
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--json", metavar="FILE", help="result, with a .md beside it (default: bench/results/HARDWARE.json)")
     add("--quick", action="store_true", help="few questions and rounds: does it run at all?")
     add("--resume", action="store_true", help="leave out bundles that the result holds without a failure")
-    add("--limit", type=float, default=180, metavar="S", help="seconds of one check (default: %(default)s)")
+    add("--limit", type=real, default=180, metavar="S", help="seconds of one check (default: %(default)s)")
     add("--child", nargs=3, metavar=("JOB", "CHECKS", "LOG"), help=argparse.SUPPRESS)
     add_debug(parser)
     args = parser.parse_args(argv)

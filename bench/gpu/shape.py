@@ -28,7 +28,7 @@ from vtp.bench.gpu.shape_report import markdown
 from vtp.bench.shapes.weight_map import WEIGHT_MAP
 from vtp.engines import UsageError, engine_names
 from vtp.runtime.bundle.folder import open_bundle
-from vtp.runtime.commands.arguments import add_debug
+from vtp.runtime.commands.arguments import add_debug, real
 from vtp.runtime.commands.console import Parser, Progress, run_command
 from vtp.runtime.machine.facts import look
 
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--json", metavar="FILE", help="result, with a .md beside it (default: in bench/results)")
     add("--quick", action="store_true", help="few rounds: does it run at all?")
     add("--no-cuda-graph", action="store_true", help="record nothing on vtp's side")
-    add("--limit", type=float, default=250, metavar="S", help="seconds of one check (default: %(default)s)")
+    add("--limit", type=real, default=250, metavar="S", help="seconds of one check (default: %(default)s)")
     add("--again", action="store_true", help="measure again what the result holds already")
     add_debug(parser)
     args = parser.parse_args(argv)

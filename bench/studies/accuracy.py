@@ -21,7 +21,7 @@ from PIL import Image
 from vtp.export.cli import quiet_libraries
 from vtp.export.exporter import Request, export
 from vtp.runtime import Pipeline
-from vtp.runtime.commands.arguments import add_debug
+from vtp.runtime.commands.arguments import add_debug, whole
 from vtp.runtime.commands.console import Parser, Progress, run_command
 from vtp.scenes.exam import Item, Score, blank, held_out, score
 
@@ -50,13 +50,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m vtp.bench.studies.accuracy",
         description="Accuracy of every method on held-out questions.",
     )
-    parser.add_argument("--count", type=int, default=1000, help="questions (default: %(default)s)")
+    parser.add_argument("--count", type=whole, default=1000, help="questions (default: %(default)s)")
     parser.add_argument("--methods", default=METHODS, help="default: %(default)s")
     parser.add_argument("--keep", default=KEEP, help="keep-counts (default: %(default)s)")
     parser.add_argument(
         "--model", help="model folder in the built-in model's layout (default: the built-in one)"
     )
-    parser.add_argument("--seed", type=int, default=2026, help="seed of the exam (default: %(default)s)")
+    parser.add_argument("--seed", type=whole, default=2026, help="seed of the exam (default: %(default)s)")
     parser.add_argument(
         "--work", default="build/accuracy", help="folder for the bundles (default: %(default)s)"
     )

@@ -20,7 +20,7 @@ import numpy as np
 from vtp.engines import UsageError, VtpError, open_graph
 from vtp.export.keep_counts import parse_keep
 from vtp.runtime import Pipeline
-from vtp.runtime.commands.arguments import add_debug, add_threads
+from vtp.runtime.commands.arguments import add_debug, add_threads, whole
 from vtp.runtime.commands.console import Parser, Progress, run_command, table
 from vtp.runtime.media.images import load_image
 from vtp.runtime.preprocess import preprocess
@@ -38,9 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("bundle", metavar="BUNDLE", help="holds the keep-counts; of a method that reads attention scores")
     add("--keep", default="32,64,96", help="smaller, middle and larger keep-count (default: %(default)s)")
-    add("--count", type=int, default=1000, help="questions (default: %(default)s)")
-    add("--seed", type=int, default=31, help="seed of the exam (default: %(default)s)")
-    add_threads(parser, type=int)
+    add("--count", type=whole, default=1000, help="questions (default: %(default)s)")
+    add("--seed", type=whole, default=31, help="seed of the exam (default: %(default)s)")
+    add_threads(parser, type=whole)
     add_debug(parser)
     args = parser.parse_args(argv)
     return run_command("adaptive", lambda: _run(args), args.debug)

@@ -30,7 +30,7 @@ from vtp.export.exporter import Request, export
 from vtp.export.keep_counts import parse_keep
 from vtp.export.pruners import find_method, method_names
 from vtp.runtime import Pipeline
-from vtp.runtime.commands.arguments import add_debug
+from vtp.runtime.commands.arguments import add_debug, whole
 from vtp.runtime.commands.console import Parser, Progress, run_command
 from vtp.scenes.exam import SEED, Item, blank, by_picture, held_out, is_right
 
@@ -45,11 +45,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     parser = Parser(prog="python -m vtp.bench.studies.methods", description="Every method side by side.")
     add = parser.add_argument
-    add("--count", type=int, default=500, help="questions (default: %(default)s)")
+    add("--count", type=whole, default=500, help="questions (default: %(default)s)")
     add("--methods", default="all", help="names, or all (default: %(default)s)")
     add("--keep", default=KEEP, help="keep-counts (default: %(default)s)")
-    add("--seed", type=int, default=SEED, help="seed of the exam (default: %(default)s)")
-    add("--rounds", type=int, default=ROUNDS, help="timed runs of every bundle (default: %(default)s)")
+    add("--seed", type=whole, default=SEED, help="seed of the exam (default: %(default)s)")
+    add("--rounds", type=whole, default=ROUNDS, help="timed runs of every bundle (default: %(default)s)")
     add("--work", default="build/methods", help="folder for bundles and answers (default: %(default)s)")
     add("--resume", action="store_true", help="keep bundles and answers that the work folder holds")
     add("--no-timing", action="store_true", help="stop after the questions and write no report")

@@ -25,7 +25,7 @@ from vtp.export.exporter import Request, export
 from vtp.export.keep_counts import parse_keep
 from vtp.runtime import Pipeline
 from vtp.runtime.bundle.folder import MANIFEST
-from vtp.runtime.commands.arguments import add_debug, add_threads
+from vtp.runtime.commands.arguments import add_debug, add_threads, whole
 from vtp.runtime.commands.console import Parser, Progress, run_command
 from vtp.scenes.exam import SEED, Item, by_picture, held_out, is_right
 
@@ -42,10 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("first", help="method, method:option=value,... or bundle folder")
     add("others", nargs="+", help="what it is compared with, in the same form")
     add("--keep", default="192,128,64,32,16", help="keep-counts (default: %(default)s)")
-    add("--count", type=int, default=1000, help="questions (default: %(default)s)")
-    add("--seed", type=int, default=SEED, help="seed of the exam (default: %(default)s)")
+    add("--count", type=whole, default=1000, help="questions (default: %(default)s)")
+    add("--seed", type=whole, default=SEED, help="seed of the exam (default: %(default)s)")
     add("--model", help="model folder in the built-in model's layout (default: the built-in one)")
-    add_threads(parser, type=int)
+    add_threads(parser, type=whole)
     add("--work", default="build/paired", help="folder for the bundles (default: %(default)s)")
     add("--json", metavar="FILE", help="also write who was right on what")
     add_debug(parser)

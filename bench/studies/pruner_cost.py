@@ -27,7 +27,7 @@ from vtp.engines.ort.library import load_onnxruntime
 from vtp.export.cli import quiet_libraries
 from vtp.export.pruners import find_method, ops
 from vtp.export.pruners.base import Pruner
-from vtp.runtime.commands.arguments import add_debug
+from vtp.runtime.commands.arguments import add_debug, whole
 from vtp.runtime.commands.console import Parser, run_command
 
 TEXT, HEADS = 60, 16
@@ -51,9 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("methods", nargs="+")
     parser.add_argument("--grid", default="24x24", help="rows x columns (default: %(default)s)")
-    parser.add_argument("--keep", type=int, default=64, help="default: %(default)s")
-    parser.add_argument("--width", type=int, default=1024, help="of a feature (default: %(default)s)")
-    parser.add_argument("--runs", type=int, default=9, help="default: %(default)s")
+    parser.add_argument("--keep", type=whole, default=64, help="default: %(default)s")
+    parser.add_argument("--width", type=whole, default=1024, help="of a feature (default: %(default)s)")
+    parser.add_argument("--runs", type=whole, default=9, help="default: %(default)s")
     add_debug(parser)
     args = parser.parse_args(argv)
     return run_command("pruner_cost", lambda: _run(args), args.debug)

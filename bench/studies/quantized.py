@@ -28,7 +28,7 @@ from vtp.engines import Engine, UsageError, open_graph
 from vtp.export.cli import quiet_libraries
 from vtp.export.exporter import Request, export
 from vtp.runtime.bundle.folder import MANIFEST, Bundle, open_bundle
-from vtp.runtime.commands.arguments import add_debug, add_threads
+from vtp.runtime.commands.arguments import add_debug, add_threads, whole
 from vtp.runtime.commands.console import Parser, Progress, run_command, table
 from vtp.scenes import model_dir
 
@@ -49,10 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m vtp.bench.studies.quantized", description="The int8 encoder against float32."
     )
     add = parser.add_argument
-    add("--rounds", type=int, default=15, help="runs of each, in turn (default: %(default)s)")
-    add("--pictures", type=int, default=2, help="pictures to calibrate on (default: %(default)s)")
-    add_threads(parser, type=int)
-    add("--layers", type=int, default=24, help="layers of the tower (default: %(default)s)")
+    add("--rounds", type=whole, default=15, help="runs of each, in turn (default: %(default)s)")
+    add("--pictures", type=whole, default=2, help="pictures to calibrate on (default: %(default)s)")
+    add_threads(parser, type=whole)
+    add("--layers", type=whole, default=24, help="layers of the tower (default: %(default)s)")
     add("--activations", default="auto", help="auto, uint8 or int8 (default: %(default)s)")
     add("--work", default="build/quantized", help="folder for the bundles (default: %(default)s)")
     add("--json", metavar="FILE", help="also write the figures to a file")

@@ -22,7 +22,7 @@ from torch import Tensor
 from vtp.export.cli import quiet_libraries
 from vtp.export.keep_counts import parse_keep
 from vtp.export.pruners import find_method
-from vtp.runtime.commands.arguments import add_debug
+from vtp.runtime.commands.arguments import add_debug, whole
 from vtp.runtime.commands.console import Parser, run_command
 from vtp.scenes import model_dir
 from vtp.scenes.exam import by_picture, held_out
@@ -44,8 +44,8 @@ class Exam:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     parser = Parser(prog="python -m vtp.bench.studies.trials", description="The trials that chose focal.")
-    parser.add_argument("--seed", type=int, default=777, help="seed of the exam (default: %(default)s)")
-    parser.add_argument("--count", type=int, default=1000, help="questions (default: %(default)s)")
+    parser.add_argument("--seed", type=whole, default=777, help="seed of the exam (default: %(default)s)")
+    parser.add_argument("--count", type=whole, default=1000, help="questions (default: %(default)s)")
     parser.add_argument("--keep", default="64,32,16", help="keep-counts (default: %(default)s)")
     parser.add_argument("--only", default="", help="only rules whose name holds this text")
     add_debug(parser)

@@ -24,7 +24,7 @@ from vtp.engines.errors import shown
 from vtp.runtime import Pipeline
 from vtp.runtime.bundle.folder import MANIFEST, Bundle, check_output, open_bundle, whole_bundle
 from vtp.runtime.bundle.manifest import Manifest
-from vtp.runtime.commands.arguments import add_overwrite
+from vtp.runtime.commands.arguments import add_overwrite, real, whole
 from vtp.runtime.commands.console import Progress, say, say_json, table
 
 if TYPE_CHECKING:
@@ -48,17 +48,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--output", metavar="DIR", help="the new bundle (default: BUNDLE-quantized)")
     add_overwrite(parser)
     add(
-        "--samples", type=int, default=32, metavar="N", help="pictures to calibrate on (default: %(default)s)"
+        "--samples",
+        type=whole,
+        default=32,
+        metavar="N",
+        help="pictures to calibrate on (default: %(default)s)",
     )
     add(
         "--max-drop",
-        type=float,
+        type=real,
         default=1.0,
         metavar="P",
         help="points of accuracy that it may lose (default: %(default)s)",
     )
     add("--force", action="store_true", help="write the bundle even if it loses more")
-    add("--block", type=int, default=32, help="int4 weights that share a scale (default: %(default)s)")
+    add("--block", type=whole, default=32, help="int4 weights that share a scale (default: %(default)s)")
     add(
         "--activations", default="auto", help="auto, uint8 or int8: how int8 is stored (default: %(default)s)"
     )

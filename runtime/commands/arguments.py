@@ -3,9 +3,23 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
-from vtp.engines import AUTO, engine_names
+from vtp.engines import AUTO, UsageError, engine_names
+from vtp.runtime.commands.console import real_number, whole_number
+
+_Number = TypeVar("_Number", int, float)
+
+
+def whole(text: str) -> int:
+    """argparse's type of a flag that takes a whole number."""
+    return _read(whole_number, text)
+
+
+def real(text: str) -> float:
+    """argparse's type of a flag that takes a number."""
+    return _read(real_number, text)
 
 
 def add_debug(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +35,12 @@ def add_json(parser: argparse.ArgumentParser, what: str = "print one JSON object
 def add_engine(parser: argparse.ArgumentParser) -> None:
     """`--engine`, by name or "auto"."""
     names = ", ".join(engine_names())
-    parser.add_argument("--engine", default=AUTO, help=f"one of {names} (default: %(default)s)")
+    parser.add_argument(
+        "--engine",
+        default=AUTO,
+        metavar="ENGINE[,STAGE=ENGINE...]",
+        help=f"one of {names} (default: %(default)s); stages that another one runs behind it",
+    )
 
 
 def add_threads(
@@ -39,3 +58,11 @@ def add_keep_tokens(parser: argparse.ArgumentParser, what: str) -> None:
 def add_overwrite(parser: argparse.ArgumentParser) -> None:
     """`--overwrite`, of commands that make a bundle."""
     parser.add_argument("--overwrite", action="store_true", help="replace an existing bundle")
+
+
+def _read(reader: Callable[[str, str], _Number], text: str) -> _Number:
+    """`reader`'s number of a flag's text, or argparse's error with the same words."""
+    try:
+        return reader("", text)
+    except UsageError as error:
+        raise argparse.ArgumentTypeError(str(error).lstrip()) from None

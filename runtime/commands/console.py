@@ -23,6 +23,7 @@ from vtp.engines.errors import MESSAGE_LENGTH, UNSAFE, escape, one_line, shown
 
 DONE, FAILED, BAD_USAGE, INTERRUPTED = 0, 1, 2, 130
 LEFT = "nothing was left behind"
+_REAL = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]{1,4})?")
 _LARGEST = 2**63 - 1  # of any count, size or seed
 _PATH = re.compile("DIR|FILE|FOLDER|BUNDLE|OUT")  # how an argument's metavar begins
 _ENDING = ("SIGTERM", "SIGHUP")  # what asks a process to end, beside Ctrl-C
@@ -252,6 +253,13 @@ def whole_number(name: str, text: str, least: int | None = None) -> int:
     if least is not None and value < least:
         raise UsageError(f"{name} '{shown(text)}' is not {wanted}")
     return value
+
+
+def real_number(name: str, text: str) -> float:
+    """An option's number, written in digits as in JSON. Raises UsageError."""
+    if not _REAL.fullmatch(text):
+        raise UsageError(f"{name} '{shown(text, 40)}' is not a number")
+    return float(text)
 
 
 # -- progress and tables -------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from vtp.runtime.commands.batch_file import Line, read_lines
 from vtp.runtime.commands.console import (
     Parser,
     note,
+    real_number,
     run_command,
     say,
     say_json,
@@ -94,6 +95,11 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="MS",
         help="end the answer after this many milliseconds and return what was generated",
     )
+    add(
+        "--logprobs",
+        metavar="N",
+        help="in JSON, also how likely each token was, with N alternatives at its place (0 to 20)",
+    )
     add_threads(parser)
     add("--engines", metavar="DIR", help="where vtp-build -o put TensorRT engines (default: in the cache)")
     add("--allow-cpu-nodes", action="store_true", help="on CUDA, go on even if nodes are left to the CPU")
@@ -149,6 +155,8 @@ def _check_flags(args: argparse.Namespace) -> None:
         raise UsageError(
             "the following arguments are required: --image (or --video) and --prompt (or --batch FILE.jsonl)"
         )
+    if args.logprobs is not None and not (args.json or args.batch):
+        raise UsageError("--logprobs is a part of the JSON: give --json as well")
     if args.show_kept and len(args.image) > 1:
         raise UsageError("--show-kept shows one picture; give one --image")
 
@@ -210,7 +218,7 @@ def _answer_lines(pipe: Pipeline, lines: Sequence[Line], args: argparse.Namespac
 
 
 def _as_data(result: Result, pipe: Pipeline) -> dict[str, Any]:
-    return {**result.to_json(), "engine": pipe.engine}
+    return {**result.to_json(), "engine": pipe.engine, "engines": pipe.engines}
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
@@ -218,16 +226,17 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "max_new_tokens": whole_number("max-new-tokens", args.max_new_tokens),
         "keep_tokens": None if args.keep_tokens is None else whole_number("keep-tokens", args.keep_tokens),
-        "temperature": _number("temperature", args.temperature),
-        "top_p": _number("top-p", args.top_p),
+        "temperature": real_number("temperature", args.temperature),
+        "top_p": real_number("top-p", args.top_p),
         "seed": None if args.seed is None else whole_number("seed", args.seed),
         "repetition_penalty": None
         if args.repetition_penalty is None
-        else _number("repetition-penalty", args.repetition_penalty),
+        else real_number("repetition-penalty", args.repetition_penalty),
         "stop": args.stop,
         "skip_special_tokens": not args.special_tokens,
         "allow_special_tokens": args.allow_special_tokens,
-        "timeout_ms": None if args.timeout_ms is None else _number("timeout-ms", args.timeout_ms),
+        "timeout_ms": None if args.timeout_ms is None else real_number("timeout-ms", args.timeout_ms),
+        "logprobs": None if args.logprobs is None else whole_number("logprobs", args.logprobs),
     }
 
 
@@ -238,13 +247,6 @@ def _report(result: Result, kept: str | None) -> str:
     if kept:
         lines.append(f"kept tokens shown in {shown(Path(kept))}")
     return "\n".join(lines)
-
-
-def _number(name: str, text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise UsageError(f"{name} '{shown(text)}' is not a number") from None
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import numpy as np
 from vtp.engines import VtpError
 from vtp.runtime.bundle.manifest import GenerationInfo, Manifest
 from vtp.runtime.generation.logits_rules import LogitsRules, written_out
+from vtp.runtime.generation.logprobs import LogprobRecorder
 from vtp.runtime.generation.request import Request
 from vtp.runtime.generation.stopping import CANCELLED
 from vtp.runtime.prompt.prompter import Detokenizer, Prompter
@@ -32,6 +33,10 @@ class Answer:
         self._visual = manifest.visual.count
         self._detokenizer = Detokenizer(prompter.tokenizer, prompter.decoding, request.skip_special_tokens)
         self._rules = _rules(request, manifest)
+        self._logprobs: LogprobRecorder | None = None
+        if request.logprobs is not None:
+            self.result.logprobs = []
+            self._logprobs = LogprobRecorder(request.logprobs, prompter.token_bytes, self.result.logprobs)
 
     @property
     def token(self) -> int:
@@ -70,7 +75,10 @@ class Answer:
         self._count(token)
         if token in self._ends:
             return ""
-        return self._write(self.request.stops.push(self._detokenizer.push(token)))
+        text = self._detokenizer.push(token)
+        if self._logprobs is not None:
+            self._logprobs.add(token, logits, text)
+        return self._write(self.request.stops.push(text))
 
     def ends(self, room: int) -> bool:
         """Whether it is over, with a cache that has `room` for more tokens; the result then says why."""
@@ -107,10 +115,14 @@ class Answer:
         piece = self._write(stops.push(self._detokenizer.finish()) + stops.finish())
         if stops.hit:
             self.result.finish_reason = "stop"
+        elif self._logprobs is not None:
+            self._logprobs.finish()
         return piece
 
     def _write(self, piece: str) -> str:
         self.result.text += piece
+        if self._logprobs is not None:
+            self._logprobs.show(len(self.result.text))
         return piece
 
     def _count(self, token: int) -> None:

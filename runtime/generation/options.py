@@ -29,6 +29,8 @@ class GenerateOptions:
                     in the answer's text; the token that ends it never does
     allow_special_tokens  True: the texts may hold the model's special tokens, which then mean what they mean
                     in transformers' prompts; refused otherwise. The picture's own token is always refused
+    logprobs        also return how likely each token was, with this number of alternatives at its place: 0
+                    (none) to 20; None: off (see `vtp.runtime.generation.logprobs`)
     timeout_ms      end the answer this number of milliseconds after the call, with the text so far and
                     finish_reason "timeout"; checked before each stage and each token, so that a stage that
                     has begun ends first
@@ -45,6 +47,7 @@ class GenerateOptions:
     skip_special_tokens: bool = True
     allow_special_tokens: bool = False
     timeout_ms: float | None = None
+    logprobs: int | None = None
 
     def for_prompt(self, place: int) -> GenerateOptions:
         """The options of prompt number `place` of a batch, which samples with its own seed."""
@@ -71,6 +74,7 @@ class OptionKeywords(TypedDict, total=False):
     skip_special_tokens: bool
     allow_special_tokens: bool
     timeout_ms: float | None
+    logprobs: int | None
 
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])

@@ -8,6 +8,7 @@ from vtp.engines import UsageError, capabilities
 from vtp.runtime.bundle.manifest import GenerationInfo, Manifest
 from vtp.runtime.generation.arguments import flag, whole
 from vtp.runtime.generation.logits_rules import with_penalty
+from vtp.runtime.generation.logprobs import alternatives
 from vtp.runtime.generation.options import GenerateOptions
 from vtp.runtime.generation.sampling import Sampler
 from vtp.runtime.generation.stopping import Clock, StopSignal
@@ -33,6 +34,7 @@ class Request:
     clock: Clock
     stop_signal: StopSignal
     skip_special_tokens: bool = True
+    logprobs: int | None = None
 
     def load(self) -> None:
         """Decode the pictures, if there is time left to answer about them."""
@@ -80,6 +82,7 @@ class RequestMaker:
             clock=clock,
             stop_signal=stop_signal,
             skip_special_tokens=skip,
+            logprobs=alternatives(options.logprobs),
         )
         self._check_room(request)
         return request

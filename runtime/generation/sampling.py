@@ -14,7 +14,7 @@ import numpy as np
 from vtp.engines.errors import UsageError, VtpError, quoted_argument
 from vtp.runtime.generation.arguments import is_number, is_whole
 
-__all__ = ["Sampler"]
+__all__ = ["Sampler", "check_finite"]
 
 
 class Sampler:
@@ -56,14 +56,7 @@ class Sampler:
         """
         if logits.ndim != 1 or not logits.size:
             raise VtpError(f"the sampler takes one row of logits, not an array of shape {list(logits.shape)}")
-        best = int(logits.argmax())
-        # A NaN counts as the largest, so two numbers tell of all: a mask of the vocabulary would cost more.
-        if not (math.isfinite(logits[best]) and math.isfinite(logits.min())):
-            bad = int((~np.isfinite(logits)).sum())
-            raise VtpError(
-                f"the model gave {bad} of {logits.size} logits that are NaN or infinite; export it with "
-                "--dtype float32, or run it on another engine"
-            )
+        best = check_finite(logits)
         if rules is not None:
             logits = rules(logits)
             best = int(logits.argmax())
@@ -86,6 +79,19 @@ class Sampler:
             kept = kept[_nucleus_start(scores[kept], self.top_p) :]
         weights = np.exp(scores[kept].astype(np.float64) - float(scores[kept[-1]]))
         return kept, weights / weights.sum()
+
+
+def check_finite(logits: np.ndarray) -> int:
+    """The id of the largest of logits [V], of equal ones the first; VtpError unless all are finite."""
+    best = int(logits.argmax())
+    # A NaN counts as the largest, so two numbers tell of all: a mask of the vocabulary would cost more.
+    if not (math.isfinite(logits[best]) and math.isfinite(logits.min())):
+        bad = int((~np.isfinite(logits)).sum())
+        raise VtpError(
+            f"the model gave {bad} of {logits.size} logits that are NaN or infinite; export it with "
+            "--dtype float32, or run it on another engine"
+        )
+    return best
 
 
 def _apply_temperature(scores: np.ndarray, temperature: float) -> np.ndarray:

@@ -6,7 +6,7 @@ from collections.abc import Generator, Iterator
 
 from vtp.engines import VtpError
 from vtp.runtime.generation.answer import Answer
-from vtp.runtime.result import Result
+from vtp.runtime.result import Result, TokenLogprob
 
 
 class Stream:
@@ -26,6 +26,11 @@ class Stream:
         if not self._answer.begun:
             raise VtpError("this stream has not started; iterate it first")
         return self._answer.result
+
+    @property
+    def logprobs(self) -> list[TokenLogprob]:
+        """Those of the text so far, if they were asked for: grows with the pieces, and is the result's."""
+        return self._answer.result.logprobs or []
 
     def cancel(self) -> None:
         """End the answer before the next stage or token; safe from another thread.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from vtp.runtime.prompt.messages import (
     shape_of,
 )
 from vtp.runtime.prompt.template import ChatTemplate, TemplateLimit, first_line
+from vtp.runtime.prompt.token_bytes import TokenBytes
 from vtp.runtime.prompt.tokenizer import CheckedTokenizer, special_texts
 
 __all__ = ["Detokenizer", "Prompt", "PromptTooLong", "Prompter", "StopStrings", "TextSpec"]
@@ -142,6 +144,11 @@ class Prompter:
         """The bundle's tokenizer, without padding and truncation."""
         return self._words.tokenizer
 
+    @cached_property
+    def token_bytes(self) -> TokenBytes:
+        """What single tokens of the bundle's tokenizer stand for."""
+        return TokenBytes(self.tokenizer)
+
     def messages_for(self, prompt: str, images: int = 1) -> list[dict[str, Any]]:
         """One user turn: the images, then `prompt`. A prompt that is empty or blank is a `UsageError`."""
         if not isinstance(prompt, str):
@@ -174,6 +181,12 @@ class Prompter:
         self._check_length(len(text))
         ids = self._words.encode(text, add_special_tokens=not self._has_bos(text))
         return self._place_images(text, ids, images)
+
+    def continued(self, before: str, text: str) -> list[int]:
+        """The ids that a text adds after another; none where it changes those of the other."""
+        own = self._words.encode(before, add_special_tokens=False)
+        ids = self._words.encode(before + text, add_special_tokens=False)
+        return ids[len(own) :] if ids[: len(own)] == own else []
 
     def check(self) -> None:
         """Try a question. Raises `VtpError` for a template and a tokenizer that no prompt can go through."""

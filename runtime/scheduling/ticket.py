@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 from typing import Any
 
-from vtp.runtime.result import Result
+from vtp.runtime.result import Result, TokenLogprob
 from vtp.runtime.scheduling.job import Job
 
 
@@ -27,6 +27,14 @@ class Ticket:
     def done(self) -> bool:
         """Whether the answer is over, or failed."""
         return self._job.delivery.over
+
+    @property
+    def logprobs(self) -> list[TokenLogprob]:
+        """Those of the text so far, if they were asked for: the result's list while it grows.
+
+        With each piece, those of its tokens are in it; it may be ahead of a reader by pieces not yet read.
+        """
+        return self._job.answer.result.logprobs or []
 
     def cancel(self) -> None:
         """End the request: one that waits never starts, one that runs frees its slot before the next step.

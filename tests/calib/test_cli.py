@@ -223,7 +223,17 @@ def test_bad_input_is_one_line(bundle, data, exported, capsys, arguments, proble
 
 
 @pytest.mark.parametrize("flag", ["--floor", "--budget-ms", "--budget-mb"])
-@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "0", "-1"])
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1_0", "\u0661", "0x1", ""])
+def test_a_goal_that_is_no_number_is_one_line(bundle, data, capsys, flag, value) -> None:
+    with pytest.raises(SystemExit) as left:
+        calib("keep", bundle, "--data", data, f"{flag}={value}")
+    said = capsys.readouterr().err
+    assert left.value.code == 2 and said.count("\n") == 1
+    assert said.startswith(f"vtp-calib keep: error: argument {flag}: '{value}' is not a number")
+
+
+@pytest.mark.parametrize("flag", ["--floor", "--budget-ms", "--budget-mb"])
+@pytest.mark.parametrize("value", ["0", "-1"])
 def test_a_goal_that_is_none_is_refused_before_anything_runs(bundle, data, capsys, flag, value) -> None:
     assert calib("keep", bundle, "--data", data, f"{flag}={value}") == 2
     said = capsys.readouterr().err

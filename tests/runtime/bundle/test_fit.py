@@ -203,7 +203,7 @@ def test_the_check_can_be_turned_off(
     if how == "environment":
         monkeypatch.setenv("VTP_CHECK_MEMORY", "0")
     checks = {"check_memory": False} if how == "argument" else {}
-    with pytest.raises(MemoryError):
+    with pytest.raises(VtpError, match="not enough memory to load this bundle"):
         Pipeline.load(bundle, "ort-cpu", threads=1, **checks)
 
 

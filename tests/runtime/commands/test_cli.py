@@ -119,7 +119,7 @@ def test_show_kept_writes_a_picture(
         (["--max-new-tokens", "0"], 2, "max_new_tokens 0 is not"),
         (["--max-new-tokens", "²"], 2, "max-new-tokens '²' is not a whole number"),
         (["--temperature", "hot"], 2, "temperature 'hot' is not a number"),
-        (["--temperature", "nan"], 2, "temperature nan is not allowed"),
+        (["--temperature", "nan"], 2, "temperature 'nan' is not a number"),
         (["--top-p", "2"], 2, "top_p 2.0 is not allowed"),
         (["--repetition-penalty", "0"], 2, "repetition_penalty 0.0 is not allowed; choose a number above 0"),
         (["--repetition-penalty", "1e-46"], 2, "choose a number above 0 (1: off), from 1.2e-38 to 3.4e+38"),
@@ -389,3 +389,17 @@ def test_unwritable_kept_picture_leaves_nothing(
     assert run([*ask, "--json", "--show-kept", str(tmp_path / "kept.png")]) == 1
     assert "No space left on device" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_logprobs_are_part_of_the_json(
+    ask: list[str], bundle: Path, picture: Image.Image, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run([*ask, "--json", "--logprobs", "2"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    with Pipeline.load(bundle) as pipe:
+        wanted = pipe.generate(picture, PROMPT, max_new_tokens=6, logprobs=2)
+    assert data["logprobs"] == wanted.to_json()["logprobs"] and len(data["logprobs"]) == 6
+    assert run([*ask, "--logprobs", "2"]) == 2
+    assert "give --json as well" in capsys.readouterr().err
+    assert run([*ask, "--json", "--logprobs", "21"]) == 2
+    assert "give 0 (the chosen token's only) to 20" in capsys.readouterr().err

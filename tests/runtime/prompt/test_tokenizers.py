@@ -1,6 +1,8 @@
 """Strangers' tokenizers: those that panic, lengthen text or lack their unknown token are one line at load."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -145,3 +147,31 @@ def test_tokenizers_of_every_kind_load(name: str, tmp_path: Path) -> None:
     prompter.check()
     prompt = prompter.encode(prompter.messages_for("what color is the star ?"))
     assert prompt.ids == TOKENIZERS[name].encode(prompt.text).ids
+
+
+GROWTH = """
+import ctypes, gc, sys
+from pathlib import Path
+from vtp.bench.common.resident import resident
+from vtp.runtime.prompt.tokenizer import CheckedTokenizer
+
+def left(times):
+    for _ in range(times):
+        CheckedTokenizer(Path(sys.argv[1]))
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    return resident()
+
+left(200)
+print(-left(0) + left(600))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc and trims glibc's heap")
+@pytest.mark.parametrize("name", sorted(TOKENIZERS))
+def test_a_tokenizer_that_is_gone_leaves_no_memory(name: str, tmp_path: Path) -> None:
+    """Robots load bundles for days: the library's word cache of BPE kept 3 to 5 KB of each."""
+    TOKENIZERS[name].save(str(tmp_path / "tokenizer.json"))
+    command = [sys.executable, "-c", GROWTH, str(tmp_path / "tokenizer.json")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 600 * 1024

@@ -59,6 +59,7 @@ def _middleware(settings: Settings) -> list[Middleware]:
         key=settings.key,
         cors_origins=settings.cors_origins,
         limit_bytes=settings.body_bytes,
+        together_bytes=settings.together_bytes,
     )
     return [Middleware(ErrorAnswers), checks]
 
@@ -98,7 +99,7 @@ async def _answer_error(request: Request, error: Exception) -> Response:
 
 def _of_routing(request: Request, error: HTTPException) -> ApiError:
     texts = {
-        404: "nothing is served at this address; OpenAI's base_url ends in v1",
+        404: "there is nothing at this address; OpenAI's base_url ends in v1",
         405: f"{request.method} is not allowed at this address",
     }
     return ApiError(

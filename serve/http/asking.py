@@ -19,7 +19,7 @@ from vtp.engines import UsageError
 from vtp.runtime.bundle.manifest import VisualInfo
 from vtp.runtime.media.pictures import NO_PICTURE, Images
 from vtp.runtime.prompt.forms import forms_of, one_video
-from vtp.runtime.result import Result
+from vtp.runtime.result import Result, TokenLogprob
 from vtp.runtime.scheduler import Ticket
 from vtp.serve.http.errors import ApiError
 from vtp.serve.http.media_sources import Picture, read_picture
@@ -106,6 +106,7 @@ class Asked:
         self._request, self._ticket, self._tally, self._again = request, ticket, tally, again
         self._ping = Service.of(request).settings.ping_seconds
         self._gone = False
+        self._logprobs = 0  # told so far
 
     async def whole(self) -> Result:
         """The whole answer. Raises ApiError; of status 499 if the client went away."""
@@ -127,6 +128,12 @@ class Asked:
                 elif not over:
                     yield None
             self._end()
+
+    def new_logprobs(self) -> Sequence[TokenLogprob]:
+        """Those of the tokens since the last call, if the question asked for them."""
+        seen, known = self._logprobs, self._ticket.logprobs
+        self._logprobs = len(known)
+        return known[seen : self._logprobs]
 
     def _end(self) -> None:
         """Take the result of a ticket that is over, or raise why there is none."""

@@ -251,7 +251,7 @@ def test_transparency_is_flattened_and_said(site: Site) -> None:
 
 
 def test_what_is_not_there(site: Site) -> None:
-    refused(site.send("/v1/nothing"), 404, None, "nothing is served at this address")
+    refused(site.send("/v1/nothing"), 404, None, "nothing at this address")
     refused(site.send("/v1/models/other"), 404, "model", "there is no model 'other'; this server has 'tiny'")
     answer = site.chat(model="gpt-4\x1b[2J")
     refused(answer, 404, "model", r"there is no model 'gpt-4\\x1b\[2J'; this server has 'tiny'")

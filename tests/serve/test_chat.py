@@ -100,6 +100,26 @@ def test_timings_are_in_llama_servers_words(site: Site, picture: Image.Image) ->
     assert {"queue", "vision_encoder", "decoder"} <= body["vtp"]["stages"].keys()
 
 
+@pytest.mark.parametrize("top", [None, 0, 3])
+@pytest.mark.parametrize("more", [{}, {"stop": "e"}, {"temperature": 1.5, "seed": 3}])
+def test_logprobs_are_the_pipelines(
+    site: Site, alone: Pipeline, picture: Image.Image, top: int | None, more: dict[str, Any]
+) -> None:
+    wanted = alone.generate(picture, "how many ?", max_new_tokens=20, logprobs=top or 0, **more)
+    assert wanted.logprobs
+    fields = {"max_tokens": 20, "logprobs": True, "top_logprobs": top, **more}
+    whole = site.chat(asked(picture), **fields).json["choices"][0]["logprobs"]
+    *chunks, end = site.chat(asked(picture), stream=True, **fields).events
+    parts = [chunk["choices"][0]["logprobs"] for chunk in chunks]
+    streamed = [entry for part in parts if part for entry in part["content"]]
+    assert end is None and whole["content"] == streamed and whole["refusal"] is None
+    for entry, token in zip(streamed, wanted.logprobs, strict=True):
+        assert (entry["token"], bytes(entry["bytes"])) == (token.token, token.bytes)
+        assert entry["logprob"] == pytest.approx(token.logprob, abs=1e-5)
+        assert [other["token"] for other in entry["top_logprobs"]] == [other.token for other in token.top]
+    assert len(streamed[0]["top_logprobs"]) == (top or 0)
+
+
 # -- what clients send ---------------------------------------------------------------------------------------
 
 

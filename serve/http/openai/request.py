@@ -139,7 +139,7 @@ def _logprobs(body: Fields) -> dict[str, Any]:
     if count and not wanted:
         raise ApiError("top_logprobs needs logprobs: true", param="top_logprobs")
     if wanted:
-        raise ApiError("logprobs are not served by this version; leave them out", param="logprobs")
+        return {"logprobs": count or 0}
     return {}
 
 

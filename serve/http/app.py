@@ -11,9 +11,8 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vtp.serve.http.admission import guarded
-from vtp.serve.http.asking import GONE
 from vtp.serve.http.decisions.endpoint import decisions
-from vtp.serve.http.errors import ApiError
+from vtp.serve.http.errors import GONE, ApiError
 from vtp.serve.http.metrics import CONTENT_TYPE, Metrics
 from vtp.serve.http.models import Models
 from vtp.serve.http.ollama import endpoints as ollama

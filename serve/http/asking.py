@@ -21,7 +21,7 @@ from vtp.runtime.media.pictures import NO_PICTURE, Images
 from vtp.runtime.prompt.forms import forms_of, one_video
 from vtp.runtime.result import Result, TokenLogprob
 from vtp.runtime.scheduler import Ticket
-from vtp.serve.http.errors import ApiError
+from vtp.serve.http.errors import GONE, ApiError
 from vtp.serve.http.media_sources import Picture, read_picture
 from vtp.serve.http.metrics import Metrics
 from vtp.serve.http.models import Model
@@ -31,7 +31,6 @@ from vtp.serve.shadow import Exchange
 from vtp.serve.slo import Chosen
 
 _WHOLE = ("eos", "stop", "length")  # ends of answers that another bundle's can be compared with
-GONE = 499  # the status, in logs and metrics, of a request whose client went away
 
 
 @dataclass(frozen=True)

@@ -80,6 +80,18 @@ def test_who_goes_away_frees_the_place(
     wait_until(lambda: 'status="499"} 2' in site.send("/metrics").content.decode())
 
 
+def test_who_leaves_amid_the_question(site: Site, caplog: pytest.LogCaptureFixture) -> None:
+    """Nothing is asked, and nobody is told of an error."""
+    for leave in (socket.socket.close, reset):
+        raw = socket.create_connection(("127.0.0.1", site.port))
+        raw.sendall(f"POST {CHAT} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 9000\r\n\r\n{{".encode())
+        assert site.send("/health").status == 200
+        leave(raw)
+    wait_until(lambda: len(site.server.server_state.connections) <= 1)
+    wait_until(lambda: not site.server.server_state.tasks)
+    assert not [record for record in caplog.records if record.levelname in ("ERROR", "CRITICAL")]
+
+
 def test_who_leaves_amid_an_answer_ends_it(
     exported: Callable[[str], Any], picture: Image.Image, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,9 +15,9 @@ from starlette.responses import Response
 from vtp.runtime.decisions.decision import Decision
 from vtp.runtime.media.pictures import NO_PICTURE, Images
 from vtp.runtime.scheduler import DecisionTicket
-from vtp.serve.http.asking import GONE, Tally, keep_of, read_pictures
+from vtp.serve.http.asking import Tally, keep_of, read_pictures
 from vtp.serve.http.decisions.request import Asking, DecisionsRequest, read_decisions
-from vtp.serve.http.errors import ApiError
+from vtp.serve.http.errors import GONE, ApiError
 from vtp.serve.http.fields import read_fields
 from vtp.serve.http.media_sources import Picture
 from vtp.serve.http.models import Model

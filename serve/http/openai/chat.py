@@ -24,6 +24,7 @@ async def chat_completions(request: Request) -> Response:
     model = service.models.lookup(asked_for.model)
     service.note_unread(asked_for.unread)
     asked = await ask(request, model, asked_for.question)
+    asked_for = asked_for.without_pictures()
     if asked_for.stream:
         return await EventStream.begun(_events(asked, asked_for))
     result = await asked.whole()

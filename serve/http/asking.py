@@ -22,9 +22,9 @@ from vtp.runtime.prompt.forms import forms_of, one_video
 from vtp.runtime.result import Result, TokenLogprob
 from vtp.runtime.scheduler import Ticket
 from vtp.serve.http.errors import GONE, ApiError
-from vtp.serve.http.media_sources import Picture, read_picture
 from vtp.serve.http.metrics import Metrics
 from vtp.serve.http.models import Model
+from vtp.serve.http.pictures.sources import Picture, read_picture
 from vtp.serve.http.refusals import told
 from vtp.serve.http.service import Service
 from vtp.serve.shadow import Exchange

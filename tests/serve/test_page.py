@@ -18,7 +18,7 @@ from vtp.runtime.media.show_kept import show_kept
 from vtp.runtime.preprocess import ImageSpec
 from vtp.runtime.preprocess.clip import ClipSpec
 from vtp.runtime.preprocess.internvl import InternvlSpec
-from vtp.serve.http.kept_places import kept_places
+from vtp.serve.http.pictures.kept_places import kept_places
 
 from .client import Site, shown, words
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from vtp.runtime.result import Result, TokenLogprob
-from vtp.serve.http.kept_places import kept_places
 from vtp.serve.http.models import Model
+from vtp.serve.http.pictures.kept_places import kept_places
 from vtp.serve.slo import Chosen
 
 _FINISH = {"eos": "stop", "stop": "stop", "length": "length", "timeout": "length"}

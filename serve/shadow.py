@@ -23,6 +23,7 @@ from typing import Any
 
 from PIL import Image
 
+from vtp.runtime.media.pictures import NO_PICTURE, Images
 from vtp.runtime.result import Result
 from vtp.runtime.scheduler import Scheduler, Ticket
 from vtp.serve.counts import Histogram, head, line
@@ -172,8 +173,9 @@ class Shadow:
             for name, value in exchange.options.items()
             if name not in ("keep_tokens", "budget_ms")
         }
+        images: Images = list(exchange.images) or NO_PICTURE
         for _ in range(_TRIES):
-            ticket = self._scheduler.submit(list(exchange.images), messages=exchange.messages, **options)
+            ticket = self._scheduler.submit(images, messages=exchange.messages, **options)
             if self._undisturbed(ticket):
                 return ticket.result()
             while not (self._closed or self._idle()):

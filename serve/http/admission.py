@@ -25,6 +25,7 @@ __all__ = ["BodyLimit", "HostCheck", "KeyCheck", "OriginCheck", "guarded"]
 
 _OPEN_PATHS = frozenset(("/", "/metrics", "/health"))  # without a key, and what lies below /health
 _HOST = re.compile(r"(?P<host>\[[0-9a-f:.]+\]|[^\[\]:/@\s]+)(?::[0-9]{0,5})?")
+_TOGETHER = 512 * 2**20  # bytes of all bodies
 _DRAIN_SECONDS = 5.0  # for a client that sends on after it was refused, so that it reads why
 
 
@@ -35,6 +36,7 @@ def guarded(
     key: str | None = None,
     cors_origins: Sequence[str] = (),
     limit_bytes: int = 64 * 2**20,
+    together_bytes: int = _TOGETHER,
 ) -> ASGIApp:
     """An application behind all checks.
 
@@ -42,8 +44,9 @@ def guarded(
     key            that clients must send as `Authorization: Bearer`; None: none
     cors_origins   origins whose pages may use the server: "https://example.org", "*"
     limit_bytes    of one request's body
+    together_bytes of the bodies of all requests that are being answered
     """
-    app = BodyLimit(app, limit_bytes)
+    app = BodyLimit(app, limit_bytes, together_bytes)
     if key is not None:
         app = KeyCheck(app, key)
     app = OriginCheck(app, cors_origins)
@@ -181,34 +184,60 @@ def _is_open(scope: Scope) -> bool:
 
 class BodyLimit:
     """Refuses (413) bodies of more than `limit_bytes`, by Content-Length or, where they come in chunks, as
-    soon as there are more; the client gets the answer although it still sends."""
+    soon as there are more; the client gets the answer although it still sends.
 
-    def __init__(self, app: ASGIApp, limit_bytes: int) -> None:
+    Bodies of requests that are being answered count together, since their pictures are kept until then: one
+    that would make them more than `together_bytes` is refused (429), unless it is the only one.
+    """
+
+    def __init__(self, app: ASGIApp, limit_bytes: int, together_bytes: int = _TOGETHER) -> None:
         self._app = app
         self._limit = limit_bytes
+        self._shared = _Shared(together_bytes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        body = _Body(scope, receive, send, self._limit)
+        body = _Body(scope, receive, send, self._limit, self._shared)
         if _declared(scope) > self._limit:
-            await body.refuse()
+            await body.refuse(_too_large(self._limit))
             return
         try:
             await self._app(scope, body.receive, body.send)
         except Exception:
             if not body.refused:
                 raise
+        finally:
+            body.release()
+
+
+class _Shared:
+    """Bytes that several requests may take together."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit, self._taken = limit, 0
+
+    def take(self, count: int, own: int) -> bool:
+        """Take some for a request that has `own` already; False: there are no more, and others have some."""
+        if self._taken + count > self._limit and self._taken > own:
+            return False
+        self._taken += count
+        return True
+
+    def give(self, count: int) -> None:
+        """Give them back."""
+        self._taken -= count
 
 
 class _Body:
     """One request's body while the application reads it. Once it was refused, the application is told that
     the client has gone, and what it says then reaches nobody."""
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, limit: int) -> None:
+    def __init__(self, scope: Scope, receive: Receive, send: Send, limit: int, shared: _Shared) -> None:
         self._scope, self._receive, self._send, self._limit = scope, receive, send, limit
-        self._seen = 0
+        self._shared = shared
+        self._seen = 0  # taken of what is shared
         self._started = False
         self.refused = False
 
@@ -217,11 +246,24 @@ class _Body:
         if self.refused:
             return {"type": "http.disconnect"}
         message = await self._receive()
-        self._seen += len(message.get("body", b""))
-        if self._seen <= self._limit:
+        count = len(message.get("body", b""))
+        error = self._refusal(count)
+        if error is None:
+            self._seen += count
             return message
-        await self.refuse()
+        await self.refuse(error)
         return {"type": "http.disconnect"}
+
+    def _refusal(self, count: int) -> ApiError | None:
+        """Why no more bytes are taken; None: they are."""
+        if self._seen + count > self._limit:
+            return _too_large(self._limit)
+        return None if self._shared.take(count, self._seen) else _too_much_together()
+
+    def release(self) -> None:
+        """The request is over."""
+        self._shared.give(self._seen)
+        self._seen = 0
 
     async def send(self, message: Message) -> None:
         """For the application."""
@@ -229,14 +271,11 @@ class _Body:
             self._started = True
             await self._send(message)
 
-    async def refuse(self) -> None:
-        """Answer 413, read on for a while, then close."""
+    async def refuse(self, error: ApiError) -> None:
+        """Answer with an error, read on for a while, then close."""
         self.refused = True
         if self._started:
             return
-        error = ApiError(
-            f"the request is larger than {self._limit:,} bytes; send fewer or smaller pictures", 413
-        )
         start, body = _messages(error, self._scope, {"connection": "close"})
         await self._send(start)
         await self._send({**body, "more_body": True})
@@ -248,6 +287,20 @@ class _Body:
         """A connection that is closed while the client sends would take the answer with it."""
         while (message := await self._receive()).get("more_body"):
             del message
+
+
+def _too_large(limit: int) -> ApiError:
+    return ApiError(f"the request is larger than {limit:,} bytes; send fewer or smaller pictures", 413)
+
+
+def _too_much_together() -> ApiError:
+    return ApiError(
+        "the requests that are being answered hold as many bytes of pictures as the server takes; try again "
+        "in about 1 s",
+        429,
+        code="too_much_at_once",
+        headers={"Retry-After": "1"},
+    )
 
 
 def _declared(scope: Scope) -> int:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -256,6 +258,38 @@ def test_a_client_that_never_ends_is_cut_off(bounded: int, monkeypatch: pytest.M
         assert answer(connection)[0] == 413
         assert ended.wait(20)
         sender.join()
+
+
+def test_bodies_count_together_until_they_are_answered() -> None:
+    """Three of which two fit are sent at once and answered together: one is told to come again."""
+    held, go_on = threading.Semaphore(0), threading.Event()
+
+    async def slow(scope: Any, receive: Any, send: Any) -> None:
+        while (await receive()).get("more_body"):
+            pass
+        held.release()
+        await asyncio.to_thread(go_on.wait, 60)
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body"})
+
+    size = 60_000
+    with (
+        served(BodyLimit(slow, LIMIT, together_bytes=2 * size)) as port,
+        ThreadPoolExecutor(2) as pool,
+    ):
+        fitting = [pool.submit(post, port, "/", bytes(size), Content_Length=str(size)) for _ in range(2)]
+        assert held.acquire(timeout=20) and held.acquire(timeout=20)
+        status, headers, text = post(port, "/", bytes(size), Content_Length=str(size))
+        assert (status, headers["retry-after"]) == (429, "1")
+        assert error_of(text)["code"] == "too_much_at_once"
+        go_on.set()
+        assert [one.result(20)[0] for one in fitting] == [200, 200]
+        assert post(port, "/", bytes(size), Content_Length=str(size))[0] == 200
+
+
+def test_one_body_alone_may_be_larger_than_all_together() -> None:
+    with served(BodyLimit(APP, LIMIT, together_bytes=10)) as port:
+        assert post(port, "/", chunks(LIMIT), Transfer_Encoding="chunked")[2] == b'{"bytes":%d}' % LIMIT
 
 
 def test_the_server_goes_on(bounded: int) -> None:

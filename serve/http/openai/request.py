@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from vtp.engines.errors import nearest, quoted_argument
@@ -45,6 +45,10 @@ class ChatRequest:
     include_usage: bool
     show_kept: bool
     unread: tuple[str, ...]
+
+    def without_pictures(self) -> ChatRequest:
+        """The same without the texts of its pictures, which are large and have been read."""
+        return replace(self, question=replace(self.question, pictures=()))
 
 
 def read_chat(body: Fields) -> ChatRequest:
@@ -139,7 +143,7 @@ def _logprobs(body: Fields) -> dict[str, Any]:
     if count and not wanted:
         raise ApiError("top_logprobs needs logprobs: true", param="top_logprobs")
     if wanted:
-        raise ApiError("logprobs are not served by this version; leave them out", param="logprobs")
+        return {"logprobs": count or 0}
     return {}
 
 

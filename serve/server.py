@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import socket
 import threading
@@ -97,6 +98,8 @@ class Server(uvicorn.Server):
         else:
             self.forced = sig
             self.force_exit = self.should_exit = True
+            self._models.cancel()
+            logging.getLogger("uvicorn.error").disabled = True  # of requests that are cut off
 
     def stop(self) -> None:
         """Take no more requests, and end when those that there are have ended. Safe from any thread."""

@@ -93,7 +93,7 @@ async def _answer_error(request: Request, error: Exception) -> Response:
 
 def _of_routing(request: Request, error: HTTPException) -> ApiError:
     texts = {
-        404: "there is nothing at this address; see /v1/models and /v1/chat/completions",
+        404: "nothing is served at this address; OpenAI's base_url ends in v1",
         405: f"{request.method} is not allowed at this address",
     }
     return ApiError(

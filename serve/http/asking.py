@@ -17,6 +17,8 @@ from starlette.requests import Request
 
 from vtp.engines import UsageError
 from vtp.runtime.bundle.manifest import VisualInfo
+from vtp.runtime.media.pictures import NO_PICTURE, Images
+from vtp.runtime.prompt.forms import forms_of, one_video
 from vtp.runtime.result import Result
 from vtp.runtime.scheduler import Ticket
 from vtp.serve.http.errors import ApiError
@@ -25,7 +27,6 @@ from vtp.serve.http.metrics import Metrics
 from vtp.serve.http.models import Model
 from vtp.serve.http.refusals import told
 from vtp.serve.http.service import Service
-from vtp.serve.http.turns import forms_of, media_for
 
 GONE = 499  # the status, in logs and metrics, of a request whose client went away
 
@@ -214,9 +215,11 @@ def submit(model: Model, question: Question, pictures: list[Picture]) -> tuple[T
 
     Templates differ in what they take: the turns are tried as they are, then in plainer forms.
     """
-    media = model.manifest.text.media
-    images, messages = media_for(media, [picture.image for picture in pictures], question.messages)
-    take = partial(model.scheduler.submit, images, **question.options_for(model))
+    messages, images = question.messages, [picture.image for picture in pictures]
+    given: Images = images or NO_PICTURE
+    if images and model.manifest.text.media == "video":
+        messages = one_video(messages)
+    take = partial(model.scheduler.submit, given, **question.options_for(model))
     refused: UsageError | None = None
     for turns, notes in forms_of(messages):
         try:

@@ -6,8 +6,8 @@ import math
 
 from vtp.engines import UsageError, VtpError
 from vtp.engines.errors import shown
-from vtp.runtime.generation.request import PromptTooLong
 from vtp.runtime.media.pictures import PictureError
+from vtp.runtime.prompt.prompter import PromptTooLong
 from vtp.runtime.scheduler import Closed, QueueFull
 from vtp.serve.http.errors import FAILED, ApiError, holds_no_secret
 from vtp.serve.http.service import log

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from vtp.runtime import Pipeline
+from vtp.runtime import NO_PICTURE, Pipeline
 
 from .client import CHAT, Site, data_url, shown, words
 
@@ -186,6 +186,17 @@ def test_what_clients_add_changes_nothing(
     answer = site.chat(asked(picture), **{"max_tokens": 5, **fields})
     assert answer.status == 200, answer.content
     assert answer.text == wanted.text
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_prompt_needs_no_picture(site: Site, alone: Pipeline, stream: bool) -> None:
+    wanted = alone.generate(NO_PICTURE, "how many ?", max_new_tokens=9)
+    answer = site.chat("how many ?", max_tokens=9, stream=stream)
+    body = answer.events[-2] if stream else answer.json
+    assert body["vtp"]["visual_tokens"] == {"before": 0, "after": 0} and body["vtp"]["keep_tokens"] == 0
+    assert body["timings"]["prompt_n"] == wanted.prompt_tokens
+    if not stream:
+        assert answer.text == wanted.text
 
 
 def test_headers_and_types_that_nobody_needs(site: Site, picture: Image.Image) -> None:

@@ -184,4 +184,4 @@ def _notes(image: Image.Image) -> Iterator[str]:
     if image.format in ("GIF", "WEBP", "PNG") and getattr(image, "is_animated", False):
         yield "only the first frame of the animation is shown"
     if image.mode in _ALPHA_MODES or image.info.get("transparency") is not None:
-        yield "transparent parts are laid on white"
+        yield "transparent parts were laid on white"

@@ -151,7 +151,7 @@ def test_transparent_parts_are_laid_on_white_and_told(mode: str) -> None:
     picture = read(url_of(transparent(mode)))
     expected = np.repeat(np.repeat([[255, 255, 0, 0]], 4, axis=0)[:, :, None], 3, axis=2)
     assert np.array_equal(np.asarray(picture.image), expected)
-    assert picture.notes == ("transparent parts are laid on white",)
+    assert picture.notes == ("transparent parts were laid on white",)
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])

@@ -73,7 +73,7 @@ async def read_picture(
         return await asyncio.to_thread(_from_data_url, rest, limits, param)
     if scheme.lower() in ("http", "https"):
         data = await (fetcher or Fetcher()).fetch(url, allowed_domains, limits.bytes, param)
-        return check_picture(data, limits, param)
+        return await asyncio.to_thread(check_picture, data, limits, param)
     given = f"begins with '{scheme[:_SHOWN_SCHEME]}:'" if _is_scheme(scheme) and rest else "has no scheme"
     raise ApiError(
         f"the picture's URL {given}; give the picture itself as a data: URL (data:image/jpeg;base64,…)",

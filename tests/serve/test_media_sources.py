@@ -22,6 +22,8 @@ from vtp.serve.http.errors import ApiError
 from vtp.serve.http.media_sources import FORMATS, MediaLimits, read_picture
 from vtp.serve.http.refusals import told
 
+from .client import Site, words
+
 LIMITS = MediaLimits()
 PARAM = "messages.0.content.1.image_url"
 
@@ -289,3 +291,15 @@ def test_no_other_format_is_tried_when_it_is_decoded() -> None:
     assert load_image(data).size == (6, 4)
     with pytest.raises(VtpError, match="not a picture"):
         load_image(EncodedImage(data, FORMATS))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_damaged_picture_is_told_in_the_servers_words(site: Site, stream: bool) -> None:
+    """It shows when the picture is decoded, after the request was taken; other pictures are answered."""
+    data = saved(scene(64, 64))
+    parts = [{"type": "image_url", "image_url": {"url": url_of(data[: len(data) // 2])}}, words("how many ?")]
+    answer = site.chat(parts, stream=stream)
+    assert (answer.status, answer.error["type"]) == (400, "invalid_request_error")
+    assert answer.error["message"] == "a picture's file is truncated or damaged; send the whole file"
+    parts[0]["image_url"] = {"url": url_of(data)}
+    assert site.chat(parts, stream=stream).status == 200

@@ -28,6 +28,6 @@ class Settings:
     media_domains: tuple[str, ...] = ()
     media: MediaLimits = field(default_factory=MediaLimits)
     body_bytes: int = 64 << 20
-    together_bytes: int = 512 << 20
+    together_bytes: int = 256 << 20
     ping_seconds: float = 5.0
     grace_seconds: float = 30.0

@@ -23,6 +23,7 @@ from typing import Any
 
 from PIL import Image
 
+from vtp.runtime.media.images import ImageSource, load_image
 from vtp.runtime.media.pictures import NO_PICTURE, Images
 from vtp.runtime.result import Result
 from vtp.runtime.scheduler import Scheduler, Ticket
@@ -50,7 +51,7 @@ class Exchange:
     result    the answer
     """
 
-    images: Sequence[Image.Image]
+    images: Sequence[ImageSource]
     messages: list[dict[str, Any]]
     options: Mapping[str, Any]
     result: Result
@@ -198,10 +199,11 @@ class Shadow:
         log = self._files.log
         if log.exists() and log.stat().st_size >= _LARGEST_LOG:
             return
-        hashes = [picture_hash(image) for image in exchange.images]
+        images = [load_image(image) for image in exchange.images]
+        hashes = [picture_hash(image) for image in images]
         row = {
             "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "image": self._keep(exchange.images, hashes),
+            "image": self._keep(images, hashes),
             "image_sha256": hashes,
             "prompt": exchange.prompt,
             "answer": again.text.strip(),

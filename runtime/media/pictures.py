@@ -30,7 +30,10 @@ Images: TypeAlias = "ImageSource | VideoSource | Sequence[ImageSource] | NoPictu
 
 
 class PictureError(VtpError):
-    """A picture that cannot be decoded, or that the model cannot take: damaged, too large, too long."""
+    """A picture that cannot be decoded, or that the model cannot take: damaged, too large, too long.
+
+    Its cause, if it has one, is a library's error, whose words are then in the text.
+    """
 
 
 class Pictures:
@@ -65,7 +68,7 @@ class Pictures:
             except UsageError:
                 raise
             except VtpError as error:
-                raise PictureError(str(error)) from error
+                raise PictureError(str(error)) from error.__cause__
 
     def _load_one(self, source: Any) -> Any:
         frames = self._spec.frames

@@ -25,7 +25,6 @@ __all__ = ["BodyLimit", "HostCheck", "KeyCheck", "OriginCheck", "guarded"]
 
 _OPEN_PATHS = frozenset(("/", "/metrics", "/health"))  # without a key, and what lies below /health
 _HOST = re.compile(r"(?P<host>\[[0-9a-f:.]+\]|[^\[\]:/@\s]+)(?::[0-9]{0,5})?")
-_TOGETHER = 512 * 2**20  # bytes of all bodies
 _DRAIN_SECONDS = 5.0  # for a client that sends on after it was refused, so that it reads why
 
 
@@ -36,7 +35,7 @@ def guarded(
     key: str | None = None,
     cors_origins: Sequence[str] = (),
     limit_bytes: int = 64 * 2**20,
-    together_bytes: int = _TOGETHER,
+    total_bytes: int | None = None,
 ) -> ASGIApp:
     """An application behind all checks.
 
@@ -44,9 +43,9 @@ def guarded(
     key            that clients must send as `Authorization: Bearer`; None: none
     cors_origins   origins whose pages may use the server: "https://example.org", "*"
     limit_bytes    of one request's body
-    together_bytes of the bodies of all requests that are being answered
+    total_bytes    of the bodies of all requests that are being answered; None: four times as many
     """
-    app = BodyLimit(app, limit_bytes, together_bytes)
+    app = BodyLimit(app, limit_bytes, total_bytes)
     if key is not None:
         app = KeyCheck(app, key)
     app = OriginCheck(app, cors_origins)
@@ -186,22 +185,26 @@ class BodyLimit:
     """Refuses (413) bodies of more than `limit_bytes`, by Content-Length or, where they come in chunks, as
     soon as there are more; the client gets the answer although it still sends.
 
-    Bodies of requests that are being answered count together, since their pictures are kept until then: one
-    that would make them more than `together_bytes` is refused (429), unless it is the only one.
+    Bodies of all requests together hold at most `total_bytes` until their answers end (503 beyond), and a
+    client that sends nothing for `idle_seconds` is not waited for (408).
     """
 
-    def __init__(self, app: ASGIApp, limit_bytes: int, together_bytes: int = _TOGETHER) -> None:
+    def __init__(
+        self, app: ASGIApp, limit_bytes: int, total_bytes: int | None = None, idle_seconds: float = 30.0
+    ) -> None:
         self._app = app
-        self._limit = limit_bytes
-        self._shared = _Shared(together_bytes)
+        self.limit = limit_bytes
+        self.total = 4 * limit_bytes if total_bytes is None else total_bytes
+        self.idle = idle_seconds
+        self.held = 0  # bytes, of all requests
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        body = _Body(scope, receive, send, self._limit, self._shared)
-        if _declared(scope) > self._limit:
-            await body.refuse(_too_large(self._limit))
+        body = _Body(self, scope, receive, send)
+        if _declared(scope) > self.limit:
+            await body.refuse(body.too_large())
             return
         try:
             await self._app(scope, body.receive, body.send)
@@ -212,58 +215,27 @@ class BodyLimit:
             body.release()
 
 
-class _Shared:
-    """Bytes that several requests may take together."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit, self._taken = limit, 0
-
-    def take(self, count: int, own: int) -> bool:
-        """Take some for a request that has `own` already; False: there are no more, and others have some."""
-        if self._taken + count > self._limit and self._taken > own:
-            return False
-        self._taken += count
-        return True
-
-    def give(self, count: int) -> None:
-        """Give them back."""
-        self._taken -= count
-
-
 class _Body:
     """One request's body while the application reads it. Once it was refused, the application is told that
     the client has gone, and what it says then reaches nobody."""
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, limit: int, shared: _Shared) -> None:
-        self._scope, self._receive, self._send, self._limit = scope, receive, send, limit
-        self._shared = shared
-        self._seen = 0  # taken of what is shared
+    def __init__(self, owner: BodyLimit, scope: Scope, receive: Receive, send: Send) -> None:
+        self._owner, self._scope, self._receive, self._send = owner, scope, receive, send
+        self._more = True
         self._started = False
+        self.size = 0
         self.refused = False
 
     async def receive(self) -> Message:
         """For the application."""
         if self.refused:
             return {"type": "http.disconnect"}
-        message = await self._receive()
-        count = len(message.get("body", b""))
-        error = self._refusal(count)
-        if error is None:
-            self._seen += count
-            return message
-        await self.refuse(error)
-        return {"type": "http.disconnect"}
-
-    def _refusal(self, count: int) -> ApiError | None:
-        """Why no more bytes are taken; None: they are."""
-        if self._seen + count > self._limit:
-            return _too_large(self._limit)
-        return None if self._shared.take(count, self._seen) else _too_much_together()
-
-    def release(self) -> None:
-        """The request is over."""
-        self._shared.give(self._seen)
-        self._seen = 0
+        try:
+            message = await asyncio.wait_for(self._receive(), self._owner.idle if self._more else None)
+        except asyncio.TimeoutError:
+            return await self.refuse(self._late())
+        self._more = bool(message.get("more_body"))
+        return await self._taken(message)
 
     async def send(self, message: Message) -> None:
         """For the application."""
@@ -271,36 +243,55 @@ class _Body:
             self._started = True
             await self._send(message)
 
-    async def refuse(self, error: ApiError) -> None:
-        """Answer with an error, read on for a while, then close."""
+    async def _taken(self, message: Message) -> Message:
+        """A message that was counted, if there is room for it."""
+        count = len(message.get("body", b""))
+        self.size += count
+        self._owner.held += count
+        if self.size > self._owner.limit:
+            return await self.refuse(self.too_large())
+        if self._owner.held > self._owner.total:
+            return await self.refuse(self._crowded())
+        return message
+
+    def too_large(self) -> ApiError:
+        """The refusal of a body that is too large by itself."""
+        return ApiError(
+            f"the request is larger than {self._owner.limit:,} bytes; send fewer or smaller pictures", 413
+        )
+
+    def _crowded(self) -> ApiError:
+        return ApiError(
+            "the requests that are being answered hold too much memory; try again later",
+            503,
+            headers={"Retry-After": "1"},
+        )
+
+    def _late(self) -> ApiError:
+        return ApiError(f"nothing more of the request came for {self._owner.idle:g} s; send it again", 408)
+
+    def release(self) -> None:
+        """Give the room back."""
+        self._owner.held -= self.size
+        self.size = 0
+
+    async def refuse(self, error: ApiError) -> Message:
+        """Answer, read on for a while, then close; returns what the application is told."""
         self.refused = True
-        if self._started:
-            return
-        start, body = _messages(error, self._scope, {"connection": "close"})
-        await self._send(start)
-        await self._send({**body, "more_body": True})
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self._drain(), _DRAIN_SECONDS)
-        await self._send({"type": "http.response.body"})
+        self.release()
+        if not self._started:
+            start, body = _messages(error, self._scope, {"connection": "close"})
+            await self._send(start)
+            await self._send({**body, "more_body": True})
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._drain(), _DRAIN_SECONDS)
+            await self._send({"type": "http.response.body"})
+        return {"type": "http.disconnect"}
 
     async def _drain(self) -> None:
         """A connection that is closed while the client sends would take the answer with it."""
         while (message := await self._receive()).get("more_body"):
             del message
-
-
-def _too_large(limit: int) -> ApiError:
-    return ApiError(f"the request is larger than {limit:,} bytes; send fewer or smaller pictures", 413)
-
-
-def _too_much_together() -> ApiError:
-    return ApiError(
-        "the requests that are being answered hold as many bytes of pictures as the server takes; try again "
-        "in about 1 s",
-        429,
-        code="too_much_at_once",
-        headers={"Retry-After": "1"},
-    )
 
 
 def _declared(scope: Scope) -> int:

@@ -208,7 +208,7 @@ async def ask(request: Request, model: Model, question: Question) -> Asked:
         tally.end(500)
         raise
     notes = [text for picture in pictures for text in picture.notes]
-    sizes = [picture.image.size for picture in pictures]
+    sizes = [picture.size for picture in pictures]
     told_of = [*dict.fromkeys(notes), *taken.notes]
     return Asked(request, model, taken.ticket, told_of, sizes, chosen, tally, taken.again)
 

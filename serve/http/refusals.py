@@ -47,8 +47,10 @@ def failure(error: BaseException) -> ApiError:
 
 
 def _shown(error: VtpError) -> str:
-    """The error's own text, if it holds nothing that clients should not see."""
+    """The error's own text, if it holds nothing that clients should not see: least of all Pillow's words."""
     text = str(error)
+    if isinstance(error, PictureError) and error.__cause__ is not None:
+        return "a picture's file is truncated or damaged; send the whole file"
     if holds_no_secret(text):
         return text
     log.warning("a request was refused: %s", text)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import socket
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -18,7 +16,7 @@ from starlette.routing import Route
 
 from vtp.serve.http.admission import BodyLimit, HostCheck, KeyCheck, guarded
 
-from .running import answer, exchange, served
+from .running import answer, exchange, served, wait_until
 
 KEY = "geheim-schlüssel"
 LIMIT = 100_000
@@ -260,36 +258,41 @@ def test_a_client_that_never_ends_is_cut_off(bounded: int, monkeypatch: pytest.M
         sender.join()
 
 
-def test_bodies_count_together_until_they_are_answered() -> None:
-    """Three of which two fit are sent at once and answered together: one is told to come again."""
-    held, go_on = threading.Semaphore(0), threading.Event()
-
-    async def slow(scope: Any, receive: Any, send: Any) -> None:
-        while (await receive()).get("more_body"):
-            pass
-        held.release()
-        await asyncio.to_thread(go_on.wait, 60)
-        await send({"type": "http.response.start", "status": 200, "headers": []})
-        await send({"type": "http.response.body"})
-
-    size = 60_000
-    with (
-        served(BodyLimit(slow, LIMIT, together_bytes=2 * size)) as port,
-        ThreadPoolExecutor(2) as pool,
-    ):
-        fitting = [pool.submit(post, port, "/", bytes(size), Content_Length=str(size)) for _ in range(2)]
-        assert held.acquire(timeout=20) and held.acquire(timeout=20)
-        status, headers, text = post(port, "/", bytes(size), Content_Length=str(size))
-        assert (status, headers["retry-after"]) == (429, "1")
-        assert error_of(text)["code"] == "too_much_at_once"
-        go_on.set()
-        assert [one.result(20)[0] for one in fitting] == [200, 200]
-        assert post(port, "/", bytes(size), Content_Length=str(size))[0] == 200
+def test_bodies_together_hold_so_much() -> None:
+    """Two clients whose bodies lack their last byte leave no room for a third, until they are answered."""
+    limit = BodyLimit(APP, LIMIT, total_bytes=250_000)
+    with served(limit) as port:
+        head = request("/", "POST", Content_Length=str(LIMIT))
+        connections = [socket.create_connection(("127.0.0.1", port), timeout=10) for _ in range(2)]
+        for connection in connections:
+            connection.sendall(head + bytes(LIMIT - 1))
+        wait_until(lambda: limit.held == 2 * (LIMIT - 1))
+        status, headers, body = post(port, "/", bytes(LIMIT), Content_Length=str(LIMIT))
+        assert (status, headers["retry-after"], error_of(body)["type"]) == (503, "1", "unavailable_error")
+        for connection in connections:
+            connection.sendall(b"x")
+            assert answer(connection)[0] == 200
+            connection.close()
+        wait_until(lambda: limit.held == 0)
+        assert post(port, "/", bytes(LIMIT), Content_Length=str(LIMIT))[0] == 200
+    assert limit.held == 0
 
 
-def test_one_body_alone_may_be_larger_than_all_together() -> None:
-    with served(BodyLimit(APP, LIMIT, together_bytes=10)) as port:
-        assert post(port, "/", chunks(LIMIT), Transfer_Encoding="chunked")[2] == b'{"bytes":%d}' % LIMIT
+def test_clients_that_go_away_give_their_room_back() -> None:
+    limit = BodyLimit(APP, LIMIT)
+    with served(limit) as port:
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+            connection.sendall(request("/", "POST", Content_Length="1000") + bytes(500))
+            wait_until(lambda: limit.held == 500)
+        wait_until(lambda: limit.held == 0)
+        post(port, "/", chunks(3 * LIMIT), Transfer_Encoding="chunked")
+        wait_until(lambda: limit.held == 0)
+
+
+def test_a_client_that_sends_nothing_is_not_waited_for() -> None:
+    with served(BodyLimit(APP, LIMIT, idle_seconds=0.2)) as port:
+        status, _, body = exchange(port, request("/", "POST", Content_Length="1000"), bytes(500))
+    assert status == 408 and "nothing more" in error_of(body)["message"]
 
 
 def test_the_server_goes_on(bounded: int) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from vtp.serve.cli import curl_line, is_loopback, main
+from vtp.serve.cli import build_parser, curl_line, is_loopback, main
 
 from .client import CHAT, PATIENCE, shown, words
 
@@ -226,6 +226,14 @@ def test_two_bundles_by_name(bundle: Path, exported: Callable[[str], Any], pictu
 )
 def test_which_hosts_are_this_machines_own(host: str, wanted: bool) -> None:
     assert is_loopback(host) is wanted
+
+
+def test_every_flag_is_in_the_docs() -> None:
+    page = (Path(__file__).parents[2] / "docs/serve.md").read_text(encoding="utf-8")
+    flags = [flag for action in build_parser()._actions for flag in action.option_strings]
+    assert not [
+        flag for flag in flags if flag.startswith("--") and f"`{flag}" not in page and flag != "--help"
+    ]
 
 
 def test_the_line_to_try_is_one_command() -> None:

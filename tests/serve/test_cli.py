@@ -111,6 +111,48 @@ def test_sigterm_lets_running_requests_finish(bundle: Path, picture: Image.Image
         assert server.end() == (0, "")
 
 
+SLOW = """
+import sys, time
+from vtp.serve import cli
+load = cli.Scheduler.load
+def slowly(*arguments, **options):
+    print("loading", flush=True)
+    time.sleep(1.5)
+    return load(*arguments, **options)
+cli.Scheduler.load = slowly
+sys.exit(cli.main())
+"""
+
+
+def test_it_can_be_stopped_while_it_loads(bundle: Path) -> None:
+    """The port answers meanwhile; the second bundle is not loaded any more, and nothing is called ready."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    bundles = [str(bundle), str(bundle), "--name", "one", "--name", "two"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW, *bundles, "--port", str(port), "--threads", "1"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None and process.stdout.readline() == "loading\n"
+        status = None
+        while status is None:
+            try:
+                connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
+                connection.request("GET", "/health")
+                status = connection.getresponse().status
+            except ConnectionRefusedError:
+                continue
+        assert status == 503
+        process.send_signal(signal.SIGTERM)
+        said, errors = process.communicate(timeout=PATIENCE)
+        assert (process.returncode, said, errors) == (0, "", "")
+    finally:
+        process.kill()
+
+
 def test_a_second_ctrl_c_ends_it_at_once(bundle: Path, picture: Image.Image) -> None:
     with started(str(bundle), "--grace-seconds", "600") as server:
         raw = socket.create_connection(("127.0.0.1", server.port))

@@ -14,7 +14,7 @@ WORKERS := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 TRITON_PYTHON ?= /usr/bin/python3
 OLDEST_PINS := numpy==1.24.4 pillow==9.5.0 tokenizers==0.20.0 jinja2==3.1.6
 
-.PHONY: setup demo test test-all fuzz trtrtx test-trtrtx test-oldest test-triton test-ray test-page test-clients kill soak check accuracy methods bench scaling scenes reader clean
+.PHONY: setup demo test test-all fuzz trtrtx test-trtrtx test-oldest test-triton test-ray test-page test-clients kill soak soak-serve check accuracy methods bench scaling scenes reader clean
 
 setup: .venv/.installed  ## make .venv and install vtp into it
 
@@ -82,6 +82,9 @@ test-page: setup  ## the page of a real vtp-serve in a real Chromium, in build/p
 # CLIENTS takes names of tests/clients/versions.toml, such as "openai llm"; packages come from PyPI and npm.
 test-clients: setup  ## unmodified clients (openai, litellm, ollama, ai, …) ask a real vtp-serve, in build/clients
 	$(BIN)/python -m tests.clients $(CLIENTS)
+
+soak-serve: setup  ## the same of vtp-serve under mixed load: streams, clients that leave, bad input (SOAK=3600)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak.server --seconds $(SOAK)
 
 check: setup  ## format, lint, types
 	$(BIN)/ruff format --check .

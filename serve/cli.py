@@ -308,3 +308,7 @@ def _set_logging(debug: bool) -> None:
         format=f"{PROG}: %(levelname)s: %(message)s",
         stream=sys.stderr,
     )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -130,7 +130,8 @@ def _run(args: argparse.Namespace) -> None:
                 scheduler = Scheduler.load(bundle, **options)
                 models.add(name, scheduler, _slo(scheduler, args), _shadow(models, args))
         models.loaded()
-        _say_ready(models, settings, address_of(listener))
+        if not models.stopping:
+            _say_ready(models, settings, address_of(listener))
 
     run(server, models, listener, load)
 

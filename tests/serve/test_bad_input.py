@@ -97,6 +97,7 @@ OUT_OF_RANGE: list[tuple[dict[str, Any], str, str]] = [
     ({"stop": ["a", 3]}, "stop", "is not text, or a list of texts"),
     ({"stop": ""}, "stop", "of at least one character"),
     ({"stop": ["x"] * 17}, "stop", "stop has 17 texts; give at most 16"),
+    ({"stop": ["x" * 2000] * 3}, "stop", "stop has 6000 characters together; give at most 4096"),
     ({"stop": {"a": 1}}, "stop", "is not text, or a list of texts"),
     ({"tools": [{"type": "function"}]}, "tools", "tools are not served"),
     ({"functions": [{}]}, "functions", "functions are not served"),

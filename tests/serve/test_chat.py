@@ -258,7 +258,7 @@ def test_models(site: Site) -> None:
     assert listed["object"] == "list" and card == site.send("/v1/models/tiny").json
     assert (card["id"], card["object"], card["owned_by"]) == ("tiny", "model", "vtp")
     assert card["max_model_len"] == 128 and card["created"] > 1.7e9
-    assert card["architecture"]["input_modalities"] == ["text", "image"]
+    assert card["architecture"]["input_modalities"] == card["modalities"] == ["text", "image"]
     assert card["vtp"]["keep_tokens"] == [3, 6] and card["vtp"]["visual_tokens"] == 16
     assert site.send("/v1/models/other").status == 404
 

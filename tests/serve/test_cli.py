@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from vtp.serve.cli import curl_line, is_loopback, main
+from vtp.serve.cli import build_parser, curl_line, is_loopback, main
 
 from .client import CHAT, PATIENCE, shown, words
 
@@ -109,6 +109,48 @@ def test_sigterm_lets_running_requests_finish(bundle: Path, picture: Image.Image
         assert len(found) == 6 and all(one.endswith(b"data: [DONE]\n\n") for one in found)
         assert not [one for one in found if b"error" in one] and len({len(one) for one in found}) <= 6
         assert server.end() == (0, "")
+
+
+SLOW = """
+import sys, time
+from vtp.serve import cli
+load = cli.Scheduler.load
+def slowly(*arguments, **options):
+    print("loading", flush=True)
+    time.sleep(1.5)
+    return load(*arguments, **options)
+cli.Scheduler.load = slowly
+sys.exit(cli.main())
+"""
+
+
+def test_it_can_be_stopped_while_it_loads(bundle: Path) -> None:
+    """The port answers meanwhile; the second bundle is not loaded any more, and nothing is called ready."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    bundles = [str(bundle), str(bundle), "--name", "one", "--name", "two"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW, *bundles, "--port", str(port), "--threads", "1"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None and process.stdout.readline() == "loading\n"
+        status = None
+        while status is None:
+            try:
+                connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
+                connection.request("GET", "/health")
+                status = connection.getresponse().status
+            except ConnectionRefusedError:
+                continue
+        assert status == 503
+        process.send_signal(signal.SIGTERM)
+        said, errors = process.communicate(timeout=PATIENCE)
+        assert (process.returncode, said, errors) == (0, "", "")
+    finally:
+        process.kill()
 
 
 def test_a_second_ctrl_c_ends_it_at_once(bundle: Path, picture: Image.Image) -> None:
@@ -226,6 +268,14 @@ def test_two_bundles_by_name(bundle: Path, exported: Callable[[str], Any], pictu
 )
 def test_which_hosts_are_this_machines_own(host: str, wanted: bool) -> None:
     assert is_loopback(host) is wanted
+
+
+def test_every_flag_is_in_the_docs() -> None:
+    page = (Path(__file__).parents[2] / "docs/serve.md").read_text(encoding="utf-8")
+    flags = [flag for action in build_parser()._actions for flag in action.option_strings]
+    assert not [
+        flag for flag in flags if flag.startswith("--") and f"`{flag}" not in page and flag != "--help"
+    ]
 
 
 def test_the_line_to_try_is_one_command() -> None:

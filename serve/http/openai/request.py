@@ -16,6 +16,7 @@ LARGEST = 2**63 - 1  # of a seed or a number of tokens
 MOST_TEMPERATURE = 2.0
 MOST_LOGPROBS = 20
 _STOPS = 16
+_STOPS_LENGTH = 4096  # characters of all
 
 # Fields that change no answer here, or that no answer may depend on: templates never come from requests.
 _IGNORED = (
@@ -88,6 +89,8 @@ def read_stops(body: Fields) -> list[str]:
         )
     if len(stops) > _STOPS:
         raise ApiError(f"stop has {len(stops)} texts; give at most {_STOPS}", param="stop")
+    if (length := sum(map(len, stops))) > _STOPS_LENGTH:
+        raise ApiError(f"stop has {length} characters together; give at most {_STOPS_LENGTH}", param="stop")
     return stops
 
 

@@ -14,7 +14,7 @@ WORKERS := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 TRITON_PYTHON ?= /usr/bin/python3
 OLDEST_PINS := numpy==1.24.4 pillow==9.5.0 tokenizers==0.20.0 jinja2==3.1.6
 
-.PHONY: setup demo test test-all fuzz trtrtx test-trtrtx test-oldest test-triton test-ray kill soak check accuracy methods bench scaling scenes clean
+.PHONY: setup demo test test-all fuzz trtrtx test-trtrtx test-oldest test-triton test-ray test-page test-clients kill soak soak-serve check accuracy methods bench scaling scenes reader clean
 
 setup: .venv/.installed  ## make .venv and install vtp into it
 
@@ -72,6 +72,20 @@ test-ray: setup  ## calibration on a local Ray with two workers, one of which is
 	build/ray/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(EDITABLE) -e '.[$(EXTRAS),ray]'
 	OMP_NUM_THREADS=1 build/ray/bin/python -m pytest tests/calib/test_ray.py
 
+# CHROMIUM is the browser's path; on Debian `apt-get install chromium` brings it, and Node 20 or later is wanted.
+test-page: setup  ## the page of a real vtp-serve in a real Chromium, in build/page: answers, keyboard, phone, camera
+	mkdir -p build/page
+	test -d build/page/node_modules/playwright-core || npm install --silent --no-audit --no-fund --prefix build/page playwright-core@1.64.1
+	$(BIN)/vtp-export --method vispruner --keep-tokens 16,36,64,144 --verify none -o build/page/bundle --overwrite
+	$(BIN)/python -m tests.page build/page/bundle build/page build/page/shots
+
+# CLIENTS takes names of tests/clients/versions.toml, such as "openai llm"; packages come from PyPI and npm.
+test-clients: setup  ## unmodified clients (openai, litellm, ollama, ai, …) ask a real vtp-serve, in build/clients
+	$(BIN)/python -m tests.clients $(CLIENTS)
+
+soak-serve: setup  ## the same of vtp-serve under mixed load: streams, clients that leave, bad input (SOAK=3600)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak.server --seconds $(SOAK)
+
 check: setup  ## format, lint, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -104,6 +118,9 @@ scaling: setup  ## what a request costs as it grows: docs/scaling.md, .json and 
 
 scenes: setup  ## train the built-in model again (about two hours on 2 CPU cores; resumes)
 	$(BIN)/python -m vtp.scenes.training.train --run build/scenes
+
+reader: setup  ## train the second built-in model, which reads signs (about two hours on 1 CPU core; resumes)
+	$(BIN)/python -m vtp.scenes.training.train --recipe reader --run build/reader
 
 clean:
 	rm -rf build .venv

@@ -33,6 +33,7 @@ class Capabilities:
     replays           can record runs with fixed places and replay them
     cache_in_place    the targets whose KV cache is read and written at one place; others take two
     proven            whether its code ever ran on its hardware; if not, it runs only when asked for by name
+    float64           computes in float64 where a graph says so; another refuses such a graph
     """
 
     device: str
@@ -43,6 +44,7 @@ class Capabilities:
     replays: bool = True
     cache_in_place: tuple[str, ...] = ("ort", "tensorrt", "jetpack6")
     proven: bool = True
+    float64: bool = True
 
     @property
     def on_cpu(self) -> bool:
@@ -121,6 +123,10 @@ class Engine(ABC):
     @abstractmethod
     def put(self, array: np.ndarray) -> Value:
         """Copy a host array to this engine's device."""
+
+    def adopt(self, value: Value) -> Value:
+        """A value of another engine on the same device as one of this engine's own, in the same memory."""
+        return value
 
     @abstractmethod
     def zeros(self, shape: Sequence[int], dtype: str) -> Value:

@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 from vtp.engines.base import Capabilities, Engine
 from vtp.engines.cuda.driver import CudaProbe, probe_cuda
 from vtp.engines.errors import UsageError, VtpError, nearest, quoted
+from vtp.engines.openvino.library import DEVICES, installed_openvino, listed_devices
 from vtp.engines.ort.library import load_onnxruntime
 from vtp.engines.tensorrt.library import LIBRARIES, load_library
 
@@ -25,6 +26,7 @@ Code = Literal[
     "no-library",  # not installed, or it does not load
     "no-provider",  # an ONNX Runtime without the provider
     "no-gpu",
+    "no-device",  # OpenVINO lists none of its kind
     "dtype",  # it does not compute in the bundle's dtype
     "target",  # it does not run the bundle's target
     "by-name",  # it could run, and is used only if it is asked for by name
@@ -111,6 +113,26 @@ def _judge_gpu(engine: str, library: str, found: CudaProbe) -> Decision:
     return Decision(engine, "accepted", f"{library}, and a {device.name} (SM {device.sm})")
 
 
+def _judge_openvino(
+    engine: str, providers: list[str] | None, dtype: str | None, cuda: Callable[[], CudaProbe]
+) -> Decision:
+    try:
+        found = f"openvino {installed_openvino()}"
+        kind = DEVICES[engine]
+        if kind == "CPU":  # which it has wherever it is installed: nothing is imported
+            return Decision(engine, "accepted", found)
+        listed = listed_devices()
+    except VtpError as error:
+        return Decision(engine, "no-library", str(error))
+    if not any(device.partition(".")[0] == kind for device in listed):
+        return Decision(
+            engine,
+            "no-device",
+            f"{found} lists no {kind} on this machine, only {', '.join(listed)}; use --engine openvino-cpu",
+        )
+    return Decision(engine, "accepted", f"{found}, and a {kind}")
+
+
 def _open_ort(
     name: str, path: str | Path, threads: int | None, plan: str | Path | None, **cuda: bool
 ) -> Engine:
@@ -127,6 +149,14 @@ def _open_tensorrt(
     if plan is None:
         raise VtpError(f"{Path(path).name} needs an engine that was built for {name}: run vtp-build")
     return TrtEngine(path, plan, name)
+
+
+def _open_openvino(
+    name: str, path: str | Path, threads: int | None, plan: str | Path | None, **cuda: bool
+) -> Engine:
+    from vtp.engines.openvino.session import OvEngine
+
+    return OvEngine(path, name, threads)
 
 
 class _Registered(NamedTuple):
@@ -146,6 +176,14 @@ _TENSORRT = Capabilities(
     cache_in_place=("tensorrt",),  # written by TensorScatter; another cache has two places that change roles
     proven=False,
 )
+# Values lie in the host's memory, whatever computes.
+_OPENVINO = Capabilities("cpu", ("ort",), widens_float16=True, float64=False)
+
+
+def _openvino(name: str, able: Capabilities) -> _Registered:
+    return _Registered(able, partial(_judge_openvino, name), partial(_open_openvino, name))
+
+
 # Best first: "auto" takes the first that is accepted, of those that are proven.
 _ENGINES = {
     "ort-cuda": _Registered(
@@ -156,6 +194,11 @@ _ENGINES = {
         _judge_cpu,
         partial(_open_ort, "ort-cpu"),
     ),
+    "openvino-cpu": _openvino("openvino-cpu", _OPENVINO),
+    **{
+        name: _openvino(name, dataclasses.replace(_OPENVINO, proven=False))
+        for name in ("openvino-gpu", "openvino-npu")
+    },
     **{
         name: _Registered(_TENSORRT, partial(_judge_tensorrt, name), partial(_open_tensorrt, name))
         for name in LIBRARIES
@@ -201,16 +244,16 @@ def choose_engine(
             f"this bundle was made for target '{target}', which no engine here runs; "
             "export it again with: vtp-export --target ort"
         )
-    providers = probe()
+    providers = probe() if wanted == AUTO or _is_ort(wanted) else None
     proven = [name for name, engine in _ENGINES.items() if engine.capabilities.proven]
-    names = proven if wanted == AUTO else [wanted]
-    decisions = [_judge(name, providers, dtype, cuda, target) for name in names]
-    for decision in list(decisions):
-        if decision.accepted:
-            if wanted == AUTO:
-                decisions += _only_by_name(target)
-            return Choice(decision.engine, decisions)
-    raise VtpError(f"engine '{wanted}' cannot run here: {decisions[-1].reason}")
+    decisions: list[Decision] = []
+    for name in proven if wanted == AUTO else [wanted]:
+        decisions.append(_judge(name, providers, dtype, cuda, target))
+        if decisions[-1].accepted:
+            return Choice(name, [*decisions, *(_only_by_name(target) if wanted == AUTO else [])])
+    # Of several that cannot run, the one that most people would install says why.
+    told = next((one for one in decisions if one.engine == "ort-cpu"), decisions[-1])
+    raise VtpError(f"engine '{wanted}' cannot run here: {told.reason}")
 
 
 def judge_engines(
@@ -223,18 +266,29 @@ def judge_engines(
 
     `target` None: whatever it is made for.
     """
+    broken, providers = "", None
     try:
         providers = probe()
     except VtpError as error:
-        return [Decision(name, "no-library", str(error)) for name in _ENGINES]
-    return [_judge(name, providers, dtype, cuda, target) for name in _ENGINES]
+        broken = str(error)
+    return [
+        Decision(name, "no-library", broken)
+        if broken and _is_ort(name)
+        else _judge(name, providers, dtype, cuda, target)
+        for name in _ENGINES
+    ]
+
+
+def _is_ort(name: str) -> bool:
+    return name.startswith("ort-")
 
 
 def _only_by_name(target: str) -> list[Decision]:
     return [
         Decision(name, "by-name", f"its code never ran on a GPU yet: only by name, --engine {name}")
         for name, engine in _ENGINES.items()
-        if not engine.capabilities.proven and target in engine.capabilities.targets
+        if engine.capabilities.built and not engine.capabilities.proven
+        if target in engine.capabilities.targets
     ]
 
 

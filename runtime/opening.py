@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -30,23 +30,26 @@ class Opening:
     cuda_graph        on CUDA, record image stages and single steps as CUDA graphs and replay them
     image             who else runs the image stages: keep-count and pixel_values -> tensors by the
                       pipeline's names; their graphs are then not opened here
+    elsewhere         graph file -> engine, for graphs that another engine of the same device runs
     """
 
     engines: Path | None = None
     allow_cpu_nodes: bool = False
     cuda_graph: bool = False
     image: Callable[[int, np.ndarray], Mapping[str, np.ndarray]] | None = None
+    elsewhere: Mapping[str, str] = field(default_factory=dict)
 
 
 def open_stage(
     bundle: Bundle, file: str, engine: str, threads: int | None = None, how: Opening | None = None
 ) -> Engine:
-    """Open one graph of a bundle.
+    """Open one graph of a bundle, on `engine` unless `how` says another.
 
     Raises VtpError for what cannot be opened; for TensorRT: nothing built, built for something else, cut off,
     never compared with ONNX Runtime here, or found to differ.
     """
     how = how or Opening()
+    engine = how.elsewhere.get(file, engine)
     if not capabilities(engine).built:
         return open_graph(
             bundle.path(file),

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from PIL import Image
 
-from vtp.engines import AUTO, Choice, UsageError, VtpError, choose_engine
+from vtp.engines import AUTO, Choice, UsageError, VtpError
 from vtp.engines.disk.whole import undisturbed
 from vtp.engines.errors import quoted, quoted_argument
 from vtp.runtime.bundle.fit import check_fits, switched_off
@@ -20,10 +20,11 @@ from vtp.runtime.bundle.folder import Bundle, open_bundle
 from vtp.runtime.decisions.answer import DecisionAnswer, decide
 from vtp.runtime.decisions.decision import Decision, checked_heat
 from vtp.runtime.decisions.question import Question
+from vtp.runtime.engine_choice import StageEngines, choose_engines
 from vtp.runtime.generation.answer import Answer
 from vtp.runtime.generation.arguments import flag, is_whole, thread_count, whole
 from vtp.runtime.generation.batch import about, batches, check_lists, each_prompt, write_together
-from vtp.runtime.generation.keep_count import choose_keep
+from vtp.runtime.generation.keep_count import choose_keep, measured_times
 from vtp.runtime.generation.loop import write
 from vtp.runtime.generation.options import DEFAULT_NEW_TOKENS, GenerateOptions, OptionKeywords, takes_options
 from vtp.runtime.generation.request import Request, RequestMaker
@@ -59,7 +60,7 @@ class Pipeline:
     def __init__(
         self,
         bundle: Bundle,
-        choice: Choice,
+        choice: Choice | StageEngines,
         threads: int | None = None,
         vision_feature_cache: int = 0,
         prefix_caching: bool = False,
@@ -70,17 +71,19 @@ class Pipeline:
             check_prefix(bundle)
         self.bundle = bundle
         self.manifest = bundle.manifest
-        self.engine = choice.engine
-        self.decisions = choice.decisions
+        chosen = choice if isinstance(choice, StageEngines) else StageEngines(choice)
+        self.engine, self.decisions = chosen.choice.engine, chosen.choice.decisions
+        self.engines = chosen.by_stage(self.manifest)
+        self._chosen = chosen
         self._prompter = Prompter(
             self.manifest.text, bundle.path("tokenizer.json"), self.manifest.model.max_length
         )
         self._prompter.check()
-        self._requests = RequestMaker(self.manifest, self._prompter, choice.engine)
+        self._requests = RequestMaker(self.manifest, self._prompter, self.engine)
         self._features = VisionFeatureCache(vision_feature_cache) if vision_feature_cache else None
         prefix = Prefix() if prefix_caching else None
         self._runner: StageRunner | None = StageRunner(
-            bundle, choice.engine, threads, opening, prefix, self._features
+            bundle, self.engine, threads, chosen.opening(opening), prefix, self._features
         )
         self._busy = threading.Lock()
         self._threads = threads
@@ -102,7 +105,9 @@ class Pipeline:
     ) -> Pipeline:
         """Open a bundle folder.
 
-        engine        "auto" (the best that can run here), or one by name, such as "ort-cpu"
+        engine        "auto" (the best that can run here), or one by name, such as "ort-cpu"; after it, each
+                      behind a comma, stages that another engine runs:
+                      "ort-cpu,vision_encoder=openvino-cpu". `engines` says who runs what
         threads       CPU threads of one operator; None: all cores
         check_hashes  also compare every file's sha256 with the manifest (reads all weights)
         vision_feature_cache  keep what the image stages gave for the pictures of the last N prompts, for a
@@ -133,11 +138,11 @@ class Pipeline:
 
         def load(folder: Path) -> Pipeline:
             opened = open_bundle(folder, hashed)
-            choice = choose_engine(engine, opened.manifest.dtype, target=opened.manifest.target)
+            choice = choose_engines(opened, engine)
             if checked:
                 check_fits(
                     opened,
-                    choice.engine,
+                    choice.choice.engine,
                     memory_room(),
                     "image" if opening is not None and opening.image is not None else None,
                 )
@@ -335,8 +340,8 @@ class Pipeline:
 
     @property
     def notes(self) -> list[str]:
-        """What was asked for and could not be done on this machine, a line each: CUDA graphs refused."""
-        return self._open_runner().notes
+        """What is not as asked, a line each: CUDA graphs refused, stages that another engine has to run."""
+        return [*self._chosen.notes, *self._open_runner().notes]
 
     def warmup(self) -> None:
         """Run every stage once on a blank picture, so that the first answer does not pay for set-up."""
@@ -386,13 +391,20 @@ class Pipeline:
         with self.claimed() as runner:
             yield from write(runner, answer)
 
+    def measured_times(self, what: str = "this") -> dict[int, float]:
+        """Keep-count -> milliseconds to the first token, as vtp-calib measured them here.
+
+        what  names the option that needs them. Raises UsageError where there are none that hold here
+        """
+        return measured_times(what, self.manifest, self._chosen.label, lambda: self._conditions)
+
     def _keep(self, options: GenerateOptions) -> int:
-        return choose_keep(options, self.manifest, self.engine, lambda: self._conditions)
+        return choose_keep(options, self.manifest, self._chosen.label, lambda: self._conditions)
 
     @cached_property
     def _conditions(self) -> Conditions:
         """What times measured here depend on; looked up at the first request with a budget."""
-        return conditions(self.engine, self._threads)
+        return conditions(self._chosen.label, self._threads)
 
     @contextmanager
     def claimed(self) -> Iterator[StageRunner]:

@@ -183,6 +183,13 @@ class Scheduler:
         """What there is now, and was so far."""
         return self._queue.stats(self._slots.copies, self._slots.copied_bytes)
 
+    def expected_wait(self) -> float:
+        """Seconds that a request submitted now would wait for a slot; 0 while one is free.
+
+        An estimate: the requests before it, at the mean time of those that are over (0 before the first).
+        """
+        return self._queue.expected_wait()
+
     def close(self, drain: bool = True) -> None:
         """Take no more requests, wait for those that there are, and give the pipeline back.
 

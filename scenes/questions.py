@@ -1,6 +1,6 @@
 """Held-out questions as files: pictures and a JSONL, as vtp-calib reads them.
 
-python -m vtp.scenes.questions --count 1000 --seed 7 -o DIR
+python -m vtp.scenes.questions --count 1000 --seed 7 [--exam reader] -o DIR
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from vtp.engines import UsageError
 from vtp.runtime.commands.console import Parser, run_command
-from vtp.scenes.exam import SEED, held_out
+from vtp.scenes.exam import EXAMS, SEED, held_out
 
 FILE = "questions.jsonl"
 
@@ -23,6 +23,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="python -m vtp.scenes.questions", description="Write held-out questions as files.")
     parser.add_argument("--count", type=int, default=1000, help="questions (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=SEED, help="seed of the exam (default: %(default)s)")
+    parser.add_argument(
+        "--exam", choices=EXAMS, default="model", help="for which model (default: %(default)s)"
+    )
     parser.add_argument("-o", "--output", required=True, metavar="DIR", help="folder to write")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     args = parser.parse_args(argv)
@@ -32,17 +35,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> None:
     if args.count < 1:
         raise UsageError(f"count {args.count} asks nothing; choose at least 1")
-    print(write_questions(Path(args.output), args.count, args.seed))
+    print(write_questions(Path(args.output), args.count, args.seed, EXAMS[args.exam]))
 
 
-def write_questions(folder: Path, count: int, seed: int) -> Path:
+def write_questions(folder: Path, count: int, seed: int, kinds: tuple[str, ...] = EXAMS["model"]) -> Path:
     """Write `count` questions and their pictures (PNG, lossless); returns the JSONL's path."""
     folder.mkdir(parents=True, exist_ok=True)
     file, last = folder / FILE, ""
     with file.open("w", encoding="utf-8") as out:
-        for item in held_out(count, seed):
+        for item in held_out(count, seed, kinds):
             picture = f"{item.picture:05d}.png"
-            if picture != last:  # four questions in a row share one
+            if picture != last:  # several questions in a row share one
                 item.image.save(folder / picture)
                 last = picture
             line = {"image": picture, "prompt": item.prompt, "answer": item.answer, "kind": item.kind}

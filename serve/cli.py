@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from vtp.engines import UsageError, VtpError, capabilities
 from vtp.engines.errors import shown
-from vtp.runtime.commands.arguments import add_debug, add_engine, add_threads
+from vtp.runtime.commands.arguments import add_debug, add_engine, add_threads, real, whole
 from vtp.runtime.commands.console import Parser, note, run_command, say, whole_number
 from vtp.runtime.opening import NEVER_RUN
 from vtp.runtime.scheduler import Scheduler
@@ -22,11 +22,14 @@ from vtp.runtime.scheduler import Scheduler
 if TYPE_CHECKING:
     from vtp.serve.http.models import Models
     from vtp.serve.settings import Settings
+    from vtp.serve.shadow import Shadow
+    from vtp.serve.slo import Slo
 
 PROG = "vtp-serve"
 PORT = 8000  # where clients look for a server such as this
 _KEY = "VTP_API_KEY"
 _LARGEST_PORT = 2**16 - 1
+_LONGEST_SLO = 3_600_000  # milliseconds
 _STOPPED = "the server was stopped before its requests had ended"
 # One red pixel, so that the line to try needs no file.
 _RED = (
@@ -84,6 +87,21 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="S",
         help="when told to stop, let running requests go on this long (default: %(default)s)",
     )
+    add(
+        "--slo-ms",
+        type=real,
+        metavar="MS",
+        help="under load, keep as many visual tokens as bring the first one in this time, queue included",
+    )
+    add("--min-keep", type=whole, default=1, metavar="K", help="with --slo-ms: never fewer than these")
+    add(
+        "--shadow",
+        metavar="BUNDLE",
+        help="answer a share of the requests again with this bundle, and compare",
+    )
+    add("--shadow-rate", type=real, default=0.02, metavar="R", help="that share (default: %(default)s)")
+    add("--shadow-log", metavar="FILE", help="where disagreements go (default: BUNDLE-shadow.jsonl)")
+    add("--shadow-keep", metavar="DIR", help="keep their pictures there; otherwise only hashes are written")
     add_debug(parser)
     return parser
 
@@ -99,6 +117,7 @@ def _run(args: argparse.Namespace) -> None:
     from vtp.serve.http.models import Models
     from vtp.serve.server import Server, listen, run
 
+    _check_shadow(args)
     names, settings, options = names_of(args), settings_of(args), _scheduling(args)
     _set_logging(args.debug)
     listener = listen(args.host, _port(args.port))
@@ -108,7 +127,8 @@ def _run(args: argparse.Namespace) -> None:
     def load() -> None:
         for name, bundle in zip(names, args.bundle, strict=True):
             if not models.stopping:
-                models.add(name, Scheduler.load(bundle, **options))
+                scheduler = Scheduler.load(bundle, **options)
+                models.add(name, scheduler, _slo(scheduler, args), _shadow(models, args))
         models.loaded()
         _say_ready(models, settings, address_of(listener))
 
@@ -185,6 +205,49 @@ def _scheduling(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def _slo(scheduler: Scheduler, args: argparse.Namespace) -> Slo | None:
+    """The aim for one model; UsageError where its times were not measured."""
+    from vtp.serve.slo import Slo
+
+    if args.slo_ms is None:
+        return None
+    if not 0 < args.slo_ms <= _LONGEST_SLO:
+        raise UsageError(f"--slo-ms {args.slo_ms:g} is not a time above 0, up to {_LONGEST_SLO} ms")
+    return Slo.of(scheduler, args.slo_ms, args.min_keep)
+
+
+def _check_shadow(args: argparse.Namespace) -> None:
+    """UsageError for flags of the shadow that cannot be."""
+    if args.shadow is None:
+        if args.shadow_log or args.shadow_keep:
+            raise UsageError("--shadow-log and --shadow-keep need --shadow BUNDLE")
+        return
+    if len(args.bundle) > 1:
+        raise UsageError(
+            f"--shadow compares one bundle with another, and {len(args.bundle)} are served; give one"
+        )
+    if not 0 < args.shadow_rate <= 1:
+        raise UsageError(f"--shadow-rate {args.shadow_rate:g} is not a share above 0, up to 1")
+    log = _shadow_log(args)
+    if log.is_dir() or not log.parent.is_dir():
+        raise UsageError(f"--shadow-log '{shown(log)}' is not a file in a folder that exists; choose another")
+
+
+def _shadow_log(args: argparse.Namespace) -> Path:
+    return Path(args.shadow_log or f"{Path(args.bundle[0]).resolve().name}-shadow.jsonl")
+
+
+def _shadow(models: Models, args: argparse.Namespace) -> Shadow | None:
+    """The other bundle, opened with one slot."""
+    from vtp.serve.shadow import Files, Shadow
+
+    if args.shadow is None:
+        return None
+    other = Scheduler.load(args.shadow, **{**_scheduling(args), "slots": 1, "queue": 0})
+    pictures = None if args.shadow_keep is None else Path(args.shadow_keep)
+    return Shadow(other, lambda: models.idle, args.shadow_rate, Files(_shadow_log(args), pictures))
+
+
 def _port(text: str) -> int:
     port = whole_number("port", text, least=0)
     if port > _LARGEST_PORT:
@@ -244,3 +307,7 @@ def _set_logging(debug: bool) -> None:
         format=f"{PROG}: %(levelname)s: %(message)s",
         stream=sys.stderr,
     )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from vtp.serve.http.media_sources import MediaLimits
+from vtp.serve.http.pictures.sources import MediaLimits
 
 
 @dataclass(frozen=True)

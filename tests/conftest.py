@@ -242,3 +242,11 @@ def picture_file(tmp_path_factory: pytest.TempPathFactory, picture: Image.Image)
     path = tmp_path_factory.mktemp("pictures") / "picture.png"
     picture.save(path)
     return path
+
+
+@pytest.fixture(params=["ort-cpu", "openvino-cpu"])
+def cpu_engine(request: pytest.FixtureRequest) -> str:
+    """Every engine whose values lie in the host's memory."""
+    if request.param == "openvino-cpu":
+        pytest.importorskip("openvino", reason="openvino is not installed")
+    return str(request.param)

@@ -207,8 +207,8 @@ def test_the_runtime_side_never_imports_torch(module: str) -> None:
     "module", [name for name in MODULES if room(name) in ("engines", "runtime", "serve")]
 )
 def test_engines_are_imported_where_they_are_used(module: str) -> None:
-    """Importing the runtime loads no onnxruntime: a machine without one still gets its one-line message."""
-    assert not [name for name, top in imports(MODULES[module]) if top and name.split(".")[0] == "onnxruntime"]
+    """Importing the runtime loads no engine: a machine without one still gets its one-line message."""
+    assert not [name for name, top in imports(MODULES[module]) if top and name.split(".")[0] in LIBRARIES]
 
 
 def uses(path: Path) -> Iterator[str]:
@@ -220,14 +220,21 @@ def uses(path: Path) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-@pytest.mark.parametrize("module", sorted(set(MODULES) - {"vtp.engines.ort.library"}))
-def test_onnx_runtime_is_imported_in_one_place(module: str) -> None:
-    """Where its telemetry is turned off."""
-    assert not [name for name, _ in imports(MODULES[module]) if name.split(".")[0] == "onnxruntime"]
+# Engine libraries that tell their makers what is run, and where that is turned off.
+LIBRARIES = {"onnxruntime": "vtp.engines.ort.library", "openvino": "vtp.engines.openvino.library"}
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("module", MODULES)
+def test_engine_libraries_are_imported_in_one_place(module: str, library: str) -> None:
+    """Where their telemetry is turned off."""
+    if module == LIBRARIES[library]:
+        return
+    assert not [name for name, _ in imports(MODULES[module]) if name.split(".")[0] == library]
     loaders = {"import_module", "__import__"}
     for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8"))):
         if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in loaders:
-            assert "onnxruntime" not in ast.unparse(node), module
+            assert library not in ast.unparse(node), module
 
 
 @pytest.mark.parametrize("module", sorted(set(MODULES) - {"vtp.engines.child"}))
@@ -295,7 +302,7 @@ def test_importing_the_light_rooms_loads_nothing_heavy() -> None:
     light += ["vtp.scenes.generator.pictures", "vtp.serve.http"]
     script = (
         f"import sys; [__import__(name) for name in {light}]; "
-        f"print(sorted({HEAVY | {'onnxruntime'}} & set(sys.modules)))"
+        f"print(sorted({HEAVY | {'onnxruntime', 'openvino'}} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
@@ -313,7 +320,8 @@ def test_importing_vtp_alone_loads_nothing_of_the_house() -> None:
 def test_commands_show_help_without_torch() -> None:
     """`vtp-export --help` neither needs nor waits for the export extra."""
     blocked = "; ".join(
-        f"sys.modules['{name}'] = None" for name in ("torch", "transformers", "onnx", "onnxruntime")
+        f"sys.modules['{name}'] = None"
+        for name in ("torch", "transformers", "onnx", "onnxruntime", "openvino")
     )
     for command in ("vtp.export.cli", "vtp.runtime.commands.run", "vtp.calib.cli"):
         script = f"import sys; {blocked}; from {command} import main; main(['--help'])"

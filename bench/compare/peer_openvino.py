@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from vtp.bench.compare.peer_onnx import EXPORT, TwoParts
+from vtp.engines.openvino.library import load_openvino
 
 
 class TransformersOpenvino(TwoParts):
@@ -17,15 +18,14 @@ class TransformersOpenvino(TwoParts):
 
     def export(self, module: Any, inputs: dict[str, Any], dynamic: bool) -> Any:
         """See `TwoParts`."""
+        load_openvino()  # without its telemetry, which the exporter would bring along
         from transformers.exporters import OpenVINOConfig, OpenVINOExporter
 
         return OpenVINOExporter().export(module, inputs, OpenVINOConfig(dynamic=dynamic, stateful=dynamic))
 
     def open_graphs(self) -> None:
         """See `TwoParts`."""
-        import openvino
-
-        core = openvino.Core()
+        core = load_openvino().Core()
         settings = {
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": self.spec.threads,

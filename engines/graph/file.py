@@ -35,6 +35,8 @@ _DTYPES = {
     22: ("int4", 4),
 }
 _BITS = dict(_DTYPES.values())
+_FLOAT64 = 11
+_UNNAMED = "?"  # an axis of which the file says nothing
 _SMALL = 64  # bytes of a constant that is kept
 GRAPH_BYTES = (1 << 31) - 1  # the most that a protocol buffer may have
 _LAST = (1 << 64) - 1
@@ -93,6 +95,13 @@ class GraphFile:
     nodes: tuple[Node, ...]
     weights: dict[str, Weight]
     tensors: dict[str, TensorShape]
+
+
+def computes_float64(graph: GraphFile) -> bool:
+    """Whether a graph holds or makes float64 numbers, as far as its file says."""
+    held: list[Weight | TensorShape] = [*graph.weights.values(), *graph.tensors.values()]
+    casts = (node.ints.get("to") == _FLOAT64 for node in graph.nodes if node.op == "Cast")
+    return any(one.dtype == "float64" for one in held) or any(casts)
 
 
 def size_of(dtype: str, shape: tuple[int, ...]) -> int:
@@ -258,7 +267,7 @@ def _value_info(data: Buffer) -> tuple[str, TensorShape | None]:
     for number, value in fields(message_of(tensor[2])):
         if number == 1:
             axis = dict(fields(message_of(value)))
-            axes.append(text_of(axis[2]) if 2 in axis else int(axis.get(1, 0)))
+            axes.append(text_of(axis[2]) if 2 in axis else int(axis[1]) if 1 in axis else _UNNAMED)
     return name, TensorShape(_dtype(int(tensor.get(1, 0))), tuple(axes))
 
 

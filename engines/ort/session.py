@@ -49,8 +49,8 @@ class OrtValue:
         return np.array(self.raw.numpy() if self._memory is None else self._memory)
 
     def view(self) -> np.ndarray:
-        """The tensor on the host: its own memory where that is an array, else a copy."""
-        return self.numpy() if self._memory is None else self._memory
+        """The tensor on the host: its own memory, for as long as the value lives; on a GPU a copy."""
+        return self.raw.numpy() if self._memory is None else self._memory
 
     def update(self, array: np.ndarray) -> None:
         """Overwrite the tensor in place; VtpError for another shape or dtype (ONNX Runtime counts bytes)."""
@@ -174,6 +174,15 @@ class OrtEngine(Engine):
     def put(self, array: np.ndarray) -> OrtValue:
         """Copy a host array to the session's device."""
         return self._hand_over(np.array(array, order="C", copy=True))
+
+    def adopt(self, value: Value) -> Value:
+        """A value of another engine in the host's memory, without copying it."""
+        if isinstance(value, OrtValue):
+            return value
+        adopted = self._hand_over(value.view())
+        if adopted._memory is None:
+            raise VtpError("this ONNX Runtime copies what another engine made; give all stages one engine")
+        return adopted
 
     def zeros(self, shape: Sequence[int], dtype: str) -> OrtValue:
         """Allocate a zeroed tensor on the session's device."""

@@ -35,7 +35,12 @@ def add_json(parser: argparse.ArgumentParser, what: str = "print one JSON object
 def add_engine(parser: argparse.ArgumentParser) -> None:
     """`--engine`, by name or "auto"."""
     names = ", ".join(engine_names())
-    parser.add_argument("--engine", default=AUTO, help=f"one of {names} (default: %(default)s)")
+    parser.add_argument(
+        "--engine",
+        default=AUTO,
+        metavar="ENGINE[,STAGE=ENGINE...]",
+        help=f"one of {names} (default: %(default)s); stages that another one runs behind it",
+    )
 
 
 def add_threads(

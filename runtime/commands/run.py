@@ -218,7 +218,7 @@ def _answer_lines(pipe: Pipeline, lines: Sequence[Line], args: argparse.Namespac
 
 
 def _as_data(result: Result, pipe: Pipeline) -> dict[str, Any]:
-    return {**result.to_json(), "engine": pipe.engine}
+    return {**result.to_json(), "engine": pipe.engine, "engines": pipe.engines}
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:

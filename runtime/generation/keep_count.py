@@ -42,18 +42,7 @@ def _largest_within(
     """The largest keep-count within a time, from what vtp-calib wrote into the manifest."""
     if not (is_number(budget_ms) and budget_ms > 0):
         raise UsageError(f"budget_ms {quoted_argument(budget_ms)} is not a number of milliseconds above 0")
-    known = manifest.calibration
-    if known.get("engine") != engine:
-        made = f"measured on {known['engine']}" if "engine" in known else "not calibrated"
-        raise UsageError(
-            f"budget_ms needs times measured on {engine}; this bundle is {made}; run: vtp-calib keep"
-        )
-    if differs := conditions().differs_from(known.get("conditions")):
-        raise UsageError(
-            f"budget_ms needs times measured under these conditions; this bundle's were not: {differs}; "
-            "run: vtp-calib keep"
-        )
-    times = {int(keep): tried["ttft_ms"] for keep, tried in known["tried"].items()}
+    times = measured_times("budget_ms", manifest, engine, conditions)
     within = [keep for keep, time_ms in times.items() if time_ms <= budget_ms]
     if not within:
         raise UsageError(
@@ -61,3 +50,24 @@ def _largest_within(
             f"{min(times.values()):.1f} ms"
         )
     return max(within)
+
+
+def measured_times(
+    what: str, manifest: Manifest, engine: str, conditions: Callable[[], Conditions]
+) -> dict[int, float]:
+    """Keep-count -> milliseconds to the first token, as vtp-calib measured them under these conditions.
+
+    what  the option that needs them. UsageError where they were not measured, or under other conditions
+    """
+    known = manifest.calibration
+    if known.get("engine") != engine:
+        made = f"measured on {known['engine']}" if "engine" in known else "not calibrated"
+        raise UsageError(
+            f"{what} needs times measured on {engine}; this bundle is {made}; run: vtp-calib keep"
+        )
+    if differs := conditions().differs_from(known.get("conditions")):
+        raise UsageError(
+            f"{what} needs times measured under these conditions; this bundle's were not: {differs}; "
+            "run: vtp-calib keep"
+        )
+    return {int(keep): tried["ttft_ms"] for keep, tried in known["tried"].items()}

@@ -22,7 +22,7 @@ _FIELDS = ("engine", "threads", "machine", "versions")
 class Conditions:
     """What a measurement depends on beside the bundle and the question.
 
-    engine    by name, such as "ort-cpu"
+    engine    by name, such as "ort-cpu"; of several, that of most stages, then each graph with another
     threads   CPU threads of one operator; 0: as many as the engine takes by itself
     machine   board or processor, cores that may be used, power mode, and the first GPU of GPU engines
     versions  of vtp and of the installed libraries that answers and times depend on
@@ -63,7 +63,7 @@ def conditions(engine: str, threads: int | None, machine: Machine | None = None)
 
 def _name(machine: Machine, engine: str) -> str:
     power = machine.power.partition(", GPU")[0]  # without the clock of this very moment
-    gpus = machine.cuda.devices[:1] if not capabilities(engine).on_cpu else []
+    gpus = machine.cuda.devices[:1] if not capabilities(engine.partition(",")[0]).on_cpu else []
     parts = (
         machine.board or machine.processor,
         f"{_usable_cores()} cores",

@@ -7,9 +7,10 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from vtp.engines import Decision, VtpError, capabilities, open_graph
+from vtp.engines import Choice, Decision, VtpError, capabilities, open_graph
 from vtp.runtime.bundle.folder import Bundle
 from vtp.runtime.bundle.memory import bundle_memory
+from vtp.runtime.engine_choice import choose_engines
 from vtp.runtime.machine.facts import Machine
 from vtp.runtime.opening import open_stage
 
@@ -32,12 +33,13 @@ def _try(decision: Decision, machine: Machine, bundle: Bundle | None) -> Decisio
     elif not _has_room(engine, machine, bundle):
         return dataclasses.replace(decision, reason=f"{decision.reason}; not opened, for it would not fit")
     else:
-        found = _failure_of_bundle(engine, bundle)
+        found, notes = _failure_of_bundle(engine, bundle)
+        decision = dataclasses.replace(decision, reason="; ".join([decision.reason, *notes]))
     return Decision(engine, "opens-nothing", found) if found else decision
 
 
 def _failure_of_smallest(engine: str) -> str:
-    """Why ONNX Runtime opens no graph at all; empty if it does."""
+    """Why an engine opens no graph at all; empty if it does."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "smallest.onnx"
         path.write_bytes(_SMALLEST)
@@ -48,14 +50,21 @@ def _failure_of_smallest(engine: str) -> str:
     return ""
 
 
-def _failure_of_bundle(engine: str, bundle: Bundle) -> str:
-    """Why a graph of the bundle does not open; empty if all do. One is open at a time."""
+def _failure_of_bundle(engine: str, bundle: Bundle) -> tuple[str, tuple[str, ...]]:
+    """Why a graph of the bundle does not open; empty if all do. One is open at a time.
+
+    Second what is to be said of graphs that another engine has to run.
+    """
+    try:
+        engines = choose_engines(bundle, engine, lambda name, *more, **named: Choice(name))
+    except VtpError as error:
+        return str(error), ()
     for file in bundle.manifest.graphs:
         try:
-            open_stage(bundle, file, engine).close()
+            open_stage(bundle, file, engine, how=engines.opening(None)).close()
         except VtpError as error:
-            return str(error) if file in str(error) else f"{file}: {error}"
-    return ""
+            return str(error) if file in str(error) else f"{file}: {error}", ()
+    return "", engines.notes
 
 
 def _has_room(engine: str, machine: Machine, bundle: Bundle) -> bool:

@@ -140,6 +140,12 @@ class Queue:
                 **counts,
             )
 
+    def expected_wait(self) -> float:
+        """Seconds until a request that came now would have a slot, as far as the earlier ones tell."""
+        with self._changed:
+            ahead = len(self._running) + len(self._waiting) - self._slots + 1
+            return max(0, ahead) * self._mean / self._slots if self._counts["requests"] else 0.0
+
     def _load_ahead(self) -> None:
         """Have pictures decoded of as many requests as could run next: each takes memory from then on."""
         self._loader.begin(islice(self._waiting, self._slots))

@@ -33,7 +33,7 @@ def choose_image_stages(
         return DelegatedImages(opened, opening.image)
     if cache is not None:
         return CachedImages(opened, cache)
-    if opening.cuda_graph and capabilities(engine).replays:
+    if opening.cuda_graph and capabilities(engine).replays and not opening.elsewhere:
         return ReplayedImages(opened)
     return PlainImages(opened)
 

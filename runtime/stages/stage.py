@@ -86,7 +86,7 @@ class Stage:
 
     def feeds(self, values: Mapping[str, Value]) -> dict[str, Value]:
         """What the graph takes beside its cache, by its own names."""
-        return {name: values[source] for name, source in self.info.inputs.items()}
+        return {name: self.engine.adopt(values[source]) for name, source in self.info.inputs.items()}
 
     def _sequence(self, feeds: Mapping[str, Value]) -> int:
         """Tokens of this run: axis 1 of the stage's position_ids."""

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from vtp.scenes.generator.shapes import OUTLINES, coverage
+from vtp.scenes.generator.signs import Sign, arrange_signs, paint_sign
 
 SHAPES = tuple(OUTLINES)
 COLORS: dict[str, tuple[int, int, int]] = {
@@ -24,6 +25,7 @@ COLORS: dict[str, tuple[int, int, int]] = {
     "pink": (250, 135, 195),
 }
 KINDS = ("shape", "color", "count", "where")
+READER_KINDS = (*KINDS, "presence", "sign")
 PLACES = ("northwest", "northeast", "southwest", "southeast")
 HELD_OUT = 1 << 40
 PATCH = 14
@@ -53,6 +55,7 @@ class Picture:
     pixels: np.ndarray
     owner: np.ndarray
     things: tuple[Thing, ...]
+    signs: tuple[Sign, ...] = ()
 
     @property
     def image(self) -> Image.Image:
@@ -62,7 +65,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Question:
-    """A question about a picture, its answer, and its kind (one of `KINDS`)."""
+    """A question about a picture, its answer, and its kind (one of `READER_KINDS`)."""
 
     text: str
     answer: str
@@ -83,8 +86,14 @@ def held_out_seed(index: int) -> int:
     return HELD_OUT + index
 
 
-def draw(seed: int, size: int = 336, objects: tuple[int, int] = (3, 6)) -> Picture:
-    """Generate the picture of `seed`, `size` pixels square, with between objects[0] and objects[1] shapes."""
+def draw(
+    seed: int, size: int = 336, objects: tuple[int, int] = (3, 6), signs: tuple[int, int] = (0, 0)
+) -> Picture:
+    """Generate the picture of `seed`, `size` pixels square, with between objects[0] and objects[1] shapes.
+
+    Between signs[0] and signs[1] signs are added to the same picture if there is room (one always finds it
+    at 336 pixels); nothing else of it changes.
+    """
     if size % PATCH or not 112 <= size <= 672:
         raise ValueError(f"size {size} is not allowed; choose a multiple of {PATCH} from 112 to 672")
     rng = np.random.default_rng([seed, size])
@@ -93,16 +102,21 @@ def draw(seed: int, size: int = 336, objects: tuple[int, int] = (3, 6)) -> Pictu
     owner = np.zeros((size, size), np.uint8)
     for number, thing in enumerate(things, 1):
         _paint(canvas, owner, thing, number, rng)
+    plates = _put_signs(canvas, things, signs, np.random.default_rng([seed, size, 2]))
     canvas += rng.integers(0, 256, (size, size, 3), dtype=np.uint8) >> 4
-    return Picture(np.clip(canvas - 8, 0, 255, out=canvas).astype(np.uint8), owner, things)
+    return Picture(np.clip(canvas - 8, 0, 255, out=canvas).astype(np.uint8), owner, things, plates)
 
 
 def ask(picture: Picture, kind: str, rng: np.random.Generator) -> Question:
     """A question of `kind` with exactly one right answer; raises ValueError on an unknown kind."""
-    if kind not in KINDS:
-        raise ValueError(f"unknown kind of question {kind!r}; choose one of {', '.join(KINDS)}")
+    if kind not in READER_KINDS:
+        raise ValueError(f"unknown kind of question {kind!r}; choose one of {', '.join(READER_KINDS)}")
     if kind == "count":
         return _ask_count(picture, rng)
+    if kind == "presence":
+        return ask_presence(picture, bool(rng.random() < 0.5), rng)
+    if kind == "sign":
+        return _ask_sign(picture)
     singles = unique_words(picture)
     if kind == "where":
         word = str(rng.choice(sorted(singles)))
@@ -110,6 +124,24 @@ def ask(picture: Picture, kind: str, rng: np.random.Generator) -> Question:
     vocabulary = COLORS if kind == "shape" else SHAPES
     word = str(rng.choice(sorted(w for w in singles if w in vocabulary)))
     return Question(f"what {kind} is the {word} ?", getattr(singles[word], kind), kind)
+
+
+def ask_presence(picture: Picture, there: bool, rng: np.random.Generator) -> Question:
+    """Is there a thing of one colour and shape ? A thing that is not there shares both words with others.
+
+    Seven of ten absent things have a colour and a shape that other things show; the rest one of the two.
+    """
+    shown = {(thing.color, thing.shape) for thing in picture.things}
+    if there:
+        pairs = sorted(shown)
+    else:
+        colors, shapes = {c for c, _ in shown}, {s for _, s in shown}
+        hard = {(c, s) for c in colors for s in shapes} - shown
+        half = {(c, s) for c in COLORS for s in SHAPES if (c in colors) != (s in shapes)}
+        pairs = sorted(hard if hard and rng.random() < 0.7 else half)
+    color, shape = pairs[int(rng.integers(len(pairs)))]
+    article = "an" if color[0] in "aeiou" else "a"
+    return Question(f"is there {article} {color} {shape} ?", "yes" if there else "no", "presence")
 
 
 def count(picture: Picture, word: str) -> int:
@@ -138,6 +170,22 @@ def _ask_count(picture: Picture, rng: np.random.Generator) -> Question:
     weights = np.array([0.6 if n == 0 else 1.0 for n in numbers])
     number = int(rng.choice(numbers, p=weights / weights.sum()))
     return Question(f"how many {rng.choice(by_count[number])} ?", str(number), "count")
+
+
+def _ask_sign(picture: Picture) -> Question:
+    if len(picture.signs) != 1:
+        raise ValueError(f"a picture with {len(picture.signs)} signs cannot be asked for one; draw it with 1")
+    return Question("what is on the sign ?", picture.signs[0].text, "sign")
+
+
+def _put_signs(
+    canvas: np.ndarray, things: tuple[Thing, ...], number: tuple[int, int], rng: np.random.Generator
+) -> tuple[Sign, ...]:
+    wanted = int(rng.integers(number[0], number[1] + 1))
+    signs = arrange_signs(rng, len(canvas), wanted, [(t.x, t.y, t.radius) for t in things])
+    for sign in signs:
+        paint_sign(canvas, sign, rng)
+    return signs
 
 
 def _arrange(rng: np.random.Generator, size: int, number: int) -> tuple[Thing, ...]:

@@ -1,7 +1,6 @@
 """Trains projector and decoder on frozen tower features: curriculum, checkpoints, resume."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,44 +10,14 @@ from torch.nn import functional as F
 from transformers import LlamaModel, LlavaForConditionalGeneration
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from vtp.scenes.generator.pictures import KINDS
 from vtp.scenes.training.checkpoint import Run
 from vtp.scenes.training.labels import shows_thing
 from vtp.scenes.training.mixed import attend, half_precision
 from vtp.scenes.training.packing import SKIP, Packed, masks, pack
 from vtp.scenes.training.pool import Pool
+from vtp.scenes.training.recipe import Recipe, Stage
 
-EVERY = 100
 QUESTIONS = 10
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One step of the decoder's curriculum: it ends at `goal` or after `steps`.
-
-    `goal` bounds the mean accuracy over all kinds. `batch` is the number of pictures of 336 pixels; smaller
-    ones come in larger batches. A `loose` stage crowds small pictures, and squeezes the places of the visual
-    tokens in half of its batches, so that the model reads pictures by content and not by place.
-    """
-
-    name: str
-    sizes: tuple[int, ...]
-    objects: tuple[int, int]
-    style: str
-    batch: int
-    rate: float
-    goal: float
-    steps: int
-    loose: bool = False
-
-
-STAGES = (
-    Stage("bare-168", (168,), (1, 4), "bare", 16, 2e-3, 0.92, 2500),
-    Stage("full-168", (168,), (1, 6), "full", 16, 1.5e-3, 0.88, 1500),
-    Stage("full-252", (252, 168), (2, 6), "full", 12, 1.5e-3, 0.88, 1200),
-    Stage("chat", (336, 168, 280, 224, 336, 140, 252, 308), (3, 6), "chat", 12, 1.5e-3, 1.0, 300),
-    Stage("loose", (336, 168, 336, 224, 336, 112, 336, 280), (2, 6), "chat", 12, 1.5e-3, 2.0, 900, True),
-)
 
 
 def answer_logits(
@@ -90,8 +59,9 @@ def _decode(decoder: LlamaModel, hidden: Tensor, mask: Tensor, positions: Tensor
 class Tally:
     """Exact-match accuracy per kind, gathered over several batches."""
 
-    def __init__(self) -> None:
-        self.right, self.total = np.zeros(len(KINDS)), np.zeros(len(KINDS))
+    def __init__(self, kinds: tuple[str, ...]) -> None:
+        self.kinds = kinds
+        self.right, self.total = np.zeros(len(kinds)), np.zeros(len(kinds))
 
     def add(self, logits: Tensor, labels: Tensor, packed: Packed) -> None:
         """Count the questions of a batch whose every answer token came out right."""
@@ -99,36 +69,37 @@ class Tally:
         wrong[packed.labels != SKIP] = logits.argmax(-1) != labels
         right = (~wrong.any(-1)).flatten().numpy()
         kinds = packed.kinds.flatten().numpy()
-        self.total += np.bincount(kinds, minlength=len(KINDS))
-        self.right += np.bincount(kinds, right, minlength=len(KINDS))
+        self.total += np.bincount(kinds, minlength=len(self.kinds))
+        self.right += np.bincount(kinds, right, minlength=len(self.kinds))
 
     @property
     def rates(self) -> dict[str, float]:
         """Accuracy by kind."""
-        return dict(zip(KINDS, self.right / np.maximum(self.total, 1), strict=True))
+        return dict(zip(self.kinds, self.right / np.maximum(self.total, 1), strict=True))
 
 
 def train_decoder(
     model: LlavaForConditionalGeneration,
     run: Run,
     seed: int,
+    recipe: Recipe,
     publish: Callable[[LlavaForConditionalGeneration], None],
 ) -> None:
-    """Train projector and decoder in place through `STAGES`; goes on from `decoder.pt` if there."""
+    """Train projector and decoder in place through the recipe's stages; goes on from `decoder.pt`."""
     tower = model.model.vision_tower.eval().requires_grad_(False)
     state: dict[str, Any] = run.load("decoder.pt") or {"stage": 0, "step": 0, "picture": 10**7}
     if "model" in state:
         model.load_state_dict(state["model"])
-    pool = Pool(tower, state["picture"])
-    if "model" not in state:
+    pool = Pool(tower, state["picture"], 3000 if recipe.form.reads else 6000, recipe.form.reads)
+    if "model" not in state and not recipe.grown:
         _fit_projector(model, pool, np.random.default_rng(seed))
-    for number in range(state["stage"], len(STAGES)):
+    for number in range(state["stage"], len(recipe.decoder)):
         resumed = state if number == state["stage"] else {"step": 0}
-        _train_stage(model, pool, run, number, resumed, seed)
+        _train_stage(model, pool, run, recipe, number, resumed, seed)
         run.save(
             {"stage": number + 1, "step": 0, "picture": pool.next, "model": model.state_dict()}, "decoder.pt"
         )
-        if 336 in STAGES[number].sizes and number + 1 < len(STAGES):
+        if 336 in recipe.decoder[number].sizes and number + 1 < len(recipe.decoder):
             publish(model)
     publish(model)
 
@@ -152,18 +123,19 @@ def _train_stage(
     model: LlavaForConditionalGeneration,
     pool: Pool,
     run: Run,
+    recipe: Recipe,
     number: int,
     resumed: dict[str, Any],
     seed: int,
 ) -> None:
-    stage, start = STAGES[number], resumed["step"]
+    stage, start = recipe.decoder[number], resumed["step"]
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=stage.rate, weight_decay=0.01, betas=(0.9, 0.98), fused=True)
     if "optimizer" in resumed:
         optimizer.load_state_dict(resumed["optimizer"])
     rng = np.random.default_rng([seed, number, start])
     run.log(f"{stage.name}: sizes {stage.sizes}, {stage.objects} things, {stage.style}, from step {start}")
-    tally, losses = Tally(), []
+    tally, losses = Tally(recipe.kinds), []
     for step in range(start, stage.steps):
         for group in optimizer.param_groups:
             group["lr"] = stage.rate * _pace(step, stage)
@@ -172,7 +144,7 @@ def _train_stage(
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        if step % EVERY == EVERY - 1:
+        if step % recipe.every == recipe.every - 1:
             rates = tally.rates
             words = "  ".join(f"{kind} {rate:.3f}" for kind, rate in rates.items())
             run.log(f"{stage.name} {step + 1:5d}  loss {np.mean(losses):.3f}  {words}")
@@ -180,7 +152,7 @@ def _train_stage(
             run.save({"stage": number, "step": step + 1, "picture": pool.next, **states}, "decoder.pt")
             if np.mean(list(rates.values())) >= stage.goal:
                 return
-            tally, losses = Tally(), []
+            tally, losses = Tally(recipe.kinds), []
 
 
 def _step(
@@ -195,7 +167,7 @@ def _step(
     size = stage.sizes[step % len(stage.sizes)]
     number = min(3 * stage.batch, round(stage.batch * (336 / size) ** 1.6))
     encoded = pool.sample(size, stage.objects, number, stage.batch // 2, rng, 0.7 if stage.loose else 1.2)
-    packed = pack([e.picture for e in encoded], QUESTIONS, stage.style, rng)
+    packed = pack([e.picture for e in encoded], QUESTIONS, stage.style, rng, tally.kinds)
     squeeze = float(rng.uniform(0.1, 1.0)) if stage.loose and rng.random() < 0.5 else 1.0
     with half_precision():
         logits, labels = answer_logits(

@@ -6,21 +6,25 @@ first layer in front, whose outputs are all but silenced, the attention of layer
 the model is about to read, and the reading happens from layer 2 on, among the tokens that a method kept.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 from transformers import LlavaForConditionalGeneration
 
-from vtp.scenes.training.folder import build_config
+from vtp.scenes.training.folder import SHIPPED, Form, build_config
 
 AHEAD = 2
 WHISPER = 0.003  # std of the silenced outputs: enough to notice a wrong layer, too little to change answers
 
 
 @torch.no_grad()
-def deepen(model: LlavaForConditionalGeneration, seed: int = 0) -> LlavaForConditionalGeneration:
+def deepen(
+    model: LlavaForConditionalGeneration, form: Form = SHIPPED, seed: int = 0
+) -> LlavaForConditionalGeneration:
     """A copy of the trained model with `AHEAD` quiet copies of its first decoder layer in front."""
     trained = len(model.model.language_model.layers)
-    deeper = LlavaForConditionalGeneration(build_config(trained + AHEAD))
+    deeper = LlavaForConditionalGeneration(build_config(replace(form, decoder_layers=trained + AHEAD)))
     mark = "language_model.layers."
     state: dict[str, torch.Tensor] = {}
     for name, weight in model.state_dict().items():

@@ -1,5 +1,7 @@
 """The built-in model's Hugging Face folder: tokenizer, chat template, processor, configuration, weights."""
 
+import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,6 +20,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from vtp.engines import UsageError
 from vtp.engines.disk.whole import whole_folder
 from vtp.scenes.generator.pictures import COLORS, SHAPES
+from vtp.scenes.generator.signs import ALPHABET
 from vtp.scenes.training.chat import CHAT_TEMPLATE
 
 SPECIALS = ("<pad>", "<s>", "</s>", "<image>")
@@ -30,7 +33,39 @@ _GRAMMAR = (
 )
 
 
-def build_tokenizer() -> Tokenizer:
+@dataclass(frozen=True)
+class Form:
+    """Sizes in which the built-in models differ, and whether their tokenizer knows the words of signs.
+
+    `tower_layers` counts the last one, which is never used; `decoder_layers` those that are trained.
+    """
+
+    tower_layers: int = 5
+    tower_mlp: int = 512
+    decoder_layers: int = 4
+    decoder_mlp: int = 384
+    reads: bool = False
+
+
+SHIPPED = Form()
+
+
+def build_tokenizer(reads: bool = False) -> Tokenizer:
+    """The tokenizer; with `reads` also with " sign" and " C" and its like as tokens, behind all others."""
+    return _with_signs(_key_words()) if reads else _key_words()
+
+
+def _with_signs(tokenizer: Tokenizer) -> Tokenizer:
+    """Merges of lowest priority: what was one token, or several, stays what it was."""
+    data = json.loads(tokenizer.to_str())
+    steps = [("Ġs", "i"), ("g", "n"), ("Ġsi", "gn"), *(("Ġ", c) for c in ALPHABET if c.isalpha())]
+    for left, right in steps:
+        data["model"]["merges"].append([left, right])
+        data["model"]["vocab"][left + right] = len(data["model"]["vocab"])
+    return Tokenizer.from_str(json.dumps(data))
+
+
+def _key_words() -> Tokenizer:
     """Byte-level BPE in which every key word is one token, with or without a blank before it."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
@@ -58,10 +93,10 @@ def build_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def build_processor() -> LlavaProcessor:
+def build_processor(reads: bool = False) -> LlavaProcessor:
     """LLaVA's processor: the CLIP image processor at 336 pixels, the tokenizer, the chat template."""
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=build_tokenizer(),
+        tokenizer_object=build_tokenizer(reads),
         bos_token="<s>",
         eos_token="</s>",
         pad_token="<pad>",
@@ -81,12 +116,12 @@ def build_processor() -> LlavaProcessor:
     )
 
 
-def build_config(layers: int = 4) -> LlavaConfig:
-    """CLIP tower of 5 layers (the last unused: feature layer -2), Llama decoder of `layers`, 128 wide."""
+def build_config(form: Form = SHIPPED) -> LlavaConfig:
+    """CLIP tower (the last layer unused: feature layer -2) and Llama decoder of that form, 128 wide."""
     vision = CLIPVisionConfig(
         hidden_size=128,
-        intermediate_size=512,
-        num_hidden_layers=5,
+        intermediate_size=form.tower_mlp,
+        num_hidden_layers=form.tower_layers,
         num_attention_heads=4,
         image_size=336,
         patch_size=14,
@@ -96,8 +131,8 @@ def build_config(layers: int = 4) -> LlavaConfig:
     text = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=layers,
+        intermediate_size=form.decoder_mlp,
+        num_hidden_layers=form.decoder_layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=32,
@@ -121,10 +156,10 @@ def build_config(layers: int = 4) -> LlavaConfig:
     return config
 
 
-def build_model(seed: int = 0) -> LlavaForConditionalGeneration:
+def build_model(seed: int = 0, form: Form = SHIPPED) -> LlavaForConditionalGeneration:
     """A randomly initialised model, wider than transformers' 0.02: binding takes far longer from there."""
     torch.manual_seed(seed)
-    model = LlavaForConditionalGeneration(build_config())
+    model = LlavaForConditionalGeneration(build_config(form))
     decoder = model.model.language_model
     torch.nn.init.normal_(decoder.embed_tokens.weight, std=0.5)
     for name, weight in decoder.layers.named_parameters():
@@ -138,14 +173,14 @@ def build_model(seed: int = 0) -> LlavaForConditionalGeneration:
     return model
 
 
-def save(model: LlavaForConditionalGeneration, folder: Path) -> None:
+def save(model: LlavaForConditionalGeneration, folder: Path, reads: bool = False) -> None:
     """Write the model folder whole, in the place of one that is there: readers see the old or the new.
 
     Raises UsageError for a folder of something else.
     """
     with whole_folder(folder, lambda: _check_replaceable(folder)) as aside:
         model.save_pretrained(aside)
-        build_processor().save_pretrained(aside)
+        build_processor(reads).save_pretrained(aside)
         for file in aside.iterdir():
             file.chmod(0o644)
 

@@ -41,8 +41,13 @@ def attend(
     shared: int = 0,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attention in float32. The first `shared` positions are plainly causal; only the rest needs `mask`."""
+    """Attention in float32. The first `shared` positions are plainly causal; only the rest needs `mask`.
+
+    Without a mask (the tower's) products are in bfloat16 and only the softmax in float32.
+    """
     with torch.autocast("cpu", enabled=False):
+        if mask is None and not shared and query.dtype == torch.bfloat16:
+            return _attend_all(query, key, value, scaling), None
         groups = query.shape[1] // key.shape[1]
         key, value = (
             t.float().repeat_interleave(groups, 1) if groups > 1 else t.float() for t in (key, value)
@@ -57,3 +62,10 @@ def attend(
             tail = core(query[:, :, shared:], key, value, attn_mask=mask[:, :, shared:], scale=scaling)
             out = torch.cat((head, tail), 2)
     return out.transpose(1, 2), None
+
+
+def _attend_all(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
+    """Written out: the backward pass takes half as long as that of the fused one."""
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scores = (query * scale) @ key.transpose(-1, -2)
+    return (scores.float().softmax(-1).bfloat16() @ value).transpose(1, 2)

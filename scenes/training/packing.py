@@ -16,13 +16,17 @@ from vtp.scenes.generator.pictures import KINDS, Picture, Question, ask
 from vtp.scenes.training.folder import BOS, EOS, PAD, build_tokenizer
 
 SKIP = -100
-_SHARES = {"chat": (0.2, 0.14, 0.42, 0.24)}  # of each kind: the last two are learned last
+_SHARES = {  # of each kind: those with more are learned last
+    (4, "chat"): (0.2, 0.14, 0.42, 0.24),
+    (6, "full"): (0.08, 0.07, 0.15, 0.1, 0.25, 0.35),
+    (6, "chat"): (0.1, 0.08, 0.24, 0.12, 0.2, 0.26),
+}
 STYLES = ("bare", "full", "chat")
 
 
 @cache
 def _tokenizer() -> Tokenizer:
-    return build_tokenizer()
+    return build_tokenizer(reads=True)  # all ids of the other tokenizer are the same here
 
 
 @lru_cache(maxsize=20000)
@@ -36,7 +40,7 @@ class Packed:
     """A batch of packed text.
 
     prefix [B, P], middle [B, M], blocks [B, Q, L] token ids; labels [B, Q, L]: the next token where it
-    belongs to an answer, else SKIP; kinds [B, Q]: index into `KINDS` of the (last) question.
+    belongs to an answer, else SKIP; kinds [B, Q]: index of the (last) question's kind.
     """
 
     prefix: Tensor
@@ -46,19 +50,25 @@ class Packed:
     kinds: Tensor
 
 
-def pack(pictures: list[Picture], questions: int, style: str, rng: np.random.Generator) -> Packed:
-    """Ask `questions` fresh questions about every picture, in the given style (one of `STYLES`).
+def pack(
+    pictures: list[Picture],
+    questions: int,
+    style: str,
+    rng: np.random.Generator,
+    kinds: tuple[str, ...] = KINDS,
+) -> Packed:
+    """Ask `questions` fresh questions of `kinds` about every picture, in the given style (one of `STYLES`).
 
     "bare" ends in the key word and "full" in the chat suffix; "chat" adds text of random length before and
     after the picture, earlier turns, and questions without the blank before the question mark.
     """
     system, between, turns = _chat_lengths(rng) if style == "chat" else (0, 0, 1)
-    rows, kinds = [], []
+    rows, asked_kinds, shares = [], [], _SHARES.get((len(kinds), style))
     for picture in pictures:
         for _ in range(questions):
-            asked = [ask(picture, str(rng.choice(KINDS, p=_SHARES.get(style))), rng) for _ in range(turns)]
+            asked = [ask(picture, str(rng.choice(kinds, p=shares)), rng) for _ in range(turns)]
             rows.append(_block(asked, style, bool(style == "chat" and rng.random() < 0.1), bool(between)))
-            kinds.append(KINDS.index(asked[-1].kind))
+            asked_kinds.append(kinds.index(asked[-1].kind))
     length = max(len(ids) for ids, _ in rows)
     blocks = np.full((len(rows), length), PAD)
     labels = np.full((len(rows), length), SKIP)
@@ -73,7 +83,7 @@ def pack(pictures: list[Picture], questions: int, style: str, rng: np.random.Gen
         torch.tensor(middle),
         torch.from_numpy(blocks).view(shape),
         torch.from_numpy(labels).view(shape),
-        torch.tensor(kinds).view(shape[:2]),
+        torch.tensor(asked_kinds).view(shape[:2]),
     )
 
 

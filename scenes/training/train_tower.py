@@ -8,8 +8,9 @@ from transformers import CLIPVisionModel
 
 from vtp.scenes.training.checkpoint import Run
 from vtp.scenes.training.mixed import half_precision
+from vtp.scenes.training.reader.teacher import Teacher
+from vtp.scenes.training.recipe import Recipe
 from vtp.scenes.training.tower import (
-    STAGES,
     Heads,
     Stream,
     TowerStage,
@@ -18,20 +19,22 @@ from vtp.scenes.training.tower import (
     tower_scores,
 )
 
-EVERY = 100
+GOALS = ("shape", "character", "slot")  # accuracies that end a stage
 
 
-def train_tower(tower: CLIPVisionModel, run: Run, seed: int) -> None:
-    """Train `tower` in place through `STAGES`; goes on from `tower.pt` if there."""
+def train_tower(tower: CLIPVisionModel, run: Run, seed: int, recipe: Recipe) -> None:
+    """Train `tower` in place through the recipe's stages; goes on from `tower.pt` if there."""
     torch.manual_seed(seed)
-    heads = Heads()
+    heads = Heads(recipe.form.reads)
+    if recipe.grown:
+        heads.start_silent()
     state: dict[str, Any] = run.load("tower.pt") or {"stage": 0, "step": 0, "picture": 0}
     if "tower" in state:
         tower.load_state_dict(state["tower"])
         heads.load_state_dict(state["heads"])
-    for number in range(state["stage"], len(STAGES)):
+    for number in range(state["stage"], len(recipe.tower)):
         start = state["step"] if number == state["stage"] else 0
-        picture = _train_stage(tower, heads, run, number, start, state["picture"], seed, state)
+        picture = _train_stage(tower, heads, run, recipe, number, start, state["picture"], seed, state)
         state = {"stage": number + 1, "step": 0, "picture": picture}
         run.save({**state, "tower": tower.state_dict(), "heads": heads.state_dict()}, "tower.pt")
 
@@ -40,6 +43,7 @@ def _train_stage(
     tower: CLIPVisionModel,
     heads: Heads,
     run: Run,
+    recipe: Recipe,
     number: int,
     start: int,
     picture: int,
@@ -47,29 +51,35 @@ def _train_stage(
     state: dict[str, Any],
 ) -> int:
     """One stage from step `start`; returns the next unused training picture."""
-    stage = STAGES[number]
+    stage, every = recipe.tower[number], recipe.every
+    often = max(1, every // 10)
     parameters = [*tower.parameters(), *heads.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=stage.rate, weight_decay=0.02, betas=(0.9, 0.98), fused=True)
     if start and "optimizer" in state:
         optimizer.load_state_dict(state["optimizer"])
-    stream = Stream(stage, picture, seed)
+    stream, teacher = Stream(stage, picture, seed), Teacher() if recipe.grown else None
     run.log(f"{stage.name}: sizes {stage.sizes}, batch {stage.batch}, from step {start}")
     sums: dict[str, float] = {}
-    for step, (images, targets) in zip(range(start, stage.steps), stream.batches(), strict=False):
+    for step, (images, corners, targets) in zip(range(start, stage.steps), stream.batches(), strict=False):
         for group in optimizer.param_groups:
             group["lr"] = stage.rate * _pace(step, stage)
         with half_precision():
-            features, glance = tower_forward(tower, images)
-            loss = sum(tower_losses(heads, features, glance, targets).values(), torch.zeros(()))
+            features, glance = tower_forward(tower, images, corners)
+            losses = tower_losses(heads, features, glance, targets)
+            if teacher:
+                losses["match"] = teacher.loss(images, corners, features, targets)
+            loss = sum(losses.values(), torch.zeros(()))
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        if step % 10 == 9:
+        if step % often == often - 1:
             with half_precision():
-                for name, value in tower_scores(heads, features, glance, targets).items():
-                    sums[name] = sums.get(name, 0.0) + value / (EVERY // 10)
-        if step % EVERY == EVERY - 1:
+                scores = tower_scores(heads, features, glance, targets)
+                scores |= {"match": losses["match"].item()} if teacher else {}
+                for name, value in scores.items():
+                    sums[name] = sums.get(name, 0.0) + value / (every // often)
+        if step % every == every - 1:
             run.log(f"{stage.name} {step + 1:5d}  loss {loss.item():.3f}  " + _words(sums))
             models = {
                 "tower": tower.state_dict(),
@@ -77,7 +87,7 @@ def _train_stage(
                 "optimizer": optimizer.state_dict(),
             }
             run.save({"stage": number, "step": step + 1, "picture": stream.next, **models}, "tower.pt")
-            if sums["shape"] >= stage.goal:
+            if min(sums[name] for name in GOALS if name in sums) >= stage.goal:
                 break
             sums = {}
     return stream.next

@@ -18,6 +18,7 @@ from vtp.serve.http.metrics import CONTENT_TYPE, Metrics
 from vtp.serve.http.models import Models
 from vtp.serve.http.ollama import endpoints as ollama
 from vtp.serve.http.openai.chat import chat_completions
+from vtp.serve.http.page import page_route
 from vtp.serve.http.refusals import failure
 from vtp.serve.http.responses import JsonResponse, error_response
 from vtp.serve.http.service import Service, log
@@ -29,6 +30,7 @@ def make_app(models: Models, settings: Settings | None = None) -> Starlette:
     settings = settings or Settings()
     app = Starlette(
         routes=[
+            page_route(),
             Route("/health", health),
             Route("/v1/health", health),
             Route("/health/ready", ready),
@@ -133,4 +135,5 @@ async def metrics(request: Request) -> Response:
     """Prometheus' text format."""
     service = Service.of(request)
     text = service.metrics.text(service.models.schedulers)
-    return Response(text, media_type=CONTENT_TYPE)
+    shadows = [line for model in service.models if model.shadow for line in model.shadow.lines(model.name)]
+    return Response("\n".join([text.rstrip("\n"), *shadows, ""]), media_type=CONTENT_TYPE)

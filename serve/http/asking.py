@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from starlette.requests import Request
 
@@ -20,13 +20,16 @@ from vtp.runtime.bundle.manifest import VisualInfo
 from vtp.runtime.result import Result
 from vtp.runtime.scheduler import Ticket
 from vtp.serve.http.errors import ApiError
-from vtp.serve.http.media_sources import Picture, read_picture
 from vtp.serve.http.metrics import Metrics
 from vtp.serve.http.models import Model
+from vtp.serve.http.pictures.sources import Picture, read_picture
 from vtp.serve.http.refusals import told
 from vtp.serve.http.service import Service
 from vtp.serve.http.turns import forms_of, media_for
+from vtp.serve.shadow import Exchange
+from vtp.serve.slo import Chosen
 
+_WHOLE = ("eos", "stop", "length")  # ends of answers that another bundle's can be compared with
 GONE = 499  # the status, in logs and metrics, of a request whose client went away
 
 
@@ -52,13 +55,21 @@ class Question:
     options: dict[str, Any] = field(default_factory=dict)
     detail: str = "auto"
 
-    def options_for(self, model: Model) -> dict[str, Any]:
+    @property
+    def leaves_keep_open(self) -> bool:
+        """Whether the server may choose how many visual tokens are kept."""
+        named = [self.options.get(name) for name in ("keep_tokens", "budget_ms")]
+        return named == [None, None] and self.detail == "auto"
+
+    def options_for(self, model: Model, chosen: Chosen | None = None) -> dict[str, Any]:
         """`options` with what the model decides: a keep-count, and an answer as long as its cache allows."""
         manifest = model.manifest
-        chosen = {"max_new_tokens": manifest.model.max_length, **self.options}
-        if chosen.get("keep_tokens") is None and chosen.get("budget_ms") is None:
-            chosen["keep_tokens"] = keep_of(self.detail, manifest.visual)
-        return chosen
+        options = {"max_new_tokens": manifest.model.max_length, **self.options}
+        if chosen is not None:
+            options["keep_tokens"] = chosen.keep_tokens
+        elif options.get("keep_tokens") is None and options.get("budget_ms") is None:
+            options["keep_tokens"] = keep_of(self.detail, manifest.visual)
+        return options
 
 
 def keep_of(detail: str, visual: VisualInfo) -> int:
@@ -70,16 +81,28 @@ class Asked:
     """A question that a model has taken. Read `whole` or `pieces`, once: after that `result` is there.
 
     notes  what was done to the question, in words, such as "transparency flattened on white"
+    sizes  (width, height) of its pictures
+    chosen  the keep-count that the server chose to be in time, if it did
     """
 
     def __init__(
-        self, request: Request, model: Model, ticket: Ticket, notes: list[str], tally: Tally
+        self,
+        request: Request,
+        model: Model,
+        ticket: Ticket,
+        notes: list[str],
+        sizes: list[tuple[int, int]],
+        chosen: Chosen | None,
+        tally: Tally,
+        again: Callable[[Result], None] | None,
     ) -> None:
         """Made by `ask`."""
         self.model = model
         self.notes = notes
+        self.sizes = sizes
+        self.chosen = chosen
         self.result: Result | None = None
-        self._request, self._ticket, self._tally = request, ticket, tally
+        self._request, self._ticket, self._tally, self._again = request, ticket, tally, again
         self._ping = Service.of(request).settings.ping_seconds
         self._gone = False
 
@@ -115,6 +138,8 @@ class Asked:
         if result.finish_reason == "cancelled":
             raise ApiError("the server is stopping, and ended this request; try again later", 503)
         self.result = result
+        if self._again is not None and result.finish_reason in _WHOLE:
+            self._again(result)
 
     @asynccontextmanager
     async def _watched(self) -> AsyncIterator[None]:
@@ -167,7 +192,8 @@ async def ask(request: Request, model: Model, question: Question) -> Asked:
     tally = Tally(service.metrics, model.name)
     try:
         pictures = await read_pictures(question.pictures, service)
-        ticket, note = await _submit(model, question, pictures)
+        chosen = _choose(model, question)
+        taken = await _submit(model, question, pictures, chosen)
     except ApiError as error:
         tally.end(error.status)
         raise
@@ -175,7 +201,9 @@ async def ask(request: Request, model: Model, question: Question) -> Asked:
         tally.end(500)
         raise
     notes = [text for picture in pictures for text in picture.notes]
-    return Asked(request, model, ticket, [*dict.fromkeys(notes), *note], tally)
+    sizes = [picture.image.size for picture in pictures]
+    told_of = [*dict.fromkeys(notes), *taken.notes]
+    return Asked(request, model, taken.ticket, told_of, sizes, chosen, tally, taken.again)
 
 
 async def read_pictures(pictures: Sequence[PictureSource], service: Service) -> list[Picture]:
@@ -194,9 +222,16 @@ async def read_pictures(pictures: Sequence[PictureSource], service: Service) -> 
     ]
 
 
-async def _submit(model: Model, question: Question, pictures: list[Picture]) -> tuple[Ticket, list[str]]:
+def _choose(model: Model, question: Question) -> Chosen | None:
+    """The keep-count that is in time, where there is an aim and the request leaves the choice."""
+    if model.slo is None or not question.leaves_keep_open:
+        return None
+    return model.slo.choose(model.scheduler.expected_wait())
+
+
+async def _submit(model: Model, question: Question, pictures: list[Picture], chosen: Chosen | None) -> Taken:
     """Take a ticket, in a thread: tokenizing takes a while. Should the request end meanwhile, so does it."""
-    work = asyncio.create_task(asyncio.to_thread(submit, model, question, pictures))
+    work = asyncio.create_task(asyncio.to_thread(submit, model, question, pictures, chosen))
     try:
         return await asyncio.shield(work)
     except asyncio.CancelledError:
@@ -204,23 +239,47 @@ async def _submit(model: Model, question: Question, pictures: list[Picture]) -> 
         raise
 
 
-def _give_up(work: asyncio.Task[tuple[Ticket, list[str]]]) -> None:
+def _give_up(work: asyncio.Task[Taken]) -> None:
     if not work.cancelled() and work.exception() is None:
-        work.result()[0].cancel()
+        work.result().ticket.cancel()
 
 
-def submit(model: Model, question: Question, pictures: list[Picture]) -> tuple[Ticket, list[str]]:
+class Taken(NamedTuple):
+    """A ticket, what was done to the turns of its question, and whom to tell of the answer."""
+
+    ticket: Ticket
+    notes: list[str]
+    again: Callable[[Result], None] | None
+
+
+def _again(
+    model: Model, images: Any, turns: list[dict[str, Any]], options: dict[str, Any]
+) -> Callable[[Result], None]:
+    """Hands an answer to the model's shadow."""
+
+    def offer(result: Result) -> None:
+        assert model.shadow is not None
+        model.shadow.offer(Exchange(images or [], turns, options, result))
+
+    return offer
+
+
+def submit(model: Model, question: Question, pictures: list[Picture], chosen: Chosen | None = None) -> Taken:
     """A ticket for a question, and what had to be done to its turns so that the model's template takes them.
 
     Templates differ in what they take: the turns are tried as they are, then in plainer forms.
     """
     media = model.manifest.text.media
     images, messages = media_for(media, [picture.image for picture in pictures], question.messages)
-    take = partial(model.scheduler.submit, images, **question.options_for(model))
+    options = question.options_for(model, chosen)
+    if shadowed := model.shadow is not None and model.shadow.wants(options):
+        options.setdefault("logprobs", 0)
+    take = partial(model.scheduler.submit, images, **options)
     refused: UsageError | None = None
     for turns, notes in forms_of(messages):
         try:
-            return take(messages=turns), notes
+            ticket = take(messages=turns)
+            return Taken(ticket, notes, _again(model, images, turns, options) if shadowed else None)
         except UsageError as error:
             refused = refused or error
         except Exception as error:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import threading
-from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import accumulate
 
 from vtp.runtime.decisions.decision import Decision
 from vtp.runtime.result import Result, VisualTokens
 from vtp.runtime.scheduler import Scheduler, SchedulerStats
+from vtp.serve.counts import Histogram, Labels, head, line
 
 __all__ = ["CONTENT_TYPE", "Metrics"]
 
@@ -55,30 +54,6 @@ _GAUGES: dict[str, tuple[str, Callable[[SchedulerStats], float]]] = {
     ),
 }
 
-Labels = tuple[tuple[str, str], ...]
-
-
-class _Histogram:
-    """Counts of values up to each bound, their number and sum."""
-
-    def __init__(self, bounds: tuple[float, ...]) -> None:
-        self._bounds = bounds
-        self._counts = [0] * (len(bounds) + 1)
-        self._sum = 0.0
-
-    def add(self, value: float) -> None:
-        self._counts[bisect_left(self._bounds, value)] += 1
-        self._sum += value
-
-    def lines(self, name: str, labels: Labels) -> Iterator[str]:
-        """As Prometheus wants them: each bucket holds the smaller ones."""
-        *below, total = accumulate(self._counts)
-        for bound, count in zip(self._bounds, below, strict=True):
-            yield _line(f"{name}_bucket", (*labels, ("le", f"{bound:g}")), count)
-        yield _line(f"{name}_bucket", (*labels, ("le", "+Inf")), total)
-        yield _line(f"{name}_sum", labels, self._sum)
-        yield _line(f"{name}_count", labels, total)
-
 
 class Metrics:
     """Counts of one server. Safe from any thread.
@@ -95,7 +70,7 @@ class Metrics:
         self._counters: dict[str, defaultdict[Labels, float]] = {
             name: defaultdict(float) for name in _COUNTERS
         }
-        self._histograms: dict[str, dict[Labels, _Histogram]] = {name: {} for name in _HISTOGRAMS}
+        self._histograms: dict[str, dict[Labels, Histogram]] = {name: {} for name in _HISTOGRAMS}
 
     def request_started(self, model: str) -> None:
         """Note a request; `finished` must follow once."""
@@ -148,7 +123,7 @@ class Metrics:
     def _add(self, name: str, labels: Labels, value: float) -> None:
         rows = self._histograms[name]
         if labels not in rows:
-            rows[labels] = _Histogram(_HISTOGRAMS[name][1])
+            rows[labels] = Histogram(_HISTOGRAMS[name][1])
         rows[labels].add(value)
 
     def _count(self, name: str, labels: Labels, value: float) -> None:
@@ -175,25 +150,25 @@ class Metrics:
 
     def _in_flight_lines(self) -> Iterator[str]:
         name = "vtp_requests_in_flight"
-        yield from _head(name, "gauge", "Requests that are being read, answered or sent.")
-        yield from (_line(name, (("model", model),), count) for model, count in self._in_flight.items())
+        yield from head(name, "gauge", "Requests that are being read, answered or sent.")
+        yield from (line(name, (("model", model),), count) for model, count in self._in_flight.items())
 
     def _counter_lines(self) -> Iterator[str]:
         for name, told in _COUNTERS.items():
-            yield from _head(name, "counter", told)
-            yield from (_line(name, labels, value) for labels, value in self._counters[name].items())
+            yield from head(name, "counter", told)
+            yield from (line(name, labels, value) for labels, value in self._counters[name].items())
 
     def _histogram_lines(self) -> Iterator[str]:
         for name, (told, _) in _HISTOGRAMS.items():
-            yield from _head(name, "histogram", told)
+            yield from head(name, "histogram", told)
             for labels, histogram in self._histograms[name].items():
                 yield from histogram.lines(name, labels)
 
 
 def _gauge_lines(stats: Mapping[str, SchedulerStats]) -> Iterator[str]:
     for name, (told, value) in _GAUGES.items():
-        yield from _head(name, "gauge", told)
-        yield from (_line(name, (("model", model),), value(one)) for model, one in stats.items())
+        yield from head(name, "gauge", told)
+        yield from (line(name, (("model", model),), value(one)) for model, one in stats.items())
 
 
 def _label(name: str, known: set[str]) -> str:
@@ -205,16 +180,3 @@ def _label(name: str, known: set[str]) -> str:
 
 def _status(status: int) -> str:
     return str(status) if status in _STATUSES else OTHER
-
-
-def _head(name: str, kind: str, told: str) -> tuple[str, str]:
-    return f"# HELP {name} {told}", f"# TYPE {name} {kind}"
-
-
-def _line(name: str, labels: Labels, value: float) -> str:
-    text = ",".join(f'{label}="{_escaped(content)}"' for label, content in labels)
-    return f"{name}{{{text}}} {value!r}" if text else f"{name} {value!r}"
-
-
-def _escaped(text: str) -> str:
-    return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")

@@ -12,14 +12,22 @@ from vtp.engines.errors import quoted_argument
 from vtp.runtime.bundle.manifest import Manifest
 from vtp.runtime.scheduler import Scheduler
 from vtp.serve.http.errors import ApiError
+from vtp.serve.shadow import Shadow
+from vtp.serve.slo import Slo
 
 
 @dataclass(frozen=True)
 class Model:
-    """A bundle under the name that requests give; its scheduler answers them."""
+    """A bundle under the name that requests give; its scheduler answers them.
+
+    slo     chooses keep-counts that are in time, where there is an aim
+    shadow  answers a share of the requests again, by another bundle
+    """
 
     name: str
     scheduler: Scheduler
+    slo: Slo | None = None
+    shadow: Shadow | None = None
     created: int = field(default_factory=lambda: int(time.time()))  # seconds since 1970
 
     @property
@@ -71,10 +79,12 @@ class Models:
         for name, scheduler in (schedulers or {}).items():
             self.add(name, scheduler)
 
-    def add(self, name: str, scheduler: Scheduler) -> None:
+    def add(
+        self, name: str, scheduler: Scheduler, slo: Slo | None = None, shadow: Shadow | None = None
+    ) -> None:
         """Serve another model."""
         with self._lock:
-            self._models[name] = Model(name, scheduler)
+            self._models[name] = Model(name, scheduler, slo, shadow)
 
     def loaded(self) -> None:
         """Every model is there: take requests."""
@@ -119,6 +129,12 @@ class Models:
         """Name -> scheduler of every model that is loaded."""
         return {model.name: model.scheduler for model in self}
 
+    @property
+    def idle(self) -> bool:
+        """Whether nobody waits for an answer."""
+        stats = [model.scheduler.stats() for model in self]
+        return not any(one.running or one.waiting for one in stats)
+
     def cancel(self) -> None:
         """Take no more requests, and cancel those that there are; returns at once."""
         self.stopping = True
@@ -129,6 +145,8 @@ class Models:
         """Take no more requests, and close every scheduler; see `Scheduler.close`."""
         self.stopping = True
         for model in self:
+            if model.shadow is not None:
+                model.shadow.close()
             model.scheduler.close(drain)
 
     def __iter__(self) -> Iterator[Model]:

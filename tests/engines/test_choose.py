@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable
+from importlib import metadata, util
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,11 +18,32 @@ from vtp.engines.registry import installed_providers
 from ..stand_ins.fake_trt import install
 
 CPU = ["CPUExecutionProvider"]
+OPENVINO = util.find_spec("openvino") is not None
+OPENVINOS = ("openvino-cpu", "openvino-gpu", "openvino-npu")
 GPU = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
 
 
 def probe(providers: list[str] | None) -> Callable[[], list[str] | None]:
     return lambda: providers
+
+
+def hide_openvino(patch: pytest.MonkeyPatch) -> None:
+    """As if it were not installed, whatever is."""
+    found = util.find_spec
+    patch.setattr(util, "find_spec", lambda name, *more: None if name == "openvino" else found(name, *more))
+
+
+def install_openvino(patch: pytest.MonkeyPatch, version: str, devices: list[str]) -> None:
+    """As if this version were installed, and listed these devices."""
+    hide_openvino(patch)
+    others = util.find_spec
+    patch.setattr(
+        util, "find_spec", lambda name, *more: "there" if name == "openvino" else others(name, *more)
+    )
+    patch.setattr(metadata, "version", lambda name: version)
+    module = ModuleType("openvino")
+    module.Core = lambda: SimpleNamespace(available_devices=devices)  # type: ignore[attr-defined]
+    patch.setitem(sys.modules, "openvino", module)
 
 
 def orin() -> CudaProbe:
@@ -79,6 +103,9 @@ def test_judging_all_engines_raises_nothing() -> None:
     assert [(one.engine, one.accepted) for one in judge_engines("float16", probe(GPU), orin)] == [
         ("ort-cuda", True),
         ("ort-cpu", True),
+        ("openvino-cpu", OPENVINO),
+        ("openvino-gpu", False),
+        ("openvino-npu", False),
         ("tensorrt", False),
         ("tensorrt-rtx", False),
     ]
@@ -86,7 +113,9 @@ def test_judging_all_engines_raises_nothing() -> None:
     def broken() -> list[str]:
         raise VtpError("does not import")
 
-    assert {one.reason for one in judge_engines(probe=broken)} == {"does not import"}
+    said = {one.engine: one.reason for one in judge_engines(probe=broken)}
+    assert {said.pop(name) for name in ("ort-cuda", "ort-cpu")} == {"does not import"}
+    assert "does not import" not in said.values()
 
 
 def test_tensorrt_runs_bundles_made_for_it_where_library_and_gpu_are(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,7 +141,8 @@ def test_auto_leaves_tensorrt_alone_and_says_why(monkeypatch: pytest.MonkeyPatch
 
 def test_decisions_say_by_a_code_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     def codes(dtype: str | None, found: Any, cuda: Any, target: str | None) -> list[str]:
-        return [one.code for one in judge_engines(dtype, probe(found), cuda, target)][:3]
+        said = {one.engine: one.code for one in judge_engines(dtype, probe(found), cuda, target)}
+        return [said[name] for name in ("ort-cuda", "ort-cpu", "tensorrt")]
 
     assert codes(None, None, orin, None) == ["no-library"] * 3
     assert codes("float16", CPU, orin, "ort") == ["no-provider", "accepted", "target"]
@@ -132,15 +162,19 @@ def test_decisions_say_by_a_code_what_is_wrong(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_capabilities_are_facts_of_every_engine() -> None:
-    """As the engines are: one shares the host's memory, two run what was built."""
+    """As the engines are: ONNX Runtime's and OpenVINO's share the host's memory, two run what was built."""
     able = {name: capabilities(name) for name in engine_names() if name != AUTO}
-    assert {name for name, one in able.items() if one.on_cpu} == {"ort-cpu"}
-    assert {name for name, one in able.items() if one.widens_float16} == {"ort-cpu"}
-    assert {name for name, one in able.items() if "ort" in one.targets} == {"ort-cuda", "ort-cpu"}
+    assert {name for name, one in able.items() if one.on_cpu} == {"ort-cpu", *OPENVINOS}
+    assert {name for name, one in able.items() if one.widens_float16} == {"ort-cpu", *OPENVINOS}
+    assert {name for name, one in able.items() if "ort" in one.targets} == {"ort-cuda", "ort-cpu", *OPENVINOS}
+    assert {name for name, one in able.items() if not one.float64} == set(OPENVINOS)
+    assert {name for name, one in able.items() if one.proven} == {"ort-cuda", "ort-cpu", "openvino-cpu"}
     built = {name for name, one in able.items() if one.built}
-    assert built == {name for name, one in able.items() if one.largest_batch == 1 and not one.proven}
+    assert built == {name for name, one in able.items() if one.largest_batch == 1}
     assert built == {"tensorrt", "tensorrt-rtx"}
-    with pytest.raises(UsageError, match="unknown engine 'auto'; choose one of ort-cuda, ort-cpu, tensorrt"):
+    with pytest.raises(
+        UsageError, match="unknown engine 'auto'; choose one of ort-cuda, ort-cpu, openvino-cpu"
+    ):
         capabilities(AUTO)
 
 
@@ -151,9 +185,45 @@ def test_auto_leaves_float32_to_the_cpu() -> None:
 
 
 @pytest.mark.parametrize("wanted", [AUTO, "ort-cpu", "ort-cuda"])
-def test_no_onnxruntime_names_the_extra(wanted: str) -> None:
+def test_no_onnxruntime_names_the_extra(wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    hide_openvino(monkeypatch)
     with pytest.raises(VtpError, match=r"not installed: pip install 'vtp-edge\[ort\]'"):
         choose_engine(wanted, probe=probe(None))
+
+
+def test_without_onnxruntime_auto_takes_openvino(monkeypatch: pytest.MonkeyPatch) -> None:
+    install_openvino(monkeypatch, "2026.4.1", ["CPU"])
+    choice = choose_engine(AUTO, probe=probe(None))
+    assert choice.engine == "openvino-cpu"
+    assert "onnxruntime is not installed" in choice.decisions[1].reason
+    assert choose_engine("openvino-cpu", probe=probe(None)).decisions[0].reason == "openvino 2026.4.1"
+    with pytest.raises(VtpError, match=r"does not run target 'tensorrt'.* --target ort"):
+        choose_engine("openvino-cpu", probe=probe(None), target="tensorrt")
+
+
+def test_openvino_that_is_not_there_or_too_old_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        hide_openvino(patch)
+        with pytest.raises(VtpError, match=r"not installed: pip install 'vtp-edge\[openvino\]'"):
+            choose_engine("openvino-cpu", probe=probe(CPU))
+    install_openvino(monkeypatch, "2025.3.0", ["CPU"])
+    with pytest.raises(
+        VtpError, match=r"openvino 2025\.3\.0 is older than 2026\.4: pip install .* --upgrade"
+    ):
+        choose_engine("openvino-cpu", probe=probe(CPU))
+
+
+@pytest.mark.parametrize(("kind", "listed"), [("gpu", "GPU.1"), ("npu", "NPU")])
+def test_devices_of_openvino_are_those_that_it_lists(
+    kind: str, listed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install_openvino(monkeypatch, "2026.5.0", ["CPU"])
+    with pytest.raises(
+        VtpError, match=f"lists no {kind.upper()} on this machine, only CPU; use --engine open"
+    ):
+        choose_engine(f"openvino-{kind}", probe=probe(None))
+    install_openvino(monkeypatch, "2026.5.0", ["CPU", listed])
+    assert choose_engine(f"openvino-{kind}", probe=probe(None)).engine == f"openvino-{kind}"
 
 
 def test_cuda_asked_for_without_cuda_names_the_extra() -> None:

@@ -35,7 +35,9 @@ async function answered(page) {
 const kept = (page) => page.evaluate(() => state.kept);
 const brightness = (page) => page.evaluate(() => {
   const canvas = document.querySelector("#view");
-  const data = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data;
+  const copy = new OffscreenCanvas(canvas.width, canvas.height).getContext("2d", { willReadFrequently: true });
+  copy.drawImage(canvas, 0, 0);
+  const data = copy.getImageData(0, 0, canvas.width, canvas.height).data;
   let sum = 0;
   for (let at = 0; at < data.length; at += 4) sum += data[at] + data[at + 1] + data[at + 2];
   return sum / (data.length / 4) / 3;
@@ -62,9 +64,8 @@ await page.check("#show-kept");
 await page.focus("#keep");
 for (const [place] of counts.entries()) {
   await page.keyboard.press(place ? "ArrowRight" : "Home");
-  await page.waitForTimeout(50);
+  await page.waitForFunction((count) => state.kept?.kept.length === count && !state.running, counts[place]);
   told.answers[counts[place]] = await answered(page);
-  assert.equal((await kept(page)).kept.length, counts[place]);
 }
 assert.equal(await page.locator("#tries tr").count(), counts.length);
 assert.ok((await page.locator("#stages tr").count()) >= 3);
@@ -87,6 +88,7 @@ await phone.close();
 // Without a mouse: Tab reaches everything in order, Enter asks, Escape stops.
 const keys = await open({ viewport: { width: 1200, height: 900 } });
 await keys.setInputFiles("#file", picture);
+await keys.waitForFunction(() => document.activeElement.id === "prompt"); // once the picture is there
 const reached = [];
 await keys.evaluate(() => document.activeElement.blur());
 for (let step = 0; step < 12; step++) {

@@ -10,6 +10,7 @@ from PIL import Image
 from tokenizers import Tokenizer
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
+from vtp.engines import UsageError
 from vtp.scenes import examples_dir, model_dir
 from vtp.scenes.exam import held_out, score
 from vtp.scenes.generator.pictures import COLORS, SHAPES
@@ -43,6 +44,11 @@ def _answer(model, processor, image: Image.Image, question: str) -> str:  # type
     with torch.inference_mode():
         ids = model.generate(**inputs, max_new_tokens=8)
     return processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def test_an_unknown_built_in_model_is_refused() -> None:
+    with pytest.raises(UsageError, match="no built-in model is called 'poet'; choose model or reader"):
+        model_dir("poet")
 
 
 def test_the_folder_is_small_and_readable() -> None:

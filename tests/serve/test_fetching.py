@@ -21,8 +21,8 @@ from PIL import Image
 
 from vtp.engines.errors import UsageError
 from vtp.serve.http.errors import ApiError
-from vtp.serve.http.fetching import AllowedDomain, Fetcher, is_public
-from vtp.serve.http.media_sources import MediaLimits, read_picture
+from vtp.serve.http.pictures.fetching import AllowedDomain, Fetcher, is_public
+from vtp.serve.http.pictures.sources import MediaLimits, read_picture
 
 PARAM = "messages.0.content.0.image_url"
 

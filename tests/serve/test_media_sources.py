@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from vtp.serve.http.errors import ApiError
-from vtp.serve.http.media_sources import FORMATS, MediaLimits, Picture, decode_picture, read_picture
+from vtp.serve.http.pictures.sources import FORMATS, MediaLimits, Picture, decode_picture, read_picture
 
 LIMITS = MediaLimits()
 PARAM = "messages.0.content.1.image_url"

@@ -27,16 +27,22 @@ class Sample:
     threads: int
 
 
-def look() -> Sample:
-    """What this process holds now, without what only waits to be collected."""
+def look(number: int | None = None) -> Sample:
+    """What this process holds now, without what only waits to be collected; or what another one holds."""
     gc.collect()
-    process = Path("/proc/self")
-    descriptors = sum(1 for _ in (process / "fd").iterdir()) - 1  # the one that lists them
-    return Sample(resident() / 2**20, descriptors, sum(1 for _ in (process / "task").iterdir()))
+    process = Path("/proc/self" if number is None else f"/proc/{number}")
+    descriptors = sum(1 for _ in (process / "fd").iterdir())
+    threads = sum(1 for _ in (process / "task").iterdir())
+    listing = number is None  # a descriptor of this process's own
+    return Sample(resident(process / "status") / 2**20, descriptors - listing, threads)
 
 
 def ask(
-    kinds: Mapping[str, Callable[[], None]], seconds: float, least: int, chance: random.Random
+    kinds: Mapping[str, Callable[[], None]],
+    seconds: float,
+    least: int,
+    chance: random.Random,
+    look: Callable[[], Sample] = look,
 ) -> tuple[Counter[str], list[Sample]]:
     """Ask in random order for so long, and at least so often; what was asked, and samples all along."""
     done: Counter[str] = Counter()

@@ -24,6 +24,14 @@ def test_a_short_run_grows_nothing(exported: Callable[[str], Any]) -> None:
     assert done.stdout.startswith("soak: 5 s, ") and "; 0 bad (seed 0)" in done.stdout
 
 
+def test_a_short_run_of_the_server_grows_nothing(exported: Callable[[str], Any]) -> None:
+    command = [sys.executable, "-m", "tests.soak.server", "--seconds", "3", "--least", "12"]
+    command += ["--bundle", str(exported("vispruner").folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.startswith("soak of vtp-serve: 3 s, ") and "; 0 bad (seed 0)" in done.stdout
+
+
 LEAKS = {
     "descriptors": "os.open(os.devnull, os.O_RDONLY)",
     "threads": "threading.Thread(target=threading.Event().wait, daemon=True).start()",

@@ -18,8 +18,8 @@ from vtp.serve.http.asking import GONE, Tally, keep_of, read_pictures
 from vtp.serve.http.decisions.request import Asking, DecisionsRequest, read_decisions
 from vtp.serve.http.errors import ApiError
 from vtp.serve.http.fields import read_fields
-from vtp.serve.http.media_sources import Picture
 from vtp.serve.http.models import Model
+from vtp.serve.http.pictures.sources import Picture
 from vtp.serve.http.refusals import told
 from vtp.serve.http.responses import JsonResponse
 from vtp.serve.http.service import Service

@@ -8,6 +8,8 @@ from typing import Any
 
 from vtp.runtime.result import Result
 from vtp.serve.http.models import Model
+from vtp.serve.http.pictures.kept_places import kept_places
+from vtp.serve.slo import Chosen
 
 _FINISH = {"eos": "stop", "stop": "stop", "length": "length", "timeout": "length"}
 
@@ -73,10 +75,22 @@ def _first(kept: list[Any]) -> list[Any]:
 
 
 class Writer:
-    """Writes one answer: whole, or as the chunks of a stream."""
+    """Writes one answer: whole, or as the chunks of a stream.
 
-    def __init__(self, model: Model, include_usage: bool = False) -> None:
+    sizes   of the pictures, if the answer shall say where their kept tokens lie (see `kept_places`)
+    chosen  the keep-count that the server chose to be in time, if it did
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        include_usage: bool = False,
+        sizes: list[tuple[int, int]] | None = None,
+        chosen: Chosen | None = None,
+    ) -> None:
         self._model = model
+        self._sizes = sizes
+        self._chosen = chosen
         self._usage = {"usage": None} if include_usage else {}
         self._head = {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
@@ -121,4 +135,9 @@ class Writer:
         return {**self._head, "object": "chat.completion.chunk", "choices": [choice], **self._usage}
 
     def _figures(self, result: Result, notes: list[str]) -> dict[str, Any]:
-        return {"timings": timings(result), "vtp": pruning(self._model, result, notes)}
+        own = pruning(self._model, result, notes)
+        if self._chosen is not None:
+            own["slo"] = self._chosen.to_json()
+        if self._sizes is not None:
+            own["kept"] = kept_places(self._model.manifest, self._sizes, result.kept)
+        return {"timings": timings(result), "vtp": own}

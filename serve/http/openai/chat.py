@@ -27,12 +27,17 @@ async def chat_completions(request: Request) -> Response:
     if asked_for.stream:
         return await EventStream.begun(_events(asked, asked_for))
     result = await asked.whole()
-    return JsonResponse(Writer(model).whole(result, asked.notes))
+    return JsonResponse(_writer(asked, asked_for).whole(result, asked.notes))
+
+
+def _writer(asked: Asked, asked_for: ChatRequest) -> Writer:
+    sizes = asked.sizes if asked_for.show_kept else None
+    return Writer(asked.model, asked_for.include_usage, sizes, asked.chosen)
 
 
 async def _events(asked: Asked, asked_for: ChatRequest) -> AsyncIterator[bytes]:
     """Server-sent events: the role with the first text, text, why it ended, usage if wanted, the end."""
-    writer, begun = Writer(asked.model, asked_for.include_usage), False
+    writer, begun = _writer(asked, asked_for), False
     async for piece in asked.pieces():
         if piece is None:
             yield PING

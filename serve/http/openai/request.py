@@ -27,7 +27,7 @@ _IGNORED = (
     "store",
     "user",
 )
-_OWN = ("keep_tokens", "budget_ms")
+_OWN = ("keep_tokens", "budget_ms", "show_kept")
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class ChatRequest:
     """What a client asks.
 
     model   as it was given, checked when it is looked up
+    show_kept  whether the answer says which visual tokens were kept
     unread  names of fields that nothing here knows
     """
 
@@ -42,6 +43,7 @@ class ChatRequest:
     question: Question
     stream: bool
     include_usage: bool
+    show_kept: bool
     unread: tuple[str, ...]
 
 
@@ -57,7 +59,8 @@ def read_chat(body: Fields) -> ChatRequest:
     for name in _IGNORED:
         body.raw(name)
     question = Question(turns, tuple(reader.pictures), options, highest(reader.details))
-    return ChatRequest(model, question, stream, include_usage, (*body.unread(), *reader.unread))
+    unread = (*body.unread(), *reader.unread)
+    return ChatRequest(model, question, stream, include_usage, _show_kept(body), unread)
 
 
 def _limits(body: Fields) -> dict[str, Any]:
@@ -109,6 +112,7 @@ def read_own(body: Fields) -> dict[str, Any]:
         "keep_tokens": own.whole("keep_tokens", 1, LARGEST),
         "budget_ms": own.number("budget_ms", 0, 1e9),
     }
+    own.flag("show_kept")
     if name := next(own.unread(), None):
         hint = nearest(name, list(_OWN))
         raise ApiError(
@@ -118,6 +122,11 @@ def read_own(body: Fields) -> dict[str, Any]:
     if None not in chosen.values():
         raise ApiError("give either vtp.keep_tokens or vtp.budget_ms, not both", param="vtp")
     return {name: value for name, value in chosen.items() if value is not None}
+
+
+def _show_kept(body: Fields) -> bool:
+    own = body.fields("vtp")
+    return bool(own and own.flag("show_kept"))
 
 
 def read_form(body: Fields) -> dict[str, Any]:

@@ -34,9 +34,10 @@ def same(found: Result, wanted: Result) -> bool:
 
 @pytest.mark.parametrize("name", ["vispruner", "adaptprune"])
 def test_pictures_that_were_seen_are_not_encoded_again(
-    exported: Callable[[str], Any], picture: Image.Image, name: str
+    exported: Callable[[str], Any], picture: Image.Image, name: str, cpu_engine: str
 ) -> None:
-    with load(exported(name)) as plain, load(exported(name), image_cache=2) as cached:
+    made, engine = exported(name), {"engine": cpu_engine}
+    with load(made, **engine) as plain, load(made, image_cache=2, **engine) as cached:
         stages = [stage.name for stage in plain.manifest.stages if stage.when == "image" and not stage.keep]
         hits = []
         for image in (picture, GREEN, picture, BLUE, GREEN):  # BLUE takes the place of GREEN
@@ -128,11 +129,12 @@ def test_bad_sizes_of_the_image_cache(exported: Callable[[str], Any], most: Any)
 
 @pytest.mark.parametrize("name", ["none", "vispruner"])
 def test_prompts_read_on_give_the_same_answers(
-    exported: Callable[[str], Any], picture: Image.Image, name: str
+    exported: Callable[[str], Any], picture: Image.Image, name: str, cpu_engine: str
 ) -> None:
     """The same again, another question, another picture, another keep-count, and each in between."""
     asked = [(picture, FIRST), (picture, FIRST), (picture, SECOND), (GREEN, SECOND)]
-    with load(exported(name)) as plain, load(exported(name), reuse_prompt=True) as reusing:
+    made, engine = exported(name), {"engine": cpu_engine}
+    with load(made, **engine) as plain, load(made, reuse_prompt=True, **engine) as reusing:
         for keep in plain.manifest.visual.keep:
             reused = []
             for image, prompt in asked:
@@ -160,8 +162,11 @@ def test_a_conversation_is_read_once(exported: Callable[[str], Any], picture: Im
             turns.append({"role": "assistant", "content": "a star"})
 
 
-def test_batches_in_between_do_no_harm(exported: Callable[[str], Any], picture: Image.Image) -> None:
-    with load(exported("vispruner")) as plain, load(exported("vispruner"), reuse_prompt=True) as reusing:
+def test_batches_in_between_do_no_harm(
+    exported: Callable[[str], Any], picture: Image.Image, cpu_engine: str
+) -> None:
+    made, engine = exported("vispruner"), {"engine": cpu_engine}
+    with load(made, **engine) as plain, load(made, reuse_prompt=True, **engine) as reusing:
         for images, prompts in (
             ([picture], [FIRST]),
             ([picture, GREEN], [FIRST, SECOND * 2]),
@@ -188,12 +193,12 @@ def test_an_abandoned_answer_leaves_a_cache_that_is_known(
         assert same(found, plain.generate(picture, SECOND, max_new_tokens=12))
 
 
-def test_logits_of_a_prompt_read_on(exported: Callable[[str], Any]) -> None:
+def test_logits_of_a_prompt_read_on(exported: Callable[[str], Any], cpu_engine: str) -> None:
     """Two prompts of one picture: the second one's logits are those of a fresh reading within 1e-5."""
     bundle = open_bundle(exported("none").folder)
     pixels = np.random.default_rng(0).standard_normal((1, 3, 56, 56)).astype(np.float32)
     head, prefix = [1, 40, 41, bundle.manifest.text.image_token_id], Prefix()
-    fresh, going_on = StageRunner(bundle, "ort-cpu", 1), StageRunner(bundle, "ort-cpu", 1, prefix=prefix)
+    fresh, going_on = (StageRunner(bundle, cpu_engine, 1, prefix=one) for one in (None, prefix))
     for tail, reused in (([50, 51], 0), ([50, 60, 61, 62], 20), ([50, 60, 61], 21)):
         logits = [
             runner.prefill(16, pixels, [*head, *tail], 3, Timings())["logits"].numpy()

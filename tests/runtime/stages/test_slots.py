@@ -25,8 +25,10 @@ PROMPTS = ["how many ?", "what shape is the red circle on the left ?", "where is
 
 
 @pytest.fixture(params=["vispruner", "adaptprune"])
-def runner(exported: Callable[[str], Any], request: pytest.FixtureRequest) -> Iterator[StageRunner]:
-    with Pipeline.load(exported(request.param).folder, threads=1) as pipe, pipe.claimed() as runner:
+def runner(
+    exported: Callable[[str], Any], request: pytest.FixtureRequest, cpu_engine: str
+) -> Iterator[StageRunner]:
+    with Pipeline.load(exported(request.param).folder, cpu_engine, 1) as pipe, pipe.claimed() as runner:
         runner.pipe = pipe  # type: ignore[attr-defined]
         yield runner
 

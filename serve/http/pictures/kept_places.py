@@ -33,6 +33,6 @@ def _place(box: Any, size: tuple[int, int], grid: Sequence[int], kept: Sequence[
     shares = (box.left / width, box.top / height, box.right / width, box.bottom / height)
     return {
         "grid": [int(grid[0]), int(grid[1])],
-        "box": [round(share, 6) for share in shares],
+        "box": [round(share, 12) for share in shares],
         "kept": [int(index) for index in kept],
     }

@@ -15,7 +15,7 @@ from PIL import Image
 
 from vtp.runtime.media.rgb import to_rgb
 from vtp.serve.http.errors import ApiError
-from vtp.serve.http.fetching import Fetcher
+from vtp.serve.http.pictures.fetching import Fetcher
 
 __all__ = ["MediaLimits", "Picture", "decode_base64", "decode_picture", "read_picture"]
 

@@ -1,0 +1,306 @@
+"""What a server gives several clients at once, against the same requests one after the other, over HTTP.
+
+    python -m vtp.bench.serving BUNDLE --clients 1,4,16,64
+
+Starts a real vtp-serve in a process of its own, with a copy of the bundle that never ends an answer early,
+and asks it for streams, as OpenAI's clients do. Every client asks its requests one after the other, each
+about the next of a few pictures; the texts of both ways are compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import dataclasses
+import http.client
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vtp.bench.scheduling import PROMPTS
+from vtp.engines import VtpError
+from vtp.engines.child import python_command
+from vtp.runtime.bundle.folder import open_bundle
+from vtp.runtime.commands.arguments import add_debug, add_json, add_threads
+from vtp.runtime.commands.console import Parser, Progress, run_command, say, say_json, table, whole_number
+from vtp.runtime.machine.facts import look
+from vtp.scenes import examples_dir
+
+PROG = "vtp.bench.serving"
+_PATIENCE = 600.0  # seconds for one answer
+
+
+@dataclass
+class Seen:
+    """What one way of asking gave: texts by (client, number), and times in milliseconds."""
+
+    texts: dict[tuple[int, int], str] = field(default_factory=dict)
+    tokens: int = 0
+    first_ms: list[float] = field(default_factory=list)
+    gaps_ms: list[float] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def figures(self) -> dict[str, float]:
+        """Answers and tokens a second, and milliseconds to the first token and between pieces."""
+        return {
+            "answers_per_second": len(self.texts) / self.seconds,
+            "tokens_per_second": self.tokens / self.seconds,
+            "ttft_p50_ms": _quantile(self.first_ms, 0.5),
+            "ttft_p95_ms": _quantile(self.first_ms, 0.95),
+            "gap_p95_ms": _quantile(self.gaps_ms, 0.95),
+        }
+
+
+@dataclass(frozen=True)
+class Load:
+    """What every client asks for; the bodies are made beforehand."""
+
+    port: int
+    pictures: Sequence[str]  # data URLs
+    requests: int  # of each client
+    max_new_tokens: int
+
+    def body(self, client: int, number: int) -> bytes:
+        """A client's request, which others ask, too."""
+        place = client + number
+        content = [
+            {"type": "image_url", "image_url": {"url": self.pictures[place % len(self.pictures)]}},
+            {"type": "text", "text": PROMPTS[place % len(PROMPTS)]},
+        ]
+        options = {"stream": True, "stream_options": {"include_usage": True}}
+        asked = {"messages": [{"role": "user", "content": content}], "max_tokens": self.max_new_tokens}
+        return json.dumps({**asked, **options}).encode()
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags."""
+    parser = Parser(prog=PROG, description="Answers a second of vtp-serve, for several clients at once.")
+    add = parser.add_argument
+    add("bundle", metavar="BUNDLE", help="a folder that vtp-export made")
+    add("--clients", default="1,4,16,64", metavar="N,…", help="how many ask at once (default: %(default)s)")
+    add("--requests", default="4", metavar="N", help="requests of each client (default: %(default)s)")
+    add("--max-new-tokens", default="64", metavar="N", help="tokens of an answer (default: %(default)s)")
+    add("--slots", default="8", metavar="N", help="requests that decode together (default: %(default)s)")
+    add("--vision-feature-cache", default="0", metavar="N", help="pictures whose features are kept (off)")
+    add_threads(parser)
+    add_json(parser)
+    add_debug(parser)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    args = build_parser().parse_args(argv)
+    return run_command(PROG, lambda: _run(args), args.debug)
+
+
+def _run(args: argparse.Namespace) -> None:
+    clients = [whole_number("--clients", text, 1) for text in args.clients.split(",")]
+    requests, length = (
+        whole_number(f"--{name}", getattr(args, name.replace("-", "_")), 1)
+        for name in ("requests", "max-new-tokens")
+    )
+    flags = ["--slots", args.slots, "--queue", str(max(clients))]
+    flags += ["--vision-feature-cache", args.vision_feature_cache]
+    flags += [] if args.threads is None else ["--threads", args.threads]
+    pictures = [_data_url(path) for path in sorted(examples_dir().glob("*.png"))]
+    progress, rows = Progress(), []
+    with (
+        tempfile.TemporaryDirectory(prefix="vtp-serving-") as name,
+        _server(_endless(args.bundle, name), flags) as port,
+    ):
+        load = Load(port, pictures, requests, length)
+        _ask(load, 0, 0, Seen())  # opens what is opened at the first request
+        for count in clients:
+            progress.step(f"{count} clients, {count * requests} requests")
+            rows.append(compare(load, count))
+    progress.end()
+    machine = look()
+    found = {
+        "machine": machine.processor,
+        "cores": machine.cores,
+        "flags": flags,
+        "max_new_tokens": length,
+        "requests_per_client": requests,
+        "clients": rows,
+    }
+    say_json(found) if args.json else say(_report(found))
+
+
+def compare(load: Load, clients: int) -> dict[str, Any]:
+    """Figures of both ways for a number of clients, and how many answers differ or failed."""
+    alone, at_once = in_turn(load, clients), together(load, clients)
+    one, two = alone.figures(), at_once.figures()
+    return {
+        "clients": clients,
+        "requests": clients * load.requests,
+        "in_turn": one,
+        "at_once": two,
+        "speedup": two["tokens_per_second"] / one["tokens_per_second"],
+        "different": sum(at_once.texts.get(key) != text for key, text in alone.texts.items()),
+        "failed": [*alone.failed, *at_once.failed],
+    }
+
+
+def in_turn(load: Load, clients: int) -> Seen:
+    """All requests, one after the other."""
+    seen, started = Seen(), time.perf_counter()
+    for number in range(load.requests):
+        for client in range(clients):
+            _ask(load, client, number, seen)
+    seen.seconds = time.perf_counter() - started
+    return seen
+
+
+def together(load: Load, clients: int) -> Seen:
+    """The same requests, every client a thread that asks again when it has its answer."""
+    seen = Seen()
+
+    def client(place: int) -> None:
+        for number in range(load.requests):
+            _ask(load, place, number, seen)
+
+    threads = [threading.Thread(target=client, args=(place,)) for place in range(clients)]
+    started = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    seen.seconds = time.perf_counter() - started
+    return seen
+
+
+def _ask(load: Load, client: int, number: int, seen: Seen) -> None:
+    """One stream: its text, its tokens, and when its pieces came."""
+    connection = http.client.HTTPConnection("127.0.0.1", load.port, timeout=_PATIENCE)
+    started, times, text = time.perf_counter(), [], ""
+    try:
+        connection.request("POST", "/v1/chat/completions", load.body(client, number))
+        answer = connection.getresponse()
+        if answer.status != 200:
+            seen.failed.append(f"status {answer.status}: {answer.read()[:200]!r}")
+            return
+        for chunk in _chunks(answer):
+            if chunk["choices"] and chunk["choices"][0]["delta"].get("content"):
+                times.append(time.perf_counter())
+                text += chunk["choices"][0]["delta"]["content"]
+            if chunk.get("usage"):
+                seen.tokens += chunk["usage"]["completion_tokens"]
+    except (OSError, http.client.HTTPException, ValueError, KeyError) as error:
+        seen.failed.append(f"{type(error).__name__}: {error}")
+        return
+    finally:
+        connection.close()
+    seen.texts[client, number] = text
+    seen.first_ms += [(times[0] - started) * 1e3] if times else []
+    seen.gaps_ms += [(later - one) * 1e3 for one, later in pairwise(times)]
+
+
+def _chunks(answer: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
+    """The JSON of each event; raises ValueError for a stream that has no end."""
+    for line in answer:
+        if line.strip() == b"data: [DONE]":
+            return
+        if line.startswith(b"data: "):
+            yield json.loads(line[6:])
+    raise ValueError("the stream broke off")
+
+
+def _endless(bundle: str, folder: str) -> Path:
+    """A copy of a bundle, of links, whose answers only the picture's own token would end early."""
+    opened, copy = open_bundle(bundle), Path(folder) / "bundle"
+    copy.mkdir()
+    for name in opened.manifest.files:
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        _link(opened.path(name).resolve(), copy / name)
+    text = dataclasses.replace(opened.manifest.text, eos_token_ids=(opened.manifest.text.image_token_id,))
+    manifest = dataclasses.replace(opened.manifest, text=text)
+    (copy / "manifest.json").write_text(manifest.to_json(), encoding="utf-8")
+    return copy
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system
+        target.write_bytes(source.read_bytes())
+
+
+@contextmanager
+def _server(bundle: Path, flags: Sequence[str]) -> Iterator[int]:
+    """The port of a vtp-serve that runs until the block is left."""
+    command = python_command("vtp.serve.cli", str(bundle), "--port", "0", *flags)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout is not None
+            found = next(
+                filter(None, map(re.compile(r"listening on http://[^ ]*:(\d+)").search, server.stdout)), None
+            )
+            if found is None:
+                raise VtpError("vtp-serve did not start; its own line above says why")
+            threading.Thread(target=server.stdout.read, daemon=True).start()
+            yield int(found[1])
+        finally:
+            server.terminate()
+
+
+def _data_url(path: Path) -> str:
+    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
+
+
+def _quantile(values: Sequence[float], share: float) -> float:
+    return float(np.quantile(values, share)) if values else 0.0
+
+
+def _report(found: dict[str, Any]) -> str:
+    header = [
+        "clients",
+        "answers/s",
+        "tok/s in turn",
+        "tok/s",
+        "x",
+        "ttft p50",
+        "ttft p95",
+        "gap p95",
+        "differ",
+        "failed",
+    ]
+    lines = [
+        [
+            str(row["clients"]),
+            f"{row['at_once']['answers_per_second']:.1f}",
+            f"{row['in_turn']['tokens_per_second']:,.0f}",
+            f"{row['at_once']['tokens_per_second']:,.0f}",
+            f"{row['speedup']:.2f}",
+            f"{row['at_once']['ttft_p50_ms']:.0f}",
+            f"{row['at_once']['ttft_p95_ms']:.0f}",
+            f"{row['at_once']['gap_p95_ms']:.1f}",
+            str(row["different"]),
+            str(len(row["failed"])),
+        ]
+        for row in found["clients"]
+    ]
+    said = (
+        f"vtp-serve {' '.join(found['flags'])} on {found['cores']} cores of {found['machine']}, with the "
+        f"clients on the same machine; answers of {found['max_new_tokens']} tokens, milliseconds from the "
+        "request on"
+    )
+    return f"{said}\n\n{table(header, lines)}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

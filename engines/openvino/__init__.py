@@ -1,0 +1,1 @@
+"""OpenVINO: the graphs of target ort on the CPU, and on the GPUs and NPUs that it lists."""

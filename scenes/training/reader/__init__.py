@@ -1,0 +1,1 @@
+"""What the reader's training has and the first model's has not: it grows out of the first model."""

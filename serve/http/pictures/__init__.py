@@ -1,0 +1,1 @@
+"""Pictures of requests: where they come from, and where their kept tokens lie."""

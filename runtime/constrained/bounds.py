@@ -11,7 +11,8 @@ from collections.abc import Iterator, Mapping
 from decimal import Decimal
 from typing import Any
 
-from vtp.engines.errors import UsageError, quoted_argument
+from vtp.engines.errors import quoted_argument
+from vtp.runtime.constrained.errors import refused
 from vtp.runtime.constrained.patterns import check_pattern
 from vtp.runtime.generation.arguments import is_number, is_whole
 
@@ -40,31 +41,27 @@ _NUMBERS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 
 
 def check_schema(schema: object) -> str:
-    """A schema as JSON text. Raises UsageError for what is none, and for what asks too much."""
+    """A schema as JSON text. Raises FormatError for what is none, and for what asks too much."""
     if not isinstance(schema, Mapping):
-        raise _refusal(f"a JSON schema must be an object, not {quoted_argument(schema)}")
+        raise refused(f"a JSON schema must be an object, not {quoted_argument(schema)}")
     _check_depth(schema)
     try:
         text = json.dumps(schema, ensure_ascii=False, allow_nan=False)
         size = len(text.encode())
     except (TypeError, ValueError):  # no JSON value, or half a character
-        raise _refusal("the schema holds a value that JSON does not have") from None
+        raise refused("the schema holds a value that JSON does not have") from None
     if size > _BYTES:
-        raise _refusal(f"the schema has {size} bytes; give at most {_BYTES}")
+        raise refused(f"the schema has {size} bytes; give at most {_BYTES}")
     if "x-guidance" in schema:
-        raise _refusal("the schema has x-guidance, which requests must not set; leave it out")
+        raise refused("the schema has x-guidance, which requests must not set; leave it out")
     references = 0
     for part in _schemas(schema):
         _check_part(part)
         references += "$ref" in part
     if references > _REFERENCES:
-        raise _refusal(f"the schema has {references} $ref; give at most {_REFERENCES}")
+        raise refused(f"the schema has {references} $ref; give at most {_REFERENCES}")
     _Combinations(schema).check()
     return text
-
-
-def _refusal(text: str) -> UsageError:
-    return UsageError(f"response_format: {text}")
 
 
 def _check_depth(schema: object) -> None:
@@ -73,9 +70,9 @@ def _check_depth(schema: object) -> None:
     while level:
         depth, nodes = depth + 1, nodes + len(level)
         if depth > _DEPTH:
-            raise _refusal(f"the schema is nested more than {_DEPTH} deep; make it flatter")
+            raise refused(f"the schema is nested more than {_DEPTH} deep; make it flatter")
         if nodes > _NODES:
-            raise _refusal(f"the schema has more than {_NODES} values; make it smaller")
+            raise refused(f"the schema has more than {_NODES} values; make it smaller")
         level = [inner for one in level for inner in _inner(one)]
 
 
@@ -102,22 +99,22 @@ def _check_part(part: Mapping[str, Any]) -> None:
     """A keyword counts as one if its value is of its kind: there may be properties of that name."""
     for key, most in _SIZES.items():
         if is_whole(size := part.get(key)) and size > most:
-            raise _refusal(f"{key} {size} is too large; give at most {most}")
+            raise refused(f"{key} {size} is too large; give at most {most}")
     for key, most in _LISTS.items():
         if isinstance(some := part.get(key), list | tuple) and len(some) > most:
-            raise _refusal(f"{key} has {len(some)} entries; give at most {most}")
+            raise refused(f"{key} has {len(some)} entries; give at most {most}")
     if isinstance(part.get("items"), list | tuple):
-        raise _refusal("items must be one schema; give prefixItems for a list of them")
+        raise refused("items must be one schema; give prefixItems for a list of them")
     for key in ("properties", "patternProperties"):
         if isinstance(named := part.get(key), Mapping) and len(named) > _PROPERTIES:
-            raise _refusal(f"an object has {len(named)} {key}; give at most {_PROPERTIES}")
+            raise refused(f"an object has {len(named)} {key}; give at most {_PROPERTIES}")
     _check_texts(part)
     _check_numbers(part)
 
 
 def _check_texts(part: Mapping[str, Any]) -> None:
     if isinstance(reference := part.get("$ref"), str) and not reference.startswith("#"):
-        raise _refusal(
+        raise refused(
             f"$ref {quoted_argument(reference)} lies outside the schema; give one that begins with #"
         )
     if isinstance(pattern := part.get("pattern"), str):
@@ -130,18 +127,18 @@ def _check_texts(part: Mapping[str, Any]) -> None:
     required = part.get("required")
     if is_whole(least) and least > (len(required) if isinstance(required, list | tuple) else 0):
         # Names that the schema does not list may come twice, and then count once.
-        raise _refusal(f"minProperties {least} is more than the required properties; name them in required")
+        raise refused(f"minProperties {least} is more than the required properties; name them in required")
 
 
 def _check_numbers(part: Mapping[str, Any]) -> None:
     for key in _NUMBERS:
         if is_number(bound := part.get(key)) and abs(bound) >= _LARGEST_NUMBER:
-            raise _refusal(f"{key} {bound:g} is too large; give less than {_LARGEST_NUMBER:g}")
+            raise refused(f"{key} {bound:g} is too large; give less than {_LARGEST_NUMBER:g}")
     divisor = part.get("multipleOf")
     if is_number(divisor) and divisor > 0:
         digits = int("".join(map(str, Decimal(str(divisor)).normalize().as_tuple().digits)))
         if digits > _DIVISOR or divisor > _DIVISOR:
-            raise _refusal(
+            raise refused(
                 f"multipleOf {divisor:g} has too many digits; give at most {_DIVISOR}, decimals counted"
             )
 
@@ -154,7 +151,7 @@ class _Combinations:
         self._known: dict[int, int] = {}
 
     def check(self) -> None:
-        """Raises UsageError."""
+        """Raises FormatError."""
         for part in _schemas(self._root):
             self._count(part)
 
@@ -179,7 +176,7 @@ class _Combinations:
 
     def _bounded(self, count: int) -> int:
         if count > _COMBINATIONS:
-            raise _refusal(
+            raise refused(
                 f"allOf, anyOf and $ref have more than {_COMBINATIONS} combinations; write the schema flatter"
             )
         return count

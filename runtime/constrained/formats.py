@@ -7,9 +7,10 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from vtp.engines.errors import UsageError, VtpError, quoted_argument
+from vtp.engines.errors import quoted_argument
 from vtp.runtime.constrained.bounds import check_schema
 from vtp.runtime.constrained.constraint import Constraint, first_words
+from vtp.runtime.constrained.errors import FormatBusy, refused
 from vtp.runtime.constrained.vocabulary import check_installed, make_vocabulary
 from vtp.runtime.prompt.panics import without_panic_lines
 from vtp.runtime.prompt.prompter import Prompter
@@ -42,15 +43,15 @@ def schema_of(wanted: object) -> str | None:
     wanted  None; {"type": "text"}; {"type": "json_object"}, or "json" as Ollama says it; {"type":
             "json_schema", "json_schema": {"schema": …}} as OpenAI does; or a JSON schema itself
 
-    Raises UsageError.
+    Raises FormatError.
     """
     if wanted is None:
         return None
     if wanted == "json":
         return check_schema({"type": "object"})
     if not isinstance(wanted, Mapping):
-        raise UsageError(
-            f"response_format {quoted_argument(wanted)} is not known; give an object: its type is one of "
+        raise refused(
+            f"{quoted_argument(wanted)} is not known; give an object: its type is one of "
             f"{', '.join(_TYPES)}, or it is a JSON schema"
         )
     kind = wanted.get("type")
@@ -64,7 +65,7 @@ def schema_of(wanted: object) -> str | None:
 def _nested(wanted: Mapping[str, Any]) -> object:
     named = wanted.get("json_schema")
     if not isinstance(named, Mapping) or "schema" not in named:
-        raise UsageError('response_format of type json_schema lacks {"json_schema": {"schema": …}}')
+        raise refused('type json_schema lacks {"json_schema": {"schema": …}}')
     return named["schema"]
 
 
@@ -80,7 +81,8 @@ class Formats:
 
     def constraint(self, wanted: object) -> Constraint | None:
         """The constraint of a new answer; None: any text. Compiles what is not remembered, so it may take
-        seconds. UsageError for a schema that is not served; VtpError where llguidance is not installed."""
+        seconds. FormatError for a schema that is not served, FormatBusy if it waits too long for others', and
+        VtpError where llguidance is not installed."""
         schema = schema_of(wanted)
         if schema is None:
             return None
@@ -102,7 +104,7 @@ class Formats:
         """In a thread of its own, which may go on for nobody: nothing in llguidance can be interrupted."""
         vocabulary = self._made_vocabulary()
         if not self._compiling.acquire(timeout=_SECONDS):
-            raise VtpError("response_format: another schema is still being compiled; try again later")
+            raise FormatBusy("response_format: another schema is still being compiled; try again later")
         found: list[LLMatcher] = []
         failed: list[BaseException] = []
 
@@ -122,9 +124,7 @@ class Formats:
             raise
         thread.join(_SECONDS)
         if thread.is_alive():
-            raise UsageError(
-                f"response_format: the schema takes more than {_SECONDS:g} s to compile; make it simpler"
-            )
+            raise refused(f"the schema takes more than {_SECONDS:g} s to compile; make it simpler")
         if failed:
             raise failed[0]
         return found[0]
@@ -151,5 +151,5 @@ class Formats:
             trial = matcher.deep_copy()
             trial.compute_bitmask()
             if message := matcher.get_error() or trial.get_error():
-                raise UsageError(f"response_format: the schema is not served: {first_words(message)}")
+                raise refused(f"the schema is not served: {first_words(message)}")
         return matcher

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 
-from vtp.engines.errors import UsageError, quoted_argument
+from vtp.engines.errors import quoted_argument
+from vtp.runtime.constrained.errors import refused
 
 _LENGTH = 512  # characters
 _WEIGHT = 10**4  # characters, once every repetition is written out
@@ -13,11 +14,11 @@ _CLASS = re.compile(r"\[\^?\]?(?:\\.|[^\]\\])*\]", re.DOTALL)
 
 
 def check_pattern(pattern: str) -> None:
-    """Raises UsageError for one that is too long, or too long when its repetitions are written out."""
+    """Raises FormatError for one that is too long, or too long when its repetitions are written out."""
     if len(pattern) > _LENGTH:
-        raise _refusal(f"a pattern has {len(pattern)} characters; give at most {_LENGTH}")
+        raise refused(f"a pattern has {len(pattern)} characters; give at most {_LENGTH}")
     if weight(pattern) > _WEIGHT:
-        raise _refusal(f"the pattern {quoted_argument(pattern)} repeats more than {_WEIGHT} characters")
+        raise refused(f"the pattern {quoted_argument(pattern)} repeats more than {_WEIGHT} characters")
 
 
 def weight(pattern: str) -> int:
@@ -44,7 +45,3 @@ def _atom_end(pattern: str, place: int) -> int:
     if pattern[place] == "[" and (found := _CLASS.match(pattern, place)):
         return found.end()
     return place + (2 if pattern[place] == "\\" else 1)
-
-
-def _refusal(text: str) -> UsageError:
-    return UsageError(f"response_format: {text}")

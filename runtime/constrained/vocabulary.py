@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING
 
-from vtp.engines.errors import UsageError, VtpError
+from vtp.engines.errors import VtpError
+from vtp.runtime.constrained.errors import refused
 from vtp.runtime.prompt.prompter import Prompter
 from vtp.runtime.prompt.tokenizer import failing_as
 
@@ -71,14 +72,14 @@ class _Tokens:
 
 
 def make_vocabulary(prompter: Prompter) -> LLTokenizer:
-    """The tokens of a bundle's tokenizer. UsageError where its text is not its tokens' bytes."""
+    """The tokens of a bundle's tokenizer. FormatError where its text is not its tokens' bytes."""
     from llguidance import LLTokenizer, TokenizerWrapper
 
     _check_bytewise(prompter)
     tokens = _Tokens(prompter)
     if missing := [sign for sign in _SIGNS if not tokens(sign)]:
-        raise UsageError(
-            f"response_format: this model's tokenizer has no token for {missing[0]}, so it writes no JSON; "
+        raise refused(
+            f"this model's tokenizer has no token for {missing[0]}, so it writes no JSON; "
             "ask for another form in the prompt"
         )
     ends = list(prompter.spec.eos_token_ids) or [tokens.eos_token_id]
@@ -91,7 +92,7 @@ def _check_bytewise(prompter: Prompter) -> None:
         text = prompter.tokenizer.decode(ids, skip_special_tokens=False)
     joined = b"".join(map(prompter.token_bytes.of, ids)).decode("utf-8", errors="replace")
     if joined not in (text, f" {text}") or not prompter.decoding.grows:
-        raise UsageError(
-            "response_format: this model's tokenizer changes the text between tokens, so that no answer can "
+        raise refused(
+            "this model's tokenizer changes the text between tokens, so that no answer can "
             "be held to a form; ask for it in the prompt"
         )

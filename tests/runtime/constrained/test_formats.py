@@ -48,11 +48,11 @@ def test_tokenizers_that_cannot_be_held_are_refused(name: str, tmp_path: Path) -
 
 
 BAD: list[tuple[Any, str]] = [
-    (5, "response_format 5 is not known; give an object"),
-    ("yaml", "response_format 'yaml' is not known"),
-    (["x"], r"response_format \['x'\] is not known"),
-    ({"type": "json_schema"}, "of type json_schema lacks"),
-    ({"type": "json_schema", "json_schema": {"name": "x"}}, "of type json_schema lacks"),
+    (5, "response_format: 5 is not known; give an object"),
+    ("yaml", "response_format: 'yaml' is not known"),
+    (["x"], r"response_format: \['x'\] is not known"),
+    ({"type": "json_schema"}, "type json_schema lacks"),
+    ({"type": "json_schema", "json_schema": {"name": "x"}}, "type json_schema lacks"),
     ({"type": "json_schema", "json_schema": {"schema": []}}, r"a JSON schema must be an object, not \[\]"),
     ({"type": "strng"}, "the schema is not served: Invalid type: strng"),
     ({"not": {"type": "string"}}, r'the schema is not served: Unimplemented keys: \["not"\]'),

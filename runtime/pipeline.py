@@ -174,7 +174,7 @@ class Pipeline:
                         entry the pictures join the first user turn
         options         see `GenerateOptions`: max_new_tokens, keep_tokens or budget_ms, temperature, top_p,
                         seed, repetition_penalty, stop, skip_special_tokens, allow_special_tokens, timeout_ms,
-                        logprobs
+                        logprobs, response_format
 
         Raises UsageError for a bad argument and VtpError for a picture or prompt that cannot be served.
         """
@@ -200,6 +200,13 @@ class Pipeline:
         answer.request.pictures.load(answer.request.timings)
         answer.request.clock.pause()
         return Stream(answer, self._write(answer))
+
+    def prepare_format(self, options: GenerateOptions) -> None:
+        """Compile the form that answers are to have, as far as it is not known; safe from any thread.
+
+        It may take seconds, which `prepare` then does not. Raises UsageError for one that is not served.
+        """
+        self._requests.formats.constraint(options.response_format)
 
     def prepare(
         self, image: Images, prompt: str | None, messages: Messages | None, options: GenerateOptions

@@ -84,8 +84,8 @@ class Result:
                     several pictures one such list for each, within the picture's own tokens
     timings         milliseconds per stage: see Timings
     prompt_tokens   text tokens of the prompt, without the picture's
-    finish_reason   "eos", "stop" (a stop string), "length" (max_new_tokens or the cache is full), "timeout"
-                    (timeout_ms), "cancelled"
+    finish_reason   "eos", "stop" (a stop string, or the response format is complete), "length"
+                    (max_new_tokens or the cache is full), "timeout" (timeout_ms), "cancelled"
     tower           {"name", "rows", "of"} of a bundle whose vision tower works on fewer rows; else None
     logprobs        with the option of that name, an entry for each of `token_ids` that is part of the text:
                     not for the one that ended it, nor for what a stop string cut off

@@ -116,8 +116,10 @@ class Scheduler:
         no place is left, `Closed` after `close`.
         """
         self._queue.check_open()
+        how = GenerateOptions(**options)
+        self._pipeline.prepare_format(how)  # nobody else waits for a schema that takes long to compile
         with self._making:  # tokenizer and template serve one thread at a time
-            answer = self._pipeline.prepare(image, prompt, messages, GenerateOptions(**options))
+            answer = self._pipeline.prepare(image, prompt, messages, how)
         return self._add(answer)
 
     def decide(

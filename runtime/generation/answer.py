@@ -8,6 +8,7 @@ import numpy as np
 
 from vtp.engines import VtpError
 from vtp.runtime.bundle.manifest import GenerationInfo, Manifest
+from vtp.runtime.constrained.constraint import ConstrainedRules
 from vtp.runtime.generation.logits_rules import LogitsRules, written_out
 from vtp.runtime.generation.logprobs import LogprobRecorder
 from vtp.runtime.generation.request import Request
@@ -32,7 +33,9 @@ class Answer:
         self._longest = manifest.model.max_length
         self._visual = manifest.visual.count
         self._detokenizer = Detokenizer(prompter.tokenizer, prompter.decoding, request.skip_special_tokens)
-        self._rules = _rules(request, manifest)
+        self._constraint = request.constraint
+        own = _rules(request, manifest)
+        self._rules = own if self._constraint is None else ConstrainedRules(self._constraint, own)
         self._logprobs: LogprobRecorder | None = None
         if request.logprobs is not None:
             self.result.logprobs = []
@@ -46,7 +49,12 @@ class Answer:
     @property
     def stopped(self) -> bool:
         """Whether the text itself has come to its end."""
-        return self.token in self._ends or self.request.stops.hit
+        return self.token in self._ends or self.request.stops.hit or self._complete
+
+    @property
+    def _complete(self) -> bool:
+        """Whether the form that was asked for leaves nothing more to write."""
+        return self._constraint is not None and self._constraint.complete
 
     def begin(self, kept: np.ndarray | None, position: int) -> None:
         """Note what the prompt's stages gave: the kept tokens [pictures,K], if any were chosen, and where
@@ -87,7 +95,7 @@ class Answer:
         full = room < 1 or self.position >= self._longest
         if self.token in self._ends:
             result.finish_reason = "eos"
-        elif request.stops.hit:
+        elif request.stops.hit or self._complete:
             result.finish_reason = "stop"
         elif full or len(result.token_ids) >= request.max_new_tokens:
             result.finish_reason = "length"

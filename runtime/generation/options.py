@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypedDict, TypeVar
 
@@ -29,6 +29,10 @@ class GenerateOptions:
                     in the answer's text; the token that ends it never does
     allow_special_tokens  True: the texts may hold the model's special tokens, which then mean what they mean
                     in transformers' prompts; refused otherwise. The picture's own token is always refused
+    response_format  hold the answer to a form, token by token: {"type": "json_object"}, {"type":
+                    "json_schema", "json_schema": {"schema": …}}, or a JSON schema itself; None: any text.
+                    Needs llguidance (extra [serve]). The answer is then JSON of that form, unless its
+                    finish_reason or a stop string says that it was cut short
     logprobs        also return how likely each token was, with this number of alternatives at its place: 0
                     (none) to 20; None: off (see `vtp.runtime.generation.logprobs`)
     timeout_ms      end the answer this number of milliseconds after the call, with the text so far and
@@ -48,6 +52,7 @@ class GenerateOptions:
     allow_special_tokens: bool = False
     timeout_ms: float | None = None
     logprobs: int | None = None
+    response_format: Mapping[str, Any] | str | None = None
 
     def for_prompt(self, place: int) -> GenerateOptions:
         """The options of prompt number `place` of a batch, which samples with its own seed."""
@@ -75,6 +80,7 @@ class OptionKeywords(TypedDict, total=False):
     allow_special_tokens: bool
     timeout_ms: float | None
     logprobs: int | None
+    response_format: Mapping[str, Any] | str | None
 
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])

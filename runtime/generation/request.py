@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from vtp.engines import UsageError, capabilities
 from vtp.runtime.bundle.manifest import GenerationInfo, Manifest
+from vtp.runtime.constrained.constraint import Constraint
+from vtp.runtime.constrained.formats import Formats
 from vtp.runtime.generation.arguments import flag, whole
 from vtp.runtime.generation.logits_rules import with_penalty
 from vtp.runtime.generation.logprobs import alternatives
@@ -35,6 +37,7 @@ class Request:
     stop_signal: StopSignal
     skip_special_tokens: bool = True
     logprobs: int | None = None
+    constraint: Constraint | None = None
 
     def load(self) -> None:
         """Decode the pictures, if there is time left to answer about them."""
@@ -48,12 +51,13 @@ class Request:
 
 
 class RequestMaker:
-    """Makes the requests of one bundle, on one engine."""
+    """Makes the requests of one bundle, on one engine; `formats` knows the forms that answers may have."""
 
     def __init__(self, manifest: Manifest, prompter: Prompter, engine: str) -> None:
         self._manifest = manifest
         self._prompter = prompter
         self._engine = engine
+        self.formats = Formats(prompter)
 
     def make(
         self,
@@ -83,6 +87,7 @@ class RequestMaker:
             stop_signal=stop_signal,
             skip_special_tokens=skip,
             logprobs=alternatives(options.logprobs),
+            constraint=self.formats.constraint(options.response_format),
         )
         self._check_room(request)
         return request

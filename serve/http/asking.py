@@ -17,6 +17,7 @@ from starlette.requests import Request
 
 from vtp.engines import UsageError
 from vtp.runtime.bundle.manifest import VisualInfo
+from vtp.runtime.constrained.errors import FormatError
 from vtp.runtime.media.pictures import NO_PICTURE, Images
 from vtp.runtime.prompt.forms import forms_of, one_video
 from vtp.runtime.result import Result, TokenLogprob
@@ -289,6 +290,8 @@ def submit(model: Model, question: Question, pictures: list[Picture], chosen: Ch
         try:
             ticket = take(messages=turns)
             return Taken(ticket, notes, _again(model, images, turns, options) if shadowed else None)
+        except FormatError as error:  # no matter which turns
+            raise told(error) from error
         except UsageError as error:
             refused = refused or error
         except Exception as error:

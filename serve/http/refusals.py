@@ -6,6 +6,7 @@ import math
 
 from vtp.engines import UsageError, VtpError
 from vtp.engines.errors import shown
+from vtp.runtime.constrained.errors import FormatBusy, FormatError
 from vtp.runtime.media.pictures import PictureError
 from vtp.runtime.prompt.prompter import PromptTooLong
 from vtp.runtime.scheduler import Closed, QueueFull
@@ -33,6 +34,10 @@ def told(error: Exception, running: bool = False) -> ApiError:
         )
     if isinstance(error, Closed):
         return ApiError("the server is stopping; try again later", 503, headers={"Retry-After": "1"})
+    if isinstance(error, FormatBusy):
+        return ApiError(_shown(error), 503, param="response_format", headers={"Retry-After": "5"})
+    if isinstance(error, FormatError):
+        return ApiError(_shown(error), param="response_format")
     if isinstance(error, PromptTooLong):
         return ApiError(_shown(error), param="messages", code="context_length_exceeded")
     if isinstance(error, UsageError | PictureError) or (isinstance(error, VtpError) and not running):

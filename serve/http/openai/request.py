@@ -154,13 +154,11 @@ def _response_format(body: Fields) -> dict[str, Any]:
     form = body.fields("response_format")
     kind = form.choice("type", ("text", "json_object", "json_schema")) if form else "text"
     if kind is None:
-        raise ApiError("response_format.type is missing; give text", param="response_format.type")
-    if kind != "text":
         raise ApiError(
-            f"response_format {kind} is not served by this version; ask for JSON in the prompt",
-            param="response_format",
+            "response_format.type is missing; give text, json_object or json_schema",
+            param="response_format.type",
         )
-    return {}
+    return {} if kind == "text" else {"response_format": body.raw("response_format")}
 
 
 def _include_usage(body: Fields) -> bool:

@@ -30,8 +30,8 @@ PICTURES = [
 PROMPTS = ["what shape is it ?", "where ?"]
 FAMILIES: dict[str, tuple[Callable[[Path], Any], dict[str, Any]]] = {
     "qwen2.5": (
-        lambda path: save_qwen(path, "2.5"),
-        {"method": "divprune", "keep_tokens": "5", "image_size": "56x56"},
+        lambda path: save_qwen(path, "qwen2_5_vl"),
+        {"method": "divprune", "keep_tokens": "5", "image_size": (32, 48)},
     ),
     "gemma3": (lambda path: save_gemma(path, tiny_gemma3(seed=3)), {"method": "fastv", "keep_tokens": "6"}),
     "paligemma": (lambda path: save_gemma(path, tiny_paligemma()), {"method": "none"}),

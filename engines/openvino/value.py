@@ -57,4 +57,4 @@ def adopted(value: Value) -> OvValue:
 
 def array_of(value: Value) -> np.ndarray:
     """The array of a value that this engine made."""
-    return value.array  # type: ignore[attr-defined, no-any-return]
+    return value.array  # type: ignore[attr-defined]

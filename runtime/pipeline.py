@@ -138,7 +138,7 @@ class Pipeline:
 
         def load(folder: Path) -> Pipeline:
             opened = open_bundle(folder, hashed)
-            choice = choose_engines(opened, engine)
+            choice = choose_engines(opened, engine, threads=threads)
             if checked:
                 check_fits(
                     opened,

@@ -91,8 +91,8 @@ READER = Recipe(
     Form(tower_layers=13, tower_mlp=176, decoder_mlp=176, reads=True),
     READER_KINDS,
     (
-        TowerStage("signs-168", (168,), (3, 6), 32, 1e-3, 0.95, 2500, (6, 10), windows=True),
-        TowerStage("signs-mix", (336, 168), (3, 6), 32, 1e-3, 2.0, 300, (2, 4), windows=True),
+        TowerStage("signs-168", (168,), (3, 6), 32, 1e-3, 0.95, 1400, (6, 10), windows=True),
+        TowerStage("signs-mix", (168, 336, 168), (3, 6), 32, 1e-3, 2.0, 500, (2, 8), windows=True),
     ),
     (
         Stage("signs-168", (168,), (1, 4), "full", 16, 1e-3, 0.93, 1500),

@@ -92,7 +92,7 @@ READER = Recipe(
     READER_KINDS,
     (
         TowerStage("signs-168", (168,), (3, 6), 32, 1e-3, 0.95, 1400, (6, 10), windows=True),
-        TowerStage("signs-mix", (168, 336, 168), (3, 6), 32, 1e-3, 2.0, 500, (2, 8), windows=True),
+        TowerStage("signs-mix", (168, 336, 168), (3, 6), 32, 1e-3, 2.0, 600, (2, 14), windows=True),
     ),
     (
         Stage("signs-168", (168,), (1, 4), "full", 16, 1e-3, 0.93, 1500),

@@ -25,7 +25,7 @@ from vtp.bench.common.ceiling import Ceiling, open_ceilings
 from vtp.bench.common.energy import Meter
 from vtp.bench.common.figures import spread
 from vtp.bench.common.resident import peak_resident, resident
-from vtp.engines import UsageError, VtpError, capabilities, choose_engine
+from vtp.engines import UsageError, VtpError, capabilities
 from vtp.engines.child import python_command
 from vtp.engines.ort import session as ort
 from vtp.export.patched import patched
@@ -33,6 +33,7 @@ from vtp.runtime import Pipeline
 from vtp.runtime.bundle.folder import Bundle, open_bundle
 from vtp.runtime.bundle.manifest import Manifest
 from vtp.runtime.bundle.memory import bundle_memory
+from vtp.runtime.engine_choice import choose_engines
 from vtp.runtime.result import Result
 from vtp.runtime.stages.runner import StageRunner
 from vtp.runtime.stages.stage import Stage
@@ -79,11 +80,12 @@ class Shapes:
 def measure(task: Task) -> dict[str, Any]:
     """All figures of one bundle; see `vtp.bench.cli` for what they mean. Raises VtpError, UsageError."""
     bundle = endless(open_bundle(task.bundle))
-    choice = choose_engine(task.engine, bundle.manifest.dtype, target=bundle.manifest.target)
+    chosen = choose_engines(bundle, task.engine, threads=task.threads)
+    choice = chosen.choice
     before = resident()  # with the engine's library, without any graph
     started = time.perf_counter()
     with ExitStack() as stack:
-        pipe = stack.enter_context(Pipeline(bundle, choice, task.threads))
+        pipe = stack.enter_context(Pipeline(bundle, chosen, task.threads))
         opened_ms = (time.perf_counter() - started) * 1e3
         shapes = Shapes()
         for _ in range(WARM_UPS):
@@ -99,6 +101,7 @@ def measure(task: Task) -> dict[str, Any]:
         keep = answer.visual_tokens.after
     return {
         "engine": choice.engine,
+        "engines": pipe.engines,
         "keep": keep,
         "visual_tokens": answer.visual_tokens._asdict(),
         "prompt_tokens": answer.prompt_tokens,

@@ -20,10 +20,11 @@ from typing import Any
 import numpy as np
 
 from vtp.bench.measure import endless
-from vtp.engines import UsageError, choose_engine, engine_names
+from vtp.engines import UsageError, engine_names
 from vtp.runtime import Pipeline
 from vtp.runtime.bundle.folder import open_bundle
 from vtp.runtime.commands.console import Parser, Progress, run_command, say, say_json, table, whole_number
+from vtp.runtime.engine_choice import choose_engines
 from vtp.runtime.machine.facts import look
 from vtp.runtime.result import Result
 from vtp.runtime.scheduler import Scheduler
@@ -109,9 +110,9 @@ def _run(args: argparse.Namespace) -> None:
     features = whole_number("--vision-feature-cache", args.vision_feature_cache, 0)
     threads = None if args.threads is None else whole_number("--threads", args.threads, 1)
     bundle, progress = endless(open_bundle(args.bundle)), Progress()
-    choice = choose_engine(args.engine, bundle.manifest.dtype, target=bundle.manifest.target)
+    chosen = choose_engines(bundle, args.engine, threads=threads)
     rows = []
-    with Pipeline(bundle, choice, threads, features) as pipe:
+    with Pipeline(bundle, chosen, threads, features) as pipe:
         pipe.warmup()
         for count in clients:
             progress.step(f"{count} clients, {count * load.requests} requests")
@@ -121,7 +122,7 @@ def _run(args: argparse.Namespace) -> None:
     found = {
         "machine": machine.processor,
         "cores": machine.cores,
-        "engine": choice.engine,
+        "engine": chosen.choice.engine,
         "slots": slots,
         "max_new_tokens": load.max_new_tokens,
         "requests_per_client": load.requests,

@@ -19,6 +19,9 @@ NEVER_RUN = (
     "the code that runs TensorRT engines was never run on a GPU by those who wrote it; "
     "every engine was compared with ONNX Runtime on this machine"
 )
+NEVER_TRIED = (
+    "{engine} was never tried by those who wrote its code; compare its answers with those of --engine ort-cpu"
+)
 
 
 @dataclass(frozen=True)

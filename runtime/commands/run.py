@@ -36,7 +36,7 @@ from vtp.runtime.media.show_kept import (
     show_kept_frames,
 )
 from vtp.runtime.media.videos import load_video
-from vtp.runtime.opening import NEVER_RUN, Opening
+from vtp.runtime.opening import NEVER_RUN, NEVER_TRIED, Opening
 from vtp.runtime.pipeline import DEFAULT_NEW_TOKENS, Pipeline
 from vtp.runtime.result import Result
 
@@ -132,8 +132,9 @@ def _run(args: argparse.Namespace) -> None:
     opening = Opening(Path(args.engines) if args.engines else None, args.allow_cpu_nodes, args.cuda_graph)
     checks = {"check_hashes": args.check_hashes, "check_memory": not args.no_memory_check}
     with Pipeline.load(args.bundle, args.engine, threads, opening=opening, **checks) as pipe:
-        if not capabilities(pipe.engine).proven:
-            note(PROG, NEVER_RUN)
+        for engine in dict.fromkeys(pipe.engines.values()):
+            if not capabilities(engine).proven:
+                note(PROG, NEVER_RUN if capabilities(engine).built else NEVER_TRIED.format(engine=engine))
         _check_media(pipe.manifest.image.frames, args)
         if args.batch:
             _answer_lines(pipe, lines, args)

@@ -13,14 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from vtp.bench import report
+from vtp.bench.engines import BASE, candidates, disagreement, measure_engines, saved_share, table_of
 from vtp.bench.measure import Task, in_child
 from vtp.bench.shapes.cached_bundle import Wanted, make
-from vtp.engines import UsageError, engine_names
+from vtp.engines import UsageError, choose_engine, engine_names
+from vtp.engines.errors import shown
 from vtp.engines.versions import installed_version
 from vtp.runtime.bundle.folder import open_bundle
 from vtp.runtime.commands.arguments import add_debug, add_engine, add_json, add_keep_tokens, add_threads
-from vtp.runtime.commands.console import Parser, Progress, run_command, say, say_json, whole_number
+from vtp.runtime.commands.console import Parser, Progress, run_command, say, say_json, table, whole_number
 from vtp.runtime.machine.facts import look
+from vtp.runtime.measured_engines import remember
 from vtp.scenes import examples_dir
 
 PROG = "vtp-bench"
@@ -46,6 +49,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--repeats", default="10", metavar="N", help="timed runs, after two to warm up (default: %(default)s)"
     )
     add_engine(parser)
+    add(
+        "--engines",
+        action="store_true",
+        help="instead: each graph on each CPU engine; keep who is equal and fastest for --engine auto",
+    )
     add_threads(parser)
     add_json(parser)
     add("--csv", metavar="FILE", help="also write every figure as a line of FILE")
@@ -67,6 +75,9 @@ def _run(args: argparse.Namespace) -> None:
     if args.shape:
         wanted = Wanted(args.shape, args.method, task.keep, args.dtype, args.engine, _cache(args.cache))
         task = dataclasses.replace(task, bundle=str(make(wanted, progress.step)))
+    if args.engines:
+        _run_engines(task, args.json, progress)
+        return
     manifest = open_bundle(task.bundle).manifest
     progress.step(f"measure {Path(task.bundle).name}: {task.repeats} runs of {task.max_new_tokens} tokens")
     found = in_child(task)
@@ -98,11 +109,38 @@ def _run(args: argparse.Namespace) -> None:
         say(report.render(results))
 
 
+def _run_engines(task: Task, as_json: bool, progress: Progress) -> None:
+    bundle = open_bundle(Path(task.bundle))
+    engines = candidates(bundle)
+    choose_engine(BASE, target=bundle.manifest.target)  # what all are held against
+    measured = measure_engines(
+        bundle, engines, task.threads, task.repeats, task.max_new_tokens, progress.step
+    )
+    wrong = disagreement(bundle, {one.file: one.engine for one in measured}, task.threads)
+    for one in measured if wrong else []:
+        one.out |= dict.fromkeys((name for name in one.ms if name != BASE), wrong)
+    progress.end()
+    figures = {one.file: one.to_json() for one in measured}
+    kept = remember(bundle, task.threads, {one.file: one.engine for one in measured}, figures)
+    if as_json:
+        say_json({"machine": stamp(), "threads": task.threads, "graphs": figures, "kept": str(kept)})
+        return
+    say(table(["graph", *(f"{name} ms" for name in engines), "runs on"], table_of(measured, engines)))
+    for one in measured:
+        for name, why in one.out.items():
+            say(f"{one.file} is not run on {name}: {why}")
+    say(
+        f"milliseconds of an answer of {task.max_new_tokens} tokens; the choice saves "
+        f"{saved_share(measured):.0%} of {BASE}'s. --engine auto takes it, from {kept}"
+    )
+
+
 def _task(args: argparse.Namespace) -> Task:
     if (args.bundle is None) == (args.shape is None):
         raise UsageError("give either a BUNDLE or --shape NAME, exactly one of the two")
-    if args.engine not in engine_names():
-        raise UsageError(f"unknown engine '{args.engine}'; choose one of {', '.join(engine_names())}")
+    first = args.engine.partition(",")[0].strip()
+    if "=" not in first and first not in engine_names():
+        raise UsageError(f"unknown engine '{shown(first)}'; choose one of {', '.join(engine_names())}")
     image = Path(args.image) if args.image else examples_dir() / "scene.png"
     return Task(
         bundle=args.bundle or "",

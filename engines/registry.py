@@ -177,7 +177,7 @@ _TENSORRT = Capabilities(
     proven=False,
 )
 # Values lie in the host's memory, whatever computes.
-_OPENVINO = Capabilities("cpu", ("ort",), widens_float16=True, float64=False)
+_OPENVINO = Capabilities("cpu", ("ort", "jetpack6"), widens_float16=True, float64=False)
 
 
 def _openvino(name: str, able: Capabilities) -> _Registered:

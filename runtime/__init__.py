@@ -4,10 +4,12 @@ from vtp.engines import UsageError, VtpError
 from vtp.runtime.bundle.folder import Bundle, open_bundle
 from vtp.runtime.bundle.manifest import Manifest
 from vtp.runtime.decisions.decision import Decision
+from vtp.runtime.media.pictures import NO_PICTURE
 from vtp.runtime.pipeline import Pipeline, Stream
 from vtp.runtime.result import Result, Timings, TokenLogprob, VisualTokens
 
 __all__ = [
+    "NO_PICTURE",
     "Bundle",
     "Decision",
     "Manifest",

@@ -13,6 +13,7 @@ from vtp.engines.errors import shown
 from vtp.engines.graph.file import computes_float64, read_graph
 from vtp.runtime.bundle.folder import Bundle
 from vtp.runtime.bundle.manifest import Manifest
+from vtp.runtime.measured_engines import MEASURED_WITH, Measured, recall
 from vtp.runtime.opening import Opening
 
 FLOAT64 = "ort-cpu"  # runs what others would round to float32
@@ -48,12 +49,16 @@ class StageEngines:
 
 
 def choose_engines(
-    bundle: Bundle, wanted: str = AUTO, choose: Callable[..., Choice] = choose_engine
+    bundle: Bundle,
+    wanted: str = AUTO,
+    choose: Callable[..., Choice] = choose_engine,
+    threads: int | None = None,
 ) -> StageEngines:
     """Decide which engine runs which stage.
 
     wanted  an engine for all stages, or "auto"; after it, each behind a comma, STAGE=ENGINE for stages that
             another one runs
+    threads CPU threads of one operator: for "auto", what `vtp-bench --engines` measured with as many is taken
 
     A graph that computes in float64 goes to ort-cpu where the engine for all stages would round it, unless
     the stage was named. Raises UsageError for what is not written so, for unknown stages and engines, and
@@ -66,6 +71,8 @@ def choose_engines(
 
     first, named = _parse(wanted) if isinstance(wanted, str) else (wanted, {})
     choice = judged(first)
+    if wanted == AUTO and (taken := _measured(bundle, choice, threads, judged)) is not None:
+        return taken
     asked = _by_file({stage: judged(engine).engine for stage, engine in named.items()}, manifest)
     _refuse_unmixable({choice.engine, *asked.values()})
     moved = [] if capabilities(choice.engine).float64 else _with_float64(bundle, set(asked))
@@ -74,6 +81,27 @@ def choose_engines(
     found = {**asked, **dict.fromkeys(moved, FLOAT64)}
     elsewhere = {file: engine for file, engine in sorted(found.items()) if engine != choice.engine}
     return StageEngines(choice, elsewhere, tuple(_note(file, choice.engine) for file in moved))
+
+
+def _measured(
+    bundle: Bundle, choice: Choice, threads: int | None, judged: Callable[[str], Choice]
+) -> StageEngines | None:
+    """The engines that were measured as fastest here; None where "auto" has a GPU, or nothing is known."""
+    able = capabilities(choice.engine)
+    found = recall(bundle, threads) if able.on_cpu and able.float64 else Measured()
+    if found.note:
+        return StageEngines(choice, notes=(found.note,))
+    elsewhere = {file: engine for file, engine in found.engines.items() if engine != choice.engine}
+    if not elsewhere:
+        return None
+    try:
+        for engine in set(elsewhere.values()):
+            judged(engine)
+    except VtpError as error:
+        return StageEngines(choice, notes=(f"what {MEASURED_WITH} chose is not used: {error}",))
+    told = ", ".join(f"{file} on {engine}" for file, engine in sorted(elsewhere.items()))
+    note = f"as {MEASURED_WITH} measured here, {told}; the others on {choice.engine}"
+    return StageEngines(choice, elsewhere, (note,))
 
 
 def _parse(wanted: str) -> tuple[str, dict[str, str]]:

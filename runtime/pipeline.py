@@ -138,7 +138,7 @@ class Pipeline:
 
         def load(folder: Path) -> Pipeline:
             opened = open_bundle(folder, hashed)
-            choice = choose_engines(opened, engine)
+            choice = choose_engines(opened, engine, threads=threads)
             if checked:
                 check_fits(
                     opened,
@@ -166,7 +166,8 @@ class Pipeline:
 
         image           path, bytes, PIL image or uint8 RGB array [H,W,3]; or a list of such. A video is a
                         list of frames, a uint8 array [frames,H,W,3], a folder of pictures or a file (see
-                        `vtp.runtime.media.videos`); of more frames than the bundle takes, a sample is used
+                        `vtp.runtime.media.videos`); of more frames than the bundle takes, a sample is used.
+                        NO_PICTURE: the prompt has none
         prompt          the user's words; or
         messages        several turns, as chat templates take them: {"role": ..., "content": str or a list of
                         {"type": "image"} (or "video") and {"type": "text", "text": ...}}; without an image

@@ -130,7 +130,8 @@ def _run(args: argparse.Namespace) -> None:
                 scheduler = Scheduler.load(bundle, **options)
                 models.add(name, scheduler, _slo(scheduler, args), _shadow(models, args))
         models.loaded()
-        _say_ready(models, settings, address_of(listener))
+        if not models.stopping:
+            _say_ready(models, settings, address_of(listener))
 
     run(server, models, listener, load)
 
@@ -287,7 +288,7 @@ def _say_ready(models: Models, settings: Settings, address: str) -> None:
             note(PROG, f"{model.name}: requests are answered one after the other: {scheduler.in_turn}")
         if not capabilities(engine).proven:
             note(PROG, NEVER_RUN)
-    say(f"listening on {address} (OpenAI's base_url: {address}/v1)")
+    say(f"listening on {address} (open it in a browser; OpenAI's base_url: {address}/v1)")
     say(f"try: {curl_line(address, settings.key is not None)}")
 
 

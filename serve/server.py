@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import socket
 import threading
@@ -72,7 +73,8 @@ class Server(uvicorn.Server):
                 h11_max_incomplete_event_size=_LARGEST_HEADERS,
             )
         )
-        self._models, self._grace = models, settings.grace_seconds
+        self._models = models
+        self.grace_seconds = settings.grace_seconds
         self._deadline: float | None = None
         self.forced: int | None = None  # the signal that came while it was stopping
 
@@ -97,11 +99,13 @@ class Server(uvicorn.Server):
         else:
             self.forced = sig
             self.force_exit = self.should_exit = True
+            self._models.cancel()
+            logging.getLogger("uvicorn.error").disabled = True  # of requests that are cut off
 
     def stop(self) -> None:
         """Take no more requests, and end when those that there are have ended. Safe from any thread."""
         self._models.stopping = True
-        self._deadline = time.monotonic() + self._grace
+        self._deadline = time.monotonic() + self.grace_seconds
 
     async def on_tick(self, counter: int) -> bool:
         """uvicorn asks ten times a second whether to end."""
@@ -130,6 +134,9 @@ def run(server: Server, models: Models, listener: socket.socket, load: Callable[
     try:
         server.run([listener])
     finally:
+        models.cancel()
+        # A bundle that still loads is waited for: an engine does not like to be cut off amid its work.
+        thread.join(0 if server.forced else server.grace_seconds)
         models.close(drain=False)
     _raise(server, failures)
 

@@ -23,6 +23,8 @@ from typing import Any
 
 from PIL import Image
 
+from vtp.runtime.media.images import ImageSource, load_image
+from vtp.runtime.media.pictures import NO_PICTURE, Images
 from vtp.runtime.result import Result
 from vtp.runtime.scheduler import Scheduler, Ticket
 from vtp.serve.counts import Histogram, head, line
@@ -49,7 +51,7 @@ class Exchange:
     result    the answer
     """
 
-    images: Sequence[Image.Image]
+    images: Sequence[ImageSource]
     messages: list[dict[str, Any]]
     options: Mapping[str, Any]
     result: Result
@@ -172,8 +174,9 @@ class Shadow:
             for name, value in exchange.options.items()
             if name not in ("keep_tokens", "budget_ms")
         }
+        images: Images = list(exchange.images) or NO_PICTURE
         for _ in range(_TRIES):
-            ticket = self._scheduler.submit(list(exchange.images), messages=exchange.messages, **options)
+            ticket = self._scheduler.submit(images, messages=exchange.messages, **options)
             if self._undisturbed(ticket):
                 return ticket.result()
             while not (self._closed or self._idle()):
@@ -196,10 +199,11 @@ class Shadow:
         log = self._files.log
         if log.exists() and log.stat().st_size >= _LARGEST_LOG:
             return
-        hashes = [picture_hash(image) for image in exchange.images]
+        images = [load_image(image) for image in exchange.images]
+        hashes = [picture_hash(image) for image in images]
         row = {
             "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "image": self._keep(exchange.images, hashes),
+            "image": self._keep(images, hashes),
             "image_sha256": hashes,
             "prompt": exchange.prompt,
             "answer": again.text.strip(),

@@ -99,9 +99,9 @@ class GraphFile:
 
 def computes_float64(graph: GraphFile) -> bool:
     """Whether a graph holds or makes float64 numbers, as far as its file says."""
-    held: list[Weight | TensorShape] = [*graph.weights.values(), *graph.tensors.values()]
+    held = {one.dtype for one in graph.weights.values()} | {one.dtype for one in graph.tensors.values()}
     casts = (node.ints.get("to") == _FLOAT64 for node in graph.nodes if node.op == "Cast")
-    return any(one.dtype == "float64" for one in held) or any(casts)
+    return "float64" in held or any(casts)
 
 
 def size_of(dtype: str, shape: tuple[int, ...]) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -33,7 +33,7 @@ class Request:
         self._request = compiled.create_infer_request()
         self._inputs, self._outputs = _places(compiled.inputs), _places(compiled.outputs)
         self._kinds = [
-            (port.get_element_type(), port.get_partial_shape().rank.get_length()) for port in compiled.outputs
+            (port.get_element_type(), _least(port.get_partial_shape())) for port in compiled.outputs
         ]
         # New tokens are copied to where they belong at once: their tensors serve every run.
         names = [*(self._outputs[name] for name in engine.caches.pairs)]
@@ -49,14 +49,14 @@ class Request:
                 raise VtpError(f"input '{name}' is missing; the graph takes {', '.join(inputs)}")
             check_fit("input", inputs[name], feeds[name])
             if name in self._inputs:
-                self._request.set_input_tensor(self._inputs[name], feeds[name].tensor)  # type: ignore[attr-defined]
+                _call(self._request.set_input_tensor, self._inputs[name], feeds[name].tensor)  # type: ignore[attr-defined]
 
     def run(self, feeds: Mapping[str, Value], into: Mapping[str, Value]) -> dict[str, Value]:
         """Run on the inputs in place; `feeds` are they. Outputs that are not in `into` are allocated."""
         given = {
             name: self._place_output(name, into) for name in self._engine.outputs if not self._is_cache(name)
         }
-        self._start()
+        _call(self._start)
         outputs = {name: self._taken(name, tensor, into) for name, tensor in given.items()}
         outputs.update(self._write_caches(feeds, into))
         return {name: outputs[name] for name in self._engine.outputs}
@@ -74,24 +74,21 @@ class Request:
         if name not in into:
             return self._place_empty(place)
         tensor = into[name].tensor  # type: ignore[attr-defined]
-        self._request.set_output_tensor(place, tensor)
+        _call(self._request.set_output_tensor, place, tensor)
         return tensor
 
     def _place_empty(self, place: int) -> Any:
-        """A tensor that gets its size and memory from the run."""
+        """A tensor that gets its size and memory from the run, where OpenVINO does not know the size."""
         openvino = load_openvino()
-        kind, rank = self._kinds[place]
-        tensor = openvino.Tensor(kind, openvino.Shape([0] * rank if rank else []))
-        self._request.set_output_tensor(place, tensor)
+        kind, shape = self._kinds[place]
+        tensor = openvino.Tensor(kind, openvino.Shape(shape))
+        _call(self._request.set_output_tensor, place, tensor)
         return tensor
 
     def _start(self) -> None:
-        try:
-            # `infer` would copy every output.
-            self._request.start_async()
-            self._request.wait()
-        except Exception as error:  # RuntimeError, and what C++ calls otherwise
-            raise VtpError(f"OpenVINO failed while running the graph: {reason(error)}") from error
+        """`infer` would copy every output."""
+        self._request.start_async()
+        self._request.wait()
 
     def _taken(self, name: str, tensor: Any, into: Mapping[str, Value]) -> Value:
         if name not in into:
@@ -140,6 +137,19 @@ def _write(cache: np.ndarray, new: np.ndarray, first: np.ndarray) -> None:
         return
     for row, place in enumerate(first):
         cache[row, :, place : place + count] = new[row]
+
+
+def _call(act: Callable[..., None], *arguments: Any) -> None:
+    """Something that OpenVINO does; VtpError where it fails."""
+    try:
+        act(*arguments)
+    except Exception as error:  # RuntimeError, and what C++ calls otherwise
+        raise VtpError(f"OpenVINO failed while running the graph: {reason(error)}") from error
+
+
+def _least(shape: Any) -> list[int]:
+    """Zeros for the shape of an output that is only known after a run."""
+    return list(shape.to_shape()) if shape.is_static else [0] * shape.rank.get_length()
 
 
 def check_fit(kind: str, spec: TensorSpec, value: Value) -> None:

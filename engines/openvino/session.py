@@ -14,6 +14,7 @@ from vtp.engines.graph.file import GraphFile, computes_float64, read_graph
 from vtp.engines.openvino.attention import rewrite_attention
 from vtp.engines.openvino.library import DEVICES, load_openvino
 from vtp.engines.openvino.reading import read_model, reason, version
+from vtp.engines.openvino.reductions import keep_reductions_apart
 from vtp.engines.openvino.request import Request, check_fit
 from vtp.engines.openvino.value import OvValue, adopted, array_of
 
@@ -68,6 +69,7 @@ class OvEngine(Engine):
             )
         try:
             self.caches = rewrite_attention(model)
+            keep_reductions_apart(model)
             self.compiled = _compile(model, DEVICES[name], threads)
         except VtpError as error:
             raise VtpError(f"{path.name}: {error}; use --engine ort-cpu") from error

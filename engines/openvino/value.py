@@ -18,7 +18,8 @@ class OvValue:
     """
 
     def __init__(self, array: np.ndarray, owner: object = None) -> None:
-        self.array = array
+        # ONNX Runtime's int64 is C's long long, which OpenVINO does not know where long is as long.
+        self.array = array.view(np.dtype(array.dtype.str))
         self.shape: tuple[int, ...] = array.shape
         self.dtype = array.dtype
         self._owner = owner
@@ -51,11 +52,7 @@ class OvValue:
 
 def adopted(value: Value) -> OvValue:
     """A value of another engine in the host's memory, as one of this engine's own: nothing is copied."""
-    if isinstance(value, OvValue):
-        return value
-    array = value.view()
-    # ONNX Runtime's int64 is C's long long, which OpenVINO does not know for one where long is as long.
-    return OvValue(array.view(np.dtype(array.dtype.str)), value)
+    return value if isinstance(value, OvValue) else OvValue(value.view(), value)
 
 
 def array_of(value: Value) -> np.ndarray:

@@ -26,7 +26,7 @@ def batches(requests: Sequence[Request], together: int) -> Iterator[list[int]]:
     for place, request in enumerate(requests):
         groups.setdefault(len(request.pictures), []).append(place)
     for pictures, places in groups.items():
-        size = max(1, together // pictures)
+        size = max(1, together // max(1, pictures))
         yield from (places[first : first + size] for first in range(0, len(places), size))
 
 

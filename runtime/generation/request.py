@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vtp.engines import UsageError, VtpError, capabilities
+from vtp.engines import UsageError, capabilities
 from vtp.runtime.bundle.manifest import GenerationInfo, Manifest
 from vtp.runtime.constrained.constraint import Constraint
 from vtp.runtime.constrained.formats import Formats
@@ -16,22 +16,9 @@ from vtp.runtime.generation.sampling import Sampler
 from vtp.runtime.generation.stopping import Clock, StopSignal
 from vtp.runtime.media.pictures import Images, Pictures
 from vtp.runtime.prompt.messages import Messages, with_media
-from vtp.runtime.prompt.prompter import Prompt, Prompter, StopStrings
+from vtp.runtime.prompt.prompter import Prompt, Prompter, PromptTooLong, StopStrings
 from vtp.runtime.result import Timings
 from vtp.runtime.stages.runner import Row
-
-
-class PromptTooLong(VtpError):
-    """A prompt leaves no room for an answer in the bundle's cache.
-
-    tokens  what it has, the visual tokens of its pictures before pruning among them
-    room    what the cache has for a prompt
-    """
-
-    def __init__(self, message: object, tokens: int, room: int) -> None:
-        super().__init__(message)
-        self.tokens = tokens
-        self.room = room
 
 
 @dataclass(frozen=True)
@@ -159,17 +146,27 @@ class RequestMaker:
                 f"has {rows} rows; leave it out"
             )
 
+    def _places(self, pictures: int) -> int:
+        """Tokens that a prompt and its answer may have, visual ones before pruning among them.
+
+        Parts of the decoder after a pruner have room for fewer: that is felt without a picture only.
+        """
+        longest = self._manifest.model.max_length
+        if pictures:
+            return longest
+        caches = [graph.kv.capacity for graph in self._manifest.graphs.values() if graph.kv]
+        return min(caches, default=longest)
+
     def _check_room(self, request: Request) -> None:
         """Refuse a prompt that leaves no room for an answer, before anything runs."""
         pictures, text = len(request.pictures), request.prompt.text_tokens
         visual = pictures * self._manifest.visual.count
-        room = self._manifest.model.max_length - visual - 1
+        room = self._places(pictures) - visual - 1
         if text > room:
             beside = f"{visual} visual tokens" + (f" of {pictures} pictures" if pictures > 1 else "")
+            beside = beside if pictures else "no picture"
             fewer = ", give fewer pictures" if pictures > 1 else ""
             raise PromptTooLong(
                 f"the prompt has {text} tokens; beside {beside} this bundle has room for {max(room, 0)}; "
-                f"shorten it{fewer}, or export with a larger --max-length",
-                tokens=text + visual,
-                room=self._manifest.model.max_length - 1,
+                f"shorten it{fewer}, or export with a larger --max-length"
             )

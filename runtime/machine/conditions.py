@@ -15,6 +15,7 @@ from vtp.engines import capabilities
 from vtp.engines.versions import installed_version
 from vtp.runtime.machine.facts import Machine, look
 
+OPENVINO = "openvino"
 _FIELDS = ("engine", "threads", "machine", "versions")
 
 
@@ -57,7 +58,9 @@ class Conditions:
 def conditions(engine: str, threads: int | None, machine: Machine | None = None) -> Conditions:
     """The conditions of a measurement that is made now, here, on an engine."""
     found = look(smi=lambda: "") if machine is None else machine
-    versions = {"vtp-edge": installed_version("vtp-edge", "unknown"), **found.packages}
+    # A library that has no part in it may come and go.
+    packages = {name: one for name, one in found.packages.items() if name != OPENVINO or OPENVINO in engine}
+    versions = {"vtp-edge": installed_version("vtp-edge", "unknown"), **packages}
     return Conditions(engine, threads or 0, _name(found, engine), versions)
 
 

@@ -23,6 +23,7 @@ from vtp.runtime.machine.cgroup import cgroup_left
 DISTRIBUTIONS = (
     "onnxruntime",
     "onnxruntime-gpu",
+    "openvino",
     "tensorrt",
     "tensorrt-rtx-cu13",
     "numpy",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import stat
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
 from os import PathLike, fspath
@@ -23,6 +24,7 @@ from vtp.runtime.media.rgb import to_rgb
 
 __all__ = [
     "MAX_PIXELS",
+    "EncodedImage",
     "ImageSource",
     "as_bytes",
     "check_image",
@@ -39,9 +41,20 @@ __all__ = [
 #: pixel is read, whatever Pillow's own limit and the process's warning filters say.
 MAX_PIXELS = 89_478_485
 
+
+@dataclass(frozen=True)
+class EncodedImage:
+    """A picture file's bytes, of some formats only, by Pillow's names; decoded when it is loaded."""
+
+    data: bytes
+    formats: tuple[str, ...]
+
+
 #: What `load_image` takes: a path, a file's bytes, a Pillow image, a uint8 array [H, W, 3] (RGB), [H, W, 4]
 #: (RGBA) or [H, W].
-ImageSource: TypeAlias = "str | PathLike[str] | bytes | bytearray | memoryview | Image.Image | np.ndarray"
+ImageSource: TypeAlias = (
+    "str | PathLike[str] | bytes | bytearray | memoryview | EncodedImage | Image.Image | np.ndarray"
+)
 
 T = TypeVar("T")
 
@@ -74,6 +87,8 @@ def _with_image(source: ImageSource, act: Callable[[Image.Image, str], T]) -> T:
         return act(source, "the picture")
     if isinstance(source, np.ndarray):
         return act(_from_array(source), "the image array")
+    if isinstance(source, EncodedImage):
+        return act(identify(BytesIO(source.data), "the picture", source.formats), "the picture")
     if isinstance(source, bytes | bytearray | memoryview):
         data = as_bytes(source)
         name = f"the picture given as {len(data)} bytes"
@@ -134,14 +149,17 @@ def _check_regular(path: Path, mode: int) -> None:
         raise UsageError(f"'{shown(path)}' is not a regular file; give one picture file")
 
 
-def identify(file: BinaryIO, name: str) -> Image.Image:
-    """Open a picture by its header, and decode nothing yet. `VtpError` for what must not be decoded."""
+def identify(file: BinaryIO, name: str, formats: tuple[str, ...] | None = None) -> Image.Image:
+    """Open a picture by its header, and decode nothing yet. `VtpError` for what must not be decoded.
+
+    formats  those that may be tried, by Pillow's names; None: all
+    """
     header = file.read(32)
     file.seek(0)
     if not header:
         raise VtpError(f"{name} is empty; give a picture such as PNG or JPEG")
     try:
-        image = Image.open(file)
+        image = Image.open(file, formats=formats)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise VtpError(f"{name} has too many pixels ({error}); at most {MAX_PIXELS:,} are decoded") from error
     except UnidentifiedImageError as error:

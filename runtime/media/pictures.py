@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from enum import Enum
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -13,26 +14,41 @@ from vtp.runtime.media.videos import VideoSource, check_video, load_video
 from vtp.runtime.preprocess import ImageSpec, preprocess
 from vtp.runtime.result import Timings
 
-Images: TypeAlias = "ImageSource | VideoSource | Sequence[ImageSource]"  # of one prompt
+
+class NoPicture(Enum):
+    """What is given instead of pictures where a prompt has none, and that is meant.
+
+    None and empty lists are refused: they are what failed reads and searches give.
+    """
+
+    NO_PICTURE = "no picture"
+
+
+NO_PICTURE = NoPicture.NO_PICTURE
+
+Images: TypeAlias = "ImageSource | VideoSource | Sequence[ImageSource] | NoPicture"  # of one prompt
 
 
 class PictureError(VtpError):
-    """A picture that cannot be decoded, or that the model cannot take: damaged, too large, too long."""
+    """A picture that cannot be decoded, or that the model cannot take: damaged, too large, too long.
+
+    Its cause, if it has one, is a library's error, whose words are then in the text.
+    """
 
 
 class Pictures:
-    """What a caller gave as `image`; its length is the number of pictures, a video being one.
+    """What a caller gave as `image`; its length is the number of pictures (a video is one, NO_PICTURE none).
 
     `pixels` holds pixel_values of one picture each, between `load` and `release`.
     """
 
     def __init__(self, image: Any, spec: ImageSpec) -> None:
         several = spec.frames is None and isinstance(image, list | tuple)
-        self._sources: Sequence[Any] = image if several else [image]
+        self._sources: Sequence[Any] = image if several else [] if image is NO_PICTURE else [image]
         self._spec = spec
         self.pixels: list[np.ndarray] = []
-        if not self._sources:
-            raise UsageError("no picture is given; give one, or a list of at least one")
+        if not self._sources and image is not NO_PICTURE:
+            raise UsageError("no picture is given; give one, a list of at least one, or NO_PICTURE")
 
     def __len__(self) -> int:
         return len(self._sources)
@@ -52,7 +68,7 @@ class Pictures:
             except UsageError:
                 raise
             except VtpError as error:
-                raise PictureError(str(error)) from error
+                raise PictureError(str(error)) from error.__cause__
 
     def _load_one(self, source: Any) -> Any:
         frames = self._spec.frames

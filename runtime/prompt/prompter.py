@@ -31,12 +31,16 @@ from vtp.runtime.prompt.template import ChatTemplate, TemplateLimit, first_line
 from vtp.runtime.prompt.token_bytes import TokenBytes
 from vtp.runtime.prompt.tokenizer import CheckedTokenizer, special_texts
 
-__all__ = ["Detokenizer", "Prompt", "Prompter", "StopStrings", "TextSpec"]
+__all__ = ["Detokenizer", "Prompt", "PromptTooLong", "Prompter", "StopStrings", "TextSpec"]
 
 _MOST_TOKENS = 2**20  # of a prompt, where nobody says how many fit
 _FEWEST_CHARACTERS = 2**16  # of a text that is encoded to see how long it is, however little fits
 _COMPOSED = 4  # characters that a normalizer may make one of
 _SHAPES = 64  # kinds of conversation whose rendering is remembered as complete
+
+
+class PromptTooLong(VtpError):
+    """A prompt leaves no room for an answer in the bundle's cache; the text has both numbers."""
 
 
 @dataclass(frozen=True)
@@ -112,9 +116,9 @@ class Prompter:
 
     Without a chat template a single user turn becomes LLaVA's plain form, "USER: <image>\\n{question}
     ASSISTANT:", and longer conversations are refused. `most_tokens` is what a prompt may have: texts that
-    cannot fit are refused before they are encoded. A template that does not compile, a tokenizer.json that
-    cannot be read or used, and one in which the image token is not a single token with the id of `spec`,
-    raise `VtpError`.
+    cannot fit are refused (`PromptTooLong`) before they are encoded. A template that does not compile, a
+    tokenizer.json that cannot be read or used, and one in which the image token is not a single token with
+    the id of `spec`, raise `VtpError`.
     """
 
     def __init__(self, spec: TextSpec, tokenizer_json: str | Path, most_tokens: int = _MOST_TOKENS) -> None:
@@ -197,7 +201,7 @@ class Prompter:
             return
         most = max(_FEWEST_CHARACTERS, self._most * self._words.longest * _COMPOSED)
         if characters > most:
-            raise UsageError(
+            raise PromptTooLong(
                 f"the prompt has {characters} characters, more than the {most} that {self._most} tokens can "
                 "hold; shorten it, or export with a larger --max-length"
             )

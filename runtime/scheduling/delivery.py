@@ -47,19 +47,25 @@ class Delivery:
                 self._changed.wait(left)
         return True
 
-    async def changed(self, seen: int | None = None) -> None:
-        """Wait as `wait` does, in an event loop."""
+    async def changed(self, seen: int | None = None, timeout: float | None = None) -> bool:
+        """Wait as `wait` does, in an event loop, and without a task of its own: this is once a token."""
         loop = asyncio.get_running_loop()
+        end = None if timeout is None else loop.time() + timeout
         while True:
             with self._changed:
                 if self._ready(seen):
-                    return
+                    return True
+                if end is not None and loop.time() >= end:
+                    return False
                 future = loop.create_future()
                 self._futures.append((loop, future))
+            timer = None if end is None else loop.call_at(end, _resolve, future)
             try:
                 await future
             finally:
                 self._forget(future)
+                if timer is not None:
+                    timer.cancel()
 
     def _ready(self, seen: int | None) -> bool:
         return self.over or (seen is not None and len(self._pieces) > seen)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 from typing import Any
 
@@ -61,15 +60,8 @@ class Ticket:
 
         For those who send them on: what came while they were busy comes at once. Errors are `result`'s.
         """
-        delivery = self._job.delivery
-        pieces, over = delivery.after(seen)
-        if pieces or over:
-            return pieces, over
-        try:
-            await asyncio.wait_for(delivery.changed(seen), timeout)
-        except asyncio.TimeoutError:
-            return [], False
-        return delivery.after(seen)
+        await self._job.delivery.changed(seen, timeout)
+        return self._job.delivery.after(seen)
 
     def __iter__(self) -> Iterator[str]:
         seen, delivery, over = 0, self._job.delivery, False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -23,6 +23,7 @@ from vtp.runtime.stages.vision_feature_cache import VisionFeatureCache
 __all__ = ["KvCache", "Row", "Stage", "StageRunner"]
 
 _PADDING = 0  # an id that stands where a row has no token: what is there is never looked at
+_NOTHING = "nothing"  # zeros [B,S]: no token sees further than itself, and nobody reads a cue
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,7 @@ class StageRunner:
         """Start new conversations: image stages on every picture, then prompt stages on all rows together.
 
         pictures  pixel_values of one picture each, in the order of the rows and of the places within them;
-                  every row has the same number of them
+                  every row has the same number of them, which may be 0
         check     is called before each stage, and may raise to end the run there
 
         Rows of unequal length are padded on the right. Returns every tensor that flowed, by the pipeline's
@@ -175,15 +176,34 @@ class StageRunner:
         lengths = np.array([len(row.ids) for row in rows], np.int32)
         padding = lengths.max() - lengths
         ids = [[*row.ids, *[_PADDING] * int(short)] for row, short in zip(rows, padding, strict=True)]
-        values = self.images.run(keep, pictures, len(rows), timings, check)
+        values = self.images.run(keep, pictures, len(rows), timings, check) if pictures else {}
         values["input_ids"] = put(np.array(ids, np.int64))
-        values["image_start"] = put(np.array([row.image_starts for row in rows], np.int64))
         values["text_length"] = put(lengths.astype(np.int64))
-        self.run("prefill", keep, values, timings, padding, check)
+        if pictures:
+            values["image_start"] = put(np.array([row.image_starts for row in rows], np.int64))
+            self.run("prefill", keep, values, timings, padding, check)
+        else:
+            self._run_text(keep, values, timings, padding, check)
         timings.reused_tokens = self._prefix.reused if self._prefix else 0
         if padding.any():  # graphs count it
             values["next_position"] = put(values["next_position"].numpy() - padding)
         return values
+
+    def _run_text(
+        self, keep: int, values: dict[str, Value], timings: Timings, padding: np.ndarray, check: Check
+    ) -> None:
+        """Read prompts without pictures: the stages of a step, with all of a prompt's tokens at once.
+
+        Where positions begin does not matter: decoders tell tokens apart by how far they are from each other.
+        """
+        batch, length = values["input_ids"].shape
+        numbers = np.empty((batch, length, *self._numbers_shape(keep)[2:]), np.int64)
+        numbers.T[...] = np.arange(length)[:, None]
+        values["position_ids"] = self._opened.put(numbers)
+        values[_NOTHING] = self._opened.put(np.zeros((batch, length), np.int64))
+        stages = [_reading_text(stage) for stage in self._opened.stages("step", keep)]
+        run_stages(stages, values, timings, padding, check)
+        values["next_position"] = self._opened.put(np.full(batch, length, np.int64))
 
     def step(self, keep: int, token: int, position: int) -> np.ndarray:
         """Feed one token at its position; returns the next logits float32 [V]: see `step_rows`."""
@@ -256,3 +276,13 @@ class StageRunner:
                 if source == "position_ids":
                     return single_step_shape(self._manifest.graphs[info.file].inputs[name], self._batch)
         raise VtpError("no step of this bundle reads 'position_ids'; export the bundle again")
+
+
+def _reading_text(stage: Stage) -> Stage:
+    """A step's stage for a whole prompt: of one token, ids serve as numbers that mean nothing."""
+    if stage.info.role == "embed":
+        return stage
+    inputs = {
+        name: _NOTHING if source == "input_ids" else source for name, source in stage.info.inputs.items()
+    }
+    return replace(stage, info=replace(stage.info, inputs=inputs))

@@ -166,7 +166,8 @@ def _step(
     """Forward and backward pass of one batch; returns its loss."""
     size = stage.sizes[step % len(stage.sizes)]
     number = min(3 * stage.batch, round(stage.batch * (336 / size) ** 1.6))
-    encoded = pool.sample(size, stage.objects, number, stage.batch // 2, rng, 0.7 if stage.loose else 1.2)
+    fresh, power = round(stage.batch * stage.fresh), 0.7 if stage.loose else 1.2
+    encoded = pool.sample(size, stage.objects, number, fresh, rng, power)
     packed = pack([e.picture for e in encoded], QUESTIONS, stage.style, rng, tally.kinds)
     squeeze = float(rng.uniform(0.1, 1.0)) if stage.loose and rng.random() < 0.5 else 1.0
     with half_precision():

@@ -36,7 +36,8 @@ class Stage:
 
     `goal` bounds the mean accuracy over all kinds. `batch` is the number of pictures of 336 pixels; smaller
     ones come in larger batches. A `loose` stage crowds small pictures, and squeezes the places of the visual
-    tokens in half of its batches, so that the model reads pictures by content and not by place.
+    tokens in half of its batches, so that the model reads pictures by content and not by place. `fresh` is
+    the share of `batch` that is encoded anew for each step.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Stage:
     goal: float
     steps: int
     loose: bool = False
+    fresh: float = 0.5
 
 
 @dataclass(frozen=True)
@@ -91,12 +93,14 @@ READER = Recipe(
     Form(tower_layers=13, tower_mlp=176, decoder_mlp=176, reads=True),
     READER_KINDS,
     (
-        TowerStage("signs-168", (168,), (3, 6), 32, 1e-3, 0.95, 2500, (6, 10), windows=True),
-        TowerStage("signs-mix", (336, 168), (3, 6), 32, 1e-3, 2.0, 300, (2, 4), windows=True),
+        TowerStage("signs-168", (168,), (3, 6), 32, 1e-3, 0.95, 1400, (6, 10), windows=True),
+        TowerStage("signs-mix", (168, 336, 168), (3, 6), 32, 1e-3, 2.0, 600, (2, 14), windows=True),
     ),
     (
-        Stage("signs-168", (168,), (1, 4), "full", 16, 1e-3, 0.93, 1500),
-        Stage("loose", (336, 168, 336, 224, 336, 112, 336, 280), (2, 6), "chat", 12, 1e-3, 2.0, 900, True),
+        Stage("signs-168", (168,), (1, 4), "full", 16, 1e-3, 0.92, 600),
+        Stage(
+            "loose", (336, 168, 336, 224, 336, 112, 336, 280), (2, 6), "chat", 12, 1e-3, 2.0, 700, True, 0.25
+        ),
     ),
     grown=True,
     every=50,

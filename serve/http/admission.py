@@ -35,6 +35,7 @@ def guarded(
     key: str | None = None,
     cors_origins: Sequence[str] = (),
     limit_bytes: int = 64 * 2**20,
+    total_bytes: int | None = None,
 ) -> ASGIApp:
     """An application behind all checks.
 
@@ -42,8 +43,9 @@ def guarded(
     key            that clients must send as `Authorization: Bearer`; None: none
     cors_origins   origins whose pages may use the server: "https://example.org", "*"
     limit_bytes    of one request's body
+    total_bytes    of the bodies of all requests that are being answered; None: four times as many
     """
-    app = BodyLimit(app, limit_bytes)
+    app = BodyLimit(app, limit_bytes, total_bytes)
     if key is not None:
         app = KeyCheck(app, key)
     app = OriginCheck(app, cors_origins)
@@ -181,47 +183,59 @@ def _is_open(scope: Scope) -> bool:
 
 class BodyLimit:
     """Refuses (413) bodies of more than `limit_bytes`, by Content-Length or, where they come in chunks, as
-    soon as there are more; the client gets the answer although it still sends."""
+    soon as there are more; the client gets the answer although it still sends.
 
-    def __init__(self, app: ASGIApp, limit_bytes: int) -> None:
+    Bodies of all requests together hold at most `total_bytes` until their answers end (503 beyond), and a
+    client that sends nothing for `idle_seconds` is not waited for (408).
+    """
+
+    def __init__(
+        self, app: ASGIApp, limit_bytes: int, total_bytes: int | None = None, idle_seconds: float = 30.0
+    ) -> None:
         self._app = app
-        self._limit = limit_bytes
+        self.limit = limit_bytes
+        self.total = 4 * limit_bytes if total_bytes is None else total_bytes
+        self.idle = idle_seconds
+        self.held = 0  # bytes, of all requests
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        body = _Body(scope, receive, send, self._limit)
-        if _declared(scope) > self._limit:
-            await body.refuse()
+        body = _Body(self, scope, receive, send)
+        if _declared(scope) > self.limit:
+            await body.refuse(body.too_large())
             return
         try:
             await self._app(scope, body.receive, body.send)
         except Exception:
             if not body.refused:
                 raise
+        finally:
+            body.release()
 
 
 class _Body:
     """One request's body while the application reads it. Once it was refused, the application is told that
     the client has gone, and what it says then reaches nobody."""
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, limit: int) -> None:
-        self._scope, self._receive, self._send, self._limit = scope, receive, send, limit
-        self._seen = 0
+    def __init__(self, owner: BodyLimit, scope: Scope, receive: Receive, send: Send) -> None:
+        self._owner, self._scope, self._receive, self._send = owner, scope, receive, send
+        self._more = True
         self._started = False
+        self.size = 0
         self.refused = False
 
     async def receive(self) -> Message:
         """For the application."""
         if self.refused:
             return {"type": "http.disconnect"}
-        message = await self._receive()
-        self._seen += len(message.get("body", b""))
-        if self._seen <= self._limit:
-            return message
-        await self.refuse()
-        return {"type": "http.disconnect"}
+        try:
+            message = await asyncio.wait_for(self._receive(), self._owner.idle if self._more else None)
+        except asyncio.TimeoutError:
+            return await self.refuse(self._late())
+        self._more = bool(message.get("more_body"))
+        return await self._taken(message)
 
     async def send(self, message: Message) -> None:
         """For the application."""
@@ -229,20 +243,50 @@ class _Body:
             self._started = True
             await self._send(message)
 
-    async def refuse(self) -> None:
-        """Answer 413, read on for a while, then close."""
-        self.refused = True
-        if self._started:
-            return
-        error = ApiError(
-            f"the request is larger than {self._limit:,} bytes; send fewer or smaller pictures", 413
+    async def _taken(self, message: Message) -> Message:
+        """A message that was counted, if there is room for it."""
+        count = len(message.get("body", b""))
+        self.size += count
+        self._owner.held += count
+        if self.size > self._owner.limit:
+            return await self.refuse(self.too_large())
+        if self._owner.held > self._owner.total:
+            return await self.refuse(self._crowded())
+        return message
+
+    def too_large(self) -> ApiError:
+        """The refusal of a body that is too large by itself."""
+        return ApiError(
+            f"the request is larger than {self._owner.limit:,} bytes; send fewer or smaller pictures", 413
         )
-        start, body = _messages(error, self._scope, {"connection": "close"})
-        await self._send(start)
-        await self._send({**body, "more_body": True})
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self._drain(), _DRAIN_SECONDS)
-        await self._send({"type": "http.response.body"})
+
+    def _crowded(self) -> ApiError:
+        return ApiError(
+            "the requests that are being answered hold too much memory; try again later",
+            503,
+            headers={"Retry-After": "1"},
+        )
+
+    def _late(self) -> ApiError:
+        return ApiError(f"nothing more of the request came for {self._owner.idle:g} s; send it again", 408)
+
+    def release(self) -> None:
+        """Give the room back."""
+        self._owner.held -= self.size
+        self.size = 0
+
+    async def refuse(self, error: ApiError) -> Message:
+        """Answer, read on for a while, then close; returns what the application is told."""
+        self.refused = True
+        self.release()
+        if not self._started:
+            start, body = _messages(error, self._scope, {"connection": "close"})
+            await self._send(start)
+            await self._send({**body, "more_body": True})
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._drain(), _DRAIN_SECONDS)
+            await self._send({"type": "http.response.body"})
+        return {"type": "http.disconnect"}
 
     async def _drain(self) -> None:
         """A connection that is closed while the client sends would take the answer with it."""

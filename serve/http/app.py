@@ -11,9 +11,8 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vtp.serve.http.admission import guarded
-from vtp.serve.http.asking import GONE
 from vtp.serve.http.decisions.endpoint import decisions
-from vtp.serve.http.errors import ApiError
+from vtp.serve.http.errors import GONE, ApiError
 from vtp.serve.http.metrics import CONTENT_TYPE, Metrics
 from vtp.serve.http.models import Models
 from vtp.serve.http.ollama import endpoints as ollama
@@ -59,6 +58,7 @@ def _middleware(settings: Settings) -> list[Middleware]:
         key=settings.key,
         cors_origins=settings.cors_origins,
         limit_bytes=settings.body_bytes,
+        total_bytes=settings.together_bytes,
     )
     return [Middleware(ErrorAnswers), checks]
 
@@ -98,7 +98,7 @@ async def _answer_error(request: Request, error: Exception) -> Response:
 
 def _of_routing(request: Request, error: HTTPException) -> ApiError:
     texts = {
-        404: "there is nothing at this address; see /v1/models and /v1/chat/completions",
+        404: "there is nothing at this address; OpenAI's base_url ends in v1",
         405: f"{request.method} is not allowed at this address",
     }
     return ApiError(

@@ -18,20 +18,20 @@ from starlette.requests import Request
 from vtp.engines import UsageError
 from vtp.runtime.bundle.manifest import VisualInfo
 from vtp.runtime.constrained.errors import FormatError
-from vtp.runtime.result import Result
+from vtp.runtime.media.pictures import NO_PICTURE, Images
+from vtp.runtime.prompt.forms import forms_of, one_video
+from vtp.runtime.result import Result, TokenLogprob
 from vtp.runtime.scheduler import Ticket
-from vtp.serve.http.errors import ApiError
+from vtp.serve.http.errors import GONE, ApiError
 from vtp.serve.http.metrics import Metrics
 from vtp.serve.http.models import Model
 from vtp.serve.http.pictures.sources import Picture, read_picture
 from vtp.serve.http.refusals import told
 from vtp.serve.http.service import Service
-from vtp.serve.http.turns import forms_of, media_for
 from vtp.serve.shadow import Exchange
 from vtp.serve.slo import Chosen
 
 _WHOLE = ("eos", "stop", "length")  # ends of answers that another bundle's can be compared with
-GONE = 499  # the status, in logs and metrics, of a request whose client went away
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,7 @@ class Asked:
         self._request, self._ticket, self._tally, self._again = request, ticket, tally, again
         self._ping = Service.of(request).settings.ping_seconds
         self._gone = False
+        self._logprobs = 0  # told so far
 
     async def whole(self) -> Result:
         """The whole answer. Raises ApiError; of status 499 if the client went away."""
@@ -127,6 +128,12 @@ class Asked:
                 elif not over:
                     yield None
             self._end()
+
+    def new_logprobs(self) -> Sequence[TokenLogprob]:
+        """Those of the tokens since the last call, if the question asked for them."""
+        seen, known = self._logprobs, self._ticket.logprobs
+        self._logprobs = len(known)
+        return known[seen : self._logprobs]
 
     def _end(self) -> None:
         """Take the result of a ticket that is over, or raise why there is none."""
@@ -202,7 +209,7 @@ async def ask(request: Request, model: Model, question: Question) -> Asked:
         tally.end(500)
         raise
     notes = [text for picture in pictures for text in picture.notes]
-    sizes = [picture.image.size for picture in pictures]
+    sizes = [picture.size for picture in pictures]
     told_of = [*dict.fromkeys(notes), *taken.notes]
     return Asked(request, model, taken.ticket, told_of, sizes, chosen, tally, taken.again)
 
@@ -270,12 +277,14 @@ def submit(model: Model, question: Question, pictures: list[Picture], chosen: Ch
 
     Templates differ in what they take: the turns are tried as they are, then in plainer forms.
     """
-    media = model.manifest.text.media
-    images, messages = media_for(media, [picture.image for picture in pictures], question.messages)
+    messages, images = question.messages, [picture.image for picture in pictures]
+    given: Images = images or NO_PICTURE
+    if images and model.manifest.text.media == "video":
+        messages = one_video(messages)
     options = question.options_for(model, chosen)
     if shadowed := model.shadow is not None and model.shadow.wants(options):
         options.setdefault("logprobs", 0)
-    take = partial(model.scheduler.submit, images, **options)
+    take = partial(model.scheduler.submit, given, **options)
     refused: UsageError | None = None
     for turns, notes in forms_of(messages):
         try:

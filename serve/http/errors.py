@@ -18,6 +18,7 @@ _TYPES = {
 }
 
 OLLAMA = "/api/"  # below it lie Ollama's endpoints, whose clients read errors of another form
+GONE = 499  # the status, in logs and metrics, of a request whose client went away
 FAILED = "the server could not answer this request; its log says why"
 # Paths, addresses of memory and of machines: none of a client's business. What follows "<" is markup.
 _PRIVATE = re.compile(

@@ -6,13 +6,13 @@ import asyncio
 from collections.abc import Iterator
 from typing import Any
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
 from vtp.engines import VtpError
 from vtp.engines.errors import quoted_argument
 from vtp.engines.strict_json import parse_json
 from vtp.runtime.generation.arguments import is_number, is_whole
-from vtp.serve.http.errors import ApiError
+from vtp.serve.http.errors import GONE, ApiError
 
 _LARGE = 1 << 20  # bytes of a body that is parsed in a thread, so that other requests go on meanwhile
 
@@ -102,7 +102,10 @@ def kind_of(value: object) -> str:
 
 async def read_fields(request: Request) -> Fields:
     """The body of a request, whatever its Content-Type; ApiError 400 for what is not one JSON object."""
-    body = await request.body()
+    try:
+        body = b"".join([piece async for piece in request.stream()])  # and not kept, as request.body() would
+    except ClientDisconnect:
+        raise ApiError("the client went away", GONE) from None
     return Fields(await asyncio.to_thread(_parse, body) if len(body) > _LARGE else _parse(body))
 
 

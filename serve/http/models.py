@@ -49,6 +49,7 @@ class Model:
             "created": self.created,
             "owned_by": "vtp",
             "max_model_len": manifest.model.max_length,
+            "modalities": self.modalities,
             "architecture": {"input_modalities": self.modalities, "output_modalities": ["text"]},
             "vtp": {
                 "family": manifest.model.family,

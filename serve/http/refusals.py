@@ -7,8 +7,8 @@ import math
 from vtp.engines import UsageError, VtpError
 from vtp.engines.errors import shown
 from vtp.runtime.constrained.errors import FormatBusy, FormatError
-from vtp.runtime.generation.request import PromptTooLong
 from vtp.runtime.media.pictures import PictureError
+from vtp.runtime.prompt.prompter import PromptTooLong
 from vtp.runtime.scheduler import Closed, QueueFull
 from vtp.serve.http.errors import FAILED, ApiError, holds_no_secret
 from vtp.serve.http.service import log
@@ -52,8 +52,10 @@ def failure(error: BaseException) -> ApiError:
 
 
 def _shown(error: VtpError) -> str:
-    """The error's own text, if it holds nothing that clients should not see."""
+    """The error's own text, if it holds nothing that clients should not see: least of all Pillow's words."""
     text = str(error)
+    if isinstance(error, PictureError) and error.__cause__ is not None:
+        return "a picture's file is truncated or damaged; send the whole file"
     if holds_no_secret(text):
         return text
     log.warning("a request was refused: %s", text)

@@ -94,10 +94,11 @@ def differences(report: dict[str, Any], answers: dict[str, Any], served: list[st
 
 
 def right_text(label: str, answer: dict[str, Any]) -> str:
-    """What an answer must be: some clients put words in front of the picture, some cut spaces off."""
+    """What an answer must be: words may come before the picture or alone, and some clients cut spaces."""
     if label.startswith("stripped"):
         return str(answer["text first"]).strip()
-    return str(answer["text first" if label.startswith("text first") else "text"])
+    kinds = (kind for kind in ("text first", "text only") if label.startswith(kind))
+    return str(answer[next(kinds, "text")])
 
 
 def wrong_facts(model: str, facts: dict[str, Any], answer: dict[str, Any]) -> Iterator[str]:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from vtp.runtime import Pipeline
+from vtp.runtime import NO_PICTURE, Pipeline
 
 ROOT = Path(__file__).parents[2]
 PICTURE = ROOT / "scenes/examples/scene.png"
@@ -57,15 +57,17 @@ def _random_model(folder: Path) -> Path:
 
 
 def answers_of(bundle: Path) -> dict[str, Any]:
-    """What vtp-run says, and what the runtime says to the same words in front of the picture."""
+    """What vtp-run says, and what the runtime says to the same words before the picture and without."""
     run = [command("vtp-run"), str(bundle), "--image", str(PICTURE), "--prompt", PROMPT, "--json"]
     done = subprocess.run([*run, "--max-new-tokens", str(MOST)], check=True, capture_output=True, text=True)
     result = json.loads(done.stdout)
     turn = {"role": "user", "content": [{"type": "text", "text": PROMPT}, {"type": "image"}]}
     with Pipeline.load(bundle) as pipeline:
         after = pipeline.generate([PICTURE], messages=[turn], max_new_tokens=MOST)
+        alone = pipeline.generate(NO_PICTURE, PROMPT, max_new_tokens=MOST)
         length, keeps = pipeline.manifest.model.max_length, pipeline.manifest.visual.keep
-    return {**result, "text first": after.text, "context": length, "least kept": min(keeps)}
+    texts = {"text first": after.text, "text only": alone.text}
+    return {**result, **texts, "context": length, "least kept": min(keeps)}
 
 
 def facts_of(answer: dict[str, Any]) -> dict[str, Any]:

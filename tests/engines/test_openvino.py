@@ -208,6 +208,29 @@ def test_float32_is_not_rounded_to_bfloat16(tmp_path: Path) -> None:
     assert np.abs(found - wanted).max() < 1e-5 * np.abs(wanted).max()
 
 
+def test_sums_are_not_joined_with_what_follows(tmp_path: Path) -> None:
+    """OpenVINO 2026.4 would, and read a vector along an axis that is gone: found in Idefics3's splice."""
+    nodes = [
+        helper.make_node("Less", ["starts", "places"], ["before"]),
+        helper.make_node("Cast", ["before"], ["ones"], to=TensorProto.INT64),
+        helper.make_node("ReduceSum", ["ones", "axis"], ["sum"], keepdims=0),
+        helper.make_node("Add", ["order", "sum"], ["y"]),
+    ]
+    places = np.arange(11, dtype=np.int64).reshape(1, 11, 1)
+    order = 3 * np.arange(11, dtype=np.int64)
+    whole = TensorProto.INT64
+    weights = [
+        helper.make_tensor("places", whole, places.shape, places.tobytes(), raw=True),
+        helper.make_tensor("order", whole, order.shape, order.tobytes(), raw=True),
+        helper.make_tensor("axis", whole, [1], [2]),
+    ]
+    inputs, outputs = [info("starts", whole, ["b", 1, "n"])], [info("y", whole, ["b", 11])]
+    engine = open_graph(save(tmp_path / "g.onnx", nodes, inputs, outputs, weights), NAME, 1)
+    starts = np.array([[[2, 5, 9]], [[0, 0, 7]]], np.int64)
+    wanted = order + (starts < places).sum(axis=2)
+    np.testing.assert_array_equal(engine.run({"starts": engine.put(starts)})["y"].numpy(), wanted)
+
+
 _LOAD = """
 from pathlib import Path
 from vtp.engines.openvino.library import load_openvino

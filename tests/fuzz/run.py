@@ -20,6 +20,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from importlib import util
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from subject import ROOT, Subject, make
 AREAS = {
     "bundles": 4,
     "graphs": 3,
+    **({"openvino": 1} if util.find_spec("openvino") else {}),
     "templates": 4,
     "tokenizers": 3,
     "pictures": 4,

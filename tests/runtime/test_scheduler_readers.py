@@ -124,3 +124,59 @@ def test_a_timeout_leaves_the_request_running(pipe: Pipeline) -> None:
         with pytest.raises(TimeoutError, match="not over after 0 s"):
             ticket.result(0)
         assert len(ticket.result(60).token_ids) == 90
+
+
+# -- all that came at once -----------------------------------------------------------------------------------
+
+
+def test_pieces_that_wait_come_together(pipe: Pipeline) -> None:
+    """Everything from a number on, at once; then that it is over, as often as one asks."""
+    wanted = pipe.generate(PICTURE, "how many ?", max_new_tokens=25)
+    with Scheduler(pipe, slots=2) as scheduler:
+        ticket = scheduler.submit(PICTURE, "how many ?", max_new_tokens=25)
+
+        async def read() -> str:
+            text, seen, over = "", 0, False
+            while not over:
+                pieces, over = await ticket.pieces_from(seen)
+                assert pieces or over
+                text, seen = text + "".join(pieces), seen + len(pieces)
+            assert await ticket.pieces_from(seen) == ([], True)
+            assert await ticket.pieces_from(seen, timeout=0) == ([], True)
+            whole, over = await ticket.pieces_from(0)
+            assert over and "".join(whole) == text
+            return text
+
+        assert asyncio.run(read()) == wanted.text
+
+
+def test_a_wait_for_pieces_has_an_end() -> None:
+    """Nothing is left behind of it, and a later one gets what came meanwhile."""
+    delivery = Delivery()
+
+    async def wait() -> None:
+        for timeout in (0, 0.01):
+            assert await delivery.changed(0, timeout) is False
+        assert delivery._futures == []
+        later = asyncio.create_task(delivery.changed(0, 60))
+        await asyncio.sleep(0.01)
+        delivery.put("a")
+        assert await later is True and await delivery.changed(0, 0) is True
+        gone = asyncio.create_task(delivery.changed(1, 60))
+        await asyncio.sleep(0.01)
+        gone.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await gone
+        assert delivery._futures == []
+
+    asyncio.run(wait())
+
+
+def test_a_scheduler_is_cancelled_without_a_wait(pipe: Pipeline) -> None:
+    with Scheduler(pipe, slots=1) as scheduler:
+        tickets = [scheduler.submit(PICTURE, "how many ?", max_new_tokens=100) for _ in range(3)]
+        scheduler.cancel()
+        assert {ticket.result(60).finish_reason for ticket in tickets[1:]} == {"cancelled"}
+        assert tickets[0].result(60).finish_reason in ("cancelled", "length")
+        with pytest.raises(VtpError, match="this scheduler is closed"):
+            scheduler.submit(PICTURE, "how many ?")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -46,3 +46,11 @@ def answer(connection: socket.socket) -> tuple[int, dict[str, str], bytes]:
         name, _, value = line.decode("latin-1").partition(":")
         headers[name.lower()] = value.strip()
     return status, headers, file.read(int(headers.get("content-length", -1)))
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    """Wait for a condition; fail if it does not come."""
+    end = time.monotonic() + 30
+    while not true():
+        assert time.monotonic() < end, "it did not come about"
+        time.sleep(0.005)

@@ -16,7 +16,7 @@ from starlette.routing import Route
 
 from vtp.serve.http.admission import BodyLimit, HostCheck, KeyCheck, guarded
 
-from .running import answer, exchange, served
+from .running import answer, exchange, served, wait_until
 
 KEY = "geheim-schlüssel"
 LIMIT = 100_000
@@ -256,6 +256,43 @@ def test_a_client_that_never_ends_is_cut_off(bounded: int, monkeypatch: pytest.M
         assert answer(connection)[0] == 413
         assert ended.wait(20)
         sender.join()
+
+
+def test_bodies_together_hold_so_much() -> None:
+    """Two clients whose bodies lack their last byte leave no room for a third, until they are answered."""
+    limit = BodyLimit(APP, LIMIT, total_bytes=250_000)
+    with served(limit) as port:
+        head = request("/", "POST", Content_Length=str(LIMIT))
+        connections = [socket.create_connection(("127.0.0.1", port), timeout=10) for _ in range(2)]
+        for connection in connections:
+            connection.sendall(head + bytes(LIMIT - 1))
+        wait_until(lambda: limit.held == 2 * (LIMIT - 1))
+        status, headers, body = post(port, "/", bytes(LIMIT), Content_Length=str(LIMIT))
+        assert (status, headers["retry-after"], error_of(body)["type"]) == (503, "1", "unavailable_error")
+        for connection in connections:
+            connection.sendall(b"x")
+            assert answer(connection)[0] == 200
+            connection.close()
+        wait_until(lambda: limit.held == 0)
+        assert post(port, "/", bytes(LIMIT), Content_Length=str(LIMIT))[0] == 200
+    assert limit.held == 0
+
+
+def test_clients_that_go_away_give_their_room_back() -> None:
+    limit = BodyLimit(APP, LIMIT)
+    with served(limit) as port:
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+            connection.sendall(request("/", "POST", Content_Length="1000") + bytes(500))
+            wait_until(lambda: limit.held == 500)
+        wait_until(lambda: limit.held == 0)
+        post(port, "/", chunks(3 * LIMIT), Transfer_Encoding="chunked")
+        wait_until(lambda: limit.held == 0)
+
+
+def test_a_client_that_sends_nothing_is_not_waited_for() -> None:
+    with served(BodyLimit(APP, LIMIT, idle_seconds=0.2)) as port:
+        status, _, body = exchange(port, request("/", "POST", Content_Length="1000"), bytes(500))
+    assert status == 408 and "nothing more" in error_of(body)["message"]
 
 
 def test_the_server_goes_on(bounded: int) -> None:

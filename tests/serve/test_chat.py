@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from vtp.runtime import Pipeline
+from vtp.runtime import NO_PICTURE, Pipeline
 
 from .client import CHAT, Site, data_url, shown, words
 
@@ -100,6 +100,26 @@ def test_timings_are_in_llama_servers_words(site: Site, picture: Image.Image) ->
     assert {"queue", "vision_encoder", "decoder"} <= body["vtp"]["stages"].keys()
 
 
+@pytest.mark.parametrize("top", [None, 0, 3])
+@pytest.mark.parametrize("more", [{}, {"stop": "e"}, {"temperature": 1.5, "seed": 3}])
+def test_logprobs_are_the_pipelines(
+    site: Site, alone: Pipeline, picture: Image.Image, top: int | None, more: dict[str, Any]
+) -> None:
+    wanted = alone.generate(picture, "how many ?", max_new_tokens=20, logprobs=top or 0, **more)
+    assert wanted.logprobs
+    fields = {"max_tokens": 20, "logprobs": True, "top_logprobs": top, **more}
+    whole = site.chat(asked(picture), **fields).json["choices"][0]["logprobs"]
+    *chunks, end = site.chat(asked(picture), stream=True, **fields).events
+    parts = [chunk["choices"][0]["logprobs"] for chunk in chunks]
+    streamed = [entry for part in parts if part for entry in part["content"]]
+    assert end is None and whole["content"] == streamed and whole["refusal"] is None
+    for entry, token in zip(streamed, wanted.logprobs, strict=True):
+        assert (entry["token"], bytes(entry["bytes"])) == (token.token, token.bytes)
+        assert entry["logprob"] == pytest.approx(token.logprob, abs=1e-5)
+        assert [other["token"] for other in entry["top_logprobs"]] == [other.token for other in token.top]
+    assert len(streamed[0]["top_logprobs"]) == (top or 0)
+
+
 # -- what clients send ---------------------------------------------------------------------------------------
 
 
@@ -188,6 +208,17 @@ def test_what_clients_add_changes_nothing(
     assert answer.text == wanted.text
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_prompt_needs_no_picture(site: Site, alone: Pipeline, stream: bool) -> None:
+    wanted = alone.generate(NO_PICTURE, "how many ?", max_new_tokens=9)
+    answer = site.chat("how many ?", max_tokens=9, stream=stream)
+    body = answer.events[-2] if stream else answer.json
+    assert body["vtp"]["visual_tokens"] == {"before": 0, "after": 0} and body["vtp"]["keep_tokens"] == 0
+    assert body["timings"]["prompt_n"] == wanted.prompt_tokens
+    if not stream:
+        assert answer.text == wanted.text
+
+
 def test_headers_and_types_that_nobody_needs(site: Site, picture: Image.Image) -> None:
     body = {"messages": [{"role": "user", "content": asked(picture), "name": "me"}], "max_tokens": 3}
     wanted = site.send(CHAT, body).text
@@ -227,7 +258,7 @@ def test_models(site: Site) -> None:
     assert listed["object"] == "list" and card == site.send("/v1/models/tiny").json
     assert (card["id"], card["object"], card["owned_by"]) == ("tiny", "model", "vtp")
     assert card["max_model_len"] == 128 and card["created"] > 1.7e9
-    assert card["architecture"]["input_modalities"] == ["text", "image"]
+    assert card["architecture"]["input_modalities"] == card["modalities"] == ["text", "image"]
     assert card["vtp"]["keep_tokens"] == [3, 6] and card["vtp"]["visual_tokens"] == 16
     assert site.send("/v1/models/other").status == 404
 

@@ -7,6 +7,7 @@ import base64
 import re
 import struct
 import zlib
+from dataclasses import dataclass
 from io import BytesIO
 from typing import Any
 
@@ -14,8 +15,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vtp.engines import VtpError
+from vtp.runtime.media.images import EncodedImage, load_image
+from vtp.runtime.media.pictures import PictureError
 from vtp.serve.http.errors import ApiError
-from vtp.serve.http.pictures.sources import FORMATS, MediaLimits, Picture, decode_picture, read_picture
+from vtp.serve.http.pictures.sources import FORMATS, MediaLimits, check_picture, read_picture
+from vtp.serve.http.refusals import told
+
+from .client import Site, words
 
 LIMITS = MediaLimits()
 PARAM = "messages.0.content.1.image_url"
@@ -31,15 +38,35 @@ def url_of(data: bytes, head: str = "data:image/png;base64,") -> str:
     return head + base64.b64encode(data).decode()
 
 
-def read(url: str, limits: MediaLimits = LIMITS) -> Picture:
-    return asyncio.run(read_picture(url, limits=limits, allowed_domains=(), param=PARAM))
+@dataclass(frozen=True)
+class Seen:
+    """A picture as the model sees it."""
+
+    image: Image.Image
+    notes: tuple[str, ...]
+
+
+def read(url: str, limits: MediaLimits = LIMITS) -> Seen:
+    """Read and load it; what cannot be is refused at either place."""
+    picture = asyncio.run(read_picture(url, limits=limits, allowed_domains=(), param=PARAM))
+    try:
+        return Seen(load_image(picture.image), picture.notes)
+    except VtpError as error:
+        raise told(as_picture_error(error), running=True) from None
+
+
+def as_picture_error(error: VtpError) -> PictureError:
+    """As `Pictures.load` raises it."""
+    made = PictureError(str(error))
+    made.__cause__ = error.__cause__
+    return made
 
 
 def refusal(url: str, limits: MediaLimits = LIMITS) -> ApiError:
     with pytest.raises(ApiError) as caught:
         read(url, limits)
     error = caught.value
-    assert (error.status, error.param) == (400, PARAM)
+    assert (error.status, error.param) in ((400, PARAM), (400, "messages"))  # at once, or when it is decoded
     assert "\n" not in error.message and len(error.message) < 300
     assert not re.search("0x[0-9a-f]{6}|BytesIO|PIL|Traceback|/", _without_media(error))
     assert error.__cause__ is None
@@ -129,10 +156,6 @@ def test_transparent_parts_are_laid_on_white_and_told(mode: str) -> None:
     assert picture.notes == ("transparent parts were laid on white",)
 
 
-def test_an_alpha_channel_that_hides_nothing_is_not_worth_a_word() -> None:
-    assert read(url_of(saved(scene().convert("RGBA")))).notes == ()
-
-
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
 def test_of_an_animation_the_first_frame_is_shown(kind: str) -> None:
     frames = [Image.new("RGB", (4, 4), color) for color in ("red", "blue")]
@@ -185,7 +208,7 @@ def test_bombs_are_refused_by_their_header(size: tuple[int, int], monkeypatch: p
 
 def test_the_pixel_limit_is_exact() -> None:
     data = saved(scene(6, 4))
-    assert decode_picture(data, MediaLimits(pixels=24), PARAM).image.size == (6, 4)
+    assert read(url_of(data), MediaLimits(pixels=24)).image.size == (6, 4)
     error = refusal(url_of(data), MediaLimits(pixels=23))
     assert "6x4 = 24 pixels; at most 23" in error.message and error.code == "image_too_large"
 
@@ -252,3 +275,41 @@ def test_other_schemes_are_refused(url: str) -> None:
 @pytest.mark.filterwarnings("error::PIL.Image.DecompressionBombWarning")
 def test_a_bomb_is_refused_alike_where_warnings_are_errors() -> None:
     assert "at most 40,000,000" in refusal(url_of(bomb(10_000, 10_000))).message
+
+
+def test_what_waits_is_what_was_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A picture of 36 megapixels is not decoded before its turn."""
+    data = saved(Image.new("L", (6000, 6000)))
+    monkeypatch.setattr(Image.Image, "load", None)  # decoding would fail
+    picture = asyncio.run(read_picture(url_of(data), limits=LIMITS, allowed_domains=(), param=PARAM))
+    assert picture.image.data == data
+
+
+def test_no_other_format_is_tried_when_it_is_decoded() -> None:
+    """Not even on bytes that another of Pillow's decoders would take."""
+    data = saved(scene(), "TIFF")
+    assert load_image(data).size == (6, 4)
+    with pytest.raises(VtpError, match="not a picture"):
+        load_image(EncodedImage(data, FORMATS))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_damaged_picture_is_told_in_the_servers_words(site: Site, stream: bool) -> None:
+    """It shows when the picture is decoded, after the request was taken; other pictures are answered."""
+    data = saved(scene(64, 64))
+    parts = [{"type": "image_url", "image_url": {"url": url_of(data[: len(data) // 2])}}, words("how many ?")]
+    answer = site.chat(parts, stream=stream)
+    assert (answer.status, answer.error["type"]) == (400, "invalid_request_error")
+    assert answer.error["message"] == "a picture's file is truncated or damaged; send the whole file"
+    parts[0]["image_url"] = {"url": url_of(data)}
+    assert site.chat(parts, stream=stream).status == 200
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_the_size_is_that_of_the_upright_picture(kind: str, orientation: int) -> None:
+    file, exif = BytesIO(), Image.Exif()
+    exif[0x0112] = orientation
+    Image.new("RGB", (30, 20)).save(file, kind, exif=exif)
+    picture = check_picture(file.getvalue(), LIMITS, PARAM)
+    assert picture.size == load_image(picture.image).size

@@ -228,7 +228,7 @@ BAD: list[tuple[int, str, Any, str]] = [
     (400, GENERATE, {"prompt": "x", "raw": True}, "raw"),
     (400, GENERATE, {"prompt": "x", "suffix": "y"}, "suffix"),
     (400, GENERATE, {"prompt": "x", "images": [None]}, "images.0"),
-    (404, "/api/embed", {"model": "tiny"}, "nothing at this address"),
+    (404, "/api/embed", {"model": "tiny"}, "there is nothing at this address"),
     (405, "/api/tags", {}, "not allowed"),
 ]
 

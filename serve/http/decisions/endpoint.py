@@ -13,17 +13,17 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from vtp.runtime.decisions.decision import Decision
+from vtp.runtime.media.pictures import NO_PICTURE, Images
 from vtp.runtime.scheduler import DecisionTicket
-from vtp.serve.http.asking import GONE, Tally, keep_of, read_pictures
+from vtp.serve.http.asking import Tally, keep_of, read_pictures
 from vtp.serve.http.decisions.request import Asking, DecisionsRequest, read_decisions
-from vtp.serve.http.errors import ApiError
+from vtp.serve.http.errors import GONE, ApiError
 from vtp.serve.http.fields import read_fields
 from vtp.serve.http.models import Model
 from vtp.serve.http.pictures.sources import Picture
 from vtp.serve.http.refusals import told
 from vtp.serve.http.responses import JsonResponse
 from vtp.serve.http.service import Service
-from vtp.serve.http.turns import media_for
 
 
 async def decisions(request: Request) -> Response:
@@ -106,7 +106,7 @@ async def _submit(
     """Queue a question, in a thread: tokenizing takes a while. If the request ends meanwhile, so does it."""
 
     def submit() -> DecisionTicket:
-        images, _ = media_for(model.manifest.text.media, [picture.image for picture in pictures], [])
+        images: Images = [picture.image for picture in pictures] or NO_PICTURE
         return model.scheduler.decide(images, **question.arguments, **_options(model, asked))
 
     work = asyncio.create_task(asyncio.to_thread(submit))

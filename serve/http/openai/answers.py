@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections.abc import Sequence
 from typing import Any
 
-from vtp.runtime.result import Result
+from vtp.runtime.result import Result, TokenLogprob
 from vtp.serve.http.models import Model
 from vtp.serve.http.pictures.kept_places import kept_places
 from vtp.serve.slo import Chosen
@@ -69,6 +70,15 @@ def pruning(model: Model, result: Result, notes: list[str]) -> dict[str, Any]:
     }
 
 
+def _token(token: TokenLogprob) -> dict[str, Any]:
+    """OpenAI's entry of a token, with the most likely ones at its place."""
+    return {**_one(token), "top_logprobs": [_one(other) for other in token.top]}
+
+
+def _one(token: TokenLogprob) -> dict[str, Any]:
+    return {"token": token.token, "logprob": token.logprob, "bytes": list(token.bytes)}
+
+
 def _first(kept: list[Any]) -> list[Any]:
     """The kept tokens of the first picture."""
     return kept[0] if kept and isinstance(kept[0], list) else kept
@@ -77,6 +87,7 @@ def _first(kept: list[Any]) -> list[Any]:
 class Writer:
     """Writes one answer: whole, or as the chunks of a stream.
 
+    logprobs  whether each token's probability is told
     sizes   of the pictures, if the answer shall say where their kept tokens lie (see `kept_places`)
     chosen  the keep-count that the server chose to be in time, if it did
     """
@@ -85,10 +96,12 @@ class Writer:
         self,
         model: Model,
         include_usage: bool = False,
+        logprobs: bool = False,
         sizes: list[tuple[int, int]] | None = None,
         chosen: Chosen | None = None,
     ) -> None:
         self._model = model
+        self._logprobs = logprobs
         self._sizes = sizes
         self._chosen = chosen
         self._usage = {"usage": None} if include_usage else {}
@@ -103,7 +116,7 @@ class Writer:
         choice = {
             "index": 0,
             "message": {"role": "assistant", "content": result.text},
-            "logprobs": None,
+            "logprobs": self._told(result.logprobs or []),
             "finish_reason": finish_reason(result),
         }
         return {
@@ -118,21 +131,27 @@ class Writer:
         """The first chunk."""
         return self._chunk({"role": "assistant", "content": ""})
 
-    def content(self, piece: str) -> dict[str, Any]:
-        """A chunk of text."""
-        return self._chunk({"content": piece})
+    def content(self, piece: str, tokens: Sequence[TokenLogprob] = ()) -> dict[str, Any]:
+        """A chunk of text, and of its tokens."""
+        return self._chunk({"content": piece}, tokens=tokens)
 
-    def finish(self, result: Result, notes: list[str]) -> dict[str, Any]:
-        """The chunk that says why it ended."""
-        return {**self._chunk({}, finish_reason(result)), **self._figures(result, notes)}
+    def finish(self, result: Result, notes: list[str], tokens: Sequence[TokenLogprob] = ()) -> dict[str, Any]:
+        """The chunk that says why it ended; `tokens` are those that no chunk of text had."""
+        return {**self._chunk({}, finish_reason(result), tokens), **self._figures(result, notes)}
 
     def usage(self, result: Result) -> dict[str, Any]:
         """The chunk after that, for clients that ask for it."""
         return {**self._head, "object": "chat.completion.chunk", "choices": [], "usage": usage(result)}
 
-    def _chunk(self, delta: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
+    def _chunk(
+        self, delta: dict[str, Any], reason: str | None = None, tokens: Sequence[TokenLogprob] = ()
+    ) -> dict[str, Any]:
+        told = self._told(tokens) if tokens else None
+        choice = {"index": 0, "delta": delta, "logprobs": told, "finish_reason": reason}
         return {**self._head, "object": "chat.completion.chunk", "choices": [choice], **self._usage}
+
+    def _told(self, tokens: Sequence[TokenLogprob]) -> dict[str, Any] | None:
+        return {"content": [_token(one) for one in tokens], "refusal": None} if self._logprobs else None
 
     def _figures(self, result: Result, notes: list[str]) -> dict[str, Any]:
         own = pruning(self._model, result, notes)

@@ -24,6 +24,7 @@ async def chat_completions(request: Request) -> Response:
     model = service.models.lookup(asked_for.model)
     service.note_unread(asked_for.unread)
     asked = await ask(request, model, asked_for.question)
+    asked_for = asked_for.without_pictures()
     if asked_for.stream:
         return await EventStream.begun(_events(asked, asked_for))
     result = await asked.whole()
@@ -32,7 +33,8 @@ async def chat_completions(request: Request) -> Response:
 
 def _writer(asked: Asked, asked_for: ChatRequest) -> Writer:
     sizes = asked.sizes if asked_for.show_kept else None
-    return Writer(asked.model, asked_for.include_usage, sizes, asked.chosen)
+    logprobs = "logprobs" in asked_for.question.options
+    return Writer(asked.model, asked_for.include_usage, logprobs, sizes, asked.chosen)
 
 
 async def _events(asked: Asked, asked_for: ChatRequest) -> AsyncIterator[bytes]:
@@ -44,11 +46,11 @@ async def _events(asked: Asked, asked_for: ChatRequest) -> AsyncIterator[bytes]:
             continue
         role = b"" if begun else event(writer.role())
         begun = True
-        yield role + event(writer.content(piece))
+        yield role + event(writer.content(piece, asked.new_logprobs()))
     if (result := asked.result) is None:
         raise ApiError("the answer has no end", 500)  # pieces() ends with a result, or raises
     last = [] if begun else [writer.role()]
-    last.append(writer.finish(result, asked.notes))
+    last.append(writer.finish(result, asked.notes, asked.new_logprobs()))
     if asked_for.include_usage:
         last.append(writer.usage(result))
     yield b"".join(map(event, last)) + DONE

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from vtp.engines.errors import nearest, quoted_argument
@@ -16,6 +16,7 @@ LARGEST = 2**63 - 1  # of a seed or a number of tokens
 MOST_TEMPERATURE = 2.0
 MOST_LOGPROBS = 20
 _STOPS = 16
+_STOPS_LENGTH = 4096  # characters of all
 
 # Fields that change no answer here, or that no answer may depend on: templates never come from requests.
 _IGNORED = (
@@ -45,6 +46,10 @@ class ChatRequest:
     include_usage: bool
     show_kept: bool
     unread: tuple[str, ...]
+
+    def without_pictures(self) -> ChatRequest:
+        """The same without the texts of its pictures, which are large and have been read."""
+        return replace(self, question=replace(self.question, pictures=()))
 
 
 def read_chat(body: Fields) -> ChatRequest:
@@ -84,6 +89,8 @@ def read_stops(body: Fields) -> list[str]:
         )
     if len(stops) > _STOPS:
         raise ApiError(f"stop has {len(stops)} texts; give at most {_STOPS}", param="stop")
+    if (length := sum(map(len, stops))) > _STOPS_LENGTH:
+        raise ApiError(f"stop has {length} characters together; give at most {_STOPS_LENGTH}", param="stop")
     return stops
 
 
@@ -139,7 +146,7 @@ def _logprobs(body: Fields) -> dict[str, Any]:
     if count and not wanted:
         raise ApiError("top_logprobs needs logprobs: true", param="top_logprobs")
     if wanted:
-        raise ApiError("logprobs are not served by this version; leave them out", param="logprobs")
+        return {"logprobs": count or 0}
     return {}
 
 

@@ -1,6 +1,7 @@
-"""The pictures of a request: from a data: URL, base64 or an allowed domain, checked before they are decoded.
+"""The pictures of a request: from a data: URL, base64 or an allowed domain, checked by their headers.
 
-What Pillow says of a picture never reaches a client: its texts have held addresses (CVE-2026-22778).
+They are decoded when their turn comes, so that requests that wait hold no more than they sent. What Pillow
+says of a picture never reaches a client: its texts have held addresses (CVE-2026-22778).
 """
 
 from __future__ import annotations
@@ -8,16 +9,17 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+from collections.abc import Iterator
 from dataclasses import dataclass
 from io import BytesIO
 
 from PIL import Image
 
-from vtp.runtime.media.rgb import to_rgb
+from vtp.runtime.media.images import EncodedImage
 from vtp.serve.http.errors import ApiError
 from vtp.serve.http.pictures.fetching import Fetcher
 
-__all__ = ["MediaLimits", "Picture", "decode_base64", "decode_picture", "read_picture"]
+__all__ = ["MediaLimits", "Picture", "check_picture", "decode_base64", "read_picture"]
 
 # What Pillow may try on a client's bytes: the formats of cameras and web pages, and no others.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
@@ -43,9 +45,12 @@ class MediaLimits:
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture as the model sees it: upright RGB; `notes` say in words what was changed for that."""
+    """A picture whose header was read: a source for `load_image`, which shows what a viewer shows of it
+    (upright, transparent parts on white); `notes` say in words what that changes. `size` is (width, height)
+    of the upright picture."""
 
-    image: Image.Image
+    image: EncodedImage
+    size: tuple[int, int]
     notes: tuple[str, ...] = ()
 
 
@@ -63,14 +68,14 @@ async def read_picture(
     param            the request's field, for errors
     fetcher          how URLs are fetched; None: as `Fetcher` does by default
 
-    Raises ApiError (400) for what is refused: see `Fetcher`, `decode_base64` and `decode_picture`.
+    Raises ApiError (400) for what is refused: see `Fetcher`, `decode_base64` and `check_picture`.
     """
     scheme, _, rest = url.partition(":")
     if scheme.lower() == "data":
         return await asyncio.to_thread(_from_data_url, rest, limits, param)
     if scheme.lower() in ("http", "https"):
         data = await (fetcher or Fetcher()).fetch(url, allowed_domains, limits.bytes, param)
-        return await asyncio.to_thread(decode_picture, data, limits, param)
+        return await asyncio.to_thread(check_picture, data, limits, param)
     given = f"begins with '{scheme[:_SHOWN_SCHEME]}:'" if _is_scheme(scheme) and rest else "has no scheme"
     raise ApiError(
         f"the picture's URL {given}; give the picture itself as a data: URL (data:image/jpeg;base64,…)",
@@ -97,7 +102,7 @@ def _from_data_url(rest: str, limits: MediaLimits, param: str) -> Picture:
 
 
 def decode_base64(text: str, limits: MediaLimits, param: str) -> Picture:
-    """The picture of a file in base64, with padding and nothing else in it; decodes, so not in a loop."""
+    """The picture of a file in base64, with padding and nothing else in it."""
     if len(text) // 4 * 3 - 2 > limits.bytes:
         raise too_many_bytes(limits.bytes, param)
     try:
@@ -109,27 +114,24 @@ def decode_base64(text: str, limits: MediaLimits, param: str) -> Picture:
             param=param,
             code="invalid_base64",
         ) from None
-    return decode_picture(data, limits, param)
+    return check_picture(data, limits, param)
 
 
-def decode_picture(data: bytes, limits: MediaLimits, param: str) -> Picture:
-    """The picture of a file's bytes: first frame, upright, transparent parts on white.
+def check_picture(data: bytes, limits: MediaLimits, param: str) -> Picture:
+    """The picture of a file's bytes.
 
-    Raises ApiError (400) for more bytes or pixels than `limits` (by the header, nothing is decoded then), for
-    another format, and for a damaged file.
+    Raises ApiError (400) for more bytes or pixels than `limits`, for another format, and for what is damaged
+    as far as the header shows that.
     """
     if len(data) > limits.bytes:
         raise too_many_bytes(limits.bytes, param)
     with _opened(data, limits, param) as image:
         _check_size(image, limits, param)
         try:
-            notes = _notes(image)
-            image.load()
-            transparent = _is_transparent(image)
-            picture = to_rgb(image, "the picture")
-        except Exception:  # damaged data makes decoders raise nearly anything, and their texts tell too much
+            notes, size = tuple(_notes(image)), _upright_size(image)
+        except Exception:  # damaged headers make Pillow raise nearly anything, and its texts tell too much
             raise _damaged(param) from None
-    return Picture(picture, (*notes, *(["transparent parts were laid on white"] if transparent else [])))
+    return Picture(EncodedImage(data, FORMATS), size, notes)
 
 
 def too_many_bytes(limit: int, param: str) -> ApiError:
@@ -176,18 +178,22 @@ def _damaged(param: str) -> ApiError:
     )
 
 
-def _notes(image: Image.Image) -> tuple[str, ...]:
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+    width, height = image.size
+    return (height, width) if _orientation(image) in range(5, 9) else (width, height)
+
+
+def _orientation(image: Image.Image) -> int:
+    """Of EXIF, 1 to 8; 1 is upright."""
+    readable = image.format != "PNG" or "exif" in image.info  # a PNG without it is decoded to look further
+    return int(image.getexif().get(_ORIENTATION, 1)) if readable else 1
+
+
+def _notes(image: Image.Image) -> Iterator[str]:
     """What the header says will be changed."""
-    turned = image.getexif().get(_ORIENTATION, 1) in range(2, 9)
-    moves = image.format in ("GIF", "WEBP", "PNG") and getattr(image, "is_animated", False)
-    notes = ("turned upright by its EXIF orientation",) if turned else ()
-    return (*notes, "only the first frame of the animation is shown") if moves else notes
-
-
-def _is_transparent(image: Image.Image) -> bool:
-    """Whether any pixel of a loaded picture lets white through."""
-    if image.mode not in _ALPHA_MODES and image.info.get("transparency") is None:
-        return False
-    if image.mode.startswith("I"):  # a single 16-bit grey that is transparent: seldom, and not worth a count
-        return True
-    return image.convert("RGBA").getchannel("A").getextrema() != (255, 255)
+    if _orientation(image) in range(2, 9):
+        yield "turned upright by its EXIF orientation"
+    if image.format in ("GIF", "WEBP", "PNG") and getattr(image, "is_animated", False):
+        yield "only the first frame of the animation is shown"
+    if image.mode in _ALPHA_MODES or image.info.get("transparency") is not None:
+        yield "transparent parts were laid on white"

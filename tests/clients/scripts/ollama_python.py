@@ -28,6 +28,7 @@ def of_model(model: str) -> tuple[dict[str, str], dict[str, Any]]:
     answers = {
         "chat": done.message.content,
         "chat stream": "".join(one.message.content for one in pieces),
+        "text only": client.generate(model, TASK["prompt"], options=OPTIONS).response,
         "generate": made.response,
         "generate stream": "".join(one.response for one in parts),
         "async": asyncio.run(awaited(model)),

@@ -64,6 +64,8 @@ def of_model(model: str) -> tuple[dict[str, str], dict[str, Any]]:
         "whole": done.choices[0].message.content,
         "stream": "".join(text),
         "max_completion_tokens": whole(**newer),
+        "text only": whole(**asked(model, TASK["prompt"])),
+        "text first": whole(**asked(model, [WORDS, SHOWN])),
         **{f"async {place}": text for place, text in enumerate(asyncio.run(awaited(model, 5)))},
     }
     facts = {

@@ -18,6 +18,8 @@ from vtp.runtime.bundle.memory import bundle_memory
 class Area:
     """Loads a bundle with a changed graph and asks it, after vtp-doctor's look at its memory."""
 
+    engine = "ort-cpu"
+
     def __init__(self, subject: Subject, scratch: Path) -> None:
         self._subject, self._scratch = subject, scratch
         files = sorted(Path(subject.bundle).glob("*.onnx"))
@@ -34,8 +36,8 @@ class Area:
         for name, *step in steps:
             put(folder / name, change_bytes((folder / name).read_bytes(), [step]))
         self._fit_manifest(folder, {step[0] for step in steps})
-        bundle_memory(open_bundle(folder), "ort-cpu")
-        with Pipeline.load(folder, "ort-cpu", threads=1, check_hashes=True) as pipe:
+        bundle_memory(open_bundle(folder), self.engine)
+        with Pipeline.load(folder, self.engine, threads=1, check_hashes=True) as pipe:
             pipe.generate(self._subject.picture, "what shape is the red ?", max_new_tokens=2)
 
     def _fit_manifest(self, folder: Path, names: set[str]) -> None:

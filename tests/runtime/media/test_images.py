@@ -19,7 +19,7 @@ from transformers.image_transforms import convert_to_rgb
 from transformers.image_utils import load_image as oracle
 
 from vtp.engines.errors import UsageError, VtpError
-from vtp.runtime.media.images import MAX_PIXELS, check_image, load_image
+from vtp.runtime.media.images import MAX_PIXELS, EncodedImage, check_image, load_image
 
 
 def noise(height: int, width: int, channels: int | None = 3, seed: int = 0) -> np.ndarray:
@@ -451,3 +451,14 @@ def test_damaged_files_open_or_are_refused(kind: str, seed: int) -> None:
             assert load_image(bytes(data)).mode == "RGB"
         except VtpError as error:
             assert "\n" not in str(error)
+
+
+def test_an_encoded_image_is_of_its_formats_only() -> None:
+    picture = Image.fromarray(noise(13, 21))
+    source = EncodedImage(encoded(picture, "PNG"), ("PNG", "JPEG"))
+    check_image(source)
+    assert np.array_equal(np.asarray(load_image(source)), noise(13, 21))
+    for data in (encoded(picture, "TIFF"), encoded(picture, "BMP"), b"", b"hello"):
+        for read in (check_image, load_image):
+            with pytest.raises(VtpError, match=r"the picture is (not a picture|empty)"):
+                read(EncodedImage(data, ("PNG", "JPEG")))

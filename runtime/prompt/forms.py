@@ -1,24 +1,19 @@
-"""Conversations in the forms that models' chat templates take. Knows nothing of HTTP."""
+"""Conversations from anywhere, in the forms that models' chat templates take."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from vtp.runtime.prompt.messages import parts_of
+from vtp.runtime.prompt.messages import joined_text, parts_of
 
 Turns = list[dict[str, Any]]
+Part = dict[str, str]
 
 
-def media_for(media: str, images: list[Any], messages: Turns) -> tuple[Any, Turns]:
-    """Pictures and turns as a bundle takes them: pictures are the frames of one that answers about videos."""
-    if media == "image" or not images:
-        return images, messages
-    return images, _one_video(messages, media)
-
-
-def _one_video(messages: Turns, media: str) -> Turns:
-    """The first picture's part becomes the video's, and the others go."""
+def one_video(messages: Turns) -> Turns:
+    """A conversation whose pictures are frames of one video: the first one's part becomes the video's, and
+    the others go."""
     found = False
     turns = []
     for turn in messages:
@@ -27,7 +22,7 @@ def _one_video(messages: Turns, media: str) -> Turns:
             if part["type"] != "image":
                 parts.append(part)
             elif not found:
-                parts.append({"type": media})
+                parts.append({"type": "video"})
                 found = True
         turns.append({**turn, "content": parts if not isinstance(turn["content"], str) else turn["content"]})
     return turns
@@ -67,21 +62,29 @@ def _joined(turns: Turns) -> Turns:
 
 def _without_system(turns: Turns) -> Turns:
     """The words of system turns in front of the next user turn's."""
-    moved: list[dict[str, str]] = []
+    words = ""
     rest: Turns = []
     for turn in turns:
         if turn["role"] == "system":
-            moved = _lines(moved, turn["content"])
-        elif turn["role"] == "user" and moved:
-            rest.append({**turn, "content": _lines(moved, turn["content"])})
-            moved = []
+            words += f"{joined_text(turn)}\n"
+        elif turn["role"] == "user" and words:
+            rest.append({**turn, "content": _beginning_with(words, turn["content"])})
+            words = ""
         else:
             rest.append(turn)
-    return turns if moved else rest
+    return turns if words else rest
 
 
-def _lines(first: Sequence[dict[str, str]], second: Sequence[dict[str, str]]) -> list[dict[str, str]]:
-    """Parts one after the other; where text meets text, a new line begins."""
-    if first and second and first[-1]["type"] == second[0]["type"] == "text":
-        return [*first[:-1], {**first[-1], "text": f"{first[-1]['text']}\n"}, *second]
+def _beginning_with(words: str, parts: Sequence[Part]) -> list[Part]:
+    """Parts with further words in front of the first text."""
+    place = next((place for place, part in enumerate(parts) if part["type"] == "text"), None)
+    if place is None:
+        return [*parts, {"type": "text", "text": words}]
+    return [*parts[:place], {"type": "text", "text": words + parts[place]["text"]}, *parts[place + 1 :]]
+
+
+def _lines(first: Sequence[Part], second: Sequence[Part]) -> list[Part]:
+    """Parts one after the other; text begins a new line."""
+    if first and first[-1]["type"] == "text":
+        first = [*first[:-1], {**first[-1], "text": f"{first[-1]['text']}\n"}]
     return [*first, *second]

@@ -134,12 +134,28 @@ def _check_numbers(part: Mapping[str, Any]) -> None:
     for key in _NUMBERS:
         if is_number(bound := part.get(key)) and abs(bound) >= _LARGEST_NUMBER:
             raise refused(f"{key} {bound:g} is too large; give less than {_LARGEST_NUMBER:g}")
+    _check_exclusive(part)
     divisor = part.get("multipleOf")
     if is_number(divisor) and divisor > 0:
         digits = int("".join(map(str, Decimal(str(divisor)).normalize().as_tuple().digits)))
         if digits > _DIVISOR or divisor > _DIVISOR:
             raise refused(
                 f"multipleOf {divisor:g} has too many digits; give at most {_DIVISOR}, decimals counted"
+            )
+
+
+def _check_exclusive(part: Mapping[str, Any]) -> None:
+    """Refuse 2 < x < 2.5: llguidance 1.9 lets 2 through, where both bounds have the same whole part."""
+    lower, upper = (
+        [part[key] for key in keys if is_number(part.get(key))]
+        for keys in (("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum"))
+    )
+    if part.get("type") == "integer" or not lower or not upper or int(max(lower)) != int(min(upper)):
+        return
+    for key in ("exclusiveMinimum", "exclusiveMaximum"):
+        if is_number(bound := part.get(key)) and bound == int(bound):
+            raise refused(
+                f"{key} {bound:g} so near to the other bound is not served; give one with a fraction"
             )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 
 from vtp.engines.errors import quoted_argument
 from vtp.runtime.constrained.errors import refused
@@ -19,6 +20,30 @@ def check_pattern(pattern: str) -> None:
         raise refused(f"a pattern has {len(pattern)} characters; give at most {_LENGTH}")
     if weight(pattern) > _WEIGHT:
         raise refused(f"the pattern {quoted_argument(pattern)} repeats more than {_WEIGHT} characters")
+    for letters in _negated(pattern):
+        if any(_excludes(letters, sign) for sign in ('"', "\\")):
+            # llguidance 1.9 lets their escapes through: JSON's text has \" where the value has ".
+            raise refused(
+                f"{quoted_argument(letters)} in a pattern excludes a quotation mark or a backslash, which is "
+                "not served; name the characters that may come"
+            )
+
+
+def _negated(pattern: str) -> Iterator[str]:
+    """The classes of characters in a pattern that say which must not come."""
+    place = 0
+    while place < len(pattern):
+        end = _atom_end(pattern, place)
+        if pattern.startswith("[^", place):
+            yield pattern[place:end]
+        place = end
+
+
+def _excludes(letters: str, sign: str) -> bool:
+    try:
+        return re.fullmatch(letters, sign) is None
+    except (re.error, OverflowError):  # one that Python does not know
+        return re.escape(sign) in letters
 
 
 def weight(pattern: str) -> int:

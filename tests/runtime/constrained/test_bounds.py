@@ -11,7 +11,7 @@ import pytest
 
 from vtp.engines.errors import UsageError
 from vtp.runtime.constrained.bounds import check_schema
-from vtp.runtime.constrained.patterns import weight
+from vtp.runtime.constrained.patterns import _negated, check_pattern, weight
 
 from .writing import SCHEMAS
 
@@ -69,6 +69,12 @@ BAD: list[tuple[Any, str]] = [
     ({"pattern": "a" * 600}, "a pattern has 600 characters; give at most 512"),
     ({"pattern": "^(a{1000}){1000}$"}, "repeats more than 10000 characters"),
     ({"patternProperties": {"^(a{1000}){1000}$": {}}}, "repeats more than 10000 characters"),
+    ({"pattern": '^a[^"]*b$'}, "excludes a quotation mark or a backslash"),
+    ({"pattern": r"^[^\\\n]$"}, "excludes a quotation mark or a backslash"),
+    ({"pattern": "x[^!-~]"}, "excludes a quotation mark or a backslash"),
+    ({"patternProperties": {r"[^\W]": {}}}, "excludes a quotation mark or a backslash"),
+    ({"exclusiveMinimum": 2.0, "exclusiveMaximum": 2.5}, "exclusiveMinimum 2 so near to the other bound"),
+    ({"minimum": -3.3, "exclusiveMaximum": -3}, "exclusiveMaximum -3 so near to the other bound"),
     (doubling("allOf", 20), "more than 256 combinations"),
     (doubling("anyOf", 20), "more than 256 combinations"),
     ({"allOf": [{"anyOf": [{"const": number} for number in range(20)]}] * 2}, "more than 256 combinations"),
@@ -128,8 +134,22 @@ def test_repetitions_are_written_out(pattern: str, characters: int) -> None:
     assert weight(pattern) == characters
 
 
+@pytest.mark.parametrize(
+    "pattern", [r"\[^\"]", "[^a-z]{2}", "[^x\n]", r"[^\d]", r"[\"^]", r"[^\p{L}]", "[^", '"[a]']
+)
+def test_other_classes_are_taken(pattern: str) -> None:
+    check_pattern(pattern)
+
+
+@pytest.mark.parametrize("bounds", [(2.0, 3.5), (-1.5, 0.5), (0.25, 0.75), (-2.5, -1.0)])
+def test_other_bounds_are_taken(bounds: tuple[float, float]) -> None:
+    check_schema({"type": "number", "exclusiveMinimum": bounds[0], "exclusiveMaximum": bounds[1]})
+    check_schema({"type": "integer", "exclusiveMinimum": 2, "exclusiveMaximum": 2.5})
+
+
 def test_any_pattern_is_weighed() -> None:
     draw = random.Random(1)
     for _ in range(2000):
         pattern = "".join(draw.choices("(){}[]\\ab0123,^$|*+?", k=draw.randint(0, 40)))
         assert weight(pattern) >= 0
+        list(_negated(pattern))

@@ -70,7 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_threads(parser)
     add(
         "--vision-feature-cache",
-        default="0",
+        default="4",
         metavar="N",
         help="remember what the vision stages gave for the pictures of N requests (default: %(default)s)",
     )

@@ -239,6 +239,7 @@ def _report(bundle: Bundle, output: Path) -> str:
             *_generation_lines(manifest.parity),
             "",
             f'next: {command_line("vtp-run", output)} {look} --prompt "what color is the star ?"',
+            f"or: {command_line('vtp-serve', output)}",
         ]
     )
 

@@ -132,6 +132,8 @@ def _run(args: argparse.Namespace) -> None:
         models.loaded()
         if not models.stopping:
             _say_ready(models, settings, address_of(listener))
+        if own := lan_name(listener):
+            say(f"from other machines: http://{own}:{listener.getsockname()[1]}, by this machine's name")
 
     run(server, models, listener, load)
 
@@ -274,6 +276,11 @@ def address_of(listener: socket.socket) -> str:
     host, port = listener.getsockname()[:2]
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def lan_name(listener: socket.socket) -> str | None:
+    """The machine's own name, where a socket listens on all of its addresses."""
+    return socket.gethostname() if listener.getsockname()[0] in ("0.0.0.0", "::") else None
 
 
 def _say_ready(models: Models, settings: Settings, address: str) -> None:

@@ -14,7 +14,7 @@ from vtp.runtime.scheduler import Scheduler
 class Chosen:
     """A keep-count, and why it was chosen.
 
-    keep_tokens           the largest that is expected to be in time; else the smallest allowed
+    keep_tokens           the largest that is expected to be in time; else the fastest
     aim_ms, expected_ms   from the request's arrival to its first token
     queue_ms              of `expected_ms`, the time that it is expected to wait
     """
@@ -44,7 +44,8 @@ class Slo:
     """An aim for the time to the first token of one model.
 
     aim_ms  milliseconds, the queue included
-    times   keep-count -> milliseconds to the first token without a queue, of those that may be chosen
+    times   keep-count -> milliseconds to the first token without a queue, of those that may be chosen; fewer
+            tokens take no longer
     """
 
     aim_ms: float
@@ -62,11 +63,21 @@ class Slo:
         if not times:
             known = ", ".join(map(str, sorted(set(measured) & set(held))))
             raise UsageError(f"--min-keep {min_keep} leaves none of the measured keep-counts: {known}")
-        return cls(aim_ms, times)
+        return cls(aim_ms, smoothed(times))
 
     def choose(self, wait_seconds: float) -> Chosen:
         """The keep-count of a request that will wait for some seconds."""
         queue_ms = wait_seconds * 1e3
         within = [keep for keep, ms in self.times.items() if queue_ms + ms <= self.aim_ms]
-        keep = max(within) if within else min(self.times)
+        fastest = min(self.times.values())
+        keep = max(within or [keep for keep, ms in self.times.items() if ms == fastest])
         return Chosen(keep, self.aim_ms, queue_ms + self.times[keep], queue_ms)
+
+
+def smoothed(measured: Mapping[int, float]) -> dict[int, float]:
+    """Times of which none is longer than that of a larger keep-count, as measured ones may be by chance."""
+    times: dict[int, float] = {}
+    least = float("inf")
+    for keep in sorted(measured, reverse=True):
+        times[keep] = least = min(least, measured[keep])
+    return times

@@ -27,6 +27,7 @@ ELSEWHERE = {
     "vtp-export --model DIR --method fastv --image-size 672x672 -o DIR": "the built-in model has one size",
     "vtp-export --model DIR --method vispruner --frames 8 -o DIR": "the built-in model has no videos",
     "vtp-bench --shape llava-ov-0.5b --keep-tokens 64": "minutes and 2 GB; tests/bench has a tiny one",
+    "vtp-serve bundle": "it serves until it is stopped; see tests/serve",
     "vtp-build bundle-trt --engine tensorrt-rtx": "TensorRT-RTX; see test_trt_pipeline.py",
 }
 
@@ -130,7 +131,7 @@ def test_calibration_and_measuring_run(tmp_path: Path) -> None:
 
 def test_every_command_block_is_run_or_says_why_not() -> None:
     """A new section with commands, or a changed line that cannot run, must be entered above."""
-    tested = {"Try it", "Commands", "How many tokens to keep", "How few bits", "How fast it is"}
+    tested = {"Try it", "Commands", "Over HTTP", "How many tokens to keep", "How few bits", "How fast it is"}
     tested.add("TensorRT, and other machines")
     headings = re.findall(r"\n## (.*)\n", README)
     assert {heading for heading in headings if lines_of(heading)} == tested

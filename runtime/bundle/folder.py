@@ -49,7 +49,9 @@ def open_bundle(folder: Path, check_hashes: bool = False) -> Bundle:
         raise VtpError(f"no bundle at {folder}: no such folder; make one with: {make}")
     manifest_path = folder / MANIFEST
     if not manifest_path.is_file():
-        raise VtpError(f"{folder} is not a bundle: it has no {MANIFEST}; make one with: vtp-export -o DIR")
+        raise VtpError(
+            f"{folder} is not a bundle: it has no {MANIFEST}; make one with: vtp-export --model MODEL -o DIR"
+        )
     manifest = parse_manifest(read_bounded(manifest_path, FILE_BYTES, within=folder))
     for name, info in manifest.files.items():
         _check_file(folder, name, info, check_hashes)

@@ -163,10 +163,10 @@ class RequestMaker:
         visual = pictures * self._manifest.visual.count
         room = self._places(pictures) - visual - 1
         if text > room:
-            beside = f"{visual} visual tokens" + (f" of {pictures} pictures" if pictures > 1 else "")
-            beside = beside if pictures else "no picture"
+            beside = f"beside {visual} visual tokens" + (f" of {pictures} pictures" if pictures > 1 else "")
+            beside = beside if pictures else "without a picture"
             fewer = ", give fewer pictures" if pictures > 1 else ""
             raise PromptTooLong(
-                f"the prompt has {text} tokens; beside {beside} this bundle has room for {max(room, 0)}; "
+                f"the prompt has {text} tokens; {beside} this bundle has room for {max(room, 0)}; "
                 f"shorten it{fewer}, or export with a larger --max-length"
             )

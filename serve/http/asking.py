@@ -201,6 +201,8 @@ async def ask(request: Request, model: Model, question: Question) -> Asked:
     try:
         pictures = await read_pictures(question.pictures, service)
         chosen = _choose(model, question)
+        if chosen is not None:
+            service.metrics.aimed(model.name, chosen.met)
         taken = await _submit(model, question, pictures, chosen)
     except ApiError as error:
         tally.end(error.status)

@@ -37,6 +37,7 @@ _HISTOGRAMS = {
 }
 _COUNTERS = {
     "vtp_requests_total": "Requests that are over, by HTTP status; 499: the client went away.",
+    "vtp_slo_requests_total": "Requests whose keep-count the server chose, by whether in time for its aim.",
     "vtp_prompt_tokens_total": "Tokens of prompts, kept visual tokens among them.",
     "vtp_generation_tokens_total": "Tokens that were generated.",
     "vtp_visual_tokens_before_total": "Visual tokens of the pictures before pruning.",
@@ -100,6 +101,12 @@ class Metrics:
             self._add("vtp_e2e_request_latency_seconds", labels, seconds)
             if result is not None:
                 self._add_result(labels, result)
+
+    def aimed(self, model: str, met: bool) -> None:
+        """Note a request whose keep-count was chosen for an aim, and whether it is expected to be met."""
+        with self._lock:
+            labels = (("model", _label(model, self._models)), ("met", str(met).lower()))
+            self._count("vtp_slo_requests_total", labels, 1)
 
     def decided(self, model: str, decision: Decision) -> None:
         """Note a question of a request that was decided without generating anything."""

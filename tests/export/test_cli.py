@@ -234,7 +234,8 @@ def test_the_report(model_folder: Callable[[str], Path], tmp_path: Path, picture
     assert len(done.stderr.splitlines()) == 8
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["bundle"]
-    following = lines[-1]
+    following, or_served = lines[-2:]
+    assert or_served == f"or: vtp-serve {out}"
     assert following.startswith(f"next: vtp-run {out} --image")
     words = shlex.split(following.removeprefix("next: ").replace("PICTURE", str(picture_file)))
     again = subprocess.run([str(BIN / words[0]), *words[1:]], capture_output=True, text=True, check=False)

@@ -20,7 +20,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from vtp.serve.cli import build_parser, curl_line, is_loopback, main
+from vtp.serve.cli import build_parser, curl_line, is_loopback, lan_name, main
+from vtp.serve.server import listen
 
 from .client import CHAT, PATIENCE, shown, words
 
@@ -283,3 +284,9 @@ def test_the_line_to_try_is_one_command() -> None:
     assert (address, flag, data) == ("http://[::1]:8000/v1/chat/completions", "-H", "-d")
     assert header == "Authorization: Bearer $VTP_API_KEY"
     assert json.loads(body)["messages"][0]["role"] == "user"
+
+
+@pytest.mark.parametrize(("host", "name"), [("0.0.0.0", socket.gethostname()), ("127.0.0.1", None)])
+def test_the_machines_name_is_said_where_others_may_ask(host: str, name: str | None) -> None:
+    with listen(host, 0) as listener:
+        assert lan_name(listener) == name

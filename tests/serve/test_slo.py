@@ -17,7 +17,7 @@ from vtp.runtime.machine.conditions import conditions
 from vtp.runtime.scheduler import Scheduler
 from vtp.serve.cli import main
 from vtp.serve.http.models import Models
-from vtp.serve.slo import Slo
+from vtp.serve.slo import Slo, smoothed
 
 from .client import Site, serving, shown, words
 
@@ -63,6 +63,19 @@ def test_the_largest_that_is_in_time(wait: float, keep: int, expected: float, me
     assert chosen.expected_ms == pytest.approx(expected) and chosen.queue_ms == pytest.approx(wait * 1e3)
 
 
+@pytest.mark.parametrize(
+    ("measured", "times"),
+    [
+        ({3: 20.0, 6: 40.0}, {3: 20.0, 6: 40.0}),
+        ({16: 135.0, 64: 117.0}, {16: 117.0, 64: 117.0}),
+        ({1: 9.0, 2: 12.0, 3: 10.0, 4: 11.0}, {1: 9.0, 2: 10.0, 3: 10.0, 4: 11.0}),
+    ],
+)
+def test_fewer_tokens_take_no_longer(measured: dict[int, float], times: dict[int, float]) -> None:
+    assert smoothed(measured) == times
+    assert Slo(1, smoothed({16: 135.0, 64: 117.0})).choose(0.0).keep_tokens == 64  # as fast, and more of them
+
+
 def test_an_idle_server_keeps_many_and_a_busy_one_few(aimed: Site, busy: Scheduler) -> None:
     idle = aimed.chat(CONTENT, max_tokens=2).json["vtp"]
     assert idle["visual_tokens"]["after"] == 6
@@ -73,6 +86,9 @@ def test_an_idle_server_keeps_many_and_a_busy_one_few(aimed: Site, busy: Schedul
     assert loaded["slo"]["queue_ms"] > 5
     assert loaded["slo"]["expected_ms"] == pytest.approx(loaded["slo"]["queue_ms"] + 20, abs=0.01)
     assert all(ticket.result().finish_reason for ticket in waiting)
+    text = aimed.send("/metrics").content.decode()
+    for met in (idle["slo"]["met"], loaded["slo"]["met"]):
+        assert f'vtp_slo_requests_total{{model="tiny",met="{str(met).lower()}"}}' in text
 
 
 @pytest.mark.parametrize("fields", [{"vtp": {"keep_tokens": 3}}, {"vtp": {"budget_ms": 30}}])

@@ -152,7 +152,7 @@ def test_room_is_that_of_the_smallest_cache(bundle: Callable[[str], tuple[Path, 
             try:
                 tokens = pipe.prepare(NO_PICTURE, words, None, GenerateOptions()).request.prompt.text_tokens
             except PromptTooLong as error:
-                wanted = f"beside no picture this bundle has room for {room - 1};"
+                wanted = f"without a picture this bundle has room for {room - 1};"
                 assert wanted in str(error)
                 break
             words += " red"

@@ -57,7 +57,7 @@ def test_every_promised_name_and_type() -> None:
     kinds = {name: family.type for name, family in parsed(Metrics(), m=Told()).items()}
     gauges = "requests_running requests_waiting slots slots_used queue_capacity queue_used_ratio"
     histograms = "time_to_first_token_seconds inter_token_latency_seconds e2e_request_latency_seconds"
-    counters = "requests prompt_tokens generation_tokens visual_tokens_before visual_tokens_kept"
+    counters = "requests slo_requests prompt_tokens generation_tokens visual_tokens_before visual_tokens_kept"
     expected = {f"vtp_{name}": "gauge" for name in f"{gauges} requests_in_flight".split()}
     expected |= {f"vtp_{name}": "histogram" for name in f"{histograms} stage_seconds".split()}
     expected |= {f"vtp_{name}": "counter" for name in counters.split()}  # the parser drops _total

@@ -14,7 +14,9 @@ from vtp.engines.strict_json import parse_json
 from vtp.runtime.generation.arguments import is_number, is_whole
 from vtp.serve.http.errors import GONE, ApiError
 
-_LARGE = 1 << 20  # bytes of a body that is parsed in a thread, so that other requests go on meanwhile
+_LARGE = 1 << 16  # bytes of a body that is parsed in a thread, so that other requests go on meanwhile
+_MOST_VALUES = 1 << 16  # far more than a conversation has: objects of Python take a hundred times their text
+_BETWEEN = (b",", b"[", b"{")  # one of them stands before each value within
 
 
 class Fields:
@@ -112,6 +114,8 @@ async def read_fields(request: Request) -> Fields:
 def _parse(body: bytes) -> Any:
     if not body:
         raise ApiError("the body is empty; send a JSON object")
+    if sum(map(body.count, _BETWEEN)) > _MOST_VALUES:
+        raise ApiError(f"the body has more than {_MOST_VALUES:,} values; send fewer turns, or shorter ones")
     try:
         return parse_json(body, "the body")
     except VtpError as error:

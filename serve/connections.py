@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import resource
 from typing import Any
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -16,6 +15,10 @@ _FILES_LEFT = 2  # of the files that the process may open, connections take one 
 
 def _room() -> int:
     """As many connections as leave files for the rest of the process."""
+    try:
+        import resource
+    except ImportError:  # Windows, which has no such limit
+        return _MOST
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return _MOST if files == resource.RLIM_INFINITY else max(8, min(_MOST, files // _FILES_LEFT))
 

@@ -87,10 +87,18 @@ def _decode(data: bytes, what: str, kind: type[VtpError]) -> str:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for place, key in enumerate(keys) if key in keys[:place])
-        raise VtpError(f"the key {quoted(twice)} is given twice in one object; keep one")
+        raise VtpError(f"the key {quoted(_twice(pairs))} is given twice in one object; keep one")
     return found
+
+
+def _twice(pairs: list[tuple[str, Any]]) -> str:
+    """The first key that has come before."""
+    seen: set[str] = set()
+    for key, _ in pairs:
+        if key in seen:
+            return key
+        seen.add(key)
+    raise AssertionError("no key is given twice")
 
 
 def _refuse_constant(text: str) -> Any:

@@ -6,6 +6,7 @@ import argparse
 import ipaddress
 import logging
 import os
+import re
 import socket
 import sys
 from collections.abc import Sequence
@@ -30,6 +31,8 @@ PORT = 8000  # where clients look for a server such as this
 _KEY = "VTP_API_KEY"
 _LARGEST_PORT = 2**16 - 1
 _LONGEST_SLO = 3_600_000  # milliseconds
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^\s/?#@A-Z]+")
+_NAME = re.compile(r"(\*\.)?[^\s/?#@:*]+")
 _STOPPED = "the server was stopped before its requests had ended"
 # One red pixel, so that the line to try needs no file.
 _RED = (
@@ -178,6 +181,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
             f"--host {shown(args.host)} lets other machines in: give --api-key KEY (or set {_KEY}), or "
             "--insecure if everyone may ask"
         )
+    _check_names(args)
     return Settings(
         key=key,
         allowed_hosts=tuple(args.allow_host),
@@ -186,6 +190,26 @@ def settings_of(args: argparse.Namespace) -> Settings:
         ping_seconds=_seconds("ping-seconds", args.ping_seconds),
         grace_seconds=_seconds("grace-seconds", args.grace_seconds),
     )
+
+
+def _check_names(args: argparse.Namespace) -> None:
+    """UsageError for a domain, an origin or a name that no request could ever match."""
+    from vtp.serve.http.pictures.fetching import AllowedDomain
+
+    for domain in args.allow_media_domain:
+        AllowedDomain.parse(domain)
+    for origin in args.cors_origin:
+        if origin not in ("*", "null") and not _ORIGIN.fullmatch(origin):
+            raise UsageError(
+                f"--cors-origin '{shown(origin, 60)}' is not an origin as browsers send it; give it in small "
+                "letters without a path, such as https://example.org, or *"
+            )
+    for host in args.allow_host:
+        if host != "*" and not _NAME.fullmatch(host):
+            raise UsageError(
+                f"--allow-host '{shown(host, 60)}' is not a name; give one without scheme or port, such as "
+                "example.org, *.example.org or *"
+            )
 
 
 def is_loopback(host: str) -> bool:

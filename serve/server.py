@@ -17,6 +17,7 @@ import uvicorn
 from vtp.engines import UsageError, VtpError
 from vtp.engines.errors import shown
 from vtp.runtime.commands.console import Terminated
+from vtp.serve.connections import Connection
 from vtp.serve.http.app import make_app
 from vtp.serve.http.models import Models
 from vtp.serve.settings import Settings
@@ -60,7 +61,7 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 make_app(models, settings),
-                http="h11",
+                http=Connection,
                 ws="none",
                 loop="asyncio",
                 lifespan="off",

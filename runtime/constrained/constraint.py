@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from vtp.engines.errors import VtpError, shown
+from vtp.engines.errors import shown
+from vtp.runtime.constrained.errors import refused
 from vtp.runtime.prompt.tokenizer import failing_as
 
 if TYPE_CHECKING:
@@ -18,7 +19,8 @@ _FAILED = "the answer's form cannot be held"
 
 
 class Constraint:
-    """One answer's own place in a grammar. VtpError if it cannot go on, which ends this answer alone."""
+    """One answer's own place in a grammar. FormatError if the form asks too much to go on, VtpError if the
+    library fails; either ends this answer alone."""
 
     def __init__(self, matcher: LLMatcher) -> None:
         self._matcher = matcher
@@ -44,7 +46,7 @@ class Constraint:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise VtpError(f"{_FAILED}: {first_words(self._matcher.get_error())}; ask for a simpler one")
+            raise refused(f"{_FAILED}: {first_words(self._matcher.get_error())}; ask for a simpler one")
 
 
 def first_words(text: str) -> str:
@@ -66,14 +68,14 @@ class ConstrainedRules:
         self._rules = rules
 
     def __call__(self, logits: np.ndarray) -> np.ndarray:
-        """Scores float32 [V]; tokens that must not come are -inf. VtpError if all are."""
+        """Scores float32 [V]; tokens that must not come are -inf. FormatError if all are."""
         allowed = self.constraint.allowed(len(logits))
         raw = logits.astype(np.float32)
         for scores in (raw if self._rules is None else self._rules(logits), raw):
             held = np.where(allowed, scores, np.float32(-np.inf))
             if np.isfinite(held.max()):
                 return held
-        raise VtpError(f"{_FAILED}: the model has no token that may come next; ask for another one")
+        raise refused(f"{_FAILED}: the model has no token that may come next; ask for another one")
 
     def add(self, token: int) -> None:
         """Note the token that was chosen."""

@@ -12,6 +12,7 @@ import hmac
 import json
 import re
 import socket
+import time
 from collections.abc import Sequence
 from ipaddress import ip_address
 from typing import Any
@@ -25,6 +26,7 @@ __all__ = ["BodyLimit", "HostCheck", "KeyCheck", "OriginCheck", "guarded"]
 
 _OPEN_PATHS = frozenset(("/", "/metrics", "/health"))  # without a key, and what lies below /health
 _HOST = re.compile(r"(?P<host>\[[0-9a-f:.]+\]|[^\[\]:/@\s]+)(?::[0-9]{0,5})?")
+_SLOWEST = 1024  # bytes a second that a body must bring on the whole
 _DRAIN_SECONDS = 5.0  # for a client that sends on after it was refused, so that it reads why
 
 
@@ -186,7 +188,8 @@ class BodyLimit:
     soon as there are more; the client gets the answer although it still sends.
 
     Bodies of all requests together hold at most `total_bytes` until their answers end (503 beyond), and a
-    client that sends nothing for `idle_seconds` is not waited for (408).
+    client that sends nothing for `idle_seconds`, or after them less than a byte now and then, is not waited
+    for (408).
     """
 
     def __init__(
@@ -223,6 +226,7 @@ class _Body:
         self._owner, self._scope, self._receive, self._send = owner, scope, receive, send
         self._more = True
         self._started = False
+        self._since = time.monotonic()
         self.size = 0
         self.refused = False
 
@@ -231,7 +235,7 @@ class _Body:
         if self.refused:
             return {"type": "http.disconnect"}
         try:
-            message = await asyncio.wait_for(self._receive(), self._owner.idle if self._more else None)
+            message = await asyncio.wait_for(self._receive(), self._patience() if self._more else None)
         except asyncio.TimeoutError:
             return await self.refuse(self._late())
         self._more = bool(message.get("more_body"))
@@ -242,6 +246,11 @@ class _Body:
         if not self.refused:
             self._started = True
             await self._send(message)
+
+    def _patience(self) -> float:
+        """Seconds to wait for more of the body: fewer for one that comes too slowly."""
+        late = time.monotonic() - self._since - self.size / _SLOWEST
+        return self._owner.idle - max(0.0, min(late, self._owner.idle))
 
     async def _taken(self, message: Message) -> Message:
         """A message that was counted, if there is room for it."""
@@ -268,7 +277,10 @@ class _Body:
         )
 
     def _late(self) -> ApiError:
-        return ApiError(f"nothing more of the request came for {self._owner.idle:g} s; send it again", 408)
+        return ApiError(
+            f"the request came too slowly: nothing for {self._owner.idle:g} s, or too little; send it again",
+            408,
+        )
 
     def release(self) -> None:
         """Give the room back."""

@@ -14,7 +14,9 @@ from vtp.engines.strict_json import parse_json
 from vtp.runtime.generation.arguments import is_number, is_whole
 from vtp.serve.http.errors import GONE, ApiError
 
-_LARGE = 1 << 20  # bytes of a body that is parsed in a thread, so that other requests go on meanwhile
+_LARGE = 1 << 16  # bytes of a body that is parsed in a thread, so that other requests go on meanwhile
+_MOST_VALUES = 1 << 16  # far more than a conversation has: objects of Python take a hundred times their text
+_BETWEEN = (b",", b"[", b"{")  # one of them stands before each value within
 
 
 class Fields:
@@ -109,9 +111,21 @@ async def read_fields(request: Request) -> Fields:
     return Fields(await asyncio.to_thread(_parse, body) if len(body) > _LARGE else _parse(body))
 
 
+def _has_too_many_values(body: bytes) -> bool:
+    """Counted in slices, between which other requests go on."""
+    count = 0
+    for start in range(0, len(body), _LARGE):
+        count += sum(body.count(mark, start, start + _LARGE) for mark in _BETWEEN)
+        if count > _MOST_VALUES:
+            return True
+    return False
+
+
 def _parse(body: bytes) -> Any:
     if not body:
         raise ApiError("the body is empty; send a JSON object")
+    if _has_too_many_values(body):
+        raise ApiError(f"the body has more than {_MOST_VALUES:,} values; send fewer turns, or shorter ones")
     try:
         return parse_json(body, "the body")
     except VtpError as error:

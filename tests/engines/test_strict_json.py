@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from vtp.engines import UsageError, VtpError
+from vtp.engines import UsageError, VtpError, strict_json
 from vtp.engines.strict_json import DEPTH, parse_json, read_json, read_json_lines
 
 
@@ -73,3 +73,19 @@ def test_a_file_without_an_end_is_not_read(tmp_path: Path) -> None:
     assert read_json(path, limit=3) == [1]
     with pytest.raises(VtpError, match="larger than 2 bytes"):
         read_json(path, limit=2)
+
+
+def test_the_key_that_comes_twice_is_found_in_one_pass() -> None:
+    class Key(str):
+        compared = 0
+
+        def __eq__(self, other: object) -> bool:
+            Key.compared += 1
+            return str.__eq__(self, other)
+
+        __hash__ = str.__hash__
+
+    pairs = [(Key(number), 0) for number in range(2000)] + [(Key(1999), 1)]
+    with pytest.raises(VtpError, match="the key '1999' is given twice"):
+        strict_json._object(pairs)
+    assert Key.compared < 4000  # each against each would be two million

@@ -50,6 +50,8 @@ BODIES: list[tuple[bytes, str]] = [
     (b'{"\\udc00": 1}', "half of a surrogate pair"),
     (b'{"model": "\\ud800"}', "half of a surrogate pair"),
     (b'{"messages": []}' + b"x", "the body is not valid JSON"),
+    (b'{"a": [' + b"[]," * 70000 + b"1]}", "the body has more than 65,536 values"),
+    (b'{"a": ' + b"[" * 70000, "the body has more than 65,536 values"),
 ]
 
 

@@ -201,6 +201,12 @@ REFUSED: list[tuple[list[str], int, str]] = [
     (["--api-key", "kéy"], 2, "the API key must be"),
     (["--ping-seconds", "0"], 2, "ping-seconds '0' is not a number of seconds above 0"),
     (["--grace-seconds", "nan"], 2, "grace-seconds 'nan' is not a number of seconds"),
+    (["--allow-media-domain", "https://example.org"], 2, "'https://example.org' is not a valid domain"),
+    (["--cors-origin", "https://example.org/"], 2, "--cors-origin 'https://example.org/' is not an origin"),
+    (["--cors-origin", "https://Example.org"], 2, "is not an origin"),
+    (["--cors-origin", "example.org"], 2, "is not an origin"),
+    (["--allow-host", "http://example.org"], 2, "--allow-host 'http://example.org' is not a name"),
+    (["--allow-host", "example.org:8000"], 2, "is not a name"),
     (["--wat"], 2, "unrecognized arguments: --wat"),
 ]
 

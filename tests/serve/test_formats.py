@@ -49,6 +49,10 @@ def by_schema(schema: Any) -> dict[str, Any]:
     return {"type": "json_schema", "json_schema": {"schema": schema}}
 
 
+def wide(which: int) -> dict[str, Any]:
+    return {f"p{n}": {"type": "string", "pattern": f".*{which}.*{n}.*"} for n in range(10)}
+
+
 BAD: list[tuple[Any, str, str]] = [
     ("json", "response_format", "response_format must be a JSON object, not text"),
     ({}, "response_format.type", "response_format.type is missing"),
@@ -80,3 +84,20 @@ def test_a_schema_is_tried_once(site: Site, picture: Image.Image, monkeypatch: p
     monkeypatch.setattr(Formats, "_compile", counted)
     assert ask(site, picture, by_schema({"type": "other"})).status == 400
     assert [json.loads(schema) for schema in compiled] == [{"type": "other"}]
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"anyOf": [{"type": "object", "properties": wide(which)} for which in range(100)]},
+        {"type": "object", "properties": {"x" * 30000: {"type": "integer"}}, "required": ["x" * 30000]},
+        {"const": "<image></s>"},
+    ],
+)
+def test_a_form_that_cannot_be_held_to_its_end_is_the_askers_fault(
+    site: Site, picture: Image.Image, schema: Any
+) -> None:
+    answer = ask(site, picture, by_schema(schema))
+    if answer.status != 200:  # where the answer ends before that shows
+        assert answer.status == 400, answer.content
+        assert answer.error["param"] == "response_format" and "cannot be held" in answer.error["message"]

@@ -19,6 +19,7 @@ from vtp.engines import VtpError
 from vtp.runtime.media.images import EncodedImage, load_image
 from vtp.runtime.media.pictures import PictureError
 from vtp.serve.http.errors import ApiError
+from vtp.serve.http.pictures.parts import is_crowded
 from vtp.serve.http.pictures.sources import FORMATS, MediaLimits, check_picture, read_picture
 from vtp.serve.http.refusals import told
 
@@ -313,3 +314,45 @@ def test_the_size_is_that_of_the_upright_picture(kind: str, orientation: int) ->
     Image.new("RGB", (30, 20)).save(file, kind, exif=exif)
     picture = check_picture(file.getvalue(), LIMITS, PARAM)
     assert picture.size == load_image(picture.image).size
+
+
+# -- files of many parts -------------------------------------------------------------------------------------
+
+DOT = Image.new("RGB", (4, 4), "red")
+JPEG, PNG, GIF = saved(DOT, "JPEG"), saved(DOT), saved(DOT, "GIF")
+MARK = b"!\xfe\x01a\x00"  # a comment of a GIF
+CROWDED = [
+    JPEG[:2] + b"\xff\xfe\x00\x02" * 20000 + JPEG[2:],
+    JPEG[:2] + b"\x00" * 20000 + JPEG[2:],
+    JPEG[:2] + b"\xff" * 20000 + JPEG[2:],
+    PNG[:33] + b"\x00\x00\x00\x01tEXta\x00\x00\x00\x00" * 20000 + PNG[33:],
+    GIF[:-1] + MARK * 150000 + b";",
+    b"GIF89a\x01\x00\x01\x00\x00\x00\x00!\xfe" + b"\x01a" * 300000 + b"\x00",
+    b"GIF89a\x01\x00\x01\x00\x00\x00\x00" + b"?" * 300000,
+]
+
+
+@pytest.mark.parametrize("data", CROWDED, ids=range(len(CROWDED)))
+def test_files_of_too_many_parts_are_refused_before_pillow_reads_them(
+    data: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Image, "open", None)
+    with pytest.raises(ApiError, match="too many small parts"):
+        read(url_of(data))
+
+
+def test_files_of_many_parts_are_read() -> None:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (200, 300, 3), np.uint8))
+    frames = {"save_all": True, "append_images": [noise.rotate(90), noise]}
+    for data in (
+        saved(noise),
+        saved(noise, "JPEG", quality=100, progressive=True, icc_profile=b"x" * 900_000, comment=b"c"),
+        saved(noise, "GIF", **frames),
+        saved(noise, "WEBP", **frames),
+        JPEG[:2] + b"\xff\xfe\x00\x02" * 9000 + JPEG[2:],
+        b"",
+        JPEG[:2],
+        GIF[:6],
+        PNG[:8],
+    ):
+        assert not is_crowded(data)

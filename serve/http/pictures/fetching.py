@@ -247,7 +247,7 @@ class _Exchange:
 
 def _target(url: str, domains: list[AllowedDomain]) -> _Target:
     """Read a URL, once; what is returned may be fetched."""
-    if _UNSAFE.search(url) or len(url) > _LONGEST:
+    if len(url) > _LONGEST or _UNSAFE.search(url):
         raise _Refused(
             "the picture's URL holds a space, a backslash or another character that must be written as %XX, "
             f"or more than {_LONGEST:,} characters"

@@ -18,6 +18,7 @@ from PIL import Image
 from vtp.runtime.media.images import EncodedImage
 from vtp.serve.http.errors import ApiError
 from vtp.serve.http.pictures.fetching import Fetcher
+from vtp.serve.http.pictures.parts import is_crowded
 
 __all__ = ["MediaLimits", "Picture", "check_picture", "decode_base64", "read_picture"]
 
@@ -125,6 +126,12 @@ def check_picture(data: bytes, limits: MediaLimits, param: str) -> Picture:
     """
     if len(data) > limits.bytes:
         raise too_many_bytes(limits.bytes, param)
+    if is_crowded(data):
+        raise ApiError(
+            "the picture's file consists of too many small parts; save it again",
+            param=param,
+            code="invalid_image",
+        )
     with _opened(data, limits, param) as image:
         _check_size(image, limits, param)
         try:

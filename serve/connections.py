@@ -1,0 +1,111 @@
+"""Connections of the server: how many there may be, and how long a client may keep one without using it."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+__all__ = ["Connection"]
+
+_MOST = 512
+_FILES_LEFT = 2  # of the files that the process may open, connections take one in so many
+
+
+def _room() -> int:
+    """As many connections as leave files for the rest of the process."""
+    try:
+        import resource
+    except ImportError:  # Windows, which has no such limit
+        return _MOST
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return _MOST if files == resource.RLIM_INFINITY else max(8, min(_MOST, files // _FILES_LEFT))
+
+
+class Connection(H11Protocol):
+    """uvicorn's, but clients that connect and do not ask, or ask and do not read, are not waited for.
+
+    head_seconds   within which a request's line and headers must have come, from its first byte
+    stall_seconds  within which a client must take what has been written for it (64 KiB of it)
+    most           connections; beyond, the one that has been idle longest makes room, else the new one goes
+    """
+
+    head_seconds = 20.0
+    stall_seconds = 60.0
+    most = _room()
+
+    _head: asyncio.TimerHandle | None = None
+    _stall: asyncio.TimerHandle | None = None
+    _since = 0.0
+
+    @property
+    def idle(self) -> bool:
+        """Whether no request is being read or answered."""
+        return self.cycle is None or self.cycle.response_complete
+
+    def connection_made(self, transport: Any) -> None:
+        """For asyncio."""
+        super().connection_made(transport)
+        self._since = self.loop.time()
+        self._await_head()
+        if len(self.connections) > self.most:
+            self._make_room()
+
+    def data_received(self, data: bytes) -> None:
+        """For asyncio."""
+        super().data_received(data)
+        if self.idle:
+            self._await_head()
+        else:
+            self._head = _stop(self._head)
+
+    def on_response_complete(self) -> None:
+        """For uvicorn."""
+        self._since = self.loop.time()
+        super().on_response_complete()
+
+    def pause_writing(self) -> None:
+        """For asyncio: the client does not read as fast as is written."""
+        super().pause_writing()
+        self._stall = self.loop.call_later(self.stall_seconds, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """For asyncio."""
+        super().resume_writing()
+        self._stall = _stop(self._stall)
+
+    def timeout_keep_alive_handler(self) -> None:
+        """For uvicorn: what was not read until now never will be."""
+        self.transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """For asyncio."""
+        self._head, self._stall = _stop(self._head), _stop(self._stall)
+        super().connection_lost(exc)
+
+    def _should_upgrade(self) -> bool:
+        """There is nothing to upgrade to, and no need to log that for every client which offers HTTP/2."""
+        return False
+
+    def _await_head(self) -> None:
+        if self._head is None:
+            self._head = self.loop.call_later(self.head_seconds, self._late)
+
+    def _late(self) -> None:
+        self._head = None
+        if self.idle:
+            self.transport.abort()
+
+    def _make_room(self) -> None:
+        idle = [one for one in self.connections if isinstance(one, Connection) and one.idle]
+        oldest = min(idle, key=lambda one: one._since, default=self)
+        self.connections.discard(oldest)
+        oldest.transport.abort()
+
+
+def _stop(timer: asyncio.TimerHandle | None) -> asyncio.TimerHandle | None:
+    """Stop a timer, and have none."""
+    if timer is not None:
+        timer.cancel()
+    return None

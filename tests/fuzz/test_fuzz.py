@@ -17,6 +17,7 @@ HERE = Path(__file__).parent
 AREAS = (
     "bundles",
     "graphs",
+    *(("openvino",) if importlib.util.find_spec("openvino") else ()),
     "templates",
     "tokenizers",
     "pictures",

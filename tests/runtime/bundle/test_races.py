@@ -76,8 +76,10 @@ def test_a_calibration_does_not_land_in_another_bundle(bundle: Path, exported: C
 WORKING = """
 import sys, time
 from pathlib import Path
+import signal
 from vtp.runtime.bundle.folder import whole_bundle
 from vtp.runtime.commands.console import run_command
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
 def work():
     with whole_bundle(Path(sys.argv[1])) as aside:
         (aside / "half").write_text("x")

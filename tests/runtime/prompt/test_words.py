@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 from vtp.engines.errors import UsageError, VtpError
 from vtp.runtime import Pipeline
 from vtp.runtime.commands.run import _options, build_parser
-from vtp.runtime.prompt.prompter import Detokenizer, Prompter, StopStrings, TextSpec
+from vtp.runtime.prompt.prompter import Detokenizer, Prompter, PromptTooLong, StopStrings, TextSpec
 
 from .test_text import FAST, IMAGE, LLAVA_TEMPLATE, TOKENIZERS, said, spec_for, user, wrapped
 
@@ -278,9 +278,13 @@ def test_text_that_cannot_fit_is_refused_before_it_is_encoded(tokenizer_file: Pa
     prompter._words.encode = lambda text, add_special_tokens: (  # type: ignore[method-assign]
         encoded.append(text) or encode(text, add_special_tokens)
     )
-    refused(lambda: prompter.encode([user("IMAGE", "a " * 10_000_000)]), "20000000 characters.*--max-length")
+    refused(
+        lambda: prompter.encode([user("IMAGE", "a " * 10_000_000)]),
+        "20000000 characters.*--max-length",
+        PromptTooLong,
+    )
     many = [user("IMAGE", "x"), *[said("assistant", "x" * 400_000), user("y" * 400_000)] * 10]
-    refused(lambda: prompter.encode(many), "characters")
+    refused(lambda: prompter.encode(many), "characters", PromptTooLong)
     assert not encoded
     fits = "a" * (4000 * longest)  # whatever they are, this many characters may be 4,000 tokens
     prompter.encode([user("IMAGE", fits)])
@@ -289,7 +293,7 @@ def test_text_that_cannot_fit_is_refused_before_it_is_encoded(tokenizer_file: Pa
 
 def test_a_pipeline_knows_what_fits(exported: Callable[[str], Any], picture: Image.Image) -> None:
     with Pipeline.load(exported("vispruner").folder, threads=1) as pipe:
-        refused(lambda: pipe.generate(picture, "a " * 5_000_000), "characters")
+        refused(lambda: pipe.generate(picture, "a " * 5_000_000), "characters", PromptTooLong)
         for prompt in (b"what ?", 7, ["what ?"]):
             refused(lambda prompt=prompt: pipe.generate(picture, prompt), "must be text")  # type: ignore[misc]
 

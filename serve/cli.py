@@ -135,8 +135,8 @@ def _run(args: argparse.Namespace) -> None:
         models.loaded()
         if not models.stopping:
             _say_ready(models, settings, address_of(listener))
-        if own := lan_name(listener):
-            say(f"from other machines: http://{own}:{listener.getsockname()[1]}, by this machine's name")
+            if own := lan_name(listener):
+                say(f"from other machines: http://{own}:{listener.getsockname()[1]}, by this machine's name")
 
     run(server, models, listener, load)
 

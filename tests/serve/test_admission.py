@@ -292,7 +292,7 @@ def test_clients_that_go_away_give_their_room_back() -> None:
 def test_a_client_that_sends_nothing_is_not_waited_for() -> None:
     with served(BodyLimit(APP, LIMIT, idle_seconds=0.2)) as port:
         status, _, body = exchange(port, request("/", "POST", Content_Length="1000"), bytes(500))
-    assert status == 408 and "nothing more" in error_of(body)["message"]
+    assert status == 408 and "nothing for 0.2 s" in error_of(body)["message"]
 
 
 def test_the_server_goes_on(bounded: int) -> None:

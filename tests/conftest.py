@@ -78,10 +78,10 @@ LONG_TAIL = re.compile(
             r"test_qwen.*test_the_reference_chooses_alike\[2-fastv\]",  # 3-fastv
             r"test_absent_ids.*test_answers_equal_transformers\[gemma3\]",  # pali
             r"test_settings.*test_answers_of_a_folder_that_contradicts_itself.*\[idefics3\]",  # llava, qwen
-            # Reductions inside the tower: llava-ipcv, llava_next-tome and gemma3-ipcv stay, and every formula.
+            # Reductions in the tower: llava-ipcv, llava_next-tome and gemma3-ipcv stay, and every formula.
             r"test_reductions.*test_a_family_answers_as_its_reduced_torch_model\[(idefics3|internvl|paligemma)",
             r"test_reductions.*test_a_family_answers_as_its_reduced_torch_model\[(llava_one|video_l|smolvlm)",
-            r"towers.test_commands.*test_(tensorrt_rtx_builds_it\[(tome|down)|by_layers.*\[layers-tome)",  # ipcv
+            r"towers.test_commands.*test_(tensorrt_rtx_builds_it\[(tome|down)|by_layers.*\[layers-tome)",
             r"test_text_only.*\[gemma3-fastv\]",  # qwen3_vl-fastv
             r"test_sites.*test_generation_is_verified_at_every_keep_count\[CuriousDecoder\]",  # its cues
             # Sites: CuriousDecoder has three, CuriousProjector reads the prompt, Blurring merges rows in
@@ -128,7 +128,9 @@ LONGEST = (
     "export/verify/test_sites.py",
     "export/test_target.py",
     "export/pruners/test_pruners.py",
+    "export/towers/test_reductions.py",
     "export/test_cli.py",
+    "export/towers/test_commands.py",
     "runtime/test_pipeline.py",
     "export/families/test_gemma.py",
     "export/verify/test_streamed.py",

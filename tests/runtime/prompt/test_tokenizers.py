@@ -163,7 +163,7 @@ def left(times):
     return resident()
 
 left(200)
-print(-left(0) + left(600))
+print(-left(0) + left(1500))
 """
 
 
@@ -174,4 +174,4 @@ def test_a_tokenizer_that_is_gone_leaves_no_memory(name: str, tmp_path: Path) ->
     TOKENIZERS[name].save(str(tmp_path / "tokenizer.json"))
     command = [sys.executable, "-c", GROWTH, str(tmp_path / "tokenizer.json")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 600 * 1024
+    assert int(done.stdout) < 2 * 2**20  # allocators move by half of one; that was 7 to 9

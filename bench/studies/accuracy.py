@@ -1,6 +1,7 @@
 """The ruler: exact match of every method on the built-in model's held-out questions.
 
     python -m vtp.bench.studies.accuracy [--count 1000] [--methods none,random,...] [--keep 192,128,64,57,32]
+    python -m vtp.bench.studies.accuracy --model scenes/reader --exam reader --count 1500
 
 Exports one bundle per method (all keep-counts in it) and answers the same questions through the pipeline.
 Prints a Markdown table; README.md quotes it. A picture is encoded once for its questions.
@@ -23,7 +24,7 @@ from vtp.export.exporter import Request, export
 from vtp.runtime import Pipeline
 from vtp.runtime.commands.arguments import add_debug, whole
 from vtp.runtime.commands.console import Parser, Progress, run_command
-from vtp.scenes.exam import Item, Score, blank, held_out, score
+from vtp.scenes.exam import EXAMS, Item, Score, blank, held_out, score
 
 METHODS = "none,random,uniform,fastv,vispruner,adaptprune"
 KEEP = "192,128,64,57,32"
@@ -56,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--model", help="model folder in the built-in model's layout (default: the built-in one)"
     )
+    parser.add_argument("--exam", choices=EXAMS, default="model", help="which exam (default: %(default)s)")
     parser.add_argument("--seed", type=whole, default=2026, help="seed of the exam (default: %(default)s)")
     parser.add_argument(
         "--work", default="build/accuracy", help="folder for the bundles (default: %(default)s)"
@@ -69,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> None:
     started, progress = time.monotonic(), Progress()
     quiet_libraries()
-    items = list(held_out(args.count, args.seed))
+    items = list(held_out(args.count, args.seed, EXAMS[args.exam]))
     rows: list[Row] = []
     for method in args.methods.split(","):
         keep = None if method == "none" else args.keep

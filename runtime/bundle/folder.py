@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from vtp.engines import UsageError, VtpError
-from vtp.engines.disk.files import read_bounded, sha256
+from vtp.engines.disk.files import is_file, read_bounded, sha256
 from vtp.engines.disk.whole import recover, undisturbed, whole_file, whole_folder
 from vtp.engines.errors import shown
 from vtp.engines.graph.check import check_graph
@@ -66,8 +66,8 @@ def _check_file(folder: Path, name: str, info: FileInfo, check_hash: bool) -> No
     if not is_inside(name):
         raise VtpError(f"the manifest names the path '{name}', which leaves the bundle; refuse this bundle")
     path = folder / name
-    if not path.is_file():
-        raise VtpError(f"{folder} lacks the file {name}; copy it again or export the bundle again")
+    if not is_file(path):
+        raise VtpError(f"{folder} lacks the file {shown(name)}; copy it again or export the bundle again")
     if not path.resolve().is_relative_to(folder.resolve()):
         raise VtpError(f"{name} is a link that leaves the bundle; refuse this bundle")
     size = path.stat().st_size

@@ -8,6 +8,7 @@ from copy import copy
 import numpy as np
 
 from vtp.engines import Engine, Value, VtpError, capabilities
+from vtp.engines.errors import quoted
 from vtp.runtime.bundle.folder import Bundle
 from vtp.runtime.bundle.manifest import Manifest, StageInfo, TensorInfo
 from vtp.runtime.stages.kv_cache import KvCache
@@ -112,6 +113,11 @@ class OpenedStages:
         most = capabilities(self._engine).largest_batch
         if not all(isinstance(axis, str) for axis in axes):
             return 1
+        if unknown := next((str(axis) for axis in axes if axis not in graph.axes), None):
+            raise VtpError(
+                f"the manifest gives the axis {quoted(unknown)} of {stage.file} no range; export the bundle "
+                "again"
+            )
         longest = min(graph.axes[str(axis)][-1] for axis in axes)
         return longest if most is None else min(most, longest)
 

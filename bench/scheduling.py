@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import argparse
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
+from vtp.bench.common import clients as clients_at
+from vtp.bench.common.clients import gaps_ms
 from vtp.bench.measure import endless
 from vtp.engines import UsageError, engine_names
 from vtp.runtime import Pipeline
@@ -154,14 +154,14 @@ def compare(pipe: Pipeline, load: Load, clients: int, slots: int) -> dict[str, A
 
 def in_turn(pipe: Pipeline, load: Load, clients: int) -> Seen:
     """All requests by one pipeline, one after the other."""
-    seen, started = Seen(), time.perf_counter()
-    for number in range(load.requests):
-        for client in range(clients):
-            stream = pipe.stream(*load.asked(client, number), max_new_tokens=load.max_new_tokens)
-            times = [time.perf_counter() for _ in stream]
-            seen.gaps_ms += _gaps(times)
-            seen.results[client, number] = stream.result
-    seen.seconds = time.perf_counter() - started
+    seen = Seen()
+
+    def ask(client: int, number: int) -> None:
+        stream = pipe.stream(*load.asked(client, number), max_new_tokens=load.max_new_tokens)
+        seen.gaps_ms += gaps_ms([time.perf_counter() for _ in stream])
+        seen.results[client, number] = stream.result
+
+    seen.seconds = clients_at.in_turn(ask, clients, load.requests)
     return seen
 
 
@@ -169,25 +169,13 @@ def scheduled(scheduler: Scheduler, load: Load, clients: int) -> Seen:
     """The same requests, every client a thread that asks again when it has its answer."""
     seen = Seen()
 
-    def client(place: int) -> None:
-        for number in range(load.requests):
-            ticket = scheduler.submit(*load.asked(place, number), max_new_tokens=load.max_new_tokens)
-            times = [time.perf_counter() for _ in ticket]
-            seen.gaps_ms += _gaps(times)
-            seen.results[place, number] = ticket.result()
+    def ask(client: int, number: int) -> None:
+        ticket = scheduler.submit(*load.asked(client, number), max_new_tokens=load.max_new_tokens)
+        seen.gaps_ms += gaps_ms([time.perf_counter() for _ in ticket])
+        seen.results[client, number] = ticket.result()
 
-    threads = [threading.Thread(target=client, args=(place,)) for place in range(clients)]
-    started = time.perf_counter()
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    seen.seconds = time.perf_counter() - started
+    seen.seconds = clients_at.at_once(ask, clients, load.requests)
     return seen
-
-
-def _gaps(times: Sequence[float]) -> list[float]:
-    return [(later - one) * 1e3 for one, later in pairwise(times)]
 
 
 def _report(found: dict[str, Any]) -> str:

@@ -24,12 +24,14 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import pairwise
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from vtp.bench.common import clients as clients_at
+from vtp.bench.common.clients import gaps_ms
 from vtp.bench.scheduling import PROMPTS
 from vtp.engines import VtpError
 from vtp.engines.child import python_command
@@ -124,7 +126,7 @@ def _run(args: argparse.Namespace) -> None:
         _server(_endless(args.bundle, name), flags) as port,
     ):
         load = Load(port, pictures, requests, length)
-        _ask(load, 0, 0, Seen())  # opens what is opened at the first request
+        _ask(load, Seen(), 0, 0)  # opens what is opened at the first request
         for count in clients:
             progress.step(f"{count} clients, {count * requests} requests")
             rows.append(compare(load, count))
@@ -158,33 +160,19 @@ def compare(load: Load, clients: int) -> dict[str, Any]:
 
 def in_turn(load: Load, clients: int) -> Seen:
     """All requests, one after the other."""
-    seen, started = Seen(), time.perf_counter()
-    for number in range(load.requests):
-        for client in range(clients):
-            _ask(load, client, number, seen)
-    seen.seconds = time.perf_counter() - started
+    seen = Seen()
+    seen.seconds = clients_at.in_turn(partial(_ask, load, seen), clients, load.requests)
     return seen
 
 
 def together(load: Load, clients: int) -> Seen:
-    """The same requests, every client a thread that asks again when it has its answer."""
+    """The same requests, from several clients at once."""
     seen = Seen()
-
-    def client(place: int) -> None:
-        for number in range(load.requests):
-            _ask(load, place, number, seen)
-
-    threads = [threading.Thread(target=client, args=(place,)) for place in range(clients)]
-    started = time.perf_counter()
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    seen.seconds = time.perf_counter() - started
+    seen.seconds = clients_at.at_once(partial(_ask, load, seen), clients, load.requests)
     return seen
 
 
-def _ask(load: Load, client: int, number: int, seen: Seen) -> None:
+def _ask(load: Load, seen: Seen, client: int, number: int) -> None:
     """One stream: its text, its tokens, and when its pieces came."""
     connection = http.client.HTTPConnection("127.0.0.1", load.port, timeout=_PATIENCE)
     started, times, text = time.perf_counter(), [], ""
@@ -207,7 +195,7 @@ def _ask(load: Load, client: int, number: int, seen: Seen) -> None:
         connection.close()
     seen.texts[client, number] = text
     seen.first_ms += [(times[0] - started) * 1e3] if times else []
-    seen.gaps_ms += [(later - one) * 1e3 for one, later in pairwise(times)]
+    seen.gaps_ms += gaps_ms(times)
 
 
 def _chunks(answer: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:

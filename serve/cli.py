@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from vtp.engines import UsageError, VtpError, capabilities
 from vtp.engines.errors import shown
 from vtp.runtime.commands.arguments import add_debug, add_engine, add_threads, real, whole
-from vtp.runtime.commands.console import Parser, note, run_command, say, whole_number
+from vtp.runtime.commands.console import Parser, note, real_number, run_command, say, whole_number
 from vtp.runtime.opening import NEVER_RUN
 from vtp.runtime.scheduler import Scheduler
 
@@ -283,12 +283,13 @@ def _port(text: str) -> int:
 
 
 def _seconds(name: str, text: str) -> float:
+    wanted = f"{name} '{shown(text)}' is not a number of seconds above 0, up to 86400"
     try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
+        value = real_number(name, text)
+    except UsageError:
+        raise UsageError(wanted) from None
     if not 0 < value <= 86400:
-        raise UsageError(f"{name} '{shown(text)}' is not a number of seconds above 0, up to 86400")
+        raise UsageError(wanted)
     return value
 
 

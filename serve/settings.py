@@ -17,7 +17,6 @@ class Settings:
     media_domains  domains from which pictures may be fetched; () : only data: URLs are taken
     media          bounds of a request's pictures
     body_bytes     most bytes of a request's body
-    together_bytes most bytes of the bodies of all requests that are being answered
     ping_seconds   a stream that has nothing to say sends a comment after this time
     grace_seconds  how long requests may go on after the server was told to stop
     """
@@ -28,6 +27,5 @@ class Settings:
     media_domains: tuple[str, ...] = ()
     media: MediaLimits = field(default_factory=MediaLimits)
     body_bytes: int = 64 << 20
-    together_bytes: int = 256 << 20
     ping_seconds: float = 5.0
     grace_seconds: float = 30.0

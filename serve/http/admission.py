@@ -37,17 +37,15 @@ def guarded(
     key: str | None = None,
     cors_origins: Sequence[str] = (),
     limit_bytes: int = 64 * 2**20,
-    total_bytes: int | None = None,
 ) -> ASGIApp:
     """An application behind all checks.
 
     allowed_hosts  further names that the Host header may have: "vtp.example.org", "*.example.org", "*"
     key            that clients must send as `Authorization: Bearer`; None: none
     cors_origins   origins whose pages may use the server: "https://example.org", "*"
-    limit_bytes    of one request's body
-    total_bytes    of the bodies of all requests that are being answered; None: four times as many
+    limit_bytes    of one request's body; those of all requests together may hold four times as much
     """
-    app = BodyLimit(app, limit_bytes, total_bytes)
+    app = BodyLimit(app, limit_bytes)
     if key is not None:
         app = KeyCheck(app, key)
     app = OriginCheck(app, cors_origins)

@@ -58,7 +58,6 @@ def _middleware(settings: Settings) -> list[Middleware]:
         key=settings.key,
         cors_origins=settings.cors_origins,
         limit_bytes=settings.body_bytes,
-        total_bytes=settings.together_bytes,
     )
     return [Middleware(ErrorAnswers), checks]
 

@@ -10,7 +10,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 __all__ = ["Connection"]
 
 _MOST = 512
-_FILES_LEFT = 2  # of the files that the process may open, connections take one in so many
+_FILES_LEFT = 2  # connections take at most one of this many files that may be open
 
 
 def _room() -> int:

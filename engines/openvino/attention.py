@@ -2,7 +2,7 @@
 
 OpenVINO's own translation gives every new cache as a tensor of its own, and takes one length for all rows of
 a batch. Here the graph reads of a cache [B,H,capacity,D] the part that is filled, and gives only the keys and
-values that are new, [B,H,S,D]; whoever runs it writes them where they belong.
+values that are new, [B,H,S,D]; its caller writes them where they belong.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _PLAIN: dict[str, Any] = {
 
 @dataclass
 class Caches:
-    """What the rewritten attention expects of whoever runs the graph.
+    """What the rewritten attention expects of its caller.
 
     pairs  present output -> past input, by their names: the output holds the new tokens only
     first  index of an output more, int32 [B]: the place in every row where its new tokens belong; None

@@ -41,7 +41,7 @@ _NUMBERS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 
 
 def check_schema(schema: object) -> str:
-    """A schema as JSON text. Raises FormatError for what is none, and for what asks too much."""
+    """A schema as JSON text. Raises FormatError for an invalid schema, and for one that asks too much."""
     if not isinstance(schema, Mapping):
         raise refused(f"a JSON schema must be an object, not {quoted_argument(schema)}")
     _check_depth(schema)

@@ -77,7 +77,7 @@ class Formats:
         self._vocabulary: LLTokenizer | None = None
         self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
         self._lock = threading.Lock()  # of the vocabulary and the remembered grammars
-        self._compiling = threading.Lock()  # one at a time: whoever sends slow ones waits for themselves
+        self._compiling = threading.Lock()  # one at a time: slow ones hold up only each other
 
     def constraint(self, wanted: object) -> Constraint | None:
         """The constraint of a new answer; None: any text. Compiles what is not remembered, so it may take

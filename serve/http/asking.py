@@ -28,6 +28,7 @@ from vtp.serve.http.models import Model
 from vtp.serve.http.pictures.sources import Picture, read_picture
 from vtp.serve.http.refusals import told
 from vtp.serve.http.service import Service
+from vtp.serve.http.waiting import disconnected, in_thread
 from vtp.serve.shadow import Exchange
 from vtp.serve.slo import Chosen
 
@@ -166,8 +167,7 @@ class Asked:
             self._tally.end(status, self.result)
 
     async def _watch(self) -> None:
-        while (await self._request.receive())["type"] != "http.disconnect":
-            pass
+        await disconnected(self._request)
         self._gone = True
         self._ticket.cancel()
 
@@ -241,17 +241,8 @@ def _choose(model: Model, question: Question) -> Chosen | None:
 
 async def _submit(model: Model, question: Question, pictures: list[Picture], chosen: Chosen | None) -> Taken:
     """Take a ticket, in a thread: tokenizing takes a while. Should the request end meanwhile, so does it."""
-    work = asyncio.create_task(asyncio.to_thread(submit, model, question, pictures, chosen))
-    try:
-        return await asyncio.shield(work)
-    except asyncio.CancelledError:
-        work.add_done_callback(_give_up)
-        raise
-
-
-def _give_up(work: asyncio.Task[Taken]) -> None:
-    if not work.cancelled() and work.exception() is None:
-        work.result().ticket.cancel()
+    take = partial(submit, model, question, pictures, chosen)
+    return await in_thread(take, lambda taken: taken.ticket.cancel())
 
 
 class Taken(NamedTuple):

@@ -24,6 +24,7 @@ from vtp.serve.http.pictures.sources import Picture
 from vtp.serve.http.refusals import told
 from vtp.serve.http.responses import JsonResponse
 from vtp.serve.http.service import Service
+from vtp.serve.http.waiting import disconnected, in_thread
 
 
 async def decisions(request: Request) -> Response:
@@ -61,7 +62,7 @@ async def _counted(service: Service, model: Model) -> AsyncIterator[Tally]:
 
 async def _while_listening(request: Request, work: Any) -> list[Decision]:
     """What `work` gives; it is cancelled when the client goes away, and then this is an ApiError 499."""
-    task, watcher = asyncio.ensure_future(work), asyncio.create_task(_gone(request))
+    task, watcher = asyncio.ensure_future(work), asyncio.create_task(disconnected(request))
     try:
         await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
@@ -72,11 +73,6 @@ async def _while_listening(request: Request, work: Any) -> list[Decision]:
         for one in (task, watcher):
             one.cancel()
         await asyncio.gather(task, watcher, return_exceptions=True)
-
-
-async def _gone(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
 
 
 async def _decide_all(
@@ -109,19 +105,10 @@ async def _submit(
         images: Images = [picture.image for picture in pictures] or NO_PICTURE
         return model.scheduler.decide(images, **question.arguments, **_options(model, asked))
 
-    work = asyncio.create_task(asyncio.to_thread(submit))
     try:
-        return await asyncio.shield(work)
-    except asyncio.CancelledError:
-        work.add_done_callback(_give_up)
-        raise
+        return await in_thread(submit, DecisionTicket.cancel)
     except Exception as error:
         raise _about(question, told(error)) from error
-
-
-def _give_up(work: asyncio.Task[DecisionTicket]) -> None:
-    if not work.cancelled() and work.exception() is None:
-        work.result().cancel()
 
 
 async def _decided(question: Asking, ticket: DecisionTicket) -> Decision:

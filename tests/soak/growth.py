@@ -61,8 +61,12 @@ def ask(
     return done, samples
 
 
-def grown(samples: Sequence[Sample]) -> list[str]:
-    """What grew from the second fifth of a run (the first is set-up) to its last; a line each."""
+def grown(samples: Sequence[Sample], pooled: int = 0) -> list[str]:
+    """What grew from the second fifth of a run (the first is set-up) to its last; a line each.
+
+    `pooled` are the threads that a pool may still make: it makes one only when all it has are at work, which
+    a short run's second fifth need not have seen.
+    """
     fifth = max(1, len(samples) // 5)
     early, late = samples[fifth : 2 * fifth], samples[-fifth:]
     if len(samples) < 5:
@@ -77,6 +81,7 @@ def grown(samples: Sequence[Sample]) -> list[str]:
     }
     for name, counted in counts.items():
         most, last = max(map(counted, early)), min(map(counted, late))
-        if last > most:  # even the fewest of the end are more than the most of the beginning
+        room = pooled if name == "threads" else 0
+        if last > most + room:  # even the fewest of the end are more than the most of the beginning
             lines.append(f"{name} grew from {most} to {last}")
     return lines

@@ -13,6 +13,7 @@ import argparse
 import base64
 import http.client
 import json
+import os
 import random
 import re
 import socket
@@ -36,6 +37,7 @@ from ..kill.bundles import make_bundles
 from .growth import ask, grown, look
 
 CHAT, PATIENCE = "/v1/chat/completions", 120.0
+POOLED = min(32, (os.cpu_count() or 1) + 4)  # threads of asyncio's pool, in which pictures are decoded
 PROMPTS = ("what color is the star ?", "how many circles are there ?", "where is the red one ?")
 BAD: tuple[tuple[Any, int], ...] = (
     (b"{", 400),
@@ -208,7 +210,7 @@ def main() -> int:
             _, samples = ask(
                 {"burst": asker.burst}, args.seconds, args.least, random.Random(0), partial(look, process)
             )
-    bad = [*grown(samples), *asker.wrong]
+    bad = [*grown(samples, POOLED), *asker.wrong]
     for line in bad[:20]:
         print(f"bad: {line}")
     first, last = samples[len(samples) // 5], samples[-1]

@@ -55,3 +55,9 @@ def test_each_leak_is_found(kind: str) -> None:
 def test_what_goes_up_and_down_does_not_grow() -> None:
     assert grown([Sample(200 + number % 7, 12 + number % 3, 4) for number in range(50)]) == []
     assert grown([Sample(200, 12, 4)] * 3) == ["too short a run: fewer than five samples"]
+
+
+def test_a_pool_may_fill_and_no_more() -> None:
+    filled, leaking = ([Sample(200, 12, 4 + number // each) for number in range(50)] for each in (10, 5))
+    assert grown(filled, 4) == []
+    assert grown(leaking, 4) == ["threads grew from 7 to 12"]

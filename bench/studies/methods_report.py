@@ -38,11 +38,11 @@ def write_report(results: Mapping[str, Any], root: Path) -> None:
         readme.write_text(with_table(readme.read_text(encoding="utf-8"), summary(results)), encoding="utf-8")
 
 
-def with_table(text: str, table: str) -> str:
+def with_table(text: str, table: str, begin: str = BEGIN, end: str = END) -> str:
     """`text` with what stands between the marks replaced."""
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n{table}\n{END}{after}" if rest else text
+    before, _, rest = text.partition(begin)
+    _, _, after = rest.partition(end)
+    return f"{before}{begin}\n{table}\n{end}{after}" if rest else text
 
 
 def summary(results: Mapping[str, Any]) -> str:

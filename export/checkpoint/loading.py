@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vtp.engines import UsageError, VtpError
 from vtp.export.checkpoint import settings
+from vtp.export.checkpoint.added_tokens import check_added_tokens
 from vtp.export.checkpoint.config_limits import check_numbers, check_size
 from vtp.export.checkpoint.generation import Generation, read_generation
 from vtp.export.checkpoint.hub import resolve
@@ -128,6 +129,7 @@ def _load(
 ) -> Checkpoint:
     family_class = _check(folder, frames)
     settings.check_files(folder, _read_json)
+    check_added_tokens(folder)
     tokenizer = _load_tokenizer(folder)
     asked = settings.processor_settings(folder, family_class.media, tokenizer)
     image = spec_from_processor(asked, image_size, fit)

@@ -6,6 +6,7 @@ be bit-exact; docs/pictures.md says where they depart. Knows nothing about model
 
 from __future__ import annotations
 
+import logging
 import stat
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -57,6 +58,9 @@ ImageSource: TypeAlias = (
 )
 
 T = TypeVar("T")
+
+# Without a handler Python prints what Pillow logs about damaged files; what is wrong is raised here anyway.
+logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 # Opening these starts an outside program (Ghostscript) on the file, which nobody asked for.
 _VECTOR_FORMATS = frozenset({"EPS"})

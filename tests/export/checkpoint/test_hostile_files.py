@@ -213,3 +213,22 @@ def test_types_of_values(folder: Path, file: str, key: str, value: Any) -> None:
         checkpoint.load(folder, "float32")
     except VtpError as error:
         assert "\n" not in str(error) and "still waiting" not in str(error)
+
+
+ESCAPE = "\x1b[2J"
+STRANGE: dict[str, Callable[[dict[str, Any]], object]] = {
+    "tokenizer.json": lambda told: told["added_tokens"][0].update({ESCAPE: True}),
+    TOKENIZER: lambda told: told.update(pad_token={"__type": "AddedToken", "content": "<pad>", ESCAPE: 1}),
+    "special_tokens_map.json": lambda told: told.update(pad_token={"content": "<pad>", ESCAPE: 1}),
+}
+
+
+@pytest.mark.parametrize("name", STRANGE)
+def test_unknown_keys_of_added_tokens_are_refused(folder: Path, name: str, capfd: Any) -> None:
+    """The library would print them as they stand."""
+    file = folder / name
+    told = json.loads(file.read_text()) if file.exists() else {}
+    STRANGE[name](told)
+    file.write_text(json.dumps(told))
+    refuse(folder, f"{name}: an added token has the key '.x1b.2J', which is not served; take it out")
+    assert capfd.readouterr() == ("", "")

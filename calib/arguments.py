@@ -13,9 +13,10 @@ from vtp.calib.keep.journal import Journal
 from vtp.calib.metrics import METRICS, choose_metric
 from vtp.calib.workers.cluster import Ray
 from vtp.calib.workers.local import Local, Workers
-from vtp.engines import UsageError, choose_engine
+from vtp.engines import UsageError
 from vtp.runtime.bundle.folder import open_bundle
-from vtp.runtime.commands.arguments import add_debug, add_json, add_threads, whole
+from vtp.runtime.commands.arguments import add_debug, add_engine, add_json, add_threads, whole
+from vtp.runtime.engine_choice import choose_engines
 
 
 def shared_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +29,7 @@ def shared_arguments(parser: argparse.ArgumentParser) -> None:
     add("--limit", type=whole, metavar="N", help="use the first N questions")
     add("--metric", default="auto", help=f"{', '.join(METRICS)} (default: %(default)s)")
     add("--max-new-tokens", type=whole, default=NEW_TOKENS, metavar="N", help="default: %(default)s")
-    add("--engine", default="auto", help="engine (default: %(default)s)")
+    add_engine(parser)
     add_threads(parser, "CPU threads of one operator (all cores; 1 on Ray)", type=whole)
     add("--ray", metavar="ADDRESS", help="work on a Ray cluster: HOST:PORT of its head, auto, or local")
     add("--workers", type=whole, metavar="N", help="workers on Ray at most (default: by the cluster's cores)")
@@ -68,7 +69,7 @@ def open_examiner(
 ) -> Examiner:
     """A bundle to examine as the flags say."""
     opened = open_bundle(bundle)
-    engine = choose_engine(args.engine, opened.manifest.dtype, target=opened.manifest.target).engine
+    engine = choose_engines(opened, args.engine, threads=threads_of(args)).label
     return Examiner(
         opened,
         engine,

@@ -23,6 +23,7 @@ from vtp.runtime.bundle.folder import set_calibration
 from vtp.runtime.bundle.memory import bundle_memory
 from vtp.runtime.commands.arguments import real
 from vtp.runtime.commands.console import Parser, Progress, run_command, say, say_json, table
+from vtp.runtime.engine_choice import main_engine
 
 PROG = "vtp-calib"
 _RESUMES = "every answer so far is written down, and the same command goes on from there"
@@ -128,7 +129,7 @@ def _needs_mb(examiner: Examiner) -> dict[int, float]:
     """Keep-count -> an upper bound of the memory that a pipeline which uses it takes, in MB."""
     bundle = examiner.bundle
     keeps = bundle.manifest.visual.keep
-    return {keep: bundle_memory(bundle, examiner.engine, keep).total / 1e6 for keep in keeps}
+    return {keep: bundle_memory(bundle, main_engine(examiner.engine), keep).total / 1e6 for keep in keeps}
 
 
 def _unpruned(

@@ -43,9 +43,14 @@ class StageEngines:
 
     @property
     def label(self) -> str:
-        """The choice as one name, under which what was measured with it is kept."""
+        """The choice as `choose_engines` reads it; what was measured with it is kept under this name."""
         parts = [f"{file}={engine}" for file, engine in sorted(self.elsewhere.items())]
         return ",".join([self.choice.engine, *parts])
+
+
+def main_engine(label: str) -> str:
+    """The engine that runs all stages that are not elsewhere, of a `StageEngines.label`."""
+    return label.partition(",")[0]
 
 
 def choose_engines(
@@ -57,7 +62,7 @@ def choose_engines(
     """Decide which engine runs which stage.
 
     wanted  an engine for all stages, or "auto"; after it, each behind a comma, STAGE=ENGINE for stages that
-            another one runs
+            another one runs (or GRAPH FILE=ENGINE)
     threads CPU threads of one operator: for "auto", what `vtp-bench --engines` measured with as many is taken
 
     A graph that computes in float64 goes to ort-cpu where the engine for all stages would round it, unless
@@ -121,15 +126,16 @@ def _parse(wanted: str) -> tuple[str, dict[str, str]]:
 
 
 def _by_file(named: Mapping[str, str], manifest: Manifest) -> dict[str, str]:
-    """Graph file -> engine, of stages by name; several pruners by keep-count have one name."""
+    """Graph file -> engine, of stages or files by name; several pruners by keep-count have one name."""
     known = list(dict.fromkeys(stage.name for stage in manifest.stages))
     found: dict[str, str] = {}
     for name, engine in named.items():
-        if name not in known:
+        files = {stage.file for stage in manifest.stages if name in (stage.name, stage.file)}
+        if not files:
             raise UsageError(
-                f"no stage '{shown(name)}' in this bundle{nearest(name, known)}; it has {', '.join(known)}"
+                f"no stage '{shown(name)}' in this bundle, which has {', '.join(known)}{nearest(name, known)}"
             )
-        for file in {stage.file for stage in manifest.stages if stage.name == name}:
+        for file in files:
             if found.setdefault(file, engine) != engine:
                 raise UsageError(f"stage {name} shares {file} with another one; give both one engine")
     return found

@@ -12,7 +12,7 @@ import re
 import socket
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from vtp.calib.workers.local import C, Job, Local, Opened, R
 from vtp.engines import UsageError, VtpError, capabilities
 from vtp.engines.versions import installed_version
 from vtp.runtime.bundle.folder import MANIFEST
+from vtp.runtime.engine_choice import main_engine
 
 LOCAL = "local"
 _RETRIES = 3  # of one chunk, when its worker dies
@@ -138,7 +139,8 @@ class Ray:
         elif address != "auto":
             _reach(address)
         try:
-            self._ray.init(address, log_to_driver=False, logging_level="ERROR", **own)
+            with _elsewhere():
+                self._ray.init(address, log_to_driver=False, logging_level="ERROR", **own)
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
             reason = " ".join(str(error).split())[:200]
             raise VtpError(f"no Ray cluster answers at --ray {address}: {reason}") from error
@@ -151,7 +153,7 @@ class Ray:
     def _hired(self, job: Job[C, R]) -> list[Any]:
         """The actors, started at the first job: its engine says whether they need GPUs."""
         if not self._actors:
-            gpus = 0 if capabilities(job.engine).on_cpu else 1
+            gpus = 0 if capabilities(main_engine(job.engine)).on_cpu else 1
             options = {"num_cpus": self._threads, "num_gpus": gpus}
             retries = {"max_restarts": -1, "max_task_retries": _RETRIES}
             hire = self._ray.remote(Worker).options(**options, **retries)
@@ -179,6 +181,17 @@ def _import() -> Any:
     except ModuleNotFoundError as error:
         raise UsageError("--ray needs Ray: pip install 'vtp-edge[ray]'") from error
     return ray
+
+
+@contextmanager
+def _elsewhere() -> Iterator[None]:
+    """The root folder as the current one: Ray has every worker import from the one that it is started in."""
+    here = Path.cwd()
+    os.chdir(here.anchor)
+    try:
+        yield
+    finally:
+        os.chdir(here)
 
 
 def _reach(address: str) -> None:

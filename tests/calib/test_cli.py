@@ -165,6 +165,22 @@ def test_budget_ms_takes_the_largest_keep_count_that_was_fast_enough(bundle, pic
         pipe.generate(picture, "w", budget_ms=50)
 
 
+def test_engines_by_stage_are_calibrated_and_counted_on(bundle, data, exported, picture, capsys) -> None:
+    pytest.importorskip("openvino", reason="openvino is not installed")
+    mixed = "ort-cpu,vision_encoder=openvino-cpu"
+    goal = ["--data", data, "--reference", exported("none").folder, "--budget-ms", 1e6, "--threads", 1]
+    assert calib("keep", bundle, *goal, "--engine", mixed, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["engine"] == "ort-cpu,vision_encoder.onnx=openvino-cpu"
+    with Pipeline.load(bundle, mixed, threads=1) as pipe:
+        assert len(pipe.generate(picture, "w", max_new_tokens=1, budget_ms=1e6).kept) == 6
+    with Pipeline.load(bundle, "ort-cpu", threads=1) as pipe, pytest.raises(UsageError, match="openvino-cpu"):
+        pipe.generate(picture, "w", budget_ms=1e6)
+    assert calib("keep", bundle, *goal, "--engine", "ort-cpu,splise=openvino-cpu") == 2
+    told = capsys.readouterr().err
+    assert "no stage 'splise' in this bundle, which has vision_encoder, pruner, " in told
+    assert told.endswith("; did you mean 'splice'?\n")
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [

@@ -5,6 +5,7 @@ Runs where Ray is installed: make test-ray.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -186,6 +187,33 @@ def test_results_come_in_order_and_errors_as_they_were(cluster: str, tmp_path: P
         ):
             list(workers.run(Numbers(tmp_path / "elsewhere"), [1]))
         assert list(workers.run(Numbers(tmp_path), [3])) == [9]
+    finally:
+        workers.close()
+        cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+
+
+class Imports(Numbers):
+    """Which module of a name a worker would import."""
+
+    def open(self) -> Any:
+        """Its file, or "" for none."""
+        from contextlib import nullcontext
+
+        return nullcontext(
+            lambda number: getattr(importlib.util.find_spec(f"strange_{number}"), "origin", "")
+        )
+
+
+def test_workers_import_nothing_from_the_current_folder(tmp_path: Path, monkeypatch: Any) -> None:
+    from ray import cloudpickle
+
+    (tmp_path / "strange_1.py").touch()
+    monkeypatch.chdir(tmp_path)
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    workers = Ray("local", 1)
+    try:
+        assert list(workers.run(Imports(), [1])) == [""]
+        assert Path.cwd() == tmp_path
     finally:
         workers.close()
         cloudpickle.unregister_pickle_by_value(sys.modules[__name__])

@@ -139,7 +139,7 @@ WRONG = {
     "ort-cpu,=openvino-cpu": "is not an engine and then",
     "ort-cpu,decoder=": "is not an engine and then",
     "ort-cpu,decoder=ort-cpu,decoder=openvino-cpu": "is not an engine and then",
-    "ort-cpu,decodre=openvino-cpu": "no stage 'decodre' in this bundle; did you mean 'decoder'",
+    "ort-cpu,decodre=openvino-cpu": "no stage 'decodre' in this bundle, which has .*; did you mean 'decoder'",
     "ort-cpu,decoder=openvino-cp": "unknown engine 'openvino-cp'; did you mean 'openvino-cpu'",
     "ort-cpu,decoder=auto,x": "is not an engine and then",
     "openvino-cup": "unknown engine 'openvino-cup'; did you mean 'openvino-cpu'",

@@ -158,7 +158,8 @@ def _run_on_ray(
 
     bundles = dict(zip(names, args.bundle, strict=True))
     aim = {"slo_ms": _slo_ms(args), "min_keep": args.min_keep}
-    models = remote_models(args.ray, args.replicas or 1, bundles, options, settings, **aim)
+    replicas = 1 if args.replicas is None else args.replicas
+    models = remote_models(args.ray, replicas, bundles, options, settings, **aim)
     listener = listen(args.host, _port(args.port))
     models.connect()
     server = Server(models, settings, access_log=args.debug, app=make_front(models, settings))

@@ -32,10 +32,11 @@ _OLDEST = (2, 60)  # asks for a token, and can ask all replicas at once
 _REACH = 5.0  # seconds for a cluster to take a connection: Ray itself tries for minutes
 _POLL = 0.2
 _NOTICE = 60.0  # seconds after which the log says that replicas are still waited for
+_SAY = 60.0  # seconds for a replica to say what it serves
 _ALL = 5.0  # seconds for all replicas to say something
 _STORE = 512 << 20  # bytes of a local cluster's memory for what is on its way
 _LEAVE = 5.0  # seconds for a replica to end by itself
-_QUIET = {"log_level": "ERROR", "enable_access_log": False}
+_QUIET = {"log_level": "CRITICAL", "enable_access_log": False}  # what matters is in the status, and told
 
 log = logging.getLogger("vtp.serve")
 
@@ -159,12 +160,12 @@ class Cluster:
 
     def describe(self, name: str) -> dict[str, Any]:
         """What a replica of a model says of it."""
-        said: dict[str, Any] = self._handles[name].describe.remote().result(timeout_s=_REACH)
+        said: dict[str, Any] = self._handles[name].describe.remote().result(timeout_s=_SAY)
         return said
 
     def get(self, name: str, path: str) -> bytes:
         """The body of a model's answer to a GET request."""
-        body: bytes = self._handles[name].get.remote(path).result(timeout_s=_REACH)
+        body: bytes = self._handles[name].get.remote(path).result(timeout_s=_SAY)
         return body
 
     async def texts(self) -> dict[str, dict[str, str]]:

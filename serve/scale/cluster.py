@@ -254,7 +254,8 @@ class Cluster:
             for name, state in states.items():
                 if state is not None and state.status == "DEPLOY_FAILED":
                     raise VtpError(f"{name}: {_reason(state)}")
-            if all(_running(state) >= self.replicas for state in states.values()):
+            # Those of an earlier vtp-serve may run, too: it is over when they were replaced.
+            if all(state is not None and state.status == "RUNNING" for state in states.values()):
                 return
             if not told and time.monotonic() - since > _NOTICE:
                 told = True

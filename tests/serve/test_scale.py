@@ -27,7 +27,7 @@ from vtp.serve.scale.samples import merged
 from vtp.serve.server import Server, listen
 from vtp.serve.settings import Settings
 
-from .client import CHAT, PATIENCE, Site, shown, wait_until, words
+from .client import CHAT, PATIENCE, Site, data_url, shown, wait_until, words
 
 OPTIONS = {"threads": 1, "slots": 1, "queue": 1}
 
@@ -149,6 +149,15 @@ def test_answers_are_the_pipelines(pair: Site, plans: list[Plan], picture: Image
         stream = pair.chat(asked(picture), max_tokens=20, model=plan.name, stream=True)
         assert said(stream.events) == wanted and stream.events[-1] is None
     assert cluster(pair).cancelled == 0
+
+
+def test_decisions_are_the_pipelines(pair: Site, plans: list[Plan], picture: Image.Image) -> None:
+    question = {"type": "choice", "question": "what is it ?", "options": ["red", "blue"]}
+    body = {"images": [data_url(picture)], "questions": [question], "model": "two"}
+    answer = pair.send("/v1/decisions", body).json["answers"]["0"]
+    with Pipeline.load(plans[1].bundle, threads=1) as pipeline:
+        wanted = pipeline.decide(picture, "what is it ?", ["red", "blue"])
+    assert answer["probabilities"] == pytest.approx(wanted.probabilities, abs=1e-6)
 
 
 def test_lists_hold_every_model(pair: Site) -> None:

@@ -67,10 +67,10 @@ test-triton: setup  ## a bundle on the real Triton server of nvidia-pytriton, in
 	$(BIN)/vtp-export --verify none -o build/triton/bundle --overwrite
 	build/triton/bin/python tests/triton_server.py build/triton/bundle
 
-test-ray: setup  ## calibration on a local Ray with two workers, one of which is killed, in build/ray
+test-ray: setup  ## calibration and vtp-serve on a local Ray, whose workers and replicas are killed, in build/ray
 	test -x build/ray/bin/python || $(PYTHON) -m venv build/ray
 	build/ray/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(EDITABLE) -e '.[$(EXTRAS),ray]'
-	OMP_NUM_THREADS=1 build/ray/bin/python -m pytest tests/calib/test_ray.py
+	OMP_NUM_THREADS=1 build/ray/bin/python -m pytest tests/calib/test_ray.py tests/serve/test_ray_serve.py
 
 # CHROMIUM is the browser's path; on Debian `apt-get install chromium` brings it, and Node 20 or later is wanted.
 test-page: setup  ## the page of a real vtp-serve in a real Chromium, in build/page: answers, keyboard, phone, camera

@@ -98,6 +98,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--max-new-tokens", default="64", metavar="N", help="tokens of an answer (default: %(default)s)")
     add("--slots", default="8", metavar="N", help="requests that decode together (default: %(default)s)")
     add("--vision-feature-cache", default="0", metavar="N", help="pictures whose features are kept (off)")
+    add("--ray", metavar="ADDRESS", help="let vtp-serve answer from replicas on Ray (docs/scale.md)")
+    add("--replicas", default="1", metavar="N", help="with --ray (default: %(default)s)")
     add_threads(parser)
     add_json(parser)
     add_debug(parser)
@@ -119,6 +121,7 @@ def _run(args: argparse.Namespace) -> None:
     flags = ["--slots", args.slots, "--queue", str(max(clients))]
     flags += ["--vision-feature-cache", args.vision_feature_cache]
     flags += [] if args.threads is None else ["--threads", args.threads]
+    flags += [] if args.ray is None else ["--ray", args.ray, "--replicas", args.replicas]
     pictures = [_data_url(path) for path in sorted(examples_dir().glob("*.png"))]
     progress, rows = Progress(), []
     with (

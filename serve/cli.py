@@ -105,6 +105,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--shadow-rate", type=real, default=0.02, metavar="R", help="that share (default: %(default)s)")
     add("--shadow-log", metavar="FILE", help="where disagreements go (default: BUNDLE-shadow.jsonl)")
     add("--shadow-keep", metavar="DIR", help="keep their pictures there; otherwise only hashes are written")
+    add("--ray", metavar="ADDRESS", help="answer on a Ray cluster: HOST:PORT of its head, auto, or local")
+    add(
+        "--replicas", type=whole, metavar="N", help="with --ray: processes that hold each bundle (default: 1)"
+    )
     add_debug(parser)
     return parser
 
@@ -121,8 +125,12 @@ def _run(args: argparse.Namespace) -> None:
     from vtp.serve.server import Server, listen, run
 
     _check_shadow(args)
+    _check_ray(args)
     names, settings, options = names_of(args), settings_of(args), _scheduling(args)
     _set_logging(args.debug)
+    if args.ray is not None:
+        _run_on_ray(args, names, settings, options)
+        return
     listener = listen(args.host, _port(args.port))
     models = Models(names=names)
     server = Server(models, settings, access_log=args.debug)
@@ -134,9 +142,34 @@ def _run(args: argparse.Namespace) -> None:
                 models.add(name, scheduler, _slo(scheduler, args), _shadow(models, args))
         models.loaded()
         if not models.stopping:
-            _say_ready(models, settings, address_of(listener))
-            if own := lan_name(listener):
-                say(f"from other machines: http://{own}:{listener.getsockname()[1]}, by this machine's name")
+            _say_ready(models)
+            _say_where(listener, settings)
+
+    run(server, models, listener, load)
+
+
+def _run_on_ray(
+    args: argparse.Namespace, names: list[str], settings: Settings, options: dict[str, Any]
+) -> None:
+    """The same with the bundles in replicas on a Ray cluster, and only the door here."""
+    from vtp.serve.scale.front import make_front
+    from vtp.serve.scale.plans import remote_models
+    from vtp.serve.server import Server, listen, run
+
+    bundles = dict(zip(names, args.bundle, strict=True))
+    aim = {"slo_ms": _slo_ms(args), "min_keep": args.min_keep}
+    replicas = 1 if args.replicas is None else args.replicas
+    models = remote_models(args.ray, replicas, bundles, options, settings, **aim)
+    listener = listen(args.host, _port(args.port))
+    models.connect()
+    server = Server(models, settings, access_log=args.debug, app=make_front(models, settings))
+
+    def load() -> None:
+        models.load(f"vtp-serve-{socket.gethostname()}-{listener.getsockname()[1]}")
+        if not models.stopping:
+            for line in models.ready_lines():
+                say(line)
+            _say_where(listener, settings)
 
     run(server, models, listener, load)
 
@@ -236,11 +269,23 @@ def _slo(scheduler: Scheduler, args: argparse.Namespace) -> Slo | None:
     """The aim for one model; UsageError where its times were not measured."""
     from vtp.serve.slo import Slo
 
-    if args.slo_ms is None:
-        return None
-    if not 0 < args.slo_ms <= _LONGEST_SLO:
-        raise UsageError(f"--slo-ms {args.slo_ms:g} is not a time above 0, up to {_LONGEST_SLO} ms")
-    return Slo.of(scheduler, args.slo_ms, args.min_keep)
+    aim = _slo_ms(args)
+    return None if aim is None else Slo.of(scheduler, aim, args.min_keep)
+
+
+def _slo_ms(args: argparse.Namespace) -> float | None:
+    aim: float | None = args.slo_ms
+    if aim is not None and not 0 < aim <= _LONGEST_SLO:
+        raise UsageError(f"--slo-ms {aim:g} is not a time above 0, up to {_LONGEST_SLO} ms")
+    return aim
+
+
+def _check_ray(args: argparse.Namespace) -> None:
+    """UsageError for flags that do not go with --ray, or with its absence."""
+    if args.ray is None and args.replicas is not None:
+        raise UsageError("--replicas belongs to --ray; without --ray this process answers")
+    if args.ray is not None and args.shadow is not None:
+        raise UsageError("--shadow compares within one process, and --ray has several; give one of them")
 
 
 def _check_shadow(args: argparse.Namespace) -> None:
@@ -308,7 +353,7 @@ def lan_name(listener: socket.socket) -> str | None:
     return socket.gethostname() if listener.getsockname()[0] in ("0.0.0.0", "::") else None
 
 
-def _say_ready(models: Models, settings: Settings, address: str) -> None:
+def _say_ready(models: Models) -> None:
     for model in models:
         visual, scheduler = model.manifest.visual, model.scheduler
         engine = scheduler.pipeline.engine
@@ -320,8 +365,14 @@ def _say_ready(models: Models, settings: Settings, address: str) -> None:
             note(PROG, f"{model.name}: requests are answered one after the other: {scheduler.in_turn}")
         if not capabilities(engine).proven:
             note(PROG, NEVER_RUN)
+
+
+def _say_where(listener: socket.socket, settings: Settings) -> None:
+    address = address_of(listener)
     say(f"listening on {address} (open it in a browser; OpenAI's base_url: {address}/v1)")
     say(f"try: {curl_line(address, settings.key is not None)}")
+    if own := lan_name(listener):
+        say(f"from other machines: http://{own}:{listener.getsockname()[1]}, by this machine's name")
 
 
 def curl_line(address: str, key: bool = False) -> str:

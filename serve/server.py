@@ -13,6 +13,7 @@ from types import FrameType
 from typing import Any
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from vtp.engines import UsageError, VtpError
 from vtp.engines.errors import shown
@@ -57,10 +58,13 @@ class Server(uvicorn.Server):
     `grace_seconds`; then they are cancelled. The second one ends it at once.
     """
 
-    def __init__(self, models: Models, settings: Settings, access_log: bool = False) -> None:
+    def __init__(
+        self, models: Models, settings: Settings, access_log: bool = False, app: ASGIApp | None = None
+    ) -> None:
+        """app: what answers, where that is not `make_app(models, settings)`."""
         super().__init__(
             uvicorn.Config(
-                make_app(models, settings),
+                app or make_app(models, settings),
                 http=Connection,
                 ws="none",
                 loop="asyncio",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
+from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vtp.serve.http.admission import guarded
@@ -24,30 +26,39 @@ from vtp.serve.http.service import Service, log
 from vtp.serve.settings import Settings
 
 
-def make_app(models: Models, settings: Settings | None = None) -> Starlette:
-    """The application that serves `models`; it closes none of them."""
+def make_app(
+    models: Models, settings: Settings | None = None, routes: Sequence[BaseRoute] | None = None
+) -> Starlette:
+    """The application that serves `models`; it closes none of them.
+
+    routes  instead of the endpoints that answer here, behind the same checks
+    """
     settings = settings or Settings()
     app = Starlette(
-        routes=[
-            page_route(),
-            Route("/health", health),
-            Route("/v1/health", health),
-            Route("/health/ready", ready),
-            Route("/v1/models", list_models),
-            Route("/models", list_models),
-            Route("/v1/models/{name:path}", show_model),
-            Route("/metrics", metrics),
-            Route("/v1/chat/completions", chat_completions, methods=["POST"]),
-            Route("/chat/completions", chat_completions, methods=["POST"]),
-            Route("/v1/decisions", decisions, methods=["POST"]),
-            Route("/decisions", decisions, methods=["POST"]),
-            *ollama.ROUTES,
-        ],
+        routes=_routes() if routes is None else routes,
         middleware=_middleware(settings),
         exception_handlers={ApiError: _answer_error, HTTPException: _answer_error},
     )
     app.state.service = Service(models, settings, Metrics())
     return app
+
+
+def _routes() -> list[BaseRoute]:
+    return [
+        page_route(),
+        Route("/health", health),
+        Route("/v1/health", health),
+        Route("/health/ready", ready),
+        Route("/v1/models", list_models),
+        Route("/models", list_models),
+        Route("/v1/models/{name:path}", show_model),
+        Route("/metrics", metrics),
+        Route("/v1/chat/completions", chat_completions, methods=["POST"]),
+        Route("/chat/completions", chat_completions, methods=["POST"]),
+        Route("/v1/decisions", decisions, methods=["POST"]),
+        Route("/decisions", decisions, methods=["POST"]),
+        *ollama.ROUTES,
+    ]
 
 
 def _middleware(settings: Settings) -> list[Middleware]:

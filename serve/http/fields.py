@@ -108,6 +108,11 @@ async def read_fields(request: Request) -> Fields:
         body = b"".join([piece async for piece in request.stream()])  # and not kept, as request.body() would
     except ClientDisconnect:
         raise ApiError("the client went away", GONE) from None
+    return await fields_of(body)
+
+
+async def fields_of(body: bytes) -> Fields:
+    """A whole body's fields. ApiError 400 as `read_fields`."""
     return Fields(await asyncio.to_thread(_parse, body) if len(body) > _LARGE else _parse(body))
 
 

@@ -64,6 +64,17 @@ class Model:
         }
 
 
+def unknown_model(name: str, known: Sequence[str]) -> ApiError:
+    """The refusal of a model that is not served."""
+    names = ", ".join(quoted_argument(one) for one in known)
+    return ApiError(
+        f"there is no model {quoted_argument(name)}; this server has {names}",
+        404,
+        param="model",
+        code="model_not_found",
+    )
+
+
 class Models:
     """The models of a server, which may be added while it already listens. Safe from any thread.
 
@@ -117,13 +128,7 @@ class Models:
         for model in models:
             if model.name == name:
                 return model
-        known = ", ".join(quoted_argument(model.name) for model in models)
-        raise ApiError(
-            f"there is no model {quoted_argument(name)}; this server has {known}",
-            404,
-            param="model",
-            code="model_not_found",
-        )
+        raise unknown_model(name, [model.name for model in models])
 
     @property
     def schedulers(self) -> dict[str, Scheduler]:

@@ -1,0 +1,1 @@
+"""The server on more than one machine: one door, and replicas of each bundle behind it, on a Ray cluster."""

@@ -12,7 +12,7 @@ import re
 import socket
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,11 @@ from vtp.engines import UsageError, VtpError, capabilities
 from vtp.engines.versions import installed_version
 from vtp.runtime.bundle.folder import MANIFEST
 from vtp.runtime.engine_choice import main_engine
+from vtp.runtime.machine.ray_cluster import LOCAL, check_reachable, connect, set_ray_environment
 
-LOCAL = "local"
 _RETRIES = 3  # of one chunk, when its worker dies
 _AHEAD = 4  # chunks a worker that are given out before the earliest one is back: bounds what waits here
 _PATIENCE = 120.0  # seconds until a first worker must have started
-_REACH = 5.0  # seconds for a cluster to take a connection: Ray itself tries for minutes
 
 Busy = dict[Any, tuple[Any, int | None]]  # what is under way: its worker, and the number of its chunk
 Seals = Sequence[tuple[str, str | None]]  # path, and the sha256 of a bundle's manifest
@@ -75,6 +74,7 @@ class Ray:
     group = 8
 
     def __init__(self, address: str, count: int | None = None, threads: int = 1) -> None:
+        set_ray_environment(address)
         self._ray, self._threads = _import(), threads
         self.here = Local()
         self._actors: list[Any] = []
@@ -130,20 +130,13 @@ class Ray:
         self._aside.__exit__(None, None, None)
 
     def _connect(self, address: str, count: int | None) -> None:
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anybody
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        check_reachable(address)
         own: dict[str, Any] = {}
         if address == LOCAL:
             size = count or max(1, (os.cpu_count() or 1) // self._threads)
-            own = {"num_cpus": size * self._threads, "include_dashboard": False}
-        elif address != "auto":
-            _reach(address)
-        try:
-            with _elsewhere():
-                self._ray.init(address, log_to_driver=False, logging_level="ERROR", **own)
-        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise VtpError(f"no Ray cluster answers at --ray {address}: {reason}") from error
+            own = {"num_cpus": size * self._threads}
+        connect(self._ray.init, self._ray.shutdown, address, log_to_driver=False, **own)
 
     def _room(self) -> int:
         """Workers that the cluster's machines have cores for."""
@@ -181,33 +174,6 @@ def _import() -> Any:
     except ModuleNotFoundError as error:
         raise UsageError("--ray needs Ray: pip install 'vtp-edge[ray]'") from error
     return ray
-
-
-@contextmanager
-def _elsewhere() -> Iterator[None]:
-    """The root folder as the current one: Ray has every worker import from the one that it is started in."""
-    here = Path.cwd()
-    os.chdir(here.anchor)
-    try:
-        yield
-    finally:
-        os.chdir(here)
-
-
-def _reach(address: str) -> None:
-    """Refuse an address at which nothing listens; Ray would try for minutes, and say so many times."""
-    host, colon, port = address.rpartition(":")
-    if not colon or not port.isdecimal() or "/" in host:
-        raise UsageError(
-            f"--ray {address} is not a valid address; give HOST:PORT of the cluster's head, auto or local"
-        )
-    try:
-        socket.create_connection((host, int(port)), timeout=_REACH).close()
-    except (OSError, OverflowError) as error:
-        raise VtpError(
-            f"no Ray cluster answers at --ray {address} ({error}); start one with: ray start --head, or give "
-            "--ray local"
-        ) from error
 
 
 def _reason(text: str) -> str:

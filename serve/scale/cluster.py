@@ -10,9 +10,6 @@ import asyncio
 import logging
 import os
 import re
-import secrets
-import socket
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -23,13 +20,12 @@ from starlette.types import Message
 from vtp.engines import UsageError, VtpError
 from vtp.engines.errors import shown
 from vtp.engines.versions import version_numbers
+from vtp.runtime.machine.ray_cluster import LOCAL, check_reachable, connect, set_ray_environment
 from vtp.serve.http.errors import GONE, ApiError
 from vtp.serve.scale.call import Call
 from vtp.serve.scale.replica import Plan, Replica
 
-LOCAL = "local"
 _OLDEST = (2, 60)  # asks for a token, and can ask all replicas at once
-_REACH = 5.0  # seconds for a cluster to take a connection: Ray itself tries for minutes
 _POLL = 0.2
 _NOTICE = 60.0  # seconds after which the log says that replicas are still waited for
 _SAY = 60.0  # seconds for a replica to say what it serves
@@ -92,7 +88,7 @@ class Cluster:
 
     def __init__(self, address: str, plans: Sequence[Plan], replicas: int, gpus: int = 0) -> None:
         """Raises UsageError where Ray is missing or the address is not one, VtpError if nobody answers."""
-        _set_environment(address == LOCAL)
+        set_ray_environment(address)
         self._ray, self._serve = _import()
         self.replicas = replicas
         self._address, self._gpus = address, gpus
@@ -100,8 +96,7 @@ class Cluster:
         self._handles: dict[str, Any] = {}
         self._apps: dict[str, str] = {}  # model -> Ray Serve's application
         self._started = False  # Ray Serve was not there before
-        if address not in (LOCAL, "auto"):
-            _reach(address)
+        check_reachable(address)
         of_ray, of_serve = self._ray.exceptions, self._serve.exceptions
         self._errors = Errors(
             (of_ray.TaskCancelledError, of_serve.RequestCancelledError),
@@ -119,17 +114,8 @@ class Cluster:
         own: dict[str, Any] = {}
         if self._address == LOCAL:
             cores = self._count * (self._threads or 1)
-            own = {"num_cpus": cores, "include_dashboard": False, "object_store_memory": _STORE}
-        with tempfile.TemporaryDirectory(prefix="vtp-serve-") as empty:
-            # The workers' folder: otherwise Ray would let them import from the folder that we are in.
-            env = {"working_dir": empty}
-            try:
-                self._ray.init(self._address, logging_level="ERROR", runtime_env=env, **own)
-            except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-                self._ray.shutdown()
-                reason = shown(" ".join(str(error).split()), 200)
-                what = "Ray does not start" if self._address == LOCAL else "no Ray cluster answers"
-                raise VtpError(f"{what} at --ray {self._address}: {reason}") from error
+            own = {"num_cpus": cores, "object_store_memory": _STORE}
+        connect(self._ray.init, self._ray.shutdown, self._address, **own)
 
     def start(self, label: str, given_up: Callable[[], bool]) -> None:
         """Start every replica and wait until all are ready, or until `given_up`.
@@ -283,21 +269,6 @@ def fitting(cores: Sequence[int], count: int) -> int:
     return next((some for some in counts if sum(have // some for have in cores) >= count), 0)
 
 
-def _set_environment(local: bool) -> None:
-    """What Ray reads when it is imported.
-
-    A local cluster's ports are open to other machines: nothing is done there without a token, which is made
-    for this run and which nobody else knows.
-    """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anybody
-    if not local:
-        return
-    if os.environ.get("RAY_AUTH_MODE", "token") != "token":
-        raise UsageError("--ray local is not started without a token; unset RAY_AUTH_MODE")
-    os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
-    os.environ.pop("RAY_AUTH_TOKEN_PATH", None)
-
-
 def _import() -> tuple[Any, Any]:
     try:
         import ray
@@ -307,23 +278,6 @@ def _import() -> tuple[Any, Any]:
     if version_numbers(ray.__version__)[:2] < _OLDEST:
         raise UsageError(f"--ray needs Ray 2.60 or later, and {ray.__version__} is installed: update it")
     return ray, serve
-
-
-def _reach(address: str) -> None:
-    """Refuse an address at which nothing listens; Ray would try for minutes, and say so many times."""
-    host, colon, port = address.rpartition(":")
-    if not colon or not port.isdecimal() or "/" in host:
-        raise UsageError(
-            f"--ray {shown(address)} is not a valid address; run vtp-serve on a machine of the cluster and "
-            "give HOST:PORT of its head, auto or local"
-        )
-    try:
-        socket.create_connection((host, int(port)), timeout=_REACH).close()
-    except (OSError, OverflowError) as error:
-        raise VtpError(
-            f"no Ray cluster answers at --ray {shown(address)} ({error}); start one with: ray start --head, "
-            "or give --ray local"
-        ) from error
 
 
 def _running(state: Any) -> int:

@@ -268,8 +268,8 @@ def test_ray_that_is_missing_is_one_line(bundle, data, monkeypatch, capsys) -> N
 @pytest.mark.parametrize(
     ("address", "code", "problem"),
     [
-        ("somewhere", 2, "is not a valid address; give HOST:PORT"),
-        ("ray://127.0.0.1:10001", 2, "is not a valid address; give HOST:PORT"),
+        ("somewhere", 2, "is not a valid address; run this on a machine"),
+        ("ray://127.0.0.1:10001", 2, "is not a valid address; run this on a machine"),
         ("127.0.0.1:CLOSED", 1, "no Ray cluster answers at --ray 127.0.0.1:"),
     ],
 )

@@ -204,13 +204,15 @@ class Imports(Numbers):
         )
 
 
-def test_workers_import_nothing_from_the_current_folder(tmp_path: Path, monkeypatch: Any) -> None:
+def test_workers_import_nothing_from_the_current_folder(
+    cluster: str, tmp_path: Path, monkeypatch: Any
+) -> None:
     from ray import cloudpickle
 
     (tmp_path / "strange_1.py").touch()
     monkeypatch.chdir(tmp_path)
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    workers = Ray("local", 1)
+    workers = Ray(cluster, 1)
     try:
         assert list(workers.run(Imports(), [1])) == [""]
         assert Path.cwd() == tmp_path

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import logging
+from collections import Counter
 from typing import Any
 
+import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-__all__ = ["Connection"]
+from vtp.serve.http.errors import ApiError
+
+__all__ = ["SPARING", "Connection", "Sparing"]
 
 _MOST = 512
 _FILES_LEFT = 2  # connections take at most one of this many files that may be open
@@ -60,6 +66,16 @@ class Connection(H11Protocol):
         else:
             self._head = _stop(self._head)
 
+    def send_400_response(self, msg: str) -> None:
+        """For uvicorn, of what is no HTTP: our own words if nothing was answered yet, and the end."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            for event in _not_http():
+                self.transport.write(self.conn.send(event))
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        self.transport.close()
+
     def on_response_complete(self) -> None:
         """For uvicorn."""
         self._since = self.loop.time()
@@ -102,6 +118,42 @@ class Connection(H11Protocol):
         oldest = min(idle, key=lambda one: one._since, default=self)
         self.connections.discard(oldest)
         oldest.transport.abort()
+
+
+def _not_http() -> tuple[h11.Response, h11.Data, h11.EndOfMessage]:
+    error = ApiError(
+        "this is not a valid HTTP/1.1 request; this server speaks plain HTTP, no TLS and no HTTP/2"
+    )
+    body = json.dumps(error.body()).encode()
+    headers = {
+        "content-type": "application/json",
+        "content-length": str(len(body)),
+        "connection": "close",
+    }
+    start = h11.Response(status_code=400, headers=list(headers.items()), reason=b"Bad Request")
+    return start, h11.Data(data=body), h11.EndOfMessage()
+
+
+class Sparing(logging.Filter):
+    """Of warnings that clients can cause at will: lets the 1st, 10th, 100th … of each pass, numbered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._counts: Counter[str] = Counter()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """For logging."""
+        if record.levelno != logging.WARNING:
+            return True
+        self._counts[str(record.msg)] += 1
+        count = self._counts[str(record.msg)]
+        if count > 1:
+            record.msg, record.args = f"{record.getMessage()} ({count} times so far)", ()
+        return str(count).strip("0") == "1"
+
+
+#: Of uvicorn's logger, whichever servers there are in a process.
+SPARING = Sparing()
 
 
 def _stop(timer: asyncio.TimerHandle | None) -> asyncio.TimerHandle | None:

@@ -17,7 +17,7 @@ import uvicorn
 from vtp.engines import UsageError, VtpError
 from vtp.engines.errors import shown
 from vtp.runtime.commands.console import Terminated
-from vtp.serve.connections import Connection
+from vtp.serve.connections import SPARING, Connection
 from vtp.serve.http.app import make_app
 from vtp.serve.http.models import Models
 from vtp.serve.settings import Settings
@@ -74,6 +74,7 @@ class Server(uvicorn.Server):
                 h11_max_incomplete_event_size=_LARGEST_HEADERS,
             )
         )
+        logging.getLogger("uvicorn.error").addFilter(SPARING)
         self._models = models
         self.grace_seconds = settings.grace_seconds
         self._deadline: float | None = None

@@ -1,4 +1,4 @@
-"""Why a schema is not served, in this project's words and with its place: llguidance's stay with its error."""
+"""Why a schema is not served, in our own words and with its place: llguidance's stay with its error."""
 
 from __future__ import annotations
 

@@ -66,7 +66,8 @@ class HostCheck:
     leads here (DNS rebinding).
 
     Addresses pass, since no resolver stands between them and the server; so do localhost, the machine's name,
-    names below .localhost and .local, and `allowed_hosts`. 403 for others, 400 without one Host header.
+    names below .localhost and .local, and `allowed_hosts`. 403 for others, 400 without one Host header, and
+    for a body whose length is given in two ways.
     """
 
     def __init__(self, app: ASGIApp, allowed_hosts: Sequence[str] = ()) -> None:
@@ -80,6 +81,12 @@ class HostCheck:
         await (self._app(scope, receive, send) if error is None else _refuse(scope, send, error))
 
     def _refusal(self, scope: Scope) -> ApiError | None:
+        if _headers(scope, b"content-length") and _headers(scope, b"transfer-encoding"):
+            return ApiError(
+                "the request has both Content-Length and Transfer-Encoding, so that proxies may read it "
+                "in another way; send one of them",
+                headers={"connection": "close"},
+            )
         headers = _headers(scope, b"host")
         found = _HOST.fullmatch(headers[0].decode("latin-1").lower()) if len(headers) == 1 else None
         if found is None:

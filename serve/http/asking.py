@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from starlette.requests import Request
+from starlette.types import Scope
 
 from vtp.engines import UsageError
 from vtp.runtime.bundle.manifest import VisualInfo
@@ -23,7 +24,6 @@ from vtp.runtime.prompt.forms import forms_of, one_video
 from vtp.runtime.result import Result, TokenLogprob
 from vtp.runtime.scheduler import Ticket
 from vtp.serve.http.errors import GONE, ApiError
-from vtp.serve.http.metrics import Metrics
 from vtp.serve.http.models import Model
 from vtp.serve.http.pictures.sources import Picture, read_picture
 from vtp.serve.http.refusals import told
@@ -32,6 +32,7 @@ from vtp.serve.http.waiting import disconnected, in_thread
 from vtp.serve.shadow import Exchange
 from vtp.serve.slo import Chosen
 
+_COUNTED = "vtp.counted"  # in a request's scope
 _WHOLE = ("eos", "stop", "length")  # ends of answers that another bundle's can be compared with
 
 
@@ -175,11 +176,12 @@ class Asked:
 class Tally:
     """Tells the metrics of one request: its beginning, each piece, and once its end."""
 
-    def __init__(self, metrics: Metrics, model: str) -> None:
-        self._metrics, self._model = metrics, model
+    def __init__(self, request: Request, model: str) -> None:
+        self._metrics, self._model = Service.of(request).metrics, model
+        request.scope[_COUNTED] = True
         self._started = self._last = time.perf_counter()
         self._pieces = 0
-        metrics.request_started(model)
+        self._metrics.request_started(model)
 
     def note_piece(self) -> None:
         """Text was sent."""
@@ -194,10 +196,15 @@ class Tally:
         self._metrics.finished(self._model, result, time.perf_counter() - self._started, status)
 
 
+def is_counted(scope: Scope) -> bool:
+    """Whether a `Tally` counts a request."""
+    return _COUNTED in scope
+
+
 async def ask(request: Request, model: Model, question: Question) -> Asked:
     """Hand a question to a model. Raises ApiError for what cannot be asked, and where no place is left."""
     service = Service.of(request)
-    tally = Tally(service.metrics, model.name)
+    tally = Tally(request, model.name)
     try:
         pictures = await read_pictures(question.pictures, service)
         chosen = _choose(model, question)

@@ -1,0 +1,76 @@
+"""What is no HTTP, or HTTP that two readers could read in two ways: one short answer, and the end."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+
+import pytest
+
+from vtp.serve.connections import Sparing
+from vtp.serve.http.models import Models
+
+from .client import CHAT, Site, serving
+from .running import exchange
+
+POST = f"POST {CHAT} HTTP/1.1\r\nHost: 127.0.0.1\r\n".encode()
+MALFORMED = {
+    "no HTTP": b"hello there\r\n\r\n",
+    "TLS": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(40),
+    "no Host": b"GET /health HTTP/1.1\r\n\r\n",
+    "a header without a colon": b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nfoo bar\r\n\r\n",
+    "a negative length": POST + b"Content-Length: -4\r\n\r\n",
+    "two lengths": POST + b"Content-Length: 4\r\nContent-Length: 5\r\n\r\nabcd",
+    "a coding that is not known": POST + b"Transfer-Encoding: gzip\r\n\r\nzz\r\n",
+    "bytes in the path": b"GET /\xff\xfe HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n",
+    "a chunk that is none": POST + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n",
+}
+
+
+@pytest.fixture(scope="module")
+def site() -> Iterator[Site]:
+    """A server without a bundle: nothing here asks one."""
+    with serving(Models({})) as running:
+        yield running
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_what_is_no_http_gets_the_usual_error(site: Site, name: str) -> None:
+    status, headers, body = exchange(site.port, MALFORMED[name])
+    assert (status, headers["content-type"], headers["connection"]) == (400, "application/json", "close")
+    error = json.loads(body)["error"]
+    assert error["type"] == "invalid_request_error" and "not a valid HTTP/1.1 request" in error["message"]
+
+
+def test_a_body_whose_length_is_given_twice_is_not_read(site: Site) -> None:
+    """A proxy that goes by the other one would take the rest for a request of somebody else."""
+    both = b"Content-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\nGET /metrics HTTP/1.1\r\n\r\n"
+    status, headers, body = exchange(site.port, POST + both)
+    assert (status, headers["connection"]) == (400, "close")
+    assert "both Content-Length and Transfer-Encoding" in json.loads(body)["error"]["message"]
+
+
+def test_no_traceback_and_no_line_for_each(site: Site, caplog: pytest.LogCaptureFixture) -> None:
+    for _ in range(25):
+        for data in MALFORMED.values():
+            exchange(site.port, data)
+    records = [one for one in caplog.records if one.name.startswith(("uvicorn", "asyncio"))]
+    assert len(records) <= 3 and not any(one.exc_info for one in records)
+
+
+def test_the_log_is_sparing(caplog: pytest.LogCaptureFixture) -> None:
+    log = logging.getLogger("test-sparing")
+    log.addFilter(Sparing())
+    for number in range(1000):
+        log.warning("again, from %s", number)
+        if not number % 100:
+            log.error("an error")
+    texts = [one.getMessage() for one in caplog.records if one.name == log.name]
+    assert texts.count("an error") == 10
+    assert [text for text in texts if text != "an error"] == [
+        "again, from 0",
+        "again, from 9 (10 times so far)",
+        "again, from 99 (100 times so far)",
+        "again, from 999 (1000 times so far)",
+    ]

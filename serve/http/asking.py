@@ -32,6 +32,8 @@ from vtp.serve.http.waiting import disconnected, in_thread
 from vtp.serve.shadow import Exchange
 from vtp.serve.slo import Chosen
 
+_LONGEST_TOKEN = 1024  # characters: no tokenizer has tokens of more
+_SEARCHED = 1 << 22  # characters of a prompt that are searched in no time, whatever the model
 _COUNTED = "vtp.counted"  # in a request's scope
 _WHOLE = ("eos", "stop", "length")  # ends of answers that another bundle's can be compared with
 
@@ -166,6 +168,7 @@ class Asked:
             watcher.cancel()
             self._ticket.cancel()
             self._tally.end(status, self.result)
+            Service.of(self._request).trimmer.note(sum(width * height for width, height in self.sizes))
 
     async def _watch(self) -> None:
         await disconnected(self._request)
@@ -272,11 +275,29 @@ def _again(
     return offer
 
 
+def _check_length(question: Question, tokens: int) -> None:
+    """Refuse text that no tokens could hold, before it is searched: that would hold up all other requests."""
+    contents = [turn["content"] for turn in question.messages]
+    parts = [part for one in contents for part in ([{"text": one}] if isinstance(one, str) else one)]
+    characters, most = (
+        sum(len(part.get("text", "")) for part in parts),
+        max(_SEARCHED, tokens * _LONGEST_TOKEN),
+    )
+    if characters > most:
+        raise ApiError(
+            f"the prompt has {characters} characters, more than the {most} that {tokens} tokens can hold; "
+            "shorten it",
+            param="messages",
+            code="context_length_exceeded",
+        )
+
+
 def submit(model: Model, question: Question, pictures: list[Picture], chosen: Chosen | None = None) -> Taken:
     """A ticket for a question, and what had to be done to its turns so that the model's template takes them.
 
     Templates differ in what they take: the turns are tried as they are, then in plainer forms.
     """
+    _check_length(question, model.manifest.model.max_length)
     messages, images = question.messages, [picture.image for picture in pictures]
     given: Images = images or NO_PICTURE
     if images and model.manifest.text.media == "video":

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
-from collections import Counter
 from typing import Any
 
 import h11
@@ -13,9 +11,14 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from vtp.serve.http.errors import ApiError
 
-__all__ = ["SPARING", "Connection", "Sparing"]
+__all__ = ["Connection"]
 
 _MOST = 512
+_HEAD = 1 << 16  # bytes of a request's line and headers, if uvicorn was told nothing else
+_CHUNKS = 4096  # pieces of a body, beyond which their mean size is looked at
+_SMALLEST = 64  # bytes
+_NOT_HTTP = "this is not a valid HTTP/1.1 request; this server speaks plain HTTP, no TLS and no HTTP/2"
+_CROWDED = "the request's body comes in too many tiny chunks; send it in larger ones"
 _FILES_LEFT = 2  # connections take at most one of this many files that may be open
 
 
@@ -41,6 +44,7 @@ class Connection(H11Protocol):
     stall_seconds = 60.0
     most = _room()
 
+    conn: _Reading
     _head: asyncio.TimerHandle | None = None
     _stall: asyncio.TimerHandle | None = None
     _since = 0.0
@@ -53,6 +57,7 @@ class Connection(H11Protocol):
     def connection_made(self, transport: Any) -> None:
         """For asyncio."""
         super().connection_made(transport)
+        self.conn = _Reading(h11.SERVER, self.config.h11_max_incomplete_event_size or _HEAD)
         self._since = self.loop.time()
         self._await_head()
         if len(self.connections) > self.most:
@@ -69,7 +74,7 @@ class Connection(H11Protocol):
     def send_400_response(self, msg: str) -> None:
         """For uvicorn, of what is no HTTP: our own words if nothing was answered yet, and the end."""
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            for event in _not_http():
+            for event in _refusal(_CROWDED if self.conn.crowded else _NOT_HTTP):
                 self.transport.write(self.conn.send(event))
         if self.cycle is not None and not self.cycle.response_complete:
             self.cycle.disconnected = True
@@ -120,11 +125,29 @@ class Connection(H11Protocol):
         oldest.transport.abort()
 
 
-def _not_http() -> tuple[h11.Response, h11.Data, h11.EndOfMessage]:
-    error = ApiError(
-        "this is not a valid HTTP/1.1 request; this server speaks plain HTTP, no TLS and no HTTP/2"
-    )
-    body = json.dumps(error.body()).encode()
+class _Reading(h11.Connection):
+    """h11's reader, but a body in many tiny chunks is no request: each of them takes 20 microseconds."""
+
+    crowded = False
+    _chunks = 0
+    _bytes = 0
+
+    def next_event(self) -> Any:
+        """For uvicorn; RemoteProtocolError for what is refused."""
+        event = super().next_event()
+        if isinstance(event, h11.Request):
+            self._chunks = self._bytes = 0
+        elif isinstance(event, h11.Data):
+            self._chunks += 1
+            self._bytes += len(event.data)
+            if self._chunks > _CHUNKS and self._bytes < _SMALLEST * self._chunks:
+                self.crowded = True
+                raise h11.RemoteProtocolError(_CROWDED)
+        return event
+
+
+def _refusal(text: str) -> tuple[h11.Response, h11.Data, h11.EndOfMessage]:
+    body = json.dumps(ApiError(text).body()).encode()
     headers = {
         "content-type": "application/json",
         "content-length": str(len(body)),
@@ -132,28 +155,6 @@ def _not_http() -> tuple[h11.Response, h11.Data, h11.EndOfMessage]:
     }
     start = h11.Response(status_code=400, headers=list(headers.items()), reason=b"Bad Request")
     return start, h11.Data(data=body), h11.EndOfMessage()
-
-
-class Sparing(logging.Filter):
-    """Of warnings that clients can cause at will: lets the 1st, 10th, 100th … of each pass, numbered."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._counts: Counter[str] = Counter()
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        """For logging."""
-        if record.levelno != logging.WARNING:
-            return True
-        self._counts[str(record.msg)] += 1
-        count = self._counts[str(record.msg)]
-        if count > 1:
-            record.msg, record.args = f"{record.getMessage()} ({count} times so far)", ()
-        return str(count).strip("0") == "1"
-
-
-#: Of uvicorn's logger, whichever servers there are in a process.
-SPARING = Sparing()
 
 
 def _stop(timer: asyncio.TimerHandle | None) -> asyncio.TimerHandle | None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import re
+import socket
 from collections.abc import Iterator
 
 import pytest
 
-from vtp.serve.connections import Sparing
 from vtp.serve.http.models import Models
+from vtp.serve.logs import Sparing
 
 from .client import CHAT, Site, serving
 from .running import exchange
@@ -49,6 +51,48 @@ def test_a_body_whose_length_is_given_twice_is_not_read(site: Site) -> None:
     status, headers, body = exchange(site.port, POST + both)
     assert (status, headers["connection"]) == (400, "close")
     assert "both Content-Length and Transfer-Encoding" in json.loads(body)["error"]["message"]
+
+
+def chunks(body: bytes, size: int, trailers: bytes = b"") -> bytes:
+    """A chunked request."""
+    parts = [body[start : start + size] for start in range(0, len(body), size)]
+    coded = b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in parts)
+    return POST + b"Transfer-Encoding: chunked\r\n\r\n" + coded + b"0\r\n" + trailers + b"\r\n"
+
+
+def test_a_body_in_tiny_chunks_is_refused(site: Site) -> None:
+    """Each chunk takes the server as long as a kilobyte does; a few thousand are nobody's intention."""
+    status, headers, body = exchange(site.port, chunks(b" " * 5000, 1))
+    assert (status, headers["connection"]) == (400, "close")
+    assert json.loads(body)["error"]["message"].startswith("the request's body comes in too many tiny chunks")
+    for data in (chunks(b" " * 4000, 1), chunks(b" " * 600_000, 100)):
+        assert b"is not valid JSON" in exchange(site.port, data)[2]
+
+
+@pytest.mark.parametrize("trailers", [b"X-Sum: 1\r\n", b"Host: evil.test\r\nContent-Length: 3\r\n"])
+def test_trailers_change_nothing(site: Site, trailers: bytes) -> None:
+    status, _, body = exchange(site.port, chunks(b"{}", 1, trailers))
+    assert status == 400 and json.loads(body)["error"]["param"] == "messages"
+
+
+def test_requests_in_a_row_are_answered_in_their_order(site: Site) -> None:
+    """What comes after something that is no HTTP is not read."""
+    get = b"GET %b HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
+    paths = [b"/health/ready", b"/nowhere", b"/api/version", b"/v1/models"]
+    with socket.create_connection(("127.0.0.1", site.port), timeout=10) as raw:
+        raw.sendall(b"".join(get % path for path in paths) * 5 + b"nonsense\r\n\r\n" + get % b"/nowhere")
+        file = raw.makefile("rb").read()
+    found = [int(status) for status in re.findall(rb"HTTP/1\.1 (\d+)", file)]
+    assert found == [200, 404, 200, 200] * 5 + [400]
+
+
+def test_a_client_that_waits_for_100_is_told(site: Site) -> None:
+    """To go on, or at once why not."""
+    for host, status in ((b"127.0.0.1", b"HTTP/1.1 100"), (b"evil.test", b"HTTP/1.1 403")):
+        head = b"POST %b HTTP/1.1\r\nHost: %b\r\nExpect: 100-continue\r\nContent-Length: 9\r\n\r\n"
+        with socket.create_connection(("127.0.0.1", site.port), timeout=10) as raw:
+            raw.sendall(head % (CHAT.encode(), host))
+            assert raw.recv(12) == status
 
 
 def test_no_traceback_and_no_line_for_each(site: Site, caplog: pytest.LogCaptureFixture) -> None:

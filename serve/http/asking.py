@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -168,6 +168,8 @@ class Asked:
             watcher.cancel()
             self._ticket.cancel()
             self._tally.end(status, self.result)
+            if self.result is None:
+                self._tally.count_left(self._ticket)
             Service.of(self._request).trimmer.note(sum(width * height for width, height in self.sizes))
 
     async def _watch(self) -> None:
@@ -198,10 +200,23 @@ class Tally:
         """It is over."""
         self._metrics.finished(self._model, result, time.perf_counter() - self._started, status)
 
+    def count_left(self, ticket: Ticket) -> None:
+        """Count the tokens of a ticket that was cancelled, once its last step is over."""
+        task = asyncio.create_task(self._count(ticket))
+        _LEFT.add(task)
+        task.add_done_callback(_LEFT.discard)
+
+    async def _count(self, ticket: Ticket) -> None:
+        with suppress(Exception):  # it failed, and was told so
+            self._metrics.generated(self._model, await ticket)
+
 
 def is_counted(scope: Scope) -> bool:
     """Whether a `Tally` counts a request."""
     return _COUNTED in scope
+
+
+_LEFT: set[asyncio.Task[None]] = set()  # so that they are not collected before their end
 
 
 async def ask(request: Request, model: Model, question: Question) -> Asked:

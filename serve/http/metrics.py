@@ -102,6 +102,11 @@ class Metrics:
             if result is not None:
                 self._add_result(labels, result)
 
+    def generated(self, model: str, result: Result) -> None:
+        """Note what there was of an answer whose client did not wait for it; its end was noted before."""
+        with self._lock:
+            self._add_result((("model", _label(model, self._models)),), result)
+
     def refused(self, status: int) -> None:
         """Note a request that was refused before its model was known."""
         with self._lock:

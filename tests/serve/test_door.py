@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
+from starlette.routing import Route
 
 from vtp.serve.http.models import Models
 from vtp.serve.settings import Settings
@@ -58,3 +59,19 @@ def test_a_refusal_of_a_model_is_counted_once(site: Site) -> None:
     assert site.chat([{"type": "image_url", "image_url": "data:,x"}]).status == 400
     assert refusals(site.send("/metrics")) == before
     assert 'vtp_requests_total{model="tiny",status="400"}' in site.send("/metrics").content.decode()
+
+
+def test_head_and_options_everywhere(site: Site) -> None:
+    """HEAD is GET without its body where there is GET; what is not taken is told, with what is."""
+    app = site.server.config.app
+    routes = [route for route in app.routes if isinstance(route, Route)]  # type: ignore[union-attr]
+    taken: dict[str, set[str]] = {}
+    for route in routes:
+        taken.setdefault(route.path.replace("{name:path}", "tiny"), set()).update(route.methods or ())
+    assert len(taken) > 15
+    for path, methods in taken.items():
+        head, options = site.send(path, method="HEAD"), site.send(path, method="OPTIONS")
+        assert head.status == (200 if "HEAD" in methods else 405) and not head.content, path
+        assert options.status == 405 and "OPTIONS is not allowed" in str(options.json), path
+        allowed = {name.strip() for name in options.headers["allow"].split(",")}
+        assert allowed <= methods, path

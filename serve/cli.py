@@ -17,8 +17,10 @@ from vtp.engines import UsageError, VtpError, capabilities
 from vtp.engines.errors import shown
 from vtp.runtime.commands.arguments import add_debug, add_engine, add_threads, real, whole
 from vtp.runtime.commands.console import Parser, note, real_number, run_command, say, whole_number
+from vtp.runtime.machine.room import memory_room
 from vtp.runtime.opening import NEVER_RUN
 from vtp.runtime.scheduler import Scheduler
+from vtp.serve.hints import check_is_bundle, manifest_of, slots_note
 
 if TYPE_CHECKING:
     from vtp.serve.http.models import Models
@@ -126,6 +128,8 @@ def _run(args: argparse.Namespace) -> None:
 
     _check_shadow(args)
     _check_ray(args)
+    for bundle in filter(None, (*args.bundle, args.shadow)):
+        check_is_bundle(bundle)
     names, settings, options = names_of(args), settings_of(args), _scheduling(args)
     _set_logging(args.debug)
     if args.ray is not None:
@@ -138,6 +142,8 @@ def _run(args: argparse.Namespace) -> None:
     def load() -> None:
         for name, bundle in zip(names, args.bundle, strict=True):
             if not models.stopping:
+                if line := slots_note(manifest_of(bundle), options["slots"], args.engine, memory_room()):
+                    note(PROG, f"{name}: {line}")
                 scheduler = Scheduler.load(bundle, **options)
                 models.add(name, scheduler, _slo(scheduler, args), _shadow(models, args))
         models.loaded()

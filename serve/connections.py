@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from typing import Any
 
+import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from vtp.serve.http.errors import ApiError
 
 __all__ = ["Connection"]
 
 _MOST = 512
+_HEAD = 1 << 16  # bytes of a request's line and headers, if uvicorn was told nothing else
+_CHUNKS = 4096  # pieces of a body, beyond which their mean size is looked at
+_SMALLEST = 64  # bytes
+_NOT_HTTP = "this is not a valid HTTP/1.1 request; this server speaks plain HTTP, no TLS and no HTTP/2"
+_CROWDED = "the request's body comes in too many tiny chunks; send it in larger ones"
 _FILES_LEFT = 2  # connections take at most one of this many files that may be open
 
 
@@ -35,6 +44,7 @@ class Connection(H11Protocol):
     stall_seconds = 60.0
     most = _room()
 
+    conn: _Reading
     _head: asyncio.TimerHandle | None = None
     _stall: asyncio.TimerHandle | None = None
     _since = 0.0
@@ -47,6 +57,7 @@ class Connection(H11Protocol):
     def connection_made(self, transport: Any) -> None:
         """For asyncio."""
         super().connection_made(transport)
+        self.conn = _Reading(h11.SERVER, self.config.h11_max_incomplete_event_size or _HEAD)
         self._since = self.loop.time()
         self._await_head()
         if len(self.connections) > self.most:
@@ -59,6 +70,16 @@ class Connection(H11Protocol):
             self._await_head()
         else:
             self._head = _stop(self._head)
+
+    def send_400_response(self, msg: str) -> None:
+        """For uvicorn, of what is no HTTP: our own words if nothing was answered yet, and the end."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            for event in _refusal(_CROWDED if self.conn.crowded else _NOT_HTTP):
+                self.transport.write(self.conn.send(event))
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        self.transport.close()
 
     def on_response_complete(self) -> None:
         """For uvicorn."""
@@ -102,6 +123,38 @@ class Connection(H11Protocol):
         oldest = min(idle, key=lambda one: one._since, default=self)
         self.connections.discard(oldest)
         oldest.transport.abort()
+
+
+class _Reading(h11.Connection):
+    """h11's reader, but a body in many tiny chunks is no request: each of them takes 20 microseconds."""
+
+    crowded = False
+    _chunks = 0
+    _bytes = 0
+
+    def next_event(self) -> Any:
+        """For uvicorn; RemoteProtocolError for what is refused."""
+        event = super().next_event()
+        if isinstance(event, h11.Request):
+            self._chunks = self._bytes = 0
+        elif isinstance(event, h11.Data):
+            self._chunks += 1
+            self._bytes += len(event.data)
+            if self._chunks > _CHUNKS and self._bytes < _SMALLEST * self._chunks:
+                self.crowded = True
+                raise h11.RemoteProtocolError(_CROWDED)
+        return event
+
+
+def _refusal(text: str) -> tuple[h11.Response, h11.Data, h11.EndOfMessage]:
+    body = json.dumps(ApiError(text).body()).encode()
+    headers = {
+        "content-type": "application/json",
+        "content-length": str(len(body)),
+        "connection": "close",
+    }
+    start = h11.Response(status_code=400, headers=list(headers.items()), reason=b"Bad Request")
+    return start, h11.Data(data=body), h11.EndOfMessage()
 
 
 def _stop(timer: asyncio.TimerHandle | None) -> asyncio.TimerHandle | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import signal
 import socket
@@ -21,6 +22,7 @@ from vtp.runtime.commands.console import Terminated
 from vtp.serve.connections import Connection
 from vtp.serve.http.app import make_app
 from vtp.serve.http.models import Models
+from vtp.serve.logs import SPARING
 from vtp.serve.settings import Settings
 
 _KEEP_ALIVE = 65  # seconds that an idle connection stays
@@ -78,6 +80,7 @@ class Server(uvicorn.Server):
                 h11_max_incomplete_event_size=_LARGEST_HEADERS,
             )
         )
+        logging.getLogger("uvicorn.error").addFilter(SPARING)
         self._models = models
         self.grace_seconds = settings.grace_seconds
         self._deadline: float | None = None
@@ -111,6 +114,18 @@ class Server(uvicorn.Server):
         """Take no more requests, and end when those that there are have ended. Safe from any thread."""
         self._models.stopping = True
         self._deadline = time.monotonic() + self.grace_seconds
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """uvicorn's; clients that do not read what is left for them are cut off, before it logs each."""
+        cut = asyncio.get_running_loop().call_later(_CLOSING / 2, self._abort)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            cut.cancel()
+
+    def _abort(self) -> None:
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
 
     async def on_tick(self, counter: int) -> bool:
         """uvicorn asks ten times a second whether to end."""

@@ -7,14 +7,17 @@ into a JSONL file that vtp-calib reads.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import logging
 import os
 import random
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from itertools import zip_longest
@@ -23,11 +26,18 @@ from typing import Any
 
 from PIL import Image
 
+from vtp.engines import VtpError
+from vtp.engines.disk.whole import whole_file
+from vtp.engines.errors import shown
 from vtp.runtime.media.images import ImageSource, load_image
 from vtp.runtime.media.pictures import NO_PICTURE, Images
 from vtp.runtime.result import Result
-from vtp.runtime.scheduler import Scheduler, Ticket
+from vtp.runtime.scheduler import QueueFull, Scheduler, Ticket
 from vtp.serve.counts import Histogram, head, line
+from vtp.serve.logs import Sparing
+
+log = logging.getLogger("vtp.serve.shadow")
+log.addFilter(Sparing())
 
 _WAITING = 16  # exchanges that wait for an idle moment; the oldest goes when another comes
 _TRIES = 5  # an answer that requests interrupted so often is given up
@@ -141,8 +151,11 @@ class Shadow:
         while (exchange := self._next()) is not None:
             try:
                 outcome = self._compared(exchange)
-            except Exception:  # a full disk, or a prompt beyond the other bundle: no affair of the server's
+            except (
+                Exception
+            ) as error:  # a full disk, or a prompt beyond the other bundle: no affair of clients'
                 outcome = "failed"
+                log.warning("a request was not compared: %s", _reason(error))
             with self._changed:
                 self._outcomes[outcome] += 1
 
@@ -176,9 +189,11 @@ class Shadow:
         }
         images: Images = list(exchange.images) or NO_PICTURE
         for _ in range(_TRIES):
-            ticket = self._scheduler.submit(images, messages=exchange.messages, **options)
-            if self._undisturbed(ticket):
-                return ticket.result()
+            with suppress(QueueFull):  # one that was cancelled has not left its slot yet
+                ticket = self._scheduler.submit(images, messages=exchange.messages, **options)
+                if self._undisturbed(ticket):
+                    return ticket.result()
+            time.sleep(_POLL)
             while not (self._closed or self._idle()):
                 time.sleep(_POLL)
             if self._closed:
@@ -196,8 +211,8 @@ class Shadow:
 
     def _write(self, exchange: Exchange, again: Result, parted: int | None) -> None:
         """Append a disagreement; what does not fit any more is only counted."""
-        log = self._files.log
-        if log.exists() and log.stat().st_size >= _LARGEST_LOG:
+        rows = self._files.log
+        if rows.exists() and rows.stat().st_size >= _LARGEST_LOG:
             return
         images = [load_image(image) for image in exchange.images]
         hashes = [picture_hash(image) for image in images]
@@ -212,8 +227,7 @@ class Shadow:
             "visual_tokens": exchange.result.visual_tokens._asdict(),
             "logprob": [round(mean_logprob(one), 6) for one in (exchange.result, again)],
         }
-        with os.fdopen(os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "a") as file:
-            file.write(json.dumps(row) + "\n")
+        append(rows, json.dumps(row).encode() + b"\n")
 
     def _keep(self, images: Sequence[Image.Image], hashes: Sequence[str]) -> str | None:
         """Save the pictures if they shall be; the path of a single one, as vtp-calib reads it."""
@@ -224,8 +238,28 @@ class Shadow:
         paths = [folder / f"{name}.png" for name in hashes]
         for image, path in zip(images, paths, strict=True):
             if not path.exists():
-                image.save(path)
+                with whole_file(path) as beside:
+                    image.save(beside, "png")
         return os.path.relpath(paths[0], self._files.log.parent) if len(paths) == 1 else None
+
+
+def append(path: Path, data: bytes) -> None:
+    """Add a line to a file, readable by its owner alone; wholly, or on a full disk not at all. OSError."""
+    file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    try:
+        size = os.fstat(file).st_size
+        if (written := os.write(file, data)) < len(data):
+            os.ftruncate(file, size)
+            raise OSError(errno.ENOSPC, f"only {written} of {len(data)} bytes could be written")
+    finally:
+        os.close(file)
+
+
+def _reason(error: Exception) -> str:
+    """In a few words: of a library's own text nothing but an error of the system."""
+    if isinstance(error, OSError):
+        return f"a file could not be written: {error.strerror}"
+    return shown(error) if isinstance(error, VtpError) else type(error).__name__
 
 
 def first_difference(one: Sequence[int], other: Sequence[int]) -> int | None:

@@ -28,6 +28,7 @@ from vtp.runtime.commands.console import (
     whole_number,
 )
 from vtp.runtime.media.images import load_image
+from vtp.runtime.media.pictures import NO_PICTURE
 from vtp.runtime.media.show_kept import (
     check_one_view,
     check_picture_path,
@@ -53,7 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="FILE",
-        help="the picture; repeat the option for more pictures",
+        help="the picture; repeat the option for more pictures (default: none, a prompt of text alone)",
     )
     add(
         "--video",
@@ -152,10 +153,12 @@ def _check_flags(args: argparse.Namespace) -> None:
         )
     if args.image and args.video:
         raise UsageError("give either --image or --video: a bundle answers about pictures or about videos")
-    if not args.batch and not ((args.image or args.video) and args.prompt is not None):
+    if not args.batch and args.prompt is None:
         raise UsageError(
-            "the following arguments are required: --image (or --video) and --prompt (or --batch FILE.jsonl)"
+            "the following arguments are required: --prompt, with --image or --video (or --batch FILE.jsonl)"
         )
+    if args.show_kept and not (args.image or args.video):
+        raise UsageError("--show-kept shows a picture; give --image FILE")
     if args.logprobs is not None and not (args.json or args.batch):
         raise UsageError("--logprobs is a part of the JSON: give --json as well")
     if args.show_kept and len(args.image) > 1:
@@ -170,10 +173,12 @@ def _check_media(frames: int | None, args: argparse.Namespace) -> None:
             "--frames"
         )
     if frames is not None and not args.video:
-        given = "--batch, which names pictures" if args.batch else "--image"
+        given = "--batch, which names pictures" if args.batch else "--image" if args.image else "no picture"
         raise UsageError(
             f"this bundle answers about videos of {frames} frames: give --video instead of {given}"
         )
+    if not (args.image or args.video or args.batch):
+        note(PROG, "no picture was given, so the prompt is answered as text alone; --image FILE gives one")
 
 
 def _answer_one(pipe: Pipeline, args: argparse.Namespace) -> None:
@@ -184,7 +189,7 @@ def _answer_one(pipe: Pipeline, args: argparse.Namespace) -> None:
         images = load_video(args.video, spec.frames)
     else:
         images = [load_image(image) for image in args.image]
-    stream = pipe.stream(images, args.prompt, **_options(args))
+    stream = pipe.stream(images or NO_PICTURE, args.prompt, **_options(args))
     for piece in stream:
         if not args.json:
             say_piece(piece)

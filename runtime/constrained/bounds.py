@@ -14,6 +14,7 @@ from typing import Any
 from vtp.engines.errors import quoted_argument
 from vtp.runtime.constrained.errors import refused
 from vtp.runtime.constrained.patterns import check_pattern
+from vtp.runtime.constrained.reasons import check_control_characters
 from vtp.runtime.generation.arguments import is_number, is_whole
 
 __all__ = ["check_schema"]
@@ -60,6 +61,7 @@ def check_schema(schema: object) -> str:
         references += "$ref" in part
     if references > _REFERENCES:
         raise refused(f"the schema has {references} $ref; give at most {_REFERENCES}")
+    check_control_characters(schema)
     _Combinations(schema).check()
     return text
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from vtp.engines.errors import shown
+from vtp.engines import VtpError
 from vtp.runtime.constrained.errors import refused
 from vtp.runtime.prompt.tokenizer import failing_as
 
@@ -46,12 +46,8 @@ class Constraint:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise refused(f"{_FAILED}: {first_words(self._matcher.get_error())}; ask for a simpler one")
-
-
-def first_words(text: str) -> str:
-    """A library's message without the markup and line ends that it may have."""
-    return shown(" ".join(text.replace("<non-verbose/>", "").split()))
+            words = VtpError(f"llguidance: {self._matcher.get_error()}")
+            raise refused(f"{_FAILED}: the schema asks too much; give a simpler one") from words
 
 
 class _Rules(Protocol):

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from vtp.engines import VtpError
 from vtp.engines.errors import quoted_argument
 from vtp.runtime.constrained.bounds import check_schema
-from vtp.runtime.constrained.constraint import Constraint, first_words
-from vtp.runtime.constrained.errors import FormatBusy, refused
+from vtp.runtime.constrained.constraint import Constraint
+from vtp.runtime.constrained.errors import FormatBusy, FormatError, refused
+from vtp.runtime.constrained.reasons import explained
 from vtp.runtime.constrained.vocabulary import check_installed, make_vocabulary
 from vtp.runtime.prompt.panics import without_panic_lines
 from vtp.runtime.prompt.prompter import Prompter
@@ -133,23 +137,44 @@ class Formats:
         """Made once, which takes a second or two of large vocabularies."""
         with self._lock:
             if self._vocabulary is None:
-                with without_panic_lines(), failing_as("the model's tokenizer cannot be constrained"):
-                    self._vocabulary = make_vocabulary(self._prompter)
+                self._vocabulary = _vocabulary(self._prompter)
             return self._vocabulary
 
     def _compiled_grammar(self, schema: str, vocabulary: LLTokenizer) -> LLMatcher:
-        from llguidance import LLMatcher, LLParserLimits
+        """FormatError, in our own words, for what llguidance does not take; its own are the cause's."""
+        try:
+            return _built(schema, vocabulary)
+        except VtpError as error:
+            raise explained(json.loads(schema), partial(_is_served, vocabulary)) from error
 
-        with without_panic_lines(), failing_as("response_format: the schema is not served"):
-            grammar = LLMatcher.grammar_from_json_schema(schema, overrides=_JSON)  # type: ignore[arg-type]
-            matcher = LLMatcher(
-                vocabulary,
-                grammar,
-                log_level=0,
-                limits=LLParserLimits(**_LIMITS),  # type: ignore[arg-type]
-            )
-            trial = matcher.deep_copy()
-            trial.compute_bitmask()
-            if message := matcher.get_error() or trial.get_error():
-                raise refused(f"the schema is not served: {first_words(message)}")
-        return matcher
+
+def _vocabulary(prompter: Prompter) -> LLTokenizer:
+    try:
+        with without_panic_lines(), failing_as("llguidance"):
+            return make_vocabulary(prompter)
+    except FormatError:
+        raise
+    except VtpError as error:
+        raise refused("this model's tokenizer is not served; ask for the form in the prompt") from error
+
+
+def _built(schema: str, vocabulary: LLTokenizer) -> LLMatcher:
+    from llguidance import LLMatcher, LLParserLimits
+
+    with without_panic_lines(), failing_as("llguidance"):
+        grammar = LLMatcher.grammar_from_json_schema(schema, overrides=_JSON)  # type: ignore[arg-type]
+        limits = LLParserLimits(**_LIMITS)  # type: ignore[arg-type]
+        matcher = LLMatcher(vocabulary, grammar, log_level=0, limits=limits)
+        trial = matcher.deep_copy()
+        trial.compute_bitmask()
+    if message := matcher.get_error() or trial.get_error():
+        raise VtpError(f"llguidance: {message}")
+    return matcher
+
+
+def _is_served(vocabulary: LLTokenizer, schema: Mapping[str, Any]) -> bool:
+    try:
+        _built(json.dumps(schema, ensure_ascii=False), vocabulary)
+    except VtpError:
+        return False
+    return True

@@ -17,7 +17,9 @@ from collections.abc import Sequence
 from ipaddress import ip_address
 from typing import Any
 
+from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vtp.serve.http.errors import ApiError
@@ -50,15 +52,33 @@ def guarded(
         app = KeyCheck(app, key)
     app = OriginCheck(app, cors_origins)
     if cors_origins:  # around the key: preflights have none, and a page must be able to read a refusal
-        app = CORSMiddleware(
+        app = _Preflights(
             app,
             allow_origins=list(cors_origins),
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
             expose_headers=["Retry-After"],
+            allow_private_network=True,
             max_age=600,
         )
     return HostCheck(app, allowed_hosts)
+
+
+class _Preflights(CORSMiddleware):
+    """Starlette's, but a preflight is refused (403) in the words of all other refusals."""
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        """The answer to OPTIONS with an Origin."""
+        response = super().preflight_response(request_headers)
+        if response.status_code < 400:
+            return response
+        error = ApiError(
+            "this server is not for pages of the origin in the Origin header, or not with this method: it "
+            "takes GET and POST; have its owner allow the origin (vtp-serve --cors-origin)",
+            403,
+        )
+        kept = {name: value for name, value in response.headers.items() if not name.startswith("content-")}
+        return Response(json.dumps(error.body()), error.status, kept, "application/json")
 
 
 class HostCheck:
@@ -66,7 +86,8 @@ class HostCheck:
     leads here (DNS rebinding).
 
     Addresses pass, since no resolver stands between them and the server; so do localhost, the machine's name,
-    names below .localhost and .local, and `allowed_hosts`. 403 for others, 400 without one Host header.
+    names below .localhost and .local, and `allowed_hosts`. 403 for others, 400 without one Host header, and
+    for a body whose length is given in two ways.
     """
 
     def __init__(self, app: ASGIApp, allowed_hosts: Sequence[str] = ()) -> None:
@@ -80,6 +101,12 @@ class HostCheck:
         await (self._app(scope, receive, send) if error is None else _refuse(scope, send, error))
 
     def _refusal(self, scope: Scope) -> ApiError | None:
+        if _headers(scope, b"content-length") and _headers(scope, b"transfer-encoding"):
+            return ApiError(
+                "the request has both Content-Length and Transfer-Encoding, so that proxies may read it "
+                "in another way; send one of them",
+                headers={"connection": "close"},
+            )
         headers = _headers(scope, b"host")
         found = _HOST.fullmatch(headers[0].decode("latin-1").lower()) if len(headers) == 1 else None
         if found is None:

@@ -13,6 +13,7 @@ from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vtp.serve.http.admission import guarded
+from vtp.serve.http.asking import is_counted
 from vtp.serve.http.decisions.endpoint import decisions
 from vtp.serve.http.errors import GONE, ApiError
 from vtp.serve.http.metrics import CONTENT_TYPE, Metrics
@@ -24,6 +25,8 @@ from vtp.serve.http.refusals import failure
 from vtp.serve.http.responses import JsonResponse, error_response
 from vtp.serve.http.service import Service, log
 from vtp.serve.settings import Settings
+
+_REFUSED = 400  # the least status of a refusal
 
 
 def make_app(
@@ -39,6 +42,7 @@ def make_app(
         middleware=_middleware(settings),
         exception_handlers={ApiError: _answer_error, HTTPException: _answer_error},
     )
+    app.router.redirect_slashes = False  # `PlainPaths` does it, without a redirect
     app.state.service = Service(models, settings, Metrics())
     return app
 
@@ -70,7 +74,41 @@ def _middleware(settings: Settings) -> list[Middleware]:
         cors_origins=settings.cors_origins,
         limit_bytes=settings.body_bytes,
     )
-    return [Middleware(ErrorAnswers), checks]
+    return [Middleware(PlainPaths), Middleware(Counted), Middleware(ErrorAnswers), checks]
+
+
+class PlainPaths:
+    """Takes the slash from a path's end: a redirect would name http:, also behind a proxy with TLS."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Run the application."""
+        if scope["type"] == "http" and scope["path"].endswith("/"):
+            scope["path"] = scope["path"].rstrip("/") or "/"
+        await self._app(scope, receive, send)
+
+
+class Counted:
+    """Counts what is refused before a model is asked: by status, as the model "other"."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Run the application; probes of its health are no requests."""
+
+        async def note(message: Message) -> None:
+            if message.get("status", 0) >= _REFUSED and _is_uncounted(scope):
+                scope["app"].state.service.metrics.refused(message["status"])
+            await send(message)
+
+        await self._app(scope, receive, note)
+
+
+def _is_uncounted(scope: Scope) -> bool:
+    return not is_counted(scope) and "health" not in scope["path"].split("/")
 
 
 class ErrorAnswers:

@@ -8,12 +8,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
 from starlette.requests import Request
+from starlette.types import Scope
 
 from vtp.engines import UsageError
 from vtp.runtime.bundle.manifest import VisualInfo
@@ -23,7 +24,6 @@ from vtp.runtime.prompt.forms import forms_of, one_video
 from vtp.runtime.result import Result, TokenLogprob
 from vtp.runtime.scheduler import Ticket
 from vtp.serve.http.errors import GONE, ApiError
-from vtp.serve.http.metrics import Metrics
 from vtp.serve.http.models import Model
 from vtp.serve.http.pictures.sources import Picture, read_picture
 from vtp.serve.http.refusals import told
@@ -32,6 +32,9 @@ from vtp.serve.http.waiting import disconnected, in_thread
 from vtp.serve.shadow import Exchange
 from vtp.serve.slo import Chosen
 
+_LONGEST_TOKEN = 1024  # characters: no tokenizer has tokens of more
+_SEARCHED = 1 << 22  # characters of a prompt that are searched in no time, whatever the model
+_COUNTED = "vtp.counted"  # in a request's scope
 _WHOLE = ("eos", "stop", "length")  # ends of answers that another bundle's can be compared with
 
 
@@ -165,6 +168,9 @@ class Asked:
             watcher.cancel()
             self._ticket.cancel()
             self._tally.end(status, self.result)
+            if self.result is None:
+                self._tally.count_left(self._ticket)
+            Service.of(self._request).trimmer.note(sum(width * height for width, height in self.sizes))
 
     async def _watch(self) -> None:
         await disconnected(self._request)
@@ -175,11 +181,12 @@ class Asked:
 class Tally:
     """Tells the metrics of one request: its beginning, each piece, and once its end."""
 
-    def __init__(self, metrics: Metrics, model: str) -> None:
-        self._metrics, self._model = metrics, model
+    def __init__(self, request: Request, model: str) -> None:
+        self._metrics, self._model = Service.of(request).metrics, model
+        request.scope[_COUNTED] = True
         self._started = self._last = time.perf_counter()
         self._pieces = 0
-        metrics.request_started(model)
+        self._metrics.request_started(model)
 
     def note_piece(self) -> None:
         """Text was sent."""
@@ -193,11 +200,29 @@ class Tally:
         """It is over."""
         self._metrics.finished(self._model, result, time.perf_counter() - self._started, status)
 
+    def count_left(self, ticket: Ticket) -> None:
+        """Count the tokens of a ticket that was cancelled, once its last step is over."""
+        task = asyncio.create_task(self._count(ticket))
+        _LEFT.add(task)
+        task.add_done_callback(_LEFT.discard)
+
+    async def _count(self, ticket: Ticket) -> None:
+        with suppress(Exception):  # it failed, and was told so
+            self._metrics.generated(self._model, await ticket)
+
+
+def is_counted(scope: Scope) -> bool:
+    """Whether a `Tally` counts a request."""
+    return _COUNTED in scope
+
+
+_LEFT: set[asyncio.Task[None]] = set()  # so that they are not collected before their end
+
 
 async def ask(request: Request, model: Model, question: Question) -> Asked:
     """Hand a question to a model. Raises ApiError for what cannot be asked, and where no place is left."""
     service = Service.of(request)
-    tally = Tally(service.metrics, model.name)
+    tally = Tally(request, model.name)
     try:
         pictures = await read_pictures(question.pictures, service)
         chosen = _choose(model, question)
@@ -265,11 +290,29 @@ def _again(
     return offer
 
 
+def _check_length(question: Question, tokens: int) -> None:
+    """Refuse text that no tokens could hold, before it is searched: that would hold up all other requests."""
+    contents = [turn["content"] for turn in question.messages]
+    parts = [part for one in contents for part in ([{"text": one}] if isinstance(one, str) else one)]
+    characters, most = (
+        sum(len(part.get("text", "")) for part in parts),
+        max(_SEARCHED, tokens * _LONGEST_TOKEN),
+    )
+    if characters > most:
+        raise ApiError(
+            f"the prompt has {characters} characters, more than the {most} that {tokens} tokens can hold; "
+            "shorten it",
+            param="messages",
+            code="context_length_exceeded",
+        )
+
+
 def submit(model: Model, question: Question, pictures: list[Picture], chosen: Chosen | None = None) -> Taken:
     """A ticket for a question, and what had to be done to its turns so that the model's template takes them.
 
     Templates differ in what they take: the turns are tried as they are, then in plainer forms.
     """
+    _check_length(question, model.manifest.model.max_length)
     messages, images = question.messages, [picture.image for picture in pictures]
     given: Images = images or NO_PICTURE
     if images and model.manifest.text.media == "video":

@@ -17,7 +17,7 @@ __all__ = ["CONTENT_TYPE", "Metrics"]
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 OTHER = "other"
-_STATUSES = frozenset((200, 400, 401, 403, 404, 405, 413, 415, 429, 499, 500, 503))
+_STATUSES = frozenset((200, 400, 401, 403, 404, 405, 408, 413, 415, 429, 499, 500, 503))
 _MOST = 64  # models, and stages, that are told apart; their names are the server's and the bundles'
 
 # Upper bounds in seconds.
@@ -101,6 +101,16 @@ class Metrics:
             self._add("vtp_e2e_request_latency_seconds", labels, seconds)
             if result is not None:
                 self._add_result(labels, result)
+
+    def generated(self, model: str, result: Result) -> None:
+        """Note what there was of an answer whose client did not wait for it; its end was noted before."""
+        with self._lock:
+            self._add_result((("model", _label(model, self._models)),), result)
+
+    def refused(self, status: int) -> None:
+        """Note a request that was refused before its model was known."""
+        with self._lock:
+            self._count("vtp_requests_total", (("model", OTHER), ("status", _status(status))), 1)
 
     def aimed(self, model: str, met: bool) -> None:
         """Note a request whose keep-count was chosen for an aim, and whether it is expected to be met."""

@@ -40,6 +40,16 @@ class Model:
         """What a request may hold."""
         return ["text", self.manifest.text.media]
 
+    @property
+    def max_tokens(self) -> int:
+        """Tokens that a prompt and its answer may have together, as `usage` counts them: visual ones as kept.
+
+        Parts of the decoder behind a pruner have room for fewer tokens than the manifest's `max_length`, in
+        which visual tokens count before pruning.
+        """
+        caches = [graph.kv.capacity for graph in self.manifest.graphs.values() if graph.kv]
+        return min(caches, default=self.manifest.model.max_length)
+
     def card(self) -> dict[str, Any]:
         """Its entry in the list of models: OpenAI's fields, and those that clients of other servers read."""
         manifest = self.manifest
@@ -48,7 +58,7 @@ class Model:
             "object": "model",
             "created": self.created,
             "owned_by": "vtp",
-            "max_model_len": manifest.model.max_length,
+            "max_model_len": self.max_tokens,
             "modalities": self.modalities,
             "architecture": {"input_modalities": self.modalities, "output_modalities": ["text"]},
             "vtp": {

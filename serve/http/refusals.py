@@ -37,7 +37,7 @@ def told(error: Exception, running: bool = False) -> ApiError:
     if isinstance(error, FormatBusy):
         return ApiError(_shown(error), 503, param="response_format", headers={"Retry-After": "5"})
     if isinstance(error, FormatError):
-        return ApiError(_shown(error), param="response_format")
+        return ApiError(str(error), param="response_format")  # it quotes the request's own schema alone
     if isinstance(error, PromptTooLong):
         return ApiError(_shown(error), param="messages", code="context_length_exceeded")
     if isinstance(error, UsageError | PictureError) or (isinstance(error, VtpError) and not running):

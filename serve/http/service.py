@@ -11,6 +11,7 @@ from starlette.requests import Request
 from vtp.engines.errors import shown
 from vtp.serve.http.metrics import Metrics
 from vtp.serve.http.models import Models
+from vtp.serve.memory import Trimmer
 from vtp.serve.settings import Settings
 
 log = logging.getLogger("vtp.serve")
@@ -25,6 +26,7 @@ class Service:
     models: Models
     settings: Settings
     metrics: Metrics
+    trimmer: Trimmer = field(default_factory=Trimmer)
     _noted: set[str] = field(default_factory=set)
 
     @staticmethod

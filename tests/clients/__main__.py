@@ -21,7 +21,19 @@ from pathlib import Path
 from typing import Any
 
 from .environments import Client, clients
-from .expected import ERRORS, MOST, PICTURE, PROMPT, ROOT, SCHEMA, answers_of, command, facts_of, make_bundles
+from .expected import (
+    ERRORS,
+    MOST,
+    MOST_OF_FORM,
+    PICTURE,
+    PROMPT,
+    ROOT,
+    SCHEMA,
+    answers_of,
+    command,
+    facts_of,
+    make_bundles,
+)
 
 BUILD = ROOT / "build/clients"
 
@@ -49,7 +61,7 @@ def task_for(url: str, models: list[str]) -> dict[str, Any]:
     """What each script is told."""
     schema = SCHEMA if constrains(url, models[0]) else None
     task = {"url": url, "models": models, "picture": str(PICTURE), "prompt": PROMPT, "max_tokens": MOST}
-    return {**task, "schema": schema}
+    return {**task, "schema": schema, "max_tokens_of_form": MOST_OF_FORM}
 
 
 def tried(client: Client, task: dict[str, Any], answers: dict[str, Any]) -> bool:
@@ -59,13 +71,13 @@ def tried(client: Client, task: dict[str, Any], answers: dict[str, Any]) -> bool
         models = client.models or task["models"]
         report = client.run(BUILD, {**task, "models": models})
         wrong = list(differences(report, {name: answers[name] for name in models}, task["models"]))
-        checked = sum(map(len, report["answers"].values()))
+        checked, held = (sum(map(len, report.get(name, {}).values())) for name in ("answers", "objects"))
     except (RuntimeError, OSError, ValueError, subprocess.SubprocessError) as error:
-        wrong, checked = [str(error)], 0
+        wrong, checked, held = [str(error)], 0, 0
     if wrong:
         print(f"FAILED {client.told}", *wrong, sep="\n  ", flush=True)
         return False
-    print(f"ok     {client.told}: {checked} answers equal vtp-run's", flush=True)
+    print(f"ok     {client.told}: {checked} answers and {held} objects equal vtp-run's", flush=True)
     return True
 
 
@@ -89,8 +101,10 @@ def differences(report: dict[str, Any], answers: dict[str, Any], served: list[st
     for name, error in report.get("errors", {}).items():
         if error not in ERRORS[name]:
             yield f"error of {name}: {error}, not one of {ERRORS[name]}"
-    if "object" in report and not is_seen(report["object"]):
-        yield f"structured output: {report['object']}"
+    for model, objects in report.get("objects", {}).items():
+        for label, found in objects.items():
+            if not (is_seen(found) and found == answers[model]["object"]):
+                yield f"{model}, structured output, {label}: {found}, not {answers[model]['object']}"
 
 
 def right_text(label: str, answer: dict[str, Any]) -> str:
@@ -114,6 +128,8 @@ def wrong_facts(model: str, facts: dict[str, Any], answer: dict[str, Any]) -> It
 
 def is_seen(found: Any) -> bool:
     """Whether an object obeys SCHEMA."""
+    if not isinstance(found, dict):
+        return False
     colors = SCHEMA["properties"]["color"]["enum"]  # type: ignore[index]
     return set(found) == {"color", "sure"} and found["color"] in colors and isinstance(found["sure"], bool)
 

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[2]
 PICTURE = ROOT / "scenes/examples/scene.png"
 PROMPT = "what color is the star ?"
 MOST = 40  # tokens of an answer
+MOST_OF_FORM = 200  # of one that is held to a schema
 SCHEMA = {
     "title": "Seen",
     "description": "What is seen in the picture.",
@@ -65,9 +66,12 @@ def answers_of(bundle: Path) -> dict[str, Any]:
     with Pipeline.load(bundle) as pipeline:
         after = pipeline.generate([PICTURE], messages=[turn], max_new_tokens=MOST)
         alone = pipeline.generate(NO_PICTURE, PROMPT, max_new_tokens=MOST)
-        length, keeps = pipeline.manifest.model.max_length, pipeline.manifest.visual.keep
+        held = pipeline.generate([PICTURE], PROMPT, max_new_tokens=MOST_OF_FORM, response_format=SCHEMA)
+        visual, length = pipeline.manifest.visual, pipeline.manifest.model.max_length
     texts = {"text first": after.text, "text only": alone.text}
-    return {**result, **texts, "context": length, "least kept": min(keeps)}
+    context = length - visual.count + max(visual.keep)
+    found = {"object": json.loads(held.text), "context": context, "least kept": min(visual.keep)}
+    return {**result, **texts, **found}
 
 
 def facts_of(answer: dict[str, Any]) -> dict[str, Any]:
@@ -102,5 +106,6 @@ ERRORS: dict[str, list[list[Any]]] = {
         ["ResponseError", 400, True],
     ],
     "long prompt": [["BadRequestError", 400, "messages"]],
+    "bad schema": [["BadRequestError", 400, "response_format"]],
     "keep 1000": [["BadRequestError", 400, "vtp.keep_tokens"]],
 }

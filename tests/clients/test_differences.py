@@ -18,6 +18,7 @@ ANSWER = {
     "visual_tokens": {"before": 576, "after": 64},
     "finish_reason": "eos",
     "context": 2048,
+    "object": {"color": "red", "sure": True},
     "least kept": 64,
 }
 ANSWERS = {"m": ANSWER}
@@ -26,7 +27,7 @@ RIGHT: dict[str, Any] = {
     "facts": {"m": {"usage": [77, 2], "finish": "stop", "pieces": 2}},
     "models": ["m"],
     "errors": {"unknown model": ["NotFoundError", 404, "model"]},
-    "object": {"color": "red", "sure": True},
+    "objects": {"m": {"whole": {"color": "red", "sure": True}}},
 }
 
 
@@ -50,8 +51,10 @@ def test_what_is_right_passes() -> None:
         {"models": ["m", "n"]},
         {"errors": {"unknown model": ["nothing"]}},
         {"errors": {"unknown model": ["BadRequestError", 400, "model"]}},
-        {"object": {"color": "pink", "sure": True}},
-        {"object": {"color": "red"}},
+        {"objects": {"m": {"whole": {"color": "pink", "sure": True}}}},
+        {"objects": {"m": {"whole": {"color": "red", "sure": False}}}},
+        {"objects": {"m": {"whole": {"color": "red"}}}},
+        {"objects": {"m": {"whole": None}}},
     ],
 )
 def test_what_is_wrong_is_told(wrong: dict[str, Any]) -> None:

@@ -336,8 +336,9 @@ def test_a_preflight_passes_without_a_key(guards: int) -> None:
 
 
 def test_other_origins_are_given_nothing(guards: int) -> None:
-    status, headers, _ = preflight(guards, "https://evil.test")
-    assert status == 400 and "access-control-allow-origin" not in headers
+    status, headers, body = preflight(guards, "https://evil.test")
+    assert status == 403 and "access-control-allow-origin" not in headers
+    assert "--cors-origin" in json.loads(body)["error"]["message"]
     assert preflight(guards, "https://page.example.org", "evil.test")[0] == 403
 
 

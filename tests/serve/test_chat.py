@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from PIL import Image
 
 from vtp.runtime import NO_PICTURE, Pipeline
+from vtp.runtime.scheduler import Scheduler
 
-from .client import CHAT, Site, data_url, shown, words
+from .client import CHAT, Site, data_url, serving, shown, words
 
 SAMPLED = {"temperature": 1.2, "top_p": 0.9, "seed": 7}
 
@@ -257,7 +259,8 @@ def test_models(site: Site) -> None:
     (card,) = listed["data"]
     assert listed["object"] == "list" and card == site.send("/v1/models/tiny").json
     assert (card["id"], card["object"], card["owned_by"]) == ("tiny", "model", "vtp")
-    assert card["max_model_len"] == 128 and card["created"] > 1.7e9
+    # 128 places for text and 16 visual tokens, of which 6 are kept at most
+    assert card["max_model_len"] == 128 - 16 + 6 and card["created"] > 1.7e9
     assert card["architecture"]["input_modalities"] == card["modalities"] == ["text", "image"]
     assert card["vtp"]["keep_tokens"] == [3, 6] and card["vtp"]["visual_tokens"] == 16
     assert site.send("/v1/models/other").status == 404
@@ -273,3 +276,26 @@ def test_bodies_are_plain_json(site: Site, picture: Image.Image) -> None:
     answer = site.chat(asked(picture), max_tokens=2)
     assert answer.headers["content-type"] == "application/json"
     assert json.loads(answer.content) == answer.json
+
+
+def test_the_length_that_is_told_is_the_length_that_is_usable(
+    exported: Callable[[str], Any], picture: Image.Image
+) -> None:
+    """A prompt as long as it says is answered, with and without a picture; one token more is too long."""
+    with (
+        Scheduler.load(exported("adaptprune").folder, threads=1) as scheduler,
+        serving({"x": scheduler}) as site,
+    ):
+        most = site.send("/v1/models/x").json["max_model_len"]
+        kept = max(scheduler.pipeline.manifest.visual.keep)
+        for pictures in ([], [shown(picture)]):
+            ask = [*pictures, words("a")]
+            few = site.chat(ask, max_tokens=1).json["usage"]["prompt_tokens"]
+            step = site.chat([*pictures, words("a a")], max_tokens=1).json["usage"]["prompt_tokens"] - few
+            text = "a" + " a" * ((most - 1 - few) // step)
+            answer = site.chat([*pictures, words(text)], max_tokens=1)
+            assert (
+                answer.status == 200 and most - 1 - step < answer.json["usage"]["prompt_tokens"] <= most - 1
+            )
+            assert site.chat([*pictures, words(text + " a" * (1 + step))], max_tokens=1).status == 400
+        assert kept < most < scheduler.pipeline.manifest.model.max_length

@@ -8,9 +8,11 @@ from collections.abc import Iterator
 
 import pytest
 
+from vtp.serve import server
 from vtp.serve.connections import Connection
 from vtp.serve.http.admission import BodyLimit
 from vtp.serve.http.models import Models
+from vtp.serve.settings import Settings
 
 from .client import Site, serving, wait_until
 
@@ -98,13 +100,31 @@ def test_connections_leave_files_for_the_rest() -> None:
 def test_a_client_that_does_not_read_is_not_waited_for(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Connection, "stall_seconds", 0.3)
     held = site.server.server_state.connections
-    with socket.socket() as raw:
-        raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        raw.connect(("127.0.0.1", site.port))
-        page = b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
-        raw.sendall(page * 700)  # each 20 KiB; more than what the kernel takes of them
+    with unread(site):
         wait_until(lambda: held)
         wait_until(lambda: not held)
+
+
+def unread(site: Site) -> socket.socket:
+    """A connection on which more is written than the kernel takes, and nothing is read."""
+    raw = socket.socket()
+    raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    raw.connect(("127.0.0.1", site.port))
+    raw.sendall(b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n" * 700)  # each answer is 20 KiB
+    return raw
+
+
+def test_the_end_is_not_held_up_by_those_who_do_not_read(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And there is no traceback for each of them."""
+    monkeypatch.setattr(server, "_CLOSING", 1)
+    with serving(Models({}), Settings(grace_seconds=0.3)) as site:
+        stuck = [unread(site) for _ in range(3)]
+        wait_until(lambda: len([one for one in site.server.server_state.connections if one._stall]) == 3)
+    assert not site.server.server_state.connections and not caplog.records
+    for raw in stuck:
+        raw.close()
 
 
 def test_a_body_that_trickles_is_not_waited_for(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:

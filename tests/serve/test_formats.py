@@ -58,7 +58,13 @@ BAD: list[tuple[Any, str, str]] = [
     ({}, "response_format.type", "response_format.type is missing"),
     ({"type": "yaml"}, "response_format.type", "is not text or json_object or json_schema"),
     ({"type": "json_schema"}, "response_format", "type json_schema lacks"),
-    (by_schema({"type": "strng"}), "response_format", "Invalid type: strng"),
+    (by_schema({"type": "strng"}), "response_format", "type 'strng' is not known; give one of"),
+    (by_schema({"$ref": "#/none"}), "response_format", "$ref '#/none' leads nowhere"),
+    (
+        by_schema({"properties": {"a": {"const": "\0"}}}),
+        "response_format",
+        "properties.a.const: '\\x00' has a",
+    ),
     (by_schema({"allOf": [{}] * 9}), "response_format", "allOf has 9"),
     (by_schema({"multipleOf": 999983}), "response_format", "multipleOf"),
 ]

@@ -179,7 +179,8 @@ def test_a_model_says_what_it_can(site: Site, alone: Pipeline) -> None:
     shown = site.send("/api/show", {"model": "tiny"}).json
     assert shown["capabilities"] == ["completion", "vision"]
     family = shown["model_info"]["general.architecture"]
-    assert shown["model_info"][f"{family}.context_length"] == alone.manifest.model.max_length == 128
+    # 128 places, of which 16 visual tokens were to take as many, and 6 of them are kept at most
+    assert shown["model_info"][f"{family}.context_length"] == 128 - 16 + 6
     assert shown["details"]["format"] == "onnx"
 
 

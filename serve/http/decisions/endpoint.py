@@ -34,7 +34,7 @@ async def decisions(request: Request) -> Response:
     asked = read_decisions(await read_fields(request))
     model = service.models.lookup(asked.model)
     service.note_unread(asked.unread)
-    async with _counted(service, model) as tally:
+    async with _counted(request, model) as tally:
         pictures = await read_pictures(asked.pictures, service)
         made = await _while_listening(request, _decide_all(model, asked, pictures, tally))
         for decision in made:
@@ -44,9 +44,9 @@ async def decisions(request: Request) -> Response:
 
 
 @asynccontextmanager
-async def _counted(service: Service, model: Model) -> AsyncIterator[Tally]:
+async def _counted(request: Request, model: Model) -> AsyncIterator[Tally]:
     """Tell the metrics of the request's end, whatever it is."""
-    tally, status = Tally(service.metrics, model.name), 500
+    tally, status = Tally(request, model.name), 500
     try:
         yield tally
         status = 200

@@ -85,7 +85,7 @@ def running(model: Model) -> dict[str, Any]:
     entry = tag(model)
     del entry["modified_at"]
     until = datetime.now(timezone.utc) + _STAYS
-    context = model.manifest.model.max_length
+    context = model.max_tokens
     return {**entry, "expires_at": _time(until), "size_vram": 0, "context_length": context}
 
 
@@ -102,7 +102,7 @@ def card(model: Model) -> dict[str, Any]:
         "model_info": {
             "general.architecture": family,
             "general.name": manifest.model.name,
-            f"{family}.context_length": manifest.model.max_length,
+            f"{family}.context_length": model.max_tokens,
             f"{family}.embedding_length": manifest.model.hidden_size,
             f"{family}.vocab_size": manifest.model.vocab_size,
             "vtp.method": manifest.method.name,

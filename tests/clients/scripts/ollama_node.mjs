@@ -30,6 +30,13 @@ for (const model of task.models) {
     capabilities: (await client.show({ model })).capabilities,
   };
 }
+const objects = {};
+for (const model of task.schema ? task.models : []) {
+  const held = { format: task.schema, options: { ...options, num_predict: task.max_tokens_of_form } };
+  const made = await client.generate({ model, prompt: task.prompt, images: [image], ...held });
+  const done = await client.chat({ model, messages, ...held });
+  objects[model] = { chat: JSON.parse(done.message.content), generate: JSON.parse(made.response) };
+}
 let refused = ["nothing"];
 try {
   await client.chat({ model: "no-such-model", messages });
@@ -37,4 +44,4 @@ try {
   refused = [error.name, error.status_code, !error.message.includes("{")];
 }
 const models = (await client.list()).models.map((model) => model.model.replace(":latest", ""));
-console.log(JSON.stringify({ answers, facts, models, errors: { "unknown model": refused } }));
+console.log(JSON.stringify({ answers, facts, objects, models, errors: { "unknown model": refused } }));

@@ -48,6 +48,16 @@ def of_model(model: str) -> tuple[dict[str, str], dict[str, Any]]:
     return answers, facts
 
 
+def objects(model: str) -> dict[str, Any]:
+    """JSON of a schema, by `format`."""
+    options = {**OPTIONS, "num_predict": TASK["max_tokens_of_form"]}
+    done = client.chat(model, turns(), format=TASK["schema"], options=options)
+    made = client.generate(
+        model, TASK["prompt"], images=[TASK["picture"]], format=TASK["schema"], options=options
+    )
+    return {"chat": json.loads(done.message.content), "generate": json.loads(made.response)}
+
+
 async def awaited(model: str) -> str:
     text = ""
     async for part in await ollama.AsyncClient(host=TASK["url"]).chat(
@@ -72,6 +82,7 @@ print(
         {
             "answers": {model: answers for model, (answers, _) in found.items()},
             "facts": {model: facts for model, (_, facts) in found.items()},
+            "objects": {model: objects(model) for model in TASK["models"] if TASK["schema"]},
             "models": [one.model.removesuffix(":latest") for one in client.list().models],
             "running": [one.model.removesuffix(":latest") for one in client.ps().models],
             "errors": {

@@ -52,10 +52,17 @@ for (const model of task.models) {
     pieces: text.filter((piece) => piece).length,
   };
 }
+const objects = {};
+for (const model of task.schema ? task.models : []) {
+  const response_format = { type: "json_schema", json_schema: { name: "seen", strict: true, schema: task.schema } };
+  const fields = asked(model, { response_format, max_tokens: task.max_tokens_of_form });
+  const parsed = await client.chat.completions.parse(fields);
+  objects[model] = { parse: JSON.parse(parsed.choices[0].message.content) };
+}
 const models = [];
 for await (const model of client.models.list()) models.push(model.id);
 const errors = {
   "unknown model": await refused(asked("no-such-model")),
   "n 2": await refused(asked(task.models[0], { n: 2 })),
 };
-console.log(JSON.stringify({ answers, facts, models, errors }));
+console.log(JSON.stringify({ answers, facts, objects, models, errors }));

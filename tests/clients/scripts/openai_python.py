@@ -16,6 +16,7 @@ BASE = TASK["url"] + "/v1"
 PICTURE = "data:image/png;base64," + base64.b64encode(Path(TASK["picture"]).read_bytes()).decode()
 SHOWN = {"type": "image_url", "image_url": {"url": PICTURE}}
 WORDS = {"type": "text", "text": TASK["prompt"]}
+BAD_FORM = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"not": {"type": "string"}}}}
 client = openai.OpenAI(base_url=BASE, api_key="EMPTY", max_retries=0)
 
 
@@ -80,6 +81,15 @@ def of_model(model: str) -> tuple[dict[str, str], dict[str, Any]]:
     return answers, facts
 
 
+def objects(model: str) -> dict[str, Any]:
+    """JSON of a schema, whole and streamed."""
+    form = {"type": "json_schema", "json_schema": {"name": "seen", "strict": True, "schema": TASK["schema"]}}
+    fields = {**asked(model, response_format=form), "max_tokens": TASK["max_tokens_of_form"]}
+    chunks = [chunk for chunk in streamed(**fields) if chunk.choices]
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    return {"response_format": json.loads(whole(**fields)), "streamed": json.loads(text)}
+
+
 def errors(model: str) -> dict[str, Any]:
     bad = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
     return {
@@ -88,6 +98,7 @@ def errors(model: str) -> dict[str, Any]:
         "bad picture": refused(**asked(model, [bad, WORDS])),
         "long prompt": refused(**asked(model, [SHOWN, {"type": "text", "text": "word " * 5000}])),
         "keep 1000": whole_or_refused(model),
+        "bad schema": refused(**asked(model, response_format=BAD_FORM)),
     }
 
 
@@ -103,6 +114,7 @@ print(
             "facts": {model: facts for model, (_, facts) in found.items()},
             "models": [model.id for model in client.models.list()],
             "errors": errors(TASK["models"][0]),
+            "objects": {model: objects(model) for model in TASK["models"] if TASK["schema"]},
         }
     )
 )

@@ -46,6 +46,13 @@ try {
 const report = { answers, facts, errors: { "unknown model": refused } };
 if (task.schema) {
   const output = Output.object({ schema: jsonSchema(task.schema) });
-  report.object = (await generateText({ ...asked(task.models[0]), maxOutputTokens: 200, output })).output;
+  report.objects = {};
+  for (const model of task.models) {
+    const fields = { ...asked(model), maxOutputTokens: task.max_tokens_of_form, output };
+    const stream = streamText(fields);
+    let last;
+    for await (const part of stream.partialOutputStream) last = part;
+    report.objects[model] = { "Output.object": (await generateText(fields)).output, streamed: last };
+  }
 }
 console.log(JSON.stringify(report));

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from vtp.runtime import Pipeline
+from vtp.runtime import NO_PICTURE, Pipeline
 from vtp.runtime.commands.run import main
 
 PROMPT = "what shape is the red ?"
@@ -147,7 +147,7 @@ def test_bad_requests_are_one_line(
     assert err.startswith("vtp-run: error: ") and message in err
 
 
-@pytest.mark.parametrize("argv", [[], ["bundle"], ["bundle", "--prompt", "x"], ["bundle", "--image", "x"]])
+@pytest.mark.parametrize("argv", [[], ["bundle"], ["bundle", "--image", "x"]])
 def test_what_is_required(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert run(argv) == 2
     err = capsys.readouterr().err
@@ -211,6 +211,23 @@ def test_bad_batch_files(
     assert run([str(bundle), "--batch", str(tmp_path / "asked.jsonl")]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and message in err
+
+
+def test_without_a_picture_the_prompt_is_answered_as_text(
+    bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And a note says so, for who forgot it."""
+    with Pipeline.load(bundle, threads=1) as pipe:
+        right = pipe.generate(NO_PICTURE, "how many ?", max_new_tokens=6)
+    assert run([str(bundle), "--prompt", "how many ?", "--max-new-tokens", "6", "--json"]) == 0
+    out, err = capsys.readouterr()
+    data = json.loads(out)
+    assert (data["text"], data["token_ids"]) == (right.text, right.token_ids)
+    assert data["visual_tokens"] == {"before": 0, "after": 0}
+    assert err.startswith("vtp-run: note: no picture was given, so the prompt is answered as text alone;")
+    assert err.count("\n") == 1
+    assert run([str(bundle), "--prompt", "x", "--show-kept", "kept.png"]) == 2
+    assert "--show-kept shows a picture; give --image" in capsys.readouterr().err
 
 
 def test_a_batch_names_its_own_pictures(ask: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -69,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
+    """Measure one bundle in a process of its own, and write what was asked for."""
     task, progress = _task(args), Progress()
     if args.plot:
         report.check_plot(args.plot)
@@ -110,6 +111,7 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _run_engines(task: Task, as_json: bool, progress: Progress) -> None:
+    """Measure every graph on every engine, and keep the choice for `--engine auto` if all answer alike."""
     bundle = open_bundle(Path(task.bundle))
     engines = candidates(bundle)
     choose_engine(BASE, target=bundle.manifest.target)  # what all are held against

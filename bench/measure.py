@@ -193,6 +193,7 @@ def _note(
 def _figures(
     bundle: Bundle, keep: int, shapes: Shapes, seen: Mapping[str, Any], engine: str
 ) -> dict[str, Any]:
+    """Medians and quartiles of what was seen, with each stage's work beside the machine's best rates."""
     gemm, memory = (_best(seen["rates"], kind) for kind in ("gemm", "memory"))
     stages = [
         {

@@ -51,6 +51,7 @@ def _stages(results: Mapping[str, Any]) -> str:
 
 
 def _lines(results: Mapping[str, Any]) -> Iterator[str]:
+    """What was measured in plain lines: first token, further ones, the machine, memory, energy."""
     parts, ttft, limit = results["parts"], results["ttft_ms"], results["ceiling"]
     named = ", ".join(f"{name} {parts[name]:.1f}" for name in _PARTS)
     yield f"time to first token  {_spread(ttft)} ms: {named}"

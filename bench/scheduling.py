@@ -97,6 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
+    """Let each number of clients ask one pipeline, in turn and at once, and print both."""
     clients = [whole_number("--clients", text, 1) for text in args.clients.split(",")]
     pictures = [str(path) for path in sorted(examples_dir().glob("*.png"))]
     if not pictures:

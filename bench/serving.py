@@ -113,6 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
+    """Start a server on a bundle whose answers do not end, and ask it with each number of clients."""
     clients = [whole_number("--clients", text, 1) for text in args.clients.split(",")]
     requests, length = (
         whole_number(f"--{name}", getattr(args, name.replace("-", "_")), 1)
@@ -258,6 +259,7 @@ def _quantile(values: Sequence[float], share: float) -> float:
 
 
 def _report(found: dict[str, Any]) -> str:
+    """A table with a line for each number of clients, below what was asked of which machine."""
     header = [
         "clients",
         "answers/s",

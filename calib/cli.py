@@ -68,6 +68,7 @@ def _score_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _keep(args: argparse.Namespace) -> None:
+    """Ask at keep-counts until the goal is met, write the reports, and set the bundle's default."""
     goal = _goal(args)
     floor = goal.get("floor")
     samples, metric = read_samples(args)

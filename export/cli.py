@@ -132,6 +132,7 @@ def _list_or_export(args: argparse.Namespace) -> None:
 
 
 def _export(args: argparse.Namespace) -> None:
+    """Make a Request of the flags, export it, and print the report; torch is imported here."""
     try:
         Path.cwd()
     except FileNotFoundError as error:  # torch's libraries would end the process without a line of ours
@@ -216,6 +217,7 @@ def _summary(bundle: Bundle) -> dict[str, Any]:
 
 
 def _report(bundle: Bundle, output: Path) -> str:
+    """What the command prints when it is done: stages, what was verified, and the next command."""
     manifest = bundle.manifest
     parity = manifest.parity.get("graphs", {})
     rows = [

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from .once import Once
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -82,14 +85,25 @@ def make_desk(folder: Path) -> Path:
     return folder
 
 
+def tried(once: Once) -> Path:
+    """Where the README's first two commands have run, whose bundle other tests read as well."""
+
+    def run_first(folder: Path) -> None:
+        folder.mkdir()
+        make_desk(folder)
+        commands = [line for line in blocks("sh")[1].splitlines() if line.strip()]
+        for number, line in enumerate(commands):
+            (folder / f"{number}.out").write_text(carry_out(line, folder))
+
+    return once.folder("readme", run_first)
+
+
 @pytest.fixture(scope="module")
-def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the README's first two commands have run, and the one that its plain program needs."""
-    folder = make_desk(tmp_path_factory.mktemp("readme"))
-    commands = [line for line in blocks("sh")[1].splitlines() if line.strip()]
-    commands.append("vtp-export --method vispruner -o bundle-vispruner")
-    for number, line in enumerate(commands):
-        (folder / f"{number}.out").write_text(carry_out(line, folder))
+def desk(once: Once, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of it, with what the README's plain program needs."""
+    folder = tmp_path_factory.mktemp("readme") / "desk"
+    shutil.copytree(tried(once), folder, symlinks=True)
+    carry_out("vtp-export --method vispruner -o bundle-vispruner", folder)
     return folder
 
 

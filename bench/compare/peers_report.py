@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from vtp.bench.common.checkout import checkout
+from vtp.bench.common.markdown import markdown_table, milliseconds
 from vtp.bench.common.pairs import BASE, beside_base, fastest_of, find_pair
 from vtp.engines import UsageError
 from vtp.runtime.commands.console import run_command
@@ -97,7 +98,7 @@ def _beside(pairs: Iterable[Mapping[str, Any]], who: str, ours: str, of: str = "
     for pair in pairs:
         one, two = (pair["ms"][pair[side]]["ttft"] for side in ("theirs", "ours"))
         rows.append([WHAT.get(pair[of], pair[of]), _ms(one), _ms(two), _ratio(pair["ttft"])])
-    return _table([who, "first token of the peer, ms", f"{ours}, ms", "times (95 %)"], rows)
+    return markdown_table([who, "first token of the peer, ms", f"{ours}, ms", "times (95 %)"], rows, left=1)
 
 
 def page(results: Mapping[str, Any]) -> str:
@@ -130,7 +131,7 @@ def _whole(results: Mapping[str, Any]) -> str:
     for pair in beside_base(results):
         found = results["peers"][pair["theirs"]]
         rows.append([*_both(pair, "theirs"), f"{found['peak'] / 1e6:.0f}", _equal(found.get("equal"))])
-    return _table([*_header("vtp vispruner"), "peak memory, MB", "held against"], rows)
+    return markdown_table([*_header("vtp vispruner"), "peak memory, MB", "held against"], rows, left=1)
 
 
 def _variants(results: Mapping[str, Any]) -> list[str]:
@@ -143,7 +144,7 @@ def _variants(results: Mapping[str, Any]) -> list[str]:
         return []
     said = f"{WHAT[str(fastest_of(results))]} takes the least time of the unpruned peers above. Beside vtp's "
     said += "other bundles, each line in turns of its own:"
-    table = _table([*_header("the bundle"), "peak memory, MB"], rows)
+    table = markdown_table([*_header("the bundle"), "peak memory, MB"], rows, left=1)
     return ["## The fastest unpruned peer", said, table]
 
 
@@ -205,7 +206,7 @@ def _decoder(results: Mapping[str, Any], precision: str, names: tuple[str, str])
     if precision == "int4":
         said += f" {_SAME_CODES}"
     header = ["", "prompt, ms (quartiles)", "each further, ms", "peak memory, MB"]
-    return [said, _table(header, rows)]
+    return [said, markdown_table(header, rows, left=1)]
 
 
 def _aims(results: Mapping[str, Any]) -> list[str]:
@@ -214,7 +215,7 @@ def _aims(results: Mapping[str, Any]) -> list[str]:
     if not rows:
         return []
     said = "Of ratios the interval's lower bound counts."
-    return ["## Aims", said, _table(["", "aim", "found", ""], rows)]
+    return ["## Aims", said, markdown_table(["", "aim", "found", ""], rows, left=1)]
 
 
 def aims(results: Mapping[str, Any]) -> list[tuple[str, str, str, bool | None]]:
@@ -279,7 +280,9 @@ def _stages(found: Mapping[str, Any]) -> str:
         ]
         for stage in found["stages"]
     ]
-    return _table(["stage", "ms (quartiles)", "% of first token", "GFLOP", "of the GEMM rate"], rows)
+    return markdown_table(
+        ["stage", "ms (quartiles)", "% of first token", "GFLOP", "of the GEMM rate"], rows, left=1
+    )
 
 
 def _notes(found: Mapping[str, Any]) -> str:
@@ -321,20 +324,11 @@ def _ratio(found: Mapping[str, float]) -> str:
 
 
 def _spread(found: Mapping[str, Any]) -> str:
-    return f"{_ms(found)} ({_digits(found['low'])} to {_digits(found['high'])})"
+    return f"{_ms(found)} ({milliseconds(found['low'])} to {milliseconds(found['high'])})"
 
 
 def _ms(found: Mapping[str, Any]) -> str:
-    return _digits(found["median"])
-
-
-def _digits(ms: float) -> str:
-    return f"{ms:.0f}" if ms >= 100 else f"{ms:.1f}" if ms >= 10 else f"{ms:.2f}"
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    marks = ["---", *["---:"] * (len(header) - 1)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in (header, marks, *rows))
+    return milliseconds(found["median"])
 
 
 def main() -> int:

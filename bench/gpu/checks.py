@@ -219,6 +219,7 @@ def _counts(found: dict[str, int]) -> str:
 
 
 def _assignment(path: Path, engine: str) -> dict[str, Any]:
+    """How many nodes each provider of ONNX Runtime runs, which are not on the GPU, and copies between."""
     import onnx
 
     ort = load_onnxruntime()

@@ -63,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
+    """Run the checks of each bundle; written after each, so that a stopped run goes on."""
     if args.engine not in engine_names() or args.engine == "auto":
         raise UsageError(f"engine '{args.engine}' is not one of {', '.join(engine_names()[1:])}; name one")
     jobs, progress, machine = _jobs(args), Progress(), look()

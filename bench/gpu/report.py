@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+from vtp.bench.common.markdown import markdown_table
 
 
 def markdown(results: Mapping[str, Any]) -> str:
@@ -33,7 +35,7 @@ def outcomes(bundles: Mapping[str, Any]) -> str:
         for name, bundle in bundles.items()
         for check, found in bundle["checks"].items()
     ]
-    return table(["bundle", "check", "outcome"], rows)
+    return markdown_table(["bundle", "check", "outcome"], rows)
 
 
 def write_results(target: Path, results: Mapping[str, Any], page: str) -> None:
@@ -77,7 +79,7 @@ def _times(bundles: Mapping[str, Any]) -> list[str]:
     if not rows:
         return []
     said = "Milliseconds, batch 1; stages and decode steps each timed on an idle device."
-    return ["## Times", said, table(["bundle", "stage", "median", "quartiles"], rows)]
+    return ["## Times", said, markdown_table(["bundle", "stage", "median", "quartiles"], rows)]
 
 
 def _agreement(bundles: Mapping[str, Any]) -> list[str]:
@@ -96,7 +98,9 @@ def _agreement(bundles: Mapping[str, Any]) -> list[str]:
         for against, one in found["against"].items()
     ]
     header = ["bundle", "against", "equal answers", "least cosine", "largest difference"]
-    return ["## Agreement", table([*header, "equal selections", "least overlap"], rows)] if rows else []
+    return (
+        ["## Agreement", markdown_table([*header, "equal selections", "least overlap"], rows)] if rows else []
+    )
 
 
 def _accuracy(bundles: Mapping[str, Any]) -> list[str]:
@@ -108,7 +112,7 @@ def _accuracy(bundles: Mapping[str, Any]) -> list[str]:
         ]
         for name, found in _ran(bundles, "accuracy")
     ]
-    return ["## Accuracy", table(["bundle", "right", "95 % interval, %"], rows)] if rows else []
+    return ["## Accuracy", markdown_table(["bundle", "right", "95 % interval, %"], rows)] if rows else []
 
 
 def _engines(bundles: Mapping[str, Any]) -> list[str]:
@@ -125,7 +129,7 @@ def _engines(bundles: Mapping[str, Any]) -> list[str]:
         for file, gate in found["gates"].items()
     ]
     header = ["bundle", "graph", "least cosine", "largest difference", "usable", "seconds to build"]
-    return ["## Engines against ONNX Runtime", table(header, rows)] if rows else []
+    return ["## Engines against ONNX Runtime", markdown_table(header, rows)] if rows else []
 
 
 def _nodes(bundles: Mapping[str, Any]) -> list[str]:
@@ -135,14 +139,8 @@ def _nodes(bundles: Mapping[str, Any]) -> list[str]:
         for file, graph in found["graphs"].items()
     ]
     header = ["bundle", "graph", "nodes by provider", "left to the CPU", "copies"]
-    return ["## Where nodes run", table(header, rows)] if rows else []
+    return ["## Where nodes run", markdown_table(header, rows)] if rows else []
 
 
 def _counts(found: Mapping[str, int]) -> str:
     return ", ".join(f"{key} {count}" for key, count in found.items()) or "none"
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

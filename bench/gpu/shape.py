@@ -55,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
+    """Measure each bundle beside PyTorch; written after each, so that a stopped run goes on."""
     if args.engine not in engine_names()[1:]:
         raise UsageError(f"engine '{args.engine}' is not one of {', '.join(engine_names()[1:])}; name one")
     jobs, progress, machine = _jobs(args), Progress(), look()

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from vtp.bench.gpu.report import outcomes, table
+from vtp.bench.common.markdown import markdown_table
+from vtp.bench.gpu.report import outcomes
 
 _MET = {True: "met", False: "missed", None: "not measured"}
 
@@ -46,7 +47,7 @@ def _aims(results: Mapping[str, Any]) -> str:
         ]
         for one in results["aims"]
     ]
-    return table(["bundle", "what", "aim", "found", ""], rows)
+    return markdown_table(["bundle", "what", "aim", "found", ""], rows)
 
 
 def _times(ran: Mapping[str, Any]) -> list[str]:
@@ -63,7 +64,10 @@ def _times(ran: Mapping[str, Any]) -> list[str]:
         for who, parts in one["ms"].items()
         for part, ms in parts.items()
     ]
-    return ["## Milliseconds", table(["bundle", "who", "tokens", "part", "median", "quartiles"], rows)]
+    return [
+        "## Milliseconds",
+        markdown_table(["bundle", "who", "tokens", "part", "median", "quartiles"], rows),
+    ]
 
 
 def _ratios(ran: Mapping[str, Any]) -> list[str]:
@@ -74,7 +78,11 @@ def _ratios(ran: Mapping[str, Any]) -> list[str]:
         for part, found in parts.items()
     ]
     said = "How many times longer PyTorch takes, turn by turn, with the 95 % interval."
-    return ["## Ratios", said, table(["bundle", "beside", "part", "ratio", "95 %"], rows)] if rows else []
+    return (
+        ["## Ratios", said, markdown_table(["bundle", "beside", "part", "ratio", "95 %"], rows)]
+        if rows
+        else []
+    )
 
 
 def _memory(ran: Mapping[str, Any]) -> list[str]:
@@ -89,4 +97,4 @@ def _memory(ran: Mapping[str, Any]) -> list[str]:
         for label, one in ran.items()
     ]
     header = ["bundle", "memory added, vtp", "PyTorch (all ways)", "read by a step", "memory's rate, GB/s"]
-    return ["## Memory", table([*header, "logits beside PyTorch's"], rows)]
+    return ["## Memory", markdown_table([*header, "logits beside PyTorch's"], rows)]

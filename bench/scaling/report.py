@@ -18,6 +18,7 @@ import numpy as np
 
 from vtp.bench.common.checkout import checkout
 from vtp.bench.common.figures import spread
+from vtp.bench.common.markdown import markdown_table, milliseconds
 from vtp.runtime.commands.console import run_command
 
 BEGIN, END = "<!-- why: begin -->", "<!-- why: end -->"
@@ -136,6 +137,7 @@ def _tables(results: Mapping[str, Any]) -> list[str]:
 
 
 def _requests(axis: str, lines: Sequence[Mapping[str, Any]]) -> str:
+    """The table of one axis: times and work of each size, and how they grew from the size before."""
     header = [
         axis.partition(",")[0],
         "first token, ms",
@@ -155,8 +157,8 @@ def _requests(axis: str, lines: Sequence[Mapping[str, Any]]) -> str:
                 _spread(row["ttft"]),
                 _slope(before, row, "ttft"),
                 _more(before, row),
-                _digits(row["encoder"]["median"]),
-                _digits(row["prefill"]["median"]),
+                milliseconds(row["encoder"]["median"]),
+                milliseconds(row["prefill"]["median"]),
                 _slope(before, row, "prefill"),
                 f"{row['flops'] / 1e9:.3g}",
                 _slope(before, row, "flops"),
@@ -165,7 +167,7 @@ def _requests(axis: str, lines: Sequence[Mapping[str, Any]]) -> str:
                 _slope(before, row, "tpot"),
             ]
         )
-    return _table(header, table)
+    return markdown_table(header, table, left=0)
 
 
 def _streams(lines: Sequence[Mapping[str, Any]]) -> str:
@@ -186,7 +188,7 @@ def _streams(lines: Sequence[Mapping[str, Any]]) -> str:
                 _slope(before, row, "tpot"),
             ]
         )
-    return _table(header, table)
+    return markdown_table(header, table, left=0)
 
 
 def _slope(before: Mapping[str, Any] | None, row: Mapping[str, Any], what: str) -> str:
@@ -203,16 +205,7 @@ def _more(before: Mapping[str, Any] | None, row: Mapping[str, Any]) -> str:
 
 
 def _spread(found: Mapping[str, Any]) -> str:
-    return f"{_digits(found['median'])} ({_digits(found['low'])} to {_digits(found['high'])})"
-
-
-def _digits(ms: float) -> str:
-    return f"{ms:.0f}" if ms >= 100 else f"{ms:.1f}" if ms >= 10 else f"{ms:.2f}"
-
-
-def _table(header: Sequence[str], table: Sequence[Sequence[str]]) -> str:
-    marks = ["---:"] * len(header)
-    return "\n".join(f"| {' | '.join(line)} |" for line in (header, marks, *table))
+    return f"{milliseconds(found['median'])} ({milliseconds(found['low'])} to {milliseconds(found['high'])})"
 
 
 def plot(results: Mapping[str, Any], path: Path) -> None:

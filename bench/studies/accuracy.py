@@ -69,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
+    """Export each method and let every keep-count take the exam; unpruned with a blank picture as well."""
     started, progress = time.monotonic(), Progress()
     quiet_libraries()
     items = list(held_out(args.count, args.seed, EXAMS[args.exam]))

@@ -60,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
+    """Export every method, let it take the exam, time first tokens in turns, and write the report."""
     quiet_libraries()
     names, work, progress = _names(args.methods), Path(args.work), Progress()
     keeps = sorted(parse_keep(args.keep), reverse=True)
@@ -170,6 +171,7 @@ def _results(
     answers: Mapping[str, Any],
     times: Mapping[str, dict[str, Any]],
 ) -> dict[str, Any]:
+    """One row for each method and keep-count: right answers, also by kind of question, and its times."""
     rows = []
     for name in names:
         for keep, right in answers[name]["right"].items():

@@ -62,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
+    """Quantise one vision encoder and time it beside the float one, in turns."""
     if min(args.rounds, args.pictures, args.layers) < 1:
         raise UsageError("--rounds, --pictures and --layers are whole numbers of at least 1")
     quiet_libraries()

@@ -252,6 +252,7 @@ class Ruler:
         return sum(right) / len(right)
 
     def _right(self, embeds: Tensor, questions: list[Any], kept: Tensor, original: bool) -> list[bool]:
+        """Whether each question [B,M] is answered right with the kept tokens [B,K], all M in one pass."""
         decoder, image = self.model.model.language_model, self.model.config.image_token_id
         (batch, keep), most = kept.shape, max(map(len, questions))
         before = questions[0][0][0].index(image)

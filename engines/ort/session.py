@@ -311,6 +311,7 @@ def _run_options(graph: int) -> Any:
 
 
 def _open_session(path: Path, name: str, threads: int | None, cuda_graph: bool = False) -> Any:
+    """Open a graph on the engine's provider; VtpError if it cannot be loaded or CUDA does not start."""
     ort = load_onnxruntime()
 
     options = ort.SessionOptions()

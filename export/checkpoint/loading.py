@@ -127,6 +127,7 @@ def _load(
     frames: int | None,
     tower: TowerReduction | None,
 ) -> Checkpoint:
+    """Check the folder before the weights, build the model, and fit its image processor to its tower."""
     family_class = _check(folder, frames)
     settings.check_files(folder, _read_json)
     check_added_tokens(folder)

@@ -113,6 +113,7 @@ class DecoderPart(nn.Module):
         total_sequence_length: Tensor,
         *others: Tensor,
     ) -> tuple[Tensor, ...]:
+        """Logits, or hidden states and cues; then present keys and values. The class has the shapes."""
         past = list(others)
         lookahead = past.pop(0) if self.mask_kind == "image" else None
         rows = past.pop(0) if self.reads_text else None

@@ -137,6 +137,7 @@ def _own_errors() -> Iterator[None]:
 
 
 def _trace(spec: GraphSpec, opset: int) -> ir.Model:
+    """torch.export and translate; VtpError in one line with the cause of what cannot be exported."""
     try:
         with _quiet(), translating(opset), torch.no_grad():
             program = torch.onnx.export(

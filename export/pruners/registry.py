@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
-import math
 import pkgutil
 import re
 import sys
@@ -19,6 +18,7 @@ from types import ModuleType
 from typing import Any
 
 from vtp.engines.errors import UsageError, nearest
+from vtp.export.named_options import read_options
 from vtp.export.pruners.base import Pruner
 from vtp.export.pruners.site import Site
 
@@ -47,7 +47,6 @@ CUES: dict[str, tuple[str, ...]] = {
 POSITIONS = ("compact", "original")
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
-_BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
 def method_names() -> list[str]:
@@ -132,33 +131,7 @@ def parse_options(method: type[Pruner], texts: Iterable[str]) -> dict[str, Any]:
 
     Raises UsageError for a string without "=", an unknown or repeated option, or an unfit value.
     """
-    options: dict[str, Any] = {}
-    for text in texts:
-        key, equals, value = (part.strip() for part in text.partition("="))
-        if not equals or not key:
-            raise UsageError(f"method-option '{text}' is not of the form name=value")
-        if key not in method.options:
-            known = sorted(method.options)
-            listed = ", ".join(known) or "none"
-            raise UsageError(
-                f"method {method.name} has no option '{key}'{nearest(key, known)}; its options: {listed}"
-            )
-        if key in options:
-            raise UsageError(f"method-option '{key}' is given twice; give it once")
-        options[key] = _convert(key, value, method.options[key])
-    return options
-
-
-def _convert(key: str, text: str, default: Any) -> Any:
-    kind = type(default)
-    try:
-        value = _BOOLEANS[text.lower()] if kind is bool else kind(text)
-    except (ValueError, KeyError):
-        value = None
-    if value is None or (kind is float and not math.isfinite(value)):
-        wanted = {bool: "true or false", int: "a whole number", float: "a finite number"}[kind]
-        raise UsageError(f"method-option {key}={text}: {key} takes {wanted} (default {default})")
-    return value
+    return read_options(texts, method.options, f"method {method.name}", "method-option")
 
 
 def _problem(method: type[Pruner]) -> str:

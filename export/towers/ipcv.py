@@ -82,6 +82,7 @@ class Ipcv(RowReduction):
 
     @contextmanager
     def reference(self, layers: Sequence[Any], has_cls: bool, cues: bool) -> Iterator[None]:
+        """Blocks of transformers run whole up to the cut, then on chosen rows, with which the rest moves."""
         cut, last = self.settings["cut"], len(layers) - 1
         seen: dict[int, Tensor] = {}
         chosen: list[_LongChoice] = []

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import math
 import pkgutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from vtp.engines.errors import UsageError, nearest, quoted
+from vtp.export.named_options import read_options
 from vtp.export.towers.base import TowerReduction
 
 NONE = "none"
@@ -48,30 +47,4 @@ def parse_reduction(text: str, options: Sequence[str] = ()) -> TowerReduction | 
         return None
     kind = find_reduction(name)
     pairs = [f"{kind.main}={value}"] if colon else []
-    settings: dict[str, Any] = {}
-    for pair in [*pairs, *options]:
-        option, equals, given = (part.strip() for part in pair.partition("="))
-        if not equals:
-            raise UsageError(f"tower-option {quoted(pair)} is not of the form name=value")
-        if option not in kind.options:
-            known = list(kind.options)
-            raise UsageError(
-                f"tower {name} has no option {quoted(option)}{nearest(option, known)}; its options: "
-                f"{', '.join(known)}"
-            )
-        if option in settings:
-            raise UsageError(f"tower {name}: {option} is given twice; give it once")
-        settings[option] = _value(name, option, given, kind.options[option])
-    return kind(settings)
-
-
-def _value(name: str, option: str, text: str, default: Any) -> Any:
-    kind = type(default)
-    try:
-        value = kind(text) if text.isascii() and "_" not in text else None
-    except ValueError:
-        value = None
-    if value is None or not math.isfinite(value):
-        wanted = "a whole number" if kind is int else "a finite number"
-        raise UsageError(f"tower {name}: {option} is {quoted(text)}; give {wanted}, such as {default}")
-    return value
+    return kind(read_options([*pairs, *options], kind.options, f"tower {name}", "tower-option"))

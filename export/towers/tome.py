@@ -73,6 +73,7 @@ class Tome(RowReduction):
 
     @contextmanager
     def reference(self, layers: Sequence[Any], has_cls: bool, cues: bool) -> Iterator[None]:
+        """Blocks of transformers keep all rows; those of a group are set to their mean after attention."""
         groups: list[list[list[int]]] = []  # of every picture or tile
 
         def merging(number: int, layer: Any) -> Callable[..., Tensor]:

@@ -74,6 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
+    """Build every graph, compare with ONNX Runtime, and build without the plugin where a graph differs."""
     if args.triton:
         return _write_triton(args)
     if args.engine is None:

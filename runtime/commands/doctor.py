@@ -189,6 +189,7 @@ def render(report: dict[str, Any]) -> str:
 
 
 def _machine_lines(machine: dict[str, Any]) -> str:
+    """The machine, a line for each thing that is known of it."""
     memory, cuda = machine["memory"], machine["cuda"]
     gpus = [f"{one['name']} (SM {one['sm']}, {_mb(one['memory'])} MB)" for one in cuda["devices"]]
     versions = [f"{name} {version}" for name, version in machine["packages"].items()]

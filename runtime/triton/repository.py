@@ -131,6 +131,7 @@ def _graph_model(name: str, file: str) -> str:
 
 
 def _ensemble(bundle: Bundle, name: str, keep: int, stages: Sequence[StageInfo]) -> str:
+    """config.pbtxt of the image stages in a row; a name that several stages write gets the stage's name."""
     manifest = bundle.manifest
     pixels = manifest.graphs[stages[0].file].inputs
     entry = next(tensor for tensor, source in stages[0].inputs.items() if source == "pixel_values")

@@ -128,6 +128,7 @@ def _train_stage(
     resumed: dict[str, Any],
     seed: int,
 ) -> None:
+    """Train one stage, from where it stopped: its rate by step, its tally and losses in the log."""
     stage, start = recipe.decoder[number], resumed["step"]
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=stage.rate, weight_decay=0.01, betas=(0.9, 0.98), fused=True)

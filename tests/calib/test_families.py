@@ -20,11 +20,13 @@ from vtp.runtime.bundle.folder import open_bundle
 from vtp.runtime.media.images import load_image
 from vtp.runtime.preprocess import preprocess
 
+from ..export.families import test_qwen
 from ..models.tiny import save_tiny
 from ..models.tiny_families import save_anyres
 from ..models.tiny_gemma import save_gemma, tiny_gemma3, tiny_paligemma
 from ..models.tiny_qwen import save_qwen
 from ..models.tiny_split import save_idefics3, save_internvl
+from ..once import Once
 from ..oracles.tensorrt_10_3 import refused
 
 Save = Callable[[Path], Any]
@@ -43,12 +45,12 @@ MODELS: dict[str, tuple[Save, tuple[int, int] | None]] = {
     "gemma3": (lambda path: save_gemma(path, tiny_gemma3(seed=3)), None),
     "paligemma": (lambda path: save_gemma(path, tiny_paligemma()), None),
 }
-# Model, method, keep-count, target; the first few in the default tier.
+# Model, method, keep-count, target.
 CASES = [
     ("qwen2.5", "vispruner", "5", "ort"),
     ("internvl", "divprune", "5", "jetpack6"),
     *[
-        pytest.param(model, method, "3", target, marks=pytest.mark.slow)
+        (model, method, "3", target)
         for model in MODELS
         for method, target in (
             ("vispruner", "ort"),
@@ -85,6 +87,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "d.jsonl"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model", "method", "keep", "target"), CASES)
 def test_a_family_is_quantised(
     folder_of: Callable[[str], Path],
@@ -107,7 +110,22 @@ def test_a_family_is_quantised(
         max_length=256,
         verify="none",
     )
-    source = export(wish).folder
+    quantise(export(wish).folder, target, int(keep), data, tmp_path, capsys)
+
+
+def test_a_family_of_the_default_tests_is_quantised(
+    once: Once, saved: Callable[..., Any], data: Path, tmp_path: Path, capsys: Any
+) -> None:
+    """Qwen2.5-VL, on a bundle of its own tests."""
+    model, size, wishes = test_qwen.BUNDLES["2.5-vispruner"]
+    kind, options = test_qwen.MODELS[model]
+    more = {"image_size": test_qwen.SIZES[size], "max_length": 256, "verify": "full", **wishes}
+    source = once.bundle(saved(save_qwen, kind, **options)[0], **more)
+    quantise(source, "ort", int(wishes["keep_tokens"]), data, tmp_path, capsys)
+
+
+def quantise(source: Path, target: str, keep: int, data: Path, tmp_path: Path, capsys: Any) -> None:
+    """Quantise a bundle by the command: its bits, its operators, its features and that it answers."""
     decoder = "none" if target == "jetpack6" else "int4"
     given = ["quantize", source, "--data", data, "--decoder", decoder, "--output", tmp_path / "small"]
     given += ["--force", "--samples", 2, "--max-new-tokens", 3, "--threads", 1, "--json"]
@@ -124,7 +142,7 @@ def test_a_family_is_quantised(
             assert not refused(small.path(file))
     near(source, small.folder, data.parent / "1.png")
     with Pipeline.load(small.folder, "ort-cpu", threads=1) as pipe:
-        assert pipe.generate(data.parent / "0.png", "what ?", max_new_tokens=2).visual_tokens[1] == int(keep)
+        assert pipe.generate(data.parent / "0.png", "what ?", max_new_tokens=2).visual_tokens[1] == keep
 
 
 def near(source: Path, small: Path, picture: Path) -> None:

@@ -14,10 +14,12 @@ from vtp.calib.data import Sample
 from vtp.calib.quantize.layers import load_graph
 from vtp.calib.quantize.quantizer import Quantizer, Wish
 from vtp.engines.tensorrt.library import INSTALL, Profile, build_engine
-from vtp.export.exporter import Request, export
 from vtp.runtime import Pipeline
 from vtp.runtime.bundle.folder import Bundle, open_bundle, whole_bundle
 from vtp.runtime.bundle.manifest import GraphInfo
+
+from ..conftest import MAX_LENGTH
+from ..once import Once
 
 ENGINE = "tensorrt-rtx"
 MISSING = util.find_spec("tensorrt_rtx") is None
@@ -27,26 +29,26 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module", params=["float16", pytest.param("float32", marks=pytest.mark.slow)])
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param({}, id="float16"),
+        pytest.param({"dtype": "float32"}, id="float32", marks=pytest.mark.slow),
+    ],
+)
 def made(
     request: Any,
+    once: Once,
     tmp_path_factory: pytest.TempPathFactory,
     model_folder: Callable[[str], Path],
     picture_file: Path,
 ) -> Bundle:
     """A bundle for TensorRT with int8 and int4 layers; its decoder is in two parts."""
     root = tmp_path_factory.mktemp("trt")
-    wish = Request(
-        root / "float",
-        str(model_folder("gqa")),
-        "adaptprune",
-        "4",
-        target="tensorrt",
-        dtype=request.param,
-        max_length=128,
-        verify="none",
-    )
-    quantizer = Quantizer(export(wish), Wish("int8", "int4"))
+    wishes = {"method": "adaptprune", "target": "tensorrt", "max_length": MAX_LENGTH, "verify": "full"}
+    wishes |= {"keep_tokens": "5", **request.param}  # in float16 the bundle of tests/export/test_target.py
+    source = open_bundle(once.bundle(model_folder("gqa"), **wishes))
+    quantizer = Quantizer(source, Wish("int8", "int4"))
     with whole_bundle(root / "small") as aside:
         sample = Sample(picture_file, "what ?")
         quantizer.observe(aside / "probe", [sample], "ort-cpu", 1, lambda _: None)

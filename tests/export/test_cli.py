@@ -244,8 +244,6 @@ def test_the_report(model_folder: Callable[[str], Path], tmp_path: Path, picture
 
 def test_optimum_cli_is_the_same_command(model_folder: Callable[[str], Path], tmp_path: Path) -> None:
     optimum = [str(BIN / "optimum-cli"), "export", "vtp"]
-    shown = subprocess.run([*optimum, "--help"], capture_output=True, text=True, check=False)
-    assert shown.returncode == 0 and "--prune-ratio" in shown.stdout and "--keep-tokens" in shown.stdout
     argv = [
         "--model",
         str(model_folder("mha")),
@@ -262,8 +260,20 @@ def test_optimum_cli_is_the_same_command(model_folder: Callable[[str], Path], tm
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["visual_tokens"] == {"before": 16, "after": 4}
     open_bundle(tmp_path / "out", check_hashes=True)
+
+
+@pytest.mark.slow
+def test_optimum_cli_helps_and_refuses_alike(tmp_path: Path) -> None:
+    optimum = [str(BIN / "optimum-cli"), "export", "vtp"]
+    shown = subprocess.run([*optimum, "--help"], capture_output=True, text=True, check=False)
+    assert shown.returncode == 0 and "--prune-ratio" in shown.stdout and "--keep-tokens" in shown.stdout
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").touch()
     wrong = subprocess.run(
-        [*optimum, *argv, "-o", str(tmp_path / "out")], capture_output=True, text=True, check=False
+        [*optimum, "--method", "none", "-o", str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert wrong.returncode == 2
     assert wrong.stderr.splitlines()[-1].startswith("vtp-export: error: output")

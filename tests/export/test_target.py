@@ -49,7 +49,7 @@ def bundle_of(once: Once, model_folder: Callable[[str], Path]) -> Get:
 
 @pytest.mark.parametrize("target", ["tensorrt", "jetpack6"])
 def test_the_bundle_says_its_target_and_is_float16_by_default(bundle_of: Get, target: str) -> None:
-    manifest = bundle_of("vispruner", target).manifest
+    manifest = bundle_of("adaptprune", target).manifest
     assert (manifest.target, manifest.dtype) == (target, "float16")
     assert manifest.parity["mode"] == "full"  # held against transformers, on ONNX Runtime's CPU provider
     assert "capacity" not in {axis for graph in manifest.graphs.values() for axis in graph.axes}

@@ -16,6 +16,7 @@ from PIL import Image
 
 from vtp.runtime import Pipeline
 
+from ..export.families import test_qwen, test_split
 from ..models.tiny_gemma import save_gemma, tiny_gemma3, tiny_paligemma
 from ..models.tiny_qwen import save_qwen
 from ..models.tiny_split import save_idefics3
@@ -39,11 +40,32 @@ FAMILIES: dict[str, tuple[Callable[[Path], Any], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_family_answers_token_for_token(once: Once, name: str) -> None:
     save, wishes = FAMILIES[name]
     model = once.folder(f"engines-{name}", save)
-    folder = once.bundle(model, max_length=256, verify="none", **wishes)
+    hold_together(once.bundle(model, max_length=256, verify="none", **wishes))
+
+
+def test_qwen2_5_answers_token_for_token(once: Once, saved: Callable[..., Any]) -> None:
+    """On the bundle of its own tests."""
+    model, size, wishes = test_qwen.BUNDLES["2.5-vispruner"]
+    kind, options = test_qwen.MODELS[model]
+    more = {"image_size": test_qwen.SIZES[size], "max_length": 256, "verify": "full", **wishes}
+    hold_together(once.bundle(saved(save_qwen, kind, **options)[0], **more))
+
+
+def test_idefics3_answers_token_for_token(once: Once, saved: Callable[..., Any]) -> None:
+    """On the bundle of its own tests."""
+    model, size, wishes = test_split.BUNDLES["idefics3-vispruner"]
+    save, _, options = test_split.MODELS[model]
+    more = {"image_size": size, "max_length": 256, "verify": "full", **wishes}
+    hold_together(once.bundle(saved(save, **options)[0], **more))
+
+
+def hold_together(folder: Path) -> None:
+    """One picture, and a batch of two: the same tokens and kept tokens on both engines."""
     found = {}
     for engine in ("ort-cpu", "openvino-cpu"):
         with Pipeline.load(folder, engine, threads=1) as pipe:

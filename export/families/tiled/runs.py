@@ -143,6 +143,7 @@ class RunsSplice(Splice):
         image_start: Tensor,
         keep_indices: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """The prompt's embeddings with kept tokens and marks in it, positions, and the next position."""
         tokens = keep_indices
         if tokens is None:
             tokens = torch.arange(self.count) + torch.zeros_like(image_start.reshape(-1, 1))

@@ -238,7 +238,7 @@ def test_pictures_in_tiles_go_in_batches(bundle: Callable[[str], Made]) -> None:
 
 
 def test_onevision_takes_one_picture(bundle: Callable[[str], Made]) -> None:
-    made = bundle("onevision-vispruner")
+    made = bundle("onevision-none")
     refused = pytest.raises(UsageError, match=r"one picture per prompt, not 2: .* family llava_onevision")
     with Pipeline.load(made.folder) as pipe, refused:
         pipe.generate([noise(*made.image_size)] * 2, "what ?")

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import LlavaForConditionalGeneration
 
 from vtp.engines import VtpError
 from vtp.runtime import NO_PICTURE, Pipeline
@@ -41,7 +42,6 @@ QWEN = {"method": "fastv", "keep_tokens": "4", "image_size": (32, 48)}
 
 # Name: how the model is saved, its options, fields of the export's Request.
 BUNDLES: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, Any]]] = {
-    "llava-adaptprune": (save_tiny, {"layers": 3}, {"method": "adaptprune", "keep_tokens": "4,7"}),
     "llava-jetpack6": (
         save_tiny,
         {"layers": 3},
@@ -64,10 +64,15 @@ BUNDLES: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, Any]]] = 
 
 
 @pytest.fixture(scope="module")
-def bundle(once: Once, saved: Callable[..., Any]) -> Callable[[str], tuple[Path, Any]]:
+def bundle(
+    once: Once, saved: Callable[..., Any], exported: Callable[[str], Any]
+) -> Callable[[str], tuple[Path, Any]]:
     """A bundle by name and its torch model; exported at the first call."""
 
     def get(name: str) -> tuple[Path, Any]:
+        if name == "llava-adaptprune":  # which many tests share
+            made = exported("adaptprune")
+            return made.folder, LlavaForConditionalGeneration.from_pretrained(made.model).eval()
         save, options, wishes = BUNDLES[name]
         folder, model = saved(
             save, *options.get("kind", "").split(), **{k: v for k, v in options.items() if k != "kind"}
@@ -79,7 +84,10 @@ def bundle(once: Once, saved: Callable[..., Any]) -> Callable[[str], tuple[Path,
 
 # One target, a decoder in parts, positions along three axes, an attention mask of its own.
 QUICK = {"llava-adaptprune", "qwen3_vl-fastv", "gemma3-fastv"}
-NAMES = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in BUNDLES]
+NAMES = [
+    name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
+    for name in ("llava-adaptprune", *BUNDLES)
+]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -80,11 +80,14 @@ import signal
 from vtp.runtime.bundle.folder import whole_bundle
 from vtp.runtime.commands.console import run_command
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
+def wait():
+    for _ in range(600):  # a single long sleep may begin just behind the signal, and outlast it
+        time.sleep(0.1)
 def work():
     with whole_bundle(Path(sys.argv[1])) as aside:
         (aside / "half").write_text("x")
         print("writing", flush=True)
-        time.sleep(60)
+        wait()
 sys.exit(run_command("vtp-x", work))
 """
 
@@ -104,7 +107,9 @@ def test_what_ends_a_command_cleans_up(tmp_path: Path, how: signal.Signals) -> N
 
 def test_an_ignored_signal_stays_ignored(tmp_path: Path) -> None:
     """`nohup vtp-export ...` goes on when its terminal closes."""
-    script = WORKING.replace("time.sleep(60)", "sys.stdin.readline(); (aside / 'manifest.json').touch()")
+    script = WORKING.replace(
+        "        wait()", "        sys.stdin.readline(); (aside / 'manifest.json').touch()"
+    )
     script = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n" + script
     command = [sys.executable, "-c", script, str(tmp_path / "out")]
     pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}

@@ -15,6 +15,9 @@ from vtp.engines.tensorrt.library import INSTALL
 from vtp.runtime.bundle.folder import open_bundle
 from vtp.runtime.commands import build
 
+from ...conftest import MAX_LENGTH
+from ...once import Once
+
 ENGINE = "tensorrt-rtx"
 MISSING = util.find_spec("tensorrt_rtx") is None
 
@@ -83,20 +86,11 @@ def test_a_short_max_length_bounds_what_is_usual(exported: Callable[[str], Any])
 @pytest.mark.trtrtx
 @pytest.mark.skipif(MISSING, reason=f"tensorrt_rtx is not installed: {INSTALL[ENGINE]}")
 def test_a_bundle_is_built_once(
-    tmp_path: Path, model_folder: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+    once: Once, model_folder: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from vtp.export.exporter import Request, export
-
-    wish = Request(
-        tmp_path / "b",
-        str(model_folder("gqa")),
-        "fastervlm",
-        "5",
-        target="tensorrt",
-        max_length=64,
-        verify="none",
-    )
-    bundle = export(wish)
+    """On a bundle of tests/export/test_target.py."""
+    wishes = {"method": "adaptprune", "target": "tensorrt", "max_length": MAX_LENGTH, "verify": "full"}
+    bundle = open_bundle(once.bundle(model_folder("gqa"), keep_tokens="5", **wishes))
     capsys.readouterr()
     assert run(bundle.folder, "--engine", ENGINE, "--json") == 0
     rows = json.loads(capsys.readouterr().out)["engines"]

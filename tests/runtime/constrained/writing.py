@@ -15,7 +15,7 @@ import numpy as np
 from vtp.runtime.constrained.formats import Formats
 from vtp.runtime.prompt.prompter import Detokenizer, Prompter
 
-from ..prompt.test_text import TOKENIZERS, spec_for
+from ..prompt.tokenizer_kinds import TOKENIZERS, spec_for
 
 END = 2  # </s> of these tokenizers
 

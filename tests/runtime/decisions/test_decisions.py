@@ -28,7 +28,7 @@ from vtp.scenes.generator.pictures import COLORS, PLACES, SHAPES
 
 from ...once import Once
 from ...stand_ins.prompt_gate import Gate
-from ..prompt.test_text import TOKENIZERS, spec_for
+from ..prompt.tokenizer_kinds import TOKENIZERS, spec_for
 
 OPTIONS = {"shape": list(SHAPES), "color": list(COLORS), "where": list(PLACES), "count": list("0123456789")}
 

@@ -3,10 +3,7 @@
 import os
 import random
 import socket
-import struct
 import warnings
-import zlib
-from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,75 +18,17 @@ from transformers.image_utils import load_image as oracle
 from vtp.engines.errors import UsageError, VtpError
 from vtp.runtime.media.images import MAX_PIXELS, EncodedImage, check_image, load_image
 
-
-def noise(height: int, width: int, channels: int | None = 3, seed: int = 0) -> np.ndarray:
-    """Random uint8 pixels [H, W, channels], or [H, W] for None."""
-    shape = (height, width) if channels is None else (height, width, channels)
-    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
-
-
-def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
-    buffer = BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-def png_header(width: int, height: int) -> bytes:
-    """A PNG that promises width x height pixels and holds none of them."""
-    body = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    chunk = struct.pack(">I", 13) + body + struct.pack(">I", zlib.crc32(body))
-    return b"\x89PNG\r\n\x1a\n" + chunk + b"\0\0\0\0IDAT\x35\xaf\x06\x1e"
-
-
-def png(pixels: np.ndarray, bits: int = 16, **chunks: bytes) -> bytes:
-    """A PNG of values [H, W] (grey), [H, W, 2] (grey with alpha), [H, W, 3] or [H, W, 4], written by hand."""
-    channels = pixels.shape[2] if pixels.ndim == 3 else 1
-    colour = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
-    header = struct.pack(">IIBBBBB", pixels.shape[1], pixels.shape[0], bits, colour, 0, 0, 0)
-    lines = b"".join(b"\0" + line.astype(">u2" if bits == 16 else "u1").tobytes() for line in pixels)
-    parts = {"IHDR": header, **chunks, "IDAT": zlib.compress(lines), "IEND": b""}
-    data = b"\x89PNG\r\n\x1a\n"
-    for kind, body in parts.items():
-        body = kind.encode() + body
-        data += struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
-    return data
-
-
-def tiff_of_12_bits(pixels: np.ndarray) -> bytes:
-    """A little-endian grey TIFF [H, W], W even, with two values of 12 bits in three bytes."""
-    height, width = pixels.shape
-    first, second = pixels[:, 0::2].astype(int), pixels[:, 1::2].astype(int)
-    packed = np.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], -1).astype(np.uint8)
-    entries = {256: width, 257: height, 258: 12, 259: 1, 262: 1, 273: 8 + 2 + 9 * 12 + 4, 277: 1, 278: height}
-    entries[279] = packed.nbytes
-    rows = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in entries.items())
-    return b"II*\0" + struct.pack("<IH", 8, len(entries)) + rows + bytes(4) + packed.tobytes()
-
-
-DEEP = (np.arange(14 * 22, dtype=np.uint16) * 210).reshape(14, 22)
-
-
-def files_of_all_modes() -> dict[str, bytes]:
-    """Files that transformers opens as a viewer does."""
-    rgb = Image.fromarray(noise(13, 21))
-    frames = [Image.fromarray(noise(13, 21, seed=seed)) for seed in range(3)]
-    more: dict[str, Any] = {"save_all": True, "append_images": frames[1:], "duration": 40}
-    return {
-        "png_rgb": encoded(rgb, "PNG"),
-        "png_gray": encoded(rgb.convert("L"), "PNG"),
-        "png_bilevel": encoded(rgb.convert("1"), "PNG"),
-        "png_palette": encoded(rgb.quantize(17), "PNG"),
-        "png_16_bit_rgb": png(np.stack([DEEP, DEEP[::-1], DEEP[:, ::-1]], -1)),
-        "jpeg": encoded(rgb, "JPEG"),
-        "jpeg_cmyk": encoded(rgb.convert("CMYK"), "JPEG"),
-        "tiff_cmyk": encoded(rgb.convert("CMYK"), "TIFF"),
-        "tiff_ycbcr": encoded(rgb.convert("YCbCr"), "TIFF"),
-        "tiff_lab": encoded(Image.frombytes("LAB", (21, 13), noise(13, 21).tobytes()), "TIFF"),
-        "bmp": encoded(rgb, "BMP"),
-        "gif_animated": encoded(frames[0], "GIF", **more),
-        "png_animated": encoded(frames[0], "PNG", **more),
-        "webp_animated": encoded(frames[0], "WEBP", lossless=True, **more),
-    }
+from .picture_files import (
+    DEEP,
+    assert_every_source_gives,
+    encoded,
+    files_of_all_modes,
+    noise,
+    png,
+    png_header,
+    refusal,
+    written,
+)
 
 
 @pytest.mark.parametrize("name", files_of_all_modes())
@@ -99,15 +38,6 @@ def test_every_mode_opens_as_in_transformers(name: str, tmp_path: Path) -> None:
     expected = np.asarray(oracle(str(path)))
     assert expected.std() > 0  # a picture, not one flat colour, is compared
     assert_every_source_gives(expected, path)
-
-
-def assert_every_source_gives(expected: np.ndarray, path: Path) -> None:
-    data = path.read_bytes()
-    for source in (path, str(path), data, bytearray(data), memoryview(data), Image.open(path)):
-        image = load_image(source)
-        assert image.mode == "RGB" and image.size == expected.shape[1::-1]
-        np.testing.assert_array_equal(np.asarray(image), expected)
-        np.testing.assert_array_equal(np.asarray(load_image(image)), expected)  # and stays as it is
 
 
 # -- what is transparent -------------------------------------------------------------------------------------
@@ -186,70 +116,6 @@ def test_arrays_with_alpha_are_those_of_transformers() -> None:
     np.testing.assert_array_equal(np.asarray(load_image(array)), expected)
 
 
-# -- greys of more than 8 bits -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", ["PNG", "PPM", "TIFF", "JPEG2000"])
-def test_deep_greys_are_those_of_a_deep_rgb_picture(kind: str, tmp_path: Path) -> None:
-    """Pillow reads 16-bit RGB as transformers does; a grey picture with the same values looks the same."""
-    rgb = np.asarray(oracle(str(written(tmp_path / "rgb.png", png(np.stack([DEEP] * 3, -1))))))
-    assert rgb.std() > 50
-    data = png(DEEP) if kind == "PNG" else encoded(Image.fromarray(DEEP), kind)
-    assert_every_source_gives(rgb, written(tmp_path / "grey", data))
-
-
-def written(path: Path, data: bytes) -> Path:
-    path.write_bytes(data)
-    return path
-
-
-@pytest.mark.parametrize("mode", ["I;16", "I;16L", "I;16B", "I;16N"])
-def test_deep_greys_of_either_byte_order(mode: str) -> None:
-    order = {"B": ">u2", "N": "=u2"}.get(mode[-1], "<u2")
-    picture = Image.frombytes(mode, (22, 14), DEEP.astype(order).tobytes())
-    expected = np.asarray(load_image(png(DEEP)))
-    np.testing.assert_array_equal(np.asarray(load_image(picture)), expected)
-
-
-def test_deep_greys_of_12_bits_fill_the_range(tmp_path: Path) -> None:
-    values = DEEP >> 4
-    path = written(tmp_path / "twelve.tif", tiff_of_12_bits(values))
-    np.testing.assert_array_equal(np.asarray(Image.open(path)), values)  # the file is what it should be
-    assert_every_source_gives(np.asarray(load_image(png(DEEP))), path)
-
-
-def test_deep_greys_with_transparency(tmp_path: Path) -> None:
-    values = DEEP % 5 * 10000  # each value often; the oracle has the same picture in 8 bits
-    key = int(values[3, 7])
-    path = written(tmp_path / "key.png", png(values, tRNS=struct.pack(">H", key)))
-    expected = convert_to_rgb(
-        Image.open(BytesIO(png(values >> 8, 8, tRNS=struct.pack(">H", key >> 8)))), True
-    )
-    assert (expected[values == key] == 255).all() and (expected[values != key] < 255).all()
-    assert_every_source_gives(expected, path)
-    alpha = png(np.stack([DEEP, DEEP[::-1]], -1))
-    expected = convert_to_rgb(Image.open(BytesIO(alpha)), return_numpy=True)
-    assert_every_source_gives(expected, written(tmp_path / "alpha.png", alpha))
-
-
-@pytest.mark.parametrize("orientation", [3, 6])
-def test_deep_greys_are_turned(orientation: int) -> None:
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    picture, file = Image.fromarray(DEEP), BytesIO()
-    picture.save(file, "PNG", exif=exif)
-    turned = {3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_270}[orientation]
-    expected = np.asarray(load_image(picture.transpose(turned)))
-    np.testing.assert_array_equal(np.asarray(load_image(file.getvalue())), expected)
-
-
-@pytest.mark.parametrize(("dtype", "word"), [(np.int32, "32-bit"), (np.float32, "floating-point")])
-def test_greys_of_unknown_range_are_refused(dtype: type, word: str) -> None:
-    picture = Image.fromarray(DEEP.astype(dtype))
-    for source in (picture, encoded(picture, "TIFF")):
-        assert f"has {word} pixels" in refusal(source) and "scale them to 0..255" in refusal(source)
-
-
 # -- sources -------------------------------------------------------------------------------------------------
 
 
@@ -283,14 +149,6 @@ def test_the_callers_image_is_left_alone() -> None:
     given_image = Image.fromarray(noise(5, 7))
     load_image(given_image).paste((0, 0, 0), (0, 0, 7, 5))
     np.testing.assert_array_equal(np.asarray(given_image), noise(5, 7))
-
-
-def refusal(source: Any, kind: type[VtpError] = VtpError) -> str:
-    with pytest.raises(kind) as caught:
-        load_image(source)
-    text = str(caught.value)
-    assert text and "\n" not in text
-    return text
 
 
 def test_paths_that_hold_no_picture(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from vtp.runtime.prompt.token_bytes import TokenBytes
 
-from .test_text import TOKENIZERS
+from .tokenizer_kinds import TOKENIZERS
 
 BYTE_EXACT = ["byte_level", "byte_level_prefix", "llama", "metaspace_first", "metaspace_never"]
 TEXTS = ["what color is the star ?", "naïve 東京 🙂", " two  spaces", "a\nb\tc", "</s> <image>x"]

@@ -14,7 +14,7 @@ from vtp.engines.errors import VtpError
 from vtp.runtime.prompt import tokenizer as limits
 from vtp.runtime.prompt.prompter import Detokenizer, Prompter
 
-from .test_text import LLAVA_TEMPLATE, SPECIALS, TOKENIZERS, spec_for
+from .tokenizer_kinds import LLAVA_TEMPLATE, SPECIALS, TOKENIZERS, spec_for
 
 
 def changed(change: Callable[[Tokenizer], None], name: str = "byte_level") -> Tokenizer:

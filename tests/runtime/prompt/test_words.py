@@ -20,7 +20,7 @@ from vtp.runtime import Pipeline
 from vtp.runtime.commands.run import _options, build_parser
 from vtp.runtime.prompt.prompter import Detokenizer, Prompter, PromptTooLong, StopStrings, TextSpec
 
-from .test_text import FAST, IMAGE, LLAVA_TEMPLATE, TOKENIZERS, said, spec_for, user, wrapped
+from .tokenizer_kinds import FAST, IMAGE, LLAVA_TEMPLATE, TOKENIZERS, said, spec_for, user, wrapped
 
 PARTS = (
     "{% for m in messages %}{{ m.role }}:{% if m.content is string %}{{ m.content }}{% else %}"

@@ -39,7 +39,7 @@ class Asker:
         shared = {name: options[name] for name in _SHARED if name in options}
         self._decision_options = GenerateOptions(max_new_tokens=1, **shared)
         self._states = [AlertState(alert) for alert in alerts]
-        self._questions = [Question.of(alert.question) for alert in alerts]
+        self._questions = [alert.asked for alert in alerts]
         self._lock = threading.Lock()
         self._cancelled = False
         self._cancel_current: Callable[[], None] = _nothing
@@ -61,10 +61,10 @@ class Asker:
                 pass
         return stream.result
 
-    def read_alerts(self, picture: Image.Image, clock: Callable[[], float]) -> list[AlertReading]:
-        """A reading of every alert. Raises Cancelled."""
-        asked = zip(self._states, self._questions, strict=True)
-        return [state.read(self._decide(picture, question), clock()) for state, question in asked]
+    def read_alerts(self, picture: Image.Image, clock: Callable[[], float]) -> Iterator[AlertReading]:
+        """A reading of every alert, one after the other. Raises Cancelled."""
+        for state, question in zip(self._states, self._questions, strict=True):
+            yield state.read(self._decide(picture, question), clock())
 
     def cancel(self) -> None:
         """End what runs, and refuse all that comes."""

@@ -16,16 +16,17 @@ from vtp.engines import UsageError, capabilities
 from vtp.engines.errors import shown
 from vtp.runtime.commands.arguments import add_debug, add_engine, add_json, add_keep_tokens, add_threads
 from vtp.runtime.commands.console import Parser, note, real_number, run_command, whole_number
+from vtp.runtime.decisions.question import LABELS, LETTERS
 from vtp.runtime.opening import NEVER_RUN, NEVER_TRIED
 from vtp.runtime.pipeline import DEFAULT_NEW_TOKENS, Pipeline
 from vtp.serve.streams.alerts import Alert, AlertReading
 from vtp.serve.streams.frames import Frame, Source
 from vtp.serve.streams.gate import DEFAULT_CHANGE, Gate
-from vtp.serve.streams.hooks import Command, Hook, Webhook
-from vtp.serve.streams.opening import check_source, open_source
-from vtp.serve.streams.sinks import KeptPictures, Sink, alerted, json_lines, say_answer
+from vtp.serve.streams.sinks.hooks import Command, Hook, Webhook
+from vtp.serve.streams.sinks.lines import KeptPictures, Sink, alerted, json_lines, say_answer
+from vtp.serve.streams.sinks.tally import Tally
 from vtp.serve.streams.sources.names import without_secrets
-from vtp.serve.streams.tally import Tally
+from vtp.serve.streams.sources.opening import check_source, open_source
 from vtp.serve.streams.typed import TypedPrompts, is_typed
 from vtp.serve.streams.watcher import Watcher, check_single
 
@@ -86,13 +87,27 @@ def _add_pace(parser: argparse.ArgumentParser) -> None:
 
 def _add_alerts(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("alerts").add_argument
-    add("--alert", action="append", default=[], metavar="QUESTION", help="of yes or no; may be repeated")
+    add(
+        "--alert",
+        action="append",
+        default=[],
+        metavar="QUESTION",
+        help="of yes or no, or with its answers behind it, the alarming one first: "
+        '"how is the door ? [open|closed]"; may be repeated',
+    )
+    add(
+        "--labels",
+        default=LETTERS,
+        choices=LABELS,
+        help="letters: the model is told to choose one; texts: it reads the question alone, and its own "
+        "words are compared (default: %(default)s)",
+    )
     add(
         "--threshold",
         action="append",
         default=[],
         metavar="P",
-        help=f"probability of yes that raises it, once for all or once for each (default: {_THRESHOLD})",
+        help=f"probability that raises it, once for all or once for each (default: {_THRESHOLD})",
     )
     add("--hysteresis", default=_HYSTERESIS, metavar="P", help="ends this far below (default: %(default)s)")
     add(
@@ -220,7 +235,8 @@ def alerts_of(args: argparse.Namespace) -> list[Alert]:
     each = thresholds * len(args.alert) if len(thresholds) == 1 else thresholds
     wide, cool = real_number("hysteresis", args.hysteresis), real_number("cooldown", args.cooldown)
     numbers = [real_number("threshold", text) for text in each]
-    return [Alert(text, one, min(wide, one), cool) for text, one in zip(args.alert, numbers, strict=True)]
+    given = zip(args.alert, numbers, strict=True)
+    return [Alert.of(text, one, min(wide, one), cool, args.labels) for text, one in given]
 
 
 def watch_options(args: argparse.Namespace) -> dict[str, Any]:

@@ -8,7 +8,8 @@ A source is anything that
   dropped, and answers count it as dropped;
 - has `close()`, which any thread may call, more than once and also while the iteration waits: the iteration
   then ends within a second or so;
-- has a `name`, by which messages call it, without passwords.
+- has a `name`, by which messages call it, without passwords;
+- may have `every_frame = True`: it has no time of its own, so it waits and none of its frames is dropped.
 
 A source whose frames are handed to it (a subscription's callback) is `PushedFrames` of `newest.py`.
 """

@@ -16,7 +16,8 @@ _LOOK = 0.2  # seconds between two looks at whether the watch is over
 
 
 def is_typed(descriptor: int = 0) -> bool:
-    """Whether somebody may type there: a terminal in whose foreground this process is, as others are stopped."""
+    """Whether somebody may type there: a terminal, in whose foreground this process is (or reading would
+    stop it)."""
     with suppress(OSError):
         return os.isatty(descriptor) and os.tcgetpgrp(descriptor) == os.getpgrp()
     return False

@@ -243,11 +243,12 @@ class Watcher:
         return self._gate.change(picture)
 
     def _read_alerts(self, picture: Image.Image, frame: Frame) -> tuple[AlertReading, ...]:
-        readings = tuple(self._asker.read_alerts(picture, self._clock))
-        for reading in readings:
+        readings = []
+        for reading in self._asker.read_alerts(picture, self._clock):
+            readings.append(reading)
             if reading.event:
                 self._on_alert(reading, frame)
-        return readings
+        return tuple(readings)
 
 
 def check_single(pipeline: Pipeline) -> None:

@@ -24,6 +24,7 @@ class FolderSource:
         self.name = source_name(str(folder))
         self._files = picture_files(folder)
         self._fps = fps
+        self.every_frame = fps is None
         self._closed = threading.Event()
 
     def __iter__(self) -> Iterator[Frame]:

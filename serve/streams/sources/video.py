@@ -84,12 +84,11 @@ class VideoSource:
                 yield from self._frames(opened)
                 return
             except Lost as error:
-                opened.close()
-                self._tell(f"lost {self.name}: {error}; trying to reach it again")
-                opened = self._opened_again()
+                why = str(error)
             finally:
-                if opened is not None:
-                    opened.close()
+                opened.close()
+            self._tell(f"lost {self.name}: {why}; trying to reach it again")
+            opened = self._opened_again()
 
     def close(self) -> None:
         """End the iteration, at the latest when a read that hangs has timed out."""

@@ -7,11 +7,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
+import pytest
 from PIL import Image
 
 from vtp.scenes import examples_dir
+
+av = pytest.importorskip("av", reason="PyAV (extra [streams]) is not installed")
 
 EDGE = 336
 

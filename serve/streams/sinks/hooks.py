@@ -6,6 +6,7 @@ input, and its main values in environment variables.
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import queue
@@ -15,6 +16,7 @@ import signal
 import subprocess
 import threading
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -26,6 +28,7 @@ from vtp.serve.streams.sources.names import source_name
 
 SECONDS = 30.0  # that a command, or a webhook, may take
 _WAITING = 16  # alerts that wait for a hook that is busy
+_LONGEST_VALUE = 4096  # characters of an environment variable; the system refuses very long ones
 _ENDING = 5.0  # seconds that hooks have at the end of a watch
 
 Alerted = Mapping[str, Any]  # an alert as JSON values: see docs/robots.md
@@ -64,6 +67,11 @@ class Hook:
         except queue.Full:
             self._fails(f"{_WAITING} alerts wait for it already; this one is left out")
 
+    @property
+    def busy(self) -> bool:
+        """Whether alerts wait for it, or are worked on."""
+        return self._waiting.unfinished_tasks > 0
+
     def close(self, seconds: float = _ENDING) -> None:
         """Let what waits be done, for so many seconds at most; then end it."""
         with suppress(queue.Full):
@@ -80,6 +88,7 @@ class Hook:
                 self._fails(str(error))
             else:
                 self._failing = False
+            self._waiting.task_done()
 
     def _fails(self, why: str) -> None:
         if not self._failing:
@@ -136,15 +145,20 @@ class Webhook:
 
     def __init__(self, url: str, seconds: float = SECONDS) -> None:
         """Raises UsageError for anything but an http or https URL."""
-        if not url.startswith(("http://", "https://")):
+        parts = _split(url)
+        if parts is None or parts.scheme not in ("http", "https") or not parts.hostname:
             raise UsageError(f"--webhook '{source_name(url)}' is not an http:// or https:// URL")
-        self._url, self._seconds = url, seconds
+        user, _, host = parts.netloc.rpartition("@")
+        self._url, self._seconds = parts._replace(netloc=host).geturl(), seconds
+        self._headers = {"Content-Type": "application/json"}
+        if user:
+            told = base64.b64encode(urllib.parse.unquote(user).encode()).decode()
+            self._headers["Authorization"] = f"Basic {told}"
 
     def __call__(self, alerted: Alerted) -> None:
         """Send it. Raises OSError."""
-        request = urllib.request.Request(
-            self._url, json.dumps(alerted).encode(), {"Content-Type": "application/json"}, method="POST"
-        )
+        body = json.dumps(alerted).encode()
+        request = urllib.request.Request(self._url, body, self._headers, method="POST")
         try:
             with urllib.request.urlopen(request, timeout=self._seconds) as answer:
                 answer.read(2**16)
@@ -159,6 +173,13 @@ class Webhook:
         """Nothing: what is being sent ends with the process."""
 
 
+def _split(url: str) -> urllib.parse.SplitResult | None:
+    try:
+        return urllib.parse.urlsplit(url)
+    except ValueError:  # such as http://[::1
+        return None
+
+
 def _environment(alerted: Alerted) -> dict[str, str]:
     """The alert's main values: VTP_ALERT, VTP_EVENT, VTP_PROBABILITY, VTP_FRAME, VTP_STAMP_NS, VTP_SOURCE."""
     named = {
@@ -169,7 +190,7 @@ def _environment(alerted: Alerted) -> dict[str, str]:
         "VTP_STAMP_NS": alerted["frame"]["stamp_ns"],
         "VTP_SOURCE": alerted["source"],
     }
-    return {name: str(value).replace("\0", "") for name, value in named.items()}
+    return {name: str(value).replace("\0", "")[:_LONGEST_VALUE] for name, value in named.items()}
 
 
 def _end_group(started: subprocess.Popen[str]) -> None:

@@ -62,6 +62,7 @@ def alerted(reading: AlertReading, frame: Frame, source: str) -> dict[str, Any]:
     return {
         "source": source,
         "question": reading.question,
+        "answer": reading.answer,
         "event": reading.event,
         "probability": reading.probability,
         "label_mass": reading.label_mass,

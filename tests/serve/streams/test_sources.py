@@ -23,6 +23,7 @@ av = pytest.importorskip("av", reason="PyAV (extra [streams]) is not installed")
 
 from .mjpeg import Camera, camera  # noqa: E402
 from .moving import decoded, moving, scene, write_video  # noqa: E402
+from .rtsp import PASSWORD, rtsp_camera  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -181,6 +182,29 @@ def test_closing_ends_a_stream_that_cannot_be_reached(live: Camera) -> None:
             live.down()
             threading.Timer(0.3, source.close).start()
     assert len(frames) >= 2
+
+
+def test_a_camera_that_speaks_rtsp() -> None:
+    """Behind a password; cut off, and back."""
+    told: list[str] = []
+    frames: list[Frame] = []
+    with rtsp_camera(lambda number: np.roll(scene(), 6 * number, axis=1)) as cam:
+        source = open_source(cam.url, tell=told.append)
+        for frame in source:
+            frames.append(frame)
+            if len(frames) == 4:
+                cam.down()
+                threading.Timer(0.3, cam.up).start()
+            if len(told) == 2:
+                source.close()
+        assert cam.requests.count("PLAY") == 2
+        wrong = cam.url.replace(PASSWORD, "secret")
+        assert refusal(wrong).startswith(f"cannot open rtsp://127.0.0.1:{cam.port}/live: Server returned 401")
+    assert [line.partition(f"rtsp://127.0.0.1:{cam.port}/live")[0] for line in told] == ["lost ", ""]
+    assert not [line for line in told if PASSWORD in line]
+    moved = [np.roll(scene(), 6 * number, axis=1).astype(int) for number in range(56)]
+    for frame in frames[:4]:
+        assert min(np.abs(pixels(frame) - one).mean() for one in moved) < 4  # one of those that were sent
 
 
 # -- names ---------------------------------------------------------------------------------------------------

@@ -59,7 +59,7 @@ class Lost(Exception):
 class VideoSource:
     """Frames of one address.
 
-    every_frame  play as fast as frames are taken, instead of in real time; of live streams it changes nothing
+    every_frame  play as fast as frames are taken, instead of in real time; refused of live streams
     tell         called with a line when a live stream is lost, and when it is back
 
     The first opening must succeed; after that, a live stream that is lost is opened again and again, with
@@ -75,6 +75,12 @@ class VideoSource:
         self._closed = threading.Event()
         self._number = 0
         self._opened: Opened | None = Opened(address)
+        if every_frame and self._opened.live:
+            self._opened.close()
+            raise UsageError(
+                f"--every-frame is for recordings, and {self.name} is live: frames would pile up; leave it "
+                "out"
+            )
 
     def __iter__(self) -> Iterator[Frame]:
         """Decode; the iteration ends with the file, a live stream's with `close`."""
@@ -241,7 +247,12 @@ def _picture_of(frame: Any) -> Callable[[], np.ndarray]:
     """The conversion to RGB, put off: of most frames nobody asks for it."""
 
     def picture() -> np.ndarray:
-        rgb = frame.to_ndarray(format="rgb24")
+        try:
+            rgb = frame.to_ndarray(format="rgb24")
+        except Exception as error:  # of formats that FFmpeg's scaler does not know
+            raise VtpError(
+                f"its pixels ({frame.format.name}) cannot be turned into RGB: {type(error).__name__}"
+            ) from error
         return np.ascontiguousarray(np.rot90(rgb, frame.rotation // 90)) if frame.rotation else rgb
 
     return picture

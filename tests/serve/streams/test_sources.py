@@ -109,6 +109,32 @@ def _with_rotation(source: Path, target: Path) -> None:
     target.write_bytes(data)
 
 
+@pytest.mark.parametrize(
+    ("codec", "layout"),
+    [
+        ("ffv1", "yuv420p"),
+        ("ffv1", "yuv422p10le"),
+        ("ffv1", "gray16le"),
+        ("ffv1", "gbrp10le"),
+        ("ffv1", "bgra"),
+    ],
+)
+def test_odd_sizes_and_other_layouts_of_pixels(tmp_path: Path, codec: str, layout: str) -> None:
+    """335 x 201 pixels in layouts that halve their colour, have ten or sixteen bits, no colour, or alpha."""
+    path, shown = tmp_path / "odd.mkv", scene()[:201, :335]
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream(codec, rate=5)
+        stream.width, stream.height, stream.pix_fmt = 335, 201, layout
+        frame = av.VideoFrame.from_ndarray(shown, format="rgb24")
+        out.mux(stream.encode(frame))
+        out.mux(stream.encode(None))
+    (seen,) = (pixels(frame) for frame in open_source(str(path), every_frame=True))
+    assert seen.shape == (201, 335, 3)
+    grey = np.asarray(Image.fromarray(shown).convert("L").convert("RGB"))
+    right = grey if layout.startswith("gray") else shown
+    assert np.abs(seen.astype(int) - right).mean() < 6
+
+
 # -- folders -------------------------------------------------------------------------------------------------
 
 
@@ -276,6 +302,11 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     fifo = tmp_path / "fifo.mp4"
     os.mkfifo(fifo)
     assert "not a regular file" in refusal(str(fifo))
+
+
+def test_a_live_stream_waits_for_nobody(live: Camera) -> None:
+    with pytest.raises(VtpError, match="--every-frame is for recordings, and http://127"):
+        open_source(live.url, every_frame=True)
 
 
 def test_other_kinds_are_refused(tmp_path: Path, clip: Path) -> None:

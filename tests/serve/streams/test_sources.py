@@ -70,6 +70,7 @@ def test_a_file_is_played_in_its_own_time() -> None:
     now[0] += 0.25  # the reader was slow
     assert pace.wait(5.2) and pace.wait(5.3) and pace.wait(5.4)
     assert waits == [0.0, 0.1, 0.0, 0.0, 0.05]
+    assert pace.wait(1e300) and waits[-1] <= threading.TIMEOUT_MAX  # of a stamp that cannot be
 
 
 def test_in_real_time_no_frame_comes_before_its_moment(clip: Path) -> None:
@@ -184,6 +185,23 @@ def test_a_stream_that_dies_and_comes_back_goes_on(live: Camera) -> None:
     assert [frame.number for frame in frames] == list(range(len(frames)))
     assert {frame.clock for frame in frames} == {UNIX}
     assert frames[-1].load().size == (336, 336)
+
+
+def test_a_stream_that_ends_at_once_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that takes connections and gives nothing makes one line, and longer and longer pauses."""
+    monkeypatch.setattr(video, "_FIRST_DELAY", 0.01)
+    told: list[str] = []
+    with camera(lambda number: scene()) as one:
+        source = video.VideoSource(video.Address.of(one.url), tell=told.append)
+        for number, _ in enumerate(source):
+            if number == 2:
+                one.empty.set()
+                one.cut()
+                threading.Timer(1.0, one.empty.clear).start()
+            if len(told) == 2:
+                source.close()
+        assert one.connections >= 5
+    assert told[0].startswith("lost ") and "is back after" in told[1]
 
 
 def test_a_stream_that_falls_silent_is_lost(live: Camera, monkeypatch: pytest.MonkeyPatch) -> None:

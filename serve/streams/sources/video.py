@@ -148,7 +148,11 @@ class Opened:
         timeout = (_OPEN, _READ) if address.remote else None
         try:
             self._container = self._av.open(
-                address.url, format=address.format, options=dict(options), timeout=timeout
+                address.url,
+                format=address.format,
+                options=dict(options),
+                timeout=timeout,
+                metadata_errors="ignore",  # titles and the like in any encoding, which nobody reads here
             )
         except self._av.error.FFmpegError as error:
             raise VtpError(f"cannot open {address.name}: {_why(error)}; {_CURE}") from None

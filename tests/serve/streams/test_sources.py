@@ -110,6 +110,20 @@ def _with_rotation(source: Path, target: Path) -> None:
     target.write_bytes(data)
 
 
+def test_a_title_in_another_encoding_is_no_hindrance(tmp_path: Path) -> None:
+    path = tmp_path / "title.mkv"
+    with av.open(str(path), "w") as out:
+        out.metadata["title"] = "Tuer und Fenster"
+        stream = out.add_stream("ffv1", rate=5)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        out.mux(stream.encode(av.VideoFrame.from_ndarray(scene()[:48, :64].copy(), format="rgb24")))
+        out.mux(stream.encode(None))
+    data = path.read_bytes()
+    assert b"Tuer" in data
+    path.write_bytes(data.replace(b"Tuer", b"T\xfcr "))
+    assert len(list(open_source(str(path), every_frame=True))) == 1
+
+
 @pytest.mark.parametrize(
     ("codec", "layout"),
     [

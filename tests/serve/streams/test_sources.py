@@ -319,6 +319,12 @@ def test_what_is_no_video_is_refused(tmp_path: Path) -> None:
     assert "has no pictures, only sound or data" in refusal(str(sound))
 
 
+def test_an_encoding_without_a_decoder_is_refused(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "unknown.mkv", moving(3))
+    path.write_bytes(path.read_bytes().replace(b"V_MPEG4/ISO/AVC", b"V_MPEG4/ISO/XYZ"))
+    assert "an encoding that this FFmpeg has no decoder for" in refusal(str(path))
+
+
 def test_a_file_that_names_others_opens_none_of_them(tmp_path: Path) -> None:
     """A playlist made by a stranger must not make FFmpeg fetch what it names."""
     with camera(lambda number: scene()) as one:

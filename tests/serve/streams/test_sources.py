@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -74,10 +75,10 @@ def test_a_file_is_played_in_its_own_time() -> None:
 
 
 def test_in_real_time_no_frame_comes_before_its_moment(clip: Path) -> None:
+    began = time.monotonic()
     arrived = [(frame.arrived, frame.stamp) for frame in open_source(str(clip))]
-    first, start = arrived[0]
     assert len(arrived) == 20
-    assert all(when - first >= stamp - start - 1e-3 for when, stamp in arrived)
+    assert all(when - began >= stamp - 1e-3 for when, stamp in arrived)
 
 
 def test_closing_ends_a_file_that_plays(clip: Path) -> None:
@@ -168,8 +169,9 @@ def test_a_folder_gives_its_pictures_by_number(tmp_path: Path) -> None:
 def test_a_folder_may_be_played(tmp_path: Path) -> None:
     for number in range(3):
         Image.new("RGB", (30, 30)).save(tmp_path / f"{number}.png")
+    began = time.monotonic()
     arrived = [frame.arrived for frame in FolderSource(tmp_path, fps=20)]
-    assert arrived[2] - arrived[0] >= 0.1 - 1e-3
+    assert all(when - began >= place / 20 - 1e-3 for place, when in enumerate(arrived))
 
 
 # -- streams -------------------------------------------------------------------------------------------------

@@ -1,19 +1,20 @@
 """What a gate saves and costs before a stream, and what an alert costs beside an answer: Markdown tables.
 
-    python -m vtp.bench.studies.watching BUNDLE [--scenes 10] [--questions 200]
+    python -m vtp.bench.studies.watching BUNDLE [--scenes 10] [--questions 200] [--exam reader]
 
 Streams are made: a scene drifts slowly, a cut to another one, which then stands still under a camera's noise.
 The question is where a thing is, and the generator knows the answer for every frame. Every frame is asked
 about once; a gate then plays the same frames, and where it holds one back, the answer before stands. The
-bundle must be of the built-in model.
+bundle must be of the built-in model, or with `--exam reader` of the second one, which says yes and no.
 """
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from vtp.bench.common.figures import ratio, spread
 from vtp.runtime import Pipeline
 from vtp.runtime.commands.arguments import add_debug, whole
 from vtp.runtime.commands.console import Parser, Progress, run_command, say
-from vtp.scenes.exam import held_out
+from vtp.scenes.exam import EXAMS, Item, held_out
 from vtp.scenes.generator.pictures import (
     COLORS,
     PLACES,
@@ -39,7 +40,13 @@ from vtp.serve.streams.gate import Gate
 PHASES, FRAMES, STEP = ("drift", "cut and still"), 60, 1  # frames of a phase, pixels of a frame
 GATES = (0.01, 0.02, 0.03, 0.05, 0.1)
 NOISE = 3.0  # standard deviation of a camera's noise, of 255
-OPTIONS = {"shape": list(SHAPES), "color": list(COLORS), "where": list(PLACES), "count": list("0123456789")}
+OPTIONS: dict[str, list[str] | None] = {  # None: yes or no
+    "shape": list(SHAPES),
+    "color": list(COLORS),
+    "where": list(PLACES),
+    "count": list("0123456789"),
+    "presence": None,
+}
 
 
 @dataclass(frozen=True)
@@ -133,29 +140,41 @@ def gate_table(streams: Sequence[list[Asked]]) -> list[str]:
     return lines
 
 
-def alert_lines(pipe: Pipeline, questions: int) -> list[str]:
-    """The exam's questions as choices: decided in one prefill, and answered; lines of Markdown."""
-    same, times = 0, list[tuple[float, float]]()
-    for item in held_out(questions, seed=17):
+def alert_lines(pipe: Pipeline, items: Iterable[Item], kind: str) -> list[str]:
+    """The exam's questions of a kind: decided in one prefill, and answered; lines of Markdown."""
+    same = right = 0
+    times = list[tuple[float, float]]()
+    for item in items:
         decided = pipe.decide(item.image, item.prompt, OPTIONS[item.kind], labels="texts")
         answered = pipe.generate(item.image, item.prompt, max_new_tokens=8)
         same += decided.answer == answered.text.strip()
+        right += decided.answer == item.answer
         times.append((answered.timings.total, decided.timings.total))
     theirs, ours = zip(*times, strict=True)
     found = ratio(theirs, ours)
     return [
-        f"{same} of {len(times)} questions are decided as they are answered.",
+        f"{same} of {len(times)} questions ({kind}) are decided as they are answered, {right} rightly.",
         f"An answer takes {spread(theirs)['median']:.1f} ms, a decision {spread(ours)['median']:.1f} ms: "
         f"{found['ratio']:.2f} times (95 % interval {found['low']:.2f} to {found['high']:.2f}).",
     ]
+
+
+def asked_of(exam: str, count: int) -> tuple[str, list[Item]]:
+    """Questions of an exam whose answers are known beforehand: of the reader's, those of yes or no."""
+    if exam != "reader":
+        return "choices", list(held_out(count, seed=17))
+    kinds = EXAMS[exam]
+    items = (item for item in held_out(count * len(kinds), seed=17, kinds=kinds) if item.kind == "presence")
+    return "yes or no", list(islice(items, count))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     parser = Parser(prog="python -m vtp.bench.studies.watching", description="What a gate and alerts cost.")
     parser.add_argument("bundle", metavar="BUNDLE", help="of the built-in model")
-    parser.add_argument("--scenes", type=whole, default=10, help="streams (default: %(default)s)")
+    parser.add_argument("--scenes", type=int, default=10, help="streams, 0 for none (default: %(default)s)")
     parser.add_argument("--questions", type=whole, default=200, help="of the exam (default: %(default)s)")
+    parser.add_argument("--exam", choices=EXAMS, default="model", help="whose (default: %(default)s)")
     parser.add_argument("--threads", type=whole, default=1, help="default: %(default)s")
     add_debug(parser)
     args = parser.parse_args(argv)
@@ -170,9 +189,10 @@ def _run(args: Any) -> None:
             progress.step(f"stream {number + 1} of {args.scenes}")
             streams.append(ask_all(pipe, stream(number)))
         progress.step("alerts")
-        alerts = alert_lines(pipe, args.questions)
+        kind, items = asked_of(args.exam, args.questions)
+        alerts = alert_lines(pipe, items, kind)
         progress.end()
-    say("\n".join([*gate_table(streams), "", *alerts]))
+    say("\n".join([*(gate_table(streams) if streams else []), "", *alerts]))
 
 
 if __name__ == "__main__":

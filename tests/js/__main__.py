@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+import vtp.calib.cli
 from vtp import Pipeline
 from vtp.export.exporter import Request, export
 from vtp.export.layouts.transformers_js.folder import export_folder, lay_out
@@ -43,7 +44,8 @@ class Case:
     """A model, how its bundle is made, the edge of its pictures, and how its processor is called.
 
     Without `save` it is the built-in model. `exported`: the folder is an export of its own, as a user makes
-    it; else it is laid out of the bundle that answers are compared with.
+    it; else it is laid out of the bundle that answers are compared with. `quantized`: that bundle is what
+    vtp-calib makes of the one that is exported.
     """
 
     order: str
@@ -53,6 +55,7 @@ class Case:
     most: int = 12
     suffixes: set[str] = field(default_factory=lambda: {""})
     exported: bool = False
+    quantized: bool = False
 
 
 def _tiny(order: str, edge: int, save: Callable[[Path], Any], **wishes: Any) -> Case:
@@ -69,6 +72,13 @@ CASES = {
         336,
         {"method": "vispruner", "keep_tokens": "64", "dtype": "float16", "verify": "none"},
         suffixes={"_fp16"},
+    ),
+    "builtin-small": Case(
+        IMAGES_FIRST,
+        336,
+        {"method": "divprune", "keep_tokens": "64", "verify": "none"},
+        suffixes={"_int8"},
+        quantized=True,
     ),
     "llava": _tiny(
         IMAGES_FIRST, 56, lambda path: save_tiny(path, layers=3), method="vispruner", keep_tokens="5"
@@ -117,7 +127,9 @@ def main() -> int:
     root = Path(sys.argv[1]).resolve()
     names = sys.argv[2:] or list(CASES)
     work, models = root / "work", root / "models"
-    shutil.rmtree(work, ignore_errors=True)
+    for name in names:
+        for part in ("models", "bundles", "pictures"):
+            shutil.rmtree(work / part / name, ignore_errors=True)
     models.mkdir(parents=True, exist_ok=True)
     bundles = {name: make(CASES[name], name, work, models) for name in names}
     questions = {name: list(ask(CASES[name], work / "pictures" / name)) for name in names}
@@ -132,7 +144,9 @@ def make(case: Case, name: str, work: Path, models: Path) -> Path:
     if case.save is not None:
         model = str(work / "models" / name)
         case.save(Path(model))
-    bundle = export(Request(work / "bundles" / name, model=model, **case.wishes)).folder
+    bundle = export(Request(work / "bundles" / name, model=model, overwrite=True, **case.wishes)).folder
+    if case.quantized:
+        bundle = quantize(bundle, work)
     if case.exported:
         export_folder(Request(models / name, model=model, overwrite=True, **case.wishes))
     else:
@@ -142,6 +156,17 @@ def make(case: Case, name: str, work: Path, models: Path) -> Path:
     }
     assert found == case.suffixes, (name, found)
     return bundle
+
+
+def quantize(bundle: Path, work: Path) -> Path:
+    """The bundle in int8 and int4, as vtp-calib makes it; returns the new one."""
+    asked = ["-m", "vtp.scenes.questions", "--count", "40", "--seed", "5", "-o", str(work / "q")]
+    subprocess.run([sys.executable, *asked], check=True, stdout=subprocess.DEVNULL)
+    small = bundle.with_name(f"{bundle.name}-int8")
+    argv = ["quantize", str(bundle), "--data", str(work / "q" / "questions.jsonl"), "--output", str(small)]
+    code = vtp.calib.cli.main([*argv, "--samples", "8", "--max-new-tokens", "12", "--force", "--overwrite"])
+    assert code == 0
+    return small
 
 
 def ask(case: Case, folder: Path) -> Iterator[dict[str, str]]:

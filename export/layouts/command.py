@@ -89,9 +89,12 @@ def report(written: Written) -> str:
     manifest, checked = written.manifest, written.checked
     names = ", ".join(f"{name} {dtype}" for name, dtype in written.dtypes.items())
     size = sum(path.stat().st_size for path in _files(written.folder)) / 1e6
-    fidelity = "not compared (--verify none)"
+    fidelity = "the folder was not compared with its bundle (only --verify full does)"
     if "tokens" in checked:
-        fidelity = f"{checked['equal']} of {checked['tokens']} greedy tokens equal the bundle's"
+        fidelity = (
+            f"{checked['equal']} of {checked['tokens']} greedy tokens equal the bundle's, logits within "
+            f"{checked['relative']:.1e} of a row's length"
+        )
     return "\n".join(
         [
             f"{manifest.method.name}: visual tokens {manifest.visual.count} → {manifest.visual.keep[0]}; "

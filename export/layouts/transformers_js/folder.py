@@ -57,7 +57,7 @@ def export_folder(
         inner = replace(request, output=aside.parent / "bundle", overwrite=False)
         bundle = export(inner, progress, note=note, settle=settle)
         model = checkpoint.resolve(request.model)
-        written = write(bundle, model, aside, progress, check=request.verify != "none")
+        written = write(bundle, model, aside, progress, request.verify)
     return replace(written, folder=output)
 
 
@@ -88,9 +88,12 @@ def lay_out(
 
 
 def write(
-    bundle: Bundle, model: Path, folder: Path, progress: Progress = lambda _: None, check: bool = True
+    bundle: Bundle, model: Path, folder: Path, progress: Progress = lambda _: None, verify: str = "full"
 ) -> Written:
-    """Write a verified bundle into the empty `folder`, and hold the result against the bundle."""
+    """Write a verified bundle into the empty `folder`, and hold the result against the bundle.
+
+    That loads both whole, so it is done for `verify` "full" alone.
+    """
     manifest = bundle.manifest
     client = CLIENTS[manifest.model.family]
     progress("lay out for transformers.js")
@@ -110,9 +113,10 @@ def write(
     texts["README.md"] = notes.readme(bundle, client, dtypes, browsers)
     for name, text in {**texts, "tokenizer.json": tokenizer}.items():
         (folder / name).write_text(text, encoding="utf-8")
-    if check:
+    checked: dict[str, Any] = {"mode": "none"}
+    if verify == "full":
         progress("compare with the bundle")
-    checked = hold_against(bundle, folder, ids) if check else {"mode": "none"}
+        checked = hold_against(bundle, folder, ids)
     (folder / notes.RECORD).write_text(notes.record(bundle, dtypes, checked, folder), encoding="utf-8")
     return Written(folder, manifest, dtypes, checked, browsers)
 

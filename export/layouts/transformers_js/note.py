@@ -82,12 +82,19 @@ console.log(processor.batch_decode(answer, {{ skip_special_tokens: true }})[0]);
   canvas, not to the last bit as Pillow does it. A picture of that size is used as it is.
 {_BROWSERS if browsers else _NODE}
 - Prompts of a batch must be equally long: a mask with padding ends the run with an error.
-- `vision_encoder` also gives `keep_indices`, which of the {manifest.visual.count} tokens (in rows of
-  {manifest.visual.grid[1]}) were kept.
-
+{_kept(manifest)}
 Made by vtp-export --layout transformers.js; {RECORD} has the method, its options, what was checked, and the
 sha256 of every file. The model's own licence holds for its weights.
 """
+
+
+def _kept(manifest: Manifest) -> str:
+    if manifest.method.name == "none":
+        return ""
+    return (
+        f"- `vision_encoder` also gives `keep_indices`: which of the {manifest.visual.count} tokens, in rows "
+        f"of {manifest.visual.grid[1]}, were kept.\n"
+    )
 
 
 def _short(manifest: Manifest) -> str:

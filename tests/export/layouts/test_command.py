@@ -148,7 +148,7 @@ def test_an_export_says_what_it_made(
     assert main([*argv, "-o", str(output), "--overwrite", "--verify", "none"]) == 0
     out = capfd.readouterr().out
     assert out.startswith("vispruner: visual tokens 16 → 5; ")
-    assert "fidelity: not compared (--verify none)" in out
+    assert "fidelity: the folder was not compared with its bundle" in out
 
 
 def test_a_float64_pruner_is_told_to_be_for_node(

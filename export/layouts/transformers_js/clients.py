@@ -39,14 +39,14 @@ CLIENTS = {
 }
 
 # Families that a bundle may be of and this layout does not serve -> why.
-_TILES = "cuts no picture into tiles as this family's processor does"
-_PLACES = "numbers the positions by the whole picture, and this family's kept tokens keep theirs"
+_NO_CLASS = "transformers.js has no class for it"
+_PLACES = "transformers.js numbers positions by the whole picture, and this family's kept tokens keep theirs"
 UNSERVED = {
-    "llava_next": f"transformers.js {_TILES}",
-    "llava_onevision": f"transformers.js {_TILES}",
-    "internvl": "transformers.js has no class for it",
-    "video_llava": "transformers.js has no class for it",
-    "qwen2_vl": f"transformers.js {_PLACES}",
-    "qwen2_5_vl": f"transformers.js {_PLACES}",
-    "qwen3_vl": f"transformers.js {_PLACES}",
+    "llava_next": _NO_CLASS,
+    "llava_onevision": "transformers.js cuts no picture into tiles as this family's processor does",
+    "internvl": _NO_CLASS,
+    "video_llava": _NO_CLASS,
+    "qwen2_vl": _PLACES,
+    "qwen2_5_vl": _PLACES,
+    "qwen3_vl": _PLACES,
 }

@@ -165,12 +165,9 @@ def _is_ours(folder: Path) -> bool:
         data = read_json(folder / notes.RECORD)
     except VtpError:
         return False
-    if (
-        not isinstance(data, dict)
-        or data.get("layout") != notes.LAYOUT
-        or not isinstance(data["files"], dict)
-    ):
+    own = data.get("files") if isinstance(data, dict) and data.get("layout") == notes.LAYOUT else None
+    if not isinstance(own, dict):
         return False
-    known = {notes.RECORD, *data["files"]}
+    known = {notes.RECORD, *own}
     paths = [path for path in folder.rglob("*") if not path.is_dir()]
     return {path.relative_to(folder).as_posix() for path in paths} <= known

@@ -30,14 +30,18 @@ class Rehearsal:
         )
 
     def image_features(self, pixel_values: np.ndarray) -> np.ndarray:
-        """pixel_values float32 [n,3,H,W], or [1,n,3,H,W] as some clients give them -> [n*K,D]."""
+        """pixel_values float32 [n,3,H,W] -> image_features [n*K,D]."""
+        return self.look(pixel_values)[0]
+
+    def look(self, pixel_values: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        """pixel_values float32 [n,3,H,W] -> image_features [n*K,D], keep_indices [n*K] or None."""
         feeds = {"pixel_values": pixel_values}
         for value in self._vision.get_inputs():
             if value.name == "pixel_attention_mask":
                 feeds = {"pixel_values": pixel_values[None]}
                 feeds[value.name] = np.ones((1, *pixel_values.shape[:1], *pixel_values.shape[2:]), bool)
-        features = self._vision.run(["image_features"], feeds)[0]
-        return features.reshape(-1, features.shape[-1])
+        features, *kept = self._vision.run(None, feeds)
+        return features.reshape(-1, features.shape[-1]), kept[0].reshape(-1) if kept else None
 
     def logits(self, ids: Sequence[int], features: np.ndarray) -> Generator[np.ndarray, int, None]:
         """Logits [V] after the prompt, and after every id that is sent in.

@@ -89,7 +89,7 @@ CASES = {
     "pali2": Case(save_pali2, 56, {"method": "divprune", "keep_tokens": "6"}),
     "gemma3": Case(save_gemma3, 56, {"method": "vispruner", "keep_tokens": "6"}),
 }
-LATER = {"none", "idefics3", "pali2"}  # of each kind another case stays in the default tier
+LATER = {"none", "idefics3", "pali"}  # of each kind another case stays in the default tier
 
 
 @dataclass(frozen=True)

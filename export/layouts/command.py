@@ -63,7 +63,9 @@ def make(
 
     if args.from_bundle is None:
         return export_folder(request, progress, note)
-    written = lay_out(Path(args.from_bundle), args.model, request.output, args.overwrite, progress)
+    written = lay_out(
+        Path(args.from_bundle), args.model, request.output, args.overwrite, progress, args.verify
+    )
     if not written.browsers:
         note("this bundle's pruner computes in float64, which browsers do not: the folder is for Node")
     return written

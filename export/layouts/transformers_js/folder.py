@@ -23,7 +23,7 @@ from vtp.export.layouts.transformers_js.fidelity import hold_against
 from vtp.export.layouts.transformers_js.growing import decoder_model_merged
 from vtp.export.layouts.transformers_js.joining import computes_in_float64, embed_tokens, vision_encoder
 from vtp.export.layouts.transformers_js.rehearsal import SUFFIXES
-from vtp.export.layouts.transformers_js.served import check_manifest, check_request, settle
+from vtp.export.layouts.transformers_js.served import check_manifest, check_request, check_verify, settle
 from vtp.export.request import Request
 from vtp.runtime.bundle.folder import Bundle, check_output, check_outside, open_bundle
 from vtp.runtime.bundle.manifest import Manifest
@@ -67,12 +67,14 @@ def lay_out(
     output: Path,
     overwrite: bool = False,
     progress: Progress = lambda _: None,
+    verify: str = "full",
 ) -> Written:
     """Lay out a bundle that exists, such as one that vtp-calib quantised; `model` is what it was made from.
 
     Raises UsageError or VtpError, in one line, for what the layout does not serve, for a bundle of another
     model, and for an output that may not be written.
     """
+    check_verify(verify)
     bundle = open_bundle(source)
     check_manifest(bundle.manifest, source)
     folder = checkpoint.resolve(model)
@@ -83,7 +85,7 @@ def lay_out(
         )
     check_place(output, overwrite)
     with whole_folder(output, lambda: check_place(output, overwrite)) as aside:
-        written = write(bundle, folder, aside, progress)
+        written = write(bundle, folder, aside, progress, verify)
     return replace(written, folder=output)
 
 

@@ -11,7 +11,7 @@ from vtp.export.keep_counts import parse_keep
 from vtp.export.layouts.transformers_js.clients import CLIENTS, UNSERVED
 from vtp.export.pruners import Site, find_method, method_names
 from vtp.export.pruners.base import Pruner
-from vtp.export.request import Choice, Job, Request
+from vtp.export.request import VERIFY, Choice, Job, Request
 from vtp.runtime.bundle.manifest import Manifest
 from vtp.runtime.preprocess import ImageSpec
 from vtp.runtime.preprocess.clip import ClipSpec
@@ -29,6 +29,12 @@ def check_request(request: Request) -> None:
     keeps = [] if request.keep_tokens is None else parse_keep(request.keep_tokens)
     _check_keeps(keeps)
     _check_family(checkpoint.check(checkpoint.resolve(request.model)).name)
+
+
+def check_verify(verify: str) -> None:
+    """Raise UsageError for a mode of verification that does not exist."""
+    if verify not in VERIFY:
+        raise UsageError(f"unknown verify '{verify}'; choose one of {', '.join(VERIFY)}")
 
 
 def settle(job: Job) -> Job:

@@ -51,6 +51,7 @@ def refused(argv: list[str], capfd: pytest.CaptureFixture[str]) -> tuple[int, st
         (["--from-bundle", "b", "--keep-tokens", "4"], ("leave out --keep-tokens",)),
         (["--from-bundle", "b", "--method-option", "r=1"], ("leave out --method-option",)),
         (["--from-bundle", "nowhere"], ("no bundle at nowhere",)),
+        (["--from-bundle", "b", "--verify", "half"], ("unknown verify 'half'; choose one of full",)),
     ],
 )
 def test_what_the_layout_does_not_serve_is_one_line(

@@ -14,7 +14,7 @@ WORKERS := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 TRITON_PYTHON ?= /usr/bin/python3
 OLDEST_PINS := numpy==1.24.4 pillow==9.5.0 tokenizers==0.20.0 jinja2==3.1.6
 
-.PHONY: setup demo test test-all fuzz trtrtx test-trtrtx test-oldest test-triton test-ray test-page test-clients kill soak soak-serve check accuracy methods bench scaling scenes reader clean
+.PHONY: setup demo test test-all fuzz trtrtx test-trtrtx test-oldest test-triton test-ray test-page test-js test-clients kill soak soak-serve check accuracy methods bench scaling scenes reader clean
 
 setup: .venv/.installed  ## make .venv and install vtp into it
 
@@ -78,6 +78,14 @@ test-page: setup  ## the page of a real vtp-serve in a real Chromium, in build/p
 	test -d build/page/node_modules/playwright-core || npm install --silent --no-audit --no-fund --prefix build/page playwright-core@1.64.1
 	$(BIN)/vtp-export --method vispruner --keep-tokens 16,36,64,144 --verify none -o build/page/bundle --overwrite
 	$(BIN)/python -m tests.page build/page/bundle build/page build/page/shots
+
+# JS takes names of CASES in tests/js/__main__.py. Node 20 or later; CHROMIUM is the browser's path, as above.
+test-js: setup  ## folders of layout transformers.js in the unmodified client, in Node and in Chromium, in build/js
+	mkdir -p build/js
+	test -d build/js/node_modules/playwright-core || npm install --silent --no-audit --no-fund --ignore-scripts \
+	  --prefix build/js @huggingface/transformers@4.3.2 playwright-core@1.64.1
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.js build/js $(JS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.js.browser build/js
 
 # CLIENTS takes names of tests/clients/versions.toml, such as "openai llm"; packages come from PyPI and npm.
 test-clients: setup  ## unmodified clients (openai, litellm, ollama, ai, …) ask a real vtp-serve, in build/clients

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vtp.engines import UsageError, VtpError
 from vtp.engines.errors import shown
+from vtp.export.layouts import command as layouts
 from vtp.runtime.bundle.folder import Bundle
 from vtp.runtime.bundle.manifest import Manifest
 from vtp.runtime.commands.arguments import add_debug, add_json, add_overwrite
@@ -25,6 +26,9 @@ from vtp.runtime.commands.console import (
     whole_number,
 )
 from vtp.runtime.shell import command_line
+
+if TYPE_CHECKING:
+    from vtp.export.request import Request
 
 PROG = "vtp-export"
 _LIBRARIES = ("torch", "transformers", "onnx", "onnxscript", "onnx_ir", "safetensors", "onnxruntime")
@@ -89,7 +93,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="compare the bundle with torch: full; layers, for a model larger than the memory; none "
         "(default: %(default)s)",
     )
-    add("-o", "--output", metavar="DIR", help="bundle folder (default: bundle-METHOD)")
+    layouts.add_arguments(parser)
+    add("-o", "--output", metavar="DIR", help="folder to write (default: bundle-METHOD)")
     add_overwrite(parser)
     add("--list-methods", action="store_true", help="list the methods and exit")
     add("--list-families", action="store_true", help="list the model families and exit")
@@ -133,6 +138,7 @@ def _list_or_export(args: argparse.Namespace) -> None:
 
 def _export(args: argparse.Namespace) -> None:
     """Make a Request of the flags, export it, and print the report; torch is imported here."""
+    layouts.check(args)
     try:
         Path.cwd()
     except FileNotFoundError as error:  # torch's libraries would end the process without a line of ours
@@ -141,12 +147,38 @@ def _export(args: argparse.Namespace) -> None:
         ) from error
     # Imported late: --help and --list-methods should not wait for torch.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    from vtp.export.exporter import Request, export
+    request = _request(args)
+    quiet_libraries()
+    progress, notes = Progress(), list[str]()
+    try:
+        if args.layout == layouts.BUNDLE:
+            made = _bundle(args, request, progress.step, notes.append)
+        else:
+            written = layouts.make(args, request, progress.step, notes.append)
+            made = layouts.summary(written) if args.json else layouts.report(written)
+    finally:
+        progress.end()
+    for line in notes:
+        note(PROG, line)
+    say(made) if isinstance(made, str) else say_json(made)
 
-    default = f"bundle-{Path(args.method.partition(':')[0]).stem}"
-    output = Path(default if args.output is None else args.output)
-    request = Request(
-        output=output,
+
+def _bundle(
+    args: argparse.Namespace, request: Request, step: Callable[[str], None], note: Callable[[str], None]
+) -> str | dict[str, Any]:
+    """Export a bundle; what is said of it."""
+    from vtp.export.exporter import export
+
+    bundle = export(request, step, note=note)
+    return _summary(bundle) if args.json else _report(bundle, request.output)
+
+
+def _request(args: argparse.Namespace) -> Request:
+    from vtp.export.request import Request
+
+    default = f"{args.layout}-{Path(args.method.partition(':')[0]).stem}"
+    return Request(
+        output=Path(default if args.output is None else args.output),
         model=args.model,
         method=args.method,
         keep_tokens=args.keep_tokens,
@@ -163,18 +195,6 @@ def _export(args: argparse.Namespace) -> None:
         verify=args.verify,
         overwrite=args.overwrite,
     )
-    quiet_libraries()
-    progress, notes = Progress(), list[str]()
-    try:
-        bundle = export(request, progress.step, note=notes.append)
-    finally:
-        progress.end()
-    for line in notes:
-        note(PROG, line)
-    if args.json:
-        say_json(_summary(bundle))
-    else:
-        say(_report(bundle, output))
 
 
 def quiet_libraries() -> None:

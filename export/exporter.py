@@ -28,16 +28,18 @@ def export(
     progress: Progress = lambda _: None,
     store: Callable[[Path], WeightStore] = WeightStore,
     note: Callable[[str], None] = lambda _: None,
+    settle: Callable[[Job], Job] = lambda job: job,
 ) -> Bundle:
     """Export a bundle and return it opened. `store` takes the weights (see `vtp.bench.shapes.weightless`).
 
-    `note` gets a line about every setting of the model that the bundle does not serve.
+    `note` gets a line about every setting of the model that the bundle does not serve. `settle` sees what
+    was decided before anything is traced: it may change it, or raise.
 
     Raises UsageError for a bad request, VtpError when the model cannot be served or a fidelity check fails;
     in every such case the output folder is as it was.
     """
     request.check()
-    job = request.resolve(_load_model(request, progress, note))
+    job = settle(request.resolve(_load_model(request, progress, note)))
     plan = _make_plan(job)
     with whole_bundle(request.output, request.overwrite) as folder:
         _write_tokenizer(job.model, folder)

@@ -1,0 +1,114 @@
+"""The part of vtp-export that is about layouts: its flags, and what is printed of a folder."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vtp.engines import UsageError
+from vtp.engines.errors import shown
+
+if TYPE_CHECKING:
+    from vtp.export.layouts.transformers_js.folder import Written
+    from vtp.export.request import Request
+
+BUNDLE, TRANSFORMERS_JS = "bundle", "transformers.js"
+LAYOUTS = (BUNDLE, TRANSFORMERS_JS)
+# Flags that say what is exported: of a bundle that exists it is decided.
+_DECIDED = ("keep_tokens", "prune_ratio", "dtype", "max_length", "image_size", "frames")
+_DECIDED_LISTS = ("method_option", "tower_option")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags to a parser."""
+    parser.add_argument(
+        "--layout",
+        default=BUNDLE,
+        help="what the folder is for: bundle (vtp's own commands) or transformers.js, which npm's "
+        "@huggingface/transformers loads in Node and in browsers (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--from-bundle",
+        metavar="BUNDLE",
+        help="with --layout transformers.js: lay out this bundle of --model, such as one that vtp-calib "
+        "quantised, instead of exporting",
+    )
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raise UsageError for a layout that does not exist, and for flags that do not go with it."""
+    if args.layout not in LAYOUTS:
+        raise UsageError(f"unknown layout '{shown(args.layout)}'; choose one of {', '.join(LAYOUTS)}")
+    if args.from_bundle is None:
+        return
+    if args.layout == BUNDLE:
+        raise UsageError(f"--from-bundle goes with --layout {TRANSFORMERS_JS}: it is a bundle already")
+    given = [name for name in _DECIDED if getattr(args, name) is not None]
+    given += [name for name in _DECIDED_LISTS if getattr(args, name)]
+    if given:
+        flag = given[0].replace("_", "-")
+        raise UsageError(f"--{flag} is decided in the bundle of --from-bundle; leave out --{flag}")
+
+
+def make(
+    args: argparse.Namespace,
+    request: Request,
+    progress: Callable[[str], None],
+    note: Callable[[str], None],
+) -> Written:
+    """Write the folder that the flags ask for."""
+    from vtp.export.layouts.transformers_js.folder import export_folder, lay_out
+
+    if args.from_bundle is None:
+        return export_folder(request, progress, note)
+    written = lay_out(
+        Path(args.from_bundle), args.model, request.output, args.overwrite, progress, args.verify
+    )
+    if not written.browsers:
+        note("this bundle's pruner computes in float64, which browsers do not: the folder is for Node")
+    return written
+
+
+def summary(written: Written) -> dict[str, Any]:
+    """What --json prints."""
+    manifest = written.manifest
+    return {
+        "folder": str(written.folder),
+        "layout": TRANSFORMERS_JS,
+        "method": manifest.method.name,
+        "visual_tokens": {"before": manifest.visual.count, "after": manifest.visual.keep[0]},
+        "dtype": dict(written.dtypes),
+        "browsers": written.browsers,
+        "bytes": sum(path.stat().st_size for path in _files(written.folder)),
+        "parity": {**manifest.parity, TRANSFORMERS_JS: dict(written.checked)},
+    }
+
+
+def report(written: Written) -> str:
+    """What is printed of a folder."""
+    manifest, checked = written.manifest, written.checked
+    names = ", ".join(f"{name} {dtype}" for name, dtype in written.dtypes.items())
+    size = sum(path.stat().st_size for path in _files(written.folder)) / 1e6
+    fidelity = "the folder was not compared with its bundle (only --verify full does)"
+    if "tokens" in checked:
+        fidelity = (
+            f"{checked['equal']} of {checked['tokens']} greedy tokens equal the bundle's, logits within "
+            f"{checked['relative']:.1e} of a row's length"
+        )
+    return "\n".join(
+        [
+            f"{manifest.method.name}: visual tokens {manifest.visual.count} → {manifest.visual.keep[0]}; "
+            f"{size:.1f} MB in {shown(written.folder)}",
+            names,
+            f"fidelity: {fidelity}",
+            f"next: README.md in {shown(written.folder)} says how {TRANSFORMERS_JS} loads it",
+        ]
+    )
+
+
+def _files(folder: Path) -> list[Path]:
+    """Each file once, whatever names it has."""
+    found = {path.stat().st_ino: path for path in folder.rglob("*") if path.is_file()}
+    return list(found.values())

@@ -1,0 +1,1 @@
+"""Cameras and videos: the newest frame, the standing question, the answers. Never torch, transformers."""

@@ -1,0 +1,77 @@
+"""The thread that reads a source, so that it never waits for the model."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+from vtp.engines import VtpError
+from vtp.engines.errors import shown
+from vtp.serve.streams.frames import Frame, Source
+from vtp.serve.streams.newest import Newest
+
+_PATIENCE = 5.0  # seconds that a source has to end its iteration
+
+
+class Capture:
+    """Reads a source in a thread of its own and keeps the newest frame, or, with `every_frame`, waits until
+    each was taken.
+
+    seen  frames that came
+    """
+
+    def __init__(self, source: Source, every_frame: bool = False, timeout: float | None = None) -> None:
+        self.seen = 0
+        self._source = source
+        self._every_frame = every_frame
+        self._timeout = timeout
+        self._newest: Newest[Frame] = Newest()
+        self._error: BaseException | None = None
+        self._heard = time.monotonic()
+        # A daemon: a driver that hangs in a read must not keep the process alive.
+        self._thread = threading.Thread(target=self._run, name="vtp-capture", daemon=True)
+
+    def start(self) -> None:
+        """Begin to read."""
+        self._heard = time.monotonic()
+        self._thread.start()
+
+    def take(self) -> Frame | None:
+        """The newest frame, waiting for one; None when the source is over.
+
+        Raises what the source raised, and VtpError if nothing came for as long as `timeout` seconds.
+        """
+        try:
+            frame = self._newest.take(self._patience())
+        except TimeoutError:
+            raise VtpError(
+                f"no frame came from {shown(self._source.name)} for {self._timeout:g} s; check the source, "
+                "or wait longer with --timeout"
+            ) from None
+        if frame is None and self._error is not None:
+            raise self._error
+        return frame
+
+    def stop(self) -> None:
+        """End reading, and wait until the thread is gone; safe from any thread, more than once."""
+        self._newest.close()
+        self._newest.clear()
+        self._source.close()
+        if self._thread.is_alive() and self._thread is not threading.current_thread():
+            self._thread.join(_PATIENCE)
+
+    def _patience(self) -> float | None:
+        if self._timeout is None:
+            return None
+        return max(0.0, self._heard + self._timeout - time.monotonic())
+
+    def _run(self) -> None:
+        try:
+            for frame in self._source:
+                self.seen, self._heard = self.seen + 1, time.monotonic()
+                if not self._newest.put(frame, wait=self._every_frame):
+                    break
+        except BaseException as error:  # for the thread that takes frames to raise
+            self._error = error
+        finally:
+            self._newest.close()

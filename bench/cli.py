@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vtp.bench import report
+from vtp.bench import report, video
 from vtp.bench.engines import BASE, candidates, disagreement, measure_engines, saved_share, table_of
 from vtp.bench.measure import Task, in_child
 from vtp.bench.shapes.cached_bundle import Wanted, make
@@ -43,6 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--cache", metavar="DIR", help=f"where shapes are kept (default: ${CACHE} or ~/.cache/vtp-edge)")
     add_keep_tokens(parser, "one of the bundle's keep-counts; of a --shape: any")
     add("--image", metavar="FILE", help="the picture (default: one of the built-in examples)")
+    add("--video", metavar="FILE", help="instead: a video in real time, as before a camera (needs PyAV)")
     add("--prompt", default=PROMPT, metavar="TEXT", help="default: %(default)s")
     add("--max-new-tokens", default="32", metavar="N", help="tokens of every answer (default: %(default)s)")
     add(
@@ -78,27 +79,13 @@ def _run(args: argparse.Namespace) -> None:
     if args.engines:
         _run_engines(task, args.json, progress)
         return
-    manifest = open_bundle(task.bundle).manifest
+    if args.video:
+        _run_video(task, args, progress)
+        return
     progress.step(f"measure {Path(task.bundle).name}: {task.repeats} runs of {task.max_new_tokens} tokens")
     found = in_child(task)
     progress.end()
-    results = {
-        "bundle": {
-            "name": Path(task.bundle).name,
-            "model": manifest.model.name,
-            "shape": args.shape,
-            "method": manifest.method.name,
-            "target": manifest.target,
-            "dtype": manifest.dtype,
-        },
-        "settings": {
-            "threads": task.threads or os.cpu_count(),
-            "repeats": task.repeats,
-            "prompt": task.prompt,
-        },
-        "machine": stamp(),
-        **found,
-    }
+    results = {**_about(task, args.shape, repeats=task.repeats), **found}
     if args.csv:
         Path(args.csv).write_text(report.csv_text(results), encoding="utf-8")
     if args.plot:
@@ -107,6 +94,34 @@ def _run(args: argparse.Namespace) -> None:
         say_json(results)
     else:
         say(report.render(results))
+
+
+def _about(task: Task, shape: str | None, **settings: Any) -> dict[str, Any]:
+    """Which bundle was measured, how, and on what."""
+    manifest = open_bundle(task.bundle).manifest
+    return {
+        "bundle": {
+            "name": Path(task.bundle).name,
+            "model": manifest.model.name,
+            "shape": shape,
+            "method": manifest.method.name,
+            "target": manifest.target,
+            "dtype": manifest.dtype,
+        },
+        "settings": {"threads": task.threads or os.cpu_count(), **settings, "prompt": task.prompt},
+        "machine": stamp(),
+    }
+
+
+def _run_video(task: Task, args: argparse.Namespace, progress: Progress) -> None:
+    progress.step(f"play {Path(args.video).name}, and ask about its newest frame")
+    found = video.measure_video(dataclasses.replace(task, image=args.video))
+    progress.end()
+    results = {**_about(task, args.shape, video=Path(args.video).name), **found}
+    if args.json:
+        say_json(results)
+    else:
+        say(video.render(results))
 
 
 def _run_engines(task: Task, as_json: bool, progress: Progress) -> None:
@@ -136,6 +151,8 @@ def _run_engines(task: Task, as_json: bool, progress: Progress) -> None:
 
 
 def _task(args: argparse.Namespace) -> Task:
+    if args.video and (args.image or args.csv or args.plot or args.engines):
+        raise UsageError("--video plays a video once: leave out --image, --csv, --plot and --engines")
     if (args.bundle is None) == (args.shape is None):
         raise UsageError("give either a BUNDLE or --shape NAME, exactly one of the two")
     first = args.engine.partition(",")[0].strip()

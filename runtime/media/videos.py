@@ -32,7 +32,7 @@ from vtp.runtime.media.images import (
     reason,
 )
 
-__all__ = ["VideoSource", "check_video", "load_video", "sample_frames"]
+__all__ = ["VideoSource", "check_video", "load_video", "picture_files", "sample_frames"]
 
 #: What `load_video` takes: a path, a file's bytes, an animated Pillow image, frames as a list of what
 #: `load_image` takes or as one uint8 array [frames, H, W, 3] (RGB) or [frames, H, W, 4] (RGBA).
@@ -142,12 +142,20 @@ def _errors_of(path: Path) -> Iterator[None]:
         raise UsageError(f"cannot read '{path}': {reason(error)}") from error
 
 
+def picture_files(folder: Path) -> list[Path]:
+    """The pictures of a folder in the order of their names, numbers in these by their value.
+
+    Raises UsageError for a folder without any, and OSError for one that cannot be read.
+    """
+    files = [file for file in folder.iterdir() if file.suffix.lower() in _PICTURES and file.name[0] != "."]
+    if not files:
+        raise UsageError(f"the folder '{folder}' holds no pictures ({', '.join(sorted(_PICTURES))})")
+    return sorted(files, key=_by_number)
+
+
 def _sampled_files(path: Path, frames: int) -> list[Path]:
     """The pictures of a folder that are looked at."""
-    files = [file for file in path.iterdir() if file.suffix.lower() in _PICTURES and file.name[0] != "."]
-    if not files:
-        raise UsageError(f"the folder '{path}' holds no pictures ({', '.join(sorted(_PICTURES))})")
-    files.sort(key=_by_number)
+    files = picture_files(path)
     return [files[place] for place in sample_frames(len(files), frames, f"'{path}'")]
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from vtp.runtime.decisions.decision import Decision
 from vtp.runtime.result import Result, VisualTokens
+from vtp.serve.streams.alerts import AlertReading
 from vtp.serve.streams.frames import Frame
 
 
@@ -14,50 +16,76 @@ class FrameAnswer:
     """One answer about one frame.
 
     frame      the frame, with its stamp, number and name
-    prompt     what was asked
-    result     the pipeline's whole result
+    prompt     what was asked; None: the alerts only
+    result     the pipeline's whole result; None without a prompt
+    alerts     a reading of each alert
     asked_age  seconds from the frame's arrival to the moment at which the model took it
     age        seconds from the frame's arrival to the answer
-    dropped    frames that came after the frame of the answer before, and were never asked about
+    dropped    frames that came after the frame of the answer before and were not looked at, for newer ones
+               had taken their place, or could not be decoded
+    skipped    frames after it that were looked at, and that the gate held back
+    change     how much the gate found changed, from 0 to 1; None without a gate
     """
 
     frame: Frame
-    prompt: str
-    result: Result
+    prompt: str | None
+    result: Result | None
     asked_age: float
     age: float
     dropped: int
+    alerts: tuple[AlertReading, ...] = ()
+    skipped: int = 0
+    change: float | None = None
 
     @property
     def text(self) -> str:
-        """The answer."""
-        return self.result.text
+        """The answer; "" without a prompt."""
+        return "" if self.result is None else self.result.text
 
     @property
     def visual_tokens(self) -> VisualTokens:
         """Visual tokens before and after pruning."""
-        return self.result.visual_tokens
+        return self._ran.visual_tokens
 
     @property
     def stages(self) -> dict[str, float]:
-        """Milliseconds per stage, then ttft, tpot and total."""
-        return self.result.timings.to_dict()
+        """Milliseconds per stage, then ttft, tpot and total: of the answer, or else of the first alert."""
+        return self._ran.timings.to_dict()
+
+    @property
+    def kept(self) -> list[int]:
+        """Indices of the kept visual tokens."""
+        return self._ran.kept
+
+    @property
+    def _ran(self) -> Result | Decision:
+        return self.alerts[0].decision if self.result is None else self.result
 
     def to_json(self) -> dict[str, Any]:
         """JSON values; the picture is not among them."""
+        gate = {} if self.change is None else {"gate": {"change": self.change, "skipped": self.skipped}}
         return {
-            "frame": {
-                "number": self.frame.number,
-                "stamp_ns": self.frame.stamp_ns,
-                "clock": self.frame.clock,
-                "name": self.frame.name,
-                "asked_age_ms": round(self.asked_age * 1e3, 3),
-                "age_ms": round(self.age * 1e3, 3),
-            },
+            "frame": self._frame(),
             "dropped": self.dropped,
-            "prompt": self.prompt,
-            "text": self.text,
-            "finish_reason": self.result.finish_reason,
+            **gate,
+            **self._asked(),
+            "alerts": [reading.to_json() for reading in self.alerts],
             "visual_tokens": self.visual_tokens._asdict(),
             "timings": self.stages,
         }
+
+    def _frame(self) -> dict[str, Any]:
+        frame = self.frame
+        return {
+            "number": frame.number,
+            "stamp_ns": frame.stamp_ns,
+            "clock": frame.clock,
+            "name": frame.name,
+            "asked_age_ms": round(self.asked_age * 1e3, 3),
+            "age_ms": round(self.age * 1e3, 3),
+        }
+
+    def _asked(self) -> dict[str, Any]:
+        if self.result is None:
+            return {}
+        return {"prompt": self.prompt, "text": self.text, "finish_reason": self.result.finish_reason}

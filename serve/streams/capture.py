@@ -10,7 +10,7 @@ from vtp.engines.errors import shown
 from vtp.serve.streams.frames import Frame, Source
 from vtp.serve.streams.newest import Newest
 
-_PATIENCE = 5.0  # seconds that a source has to end its iteration
+_PATIENCE = 2.0  # seconds that a source has to end its iteration
 
 
 class Capture:
@@ -23,11 +23,12 @@ class Capture:
     def __init__(self, source: Source, every_frame: bool = False, timeout: float | None = None) -> None:
         self.seen = 0
         self._source = source
-        self._every_frame = every_frame
+        self._every_frame = every_frame or getattr(source, "every_frame", False)
         self._timeout = timeout
         self._newest: Newest[Frame] = Newest()
         self._error: BaseException | None = None
         self._heard = time.monotonic()
+        self._given_up = False
         # A daemon: a driver that hangs in a read must not keep the process alive.
         self._thread = threading.Thread(target=self._run, name="vtp-capture", daemon=True)
 
@@ -53,12 +54,16 @@ class Capture:
         return frame
 
     def stop(self) -> None:
-        """End reading, and wait until the thread is gone; safe from any thread, more than once."""
+        """End reading, and wait until the thread is gone; safe from any thread, more than once.
+
+        A thread that hangs in a driver's read is waited for once, for two seconds; it ends with that read.
+        """
         self._newest.close()
         self._newest.clear()
         self._source.close()
-        if self._thread.is_alive() and self._thread is not threading.current_thread():
+        if self._thread.is_alive() and not self._given_up and self._thread is not threading.current_thread():
             self._thread.join(_PATIENCE)
+            self._given_up = self._thread.is_alive()
 
     def _patience(self) -> float | None:
         if self._timeout is None:

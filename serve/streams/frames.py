@@ -8,18 +8,21 @@ A source is anything that
   dropped, and answers count it as dropped;
 - has `close()`, which any thread may call, more than once and also while the iteration waits: the iteration
   then ends within a second or so;
-- has a `name`, by which messages call it, without passwords.
+- has a `name`, by which messages call it, without passwords;
+- may have `every_frame = True`: it has no time of its own, so it waits and none of its frames is dropped.
 
 A source whose frames are handed to it (a subscription's callback) is `PushedFrames` of `newest.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from vtp.runtime.media.images import ImageSource
+from PIL import Image
+
+from vtp.runtime.media.images import ImageSource, load_image
 
 UNIX, MEDIA, ROS = "unix", "media", "ros"  # clocks of stamps
 
@@ -29,7 +32,8 @@ class Frame:
     """One picture of a stream.
 
     picture   uint8 RGB [H,W,3], or anything else that `Pipeline.generate` takes as one picture, such as the
-              bytes of a JPEG, which are then decoded only if the frame is asked about
+              bytes of a JPEG, which are then decoded only if the frame is asked about; or a function that
+              gives one of these, called from another thread and only if the frame is asked about
     number    counts the frames that the source received, from 0
     stamp_ns  when it was taken, in nanoseconds of the source's clock
     arrived   when it came here, in seconds of `time.monotonic()`
@@ -38,7 +42,7 @@ class Frame:
     name      what the source calls it: a file's name, a frame_id; "" if nothing
     """
 
-    picture: ImageSource = field(repr=False, compare=False)
+    picture: ImageSource | Callable[[], ImageSource] = field(repr=False, compare=False)
     number: int
     stamp_ns: int
     arrived: float
@@ -49,6 +53,10 @@ class Frame:
     def stamp(self) -> float:
         """`stamp_ns` in seconds, to about a microsecond."""
         return self.stamp_ns / 1e9
+
+    def load(self) -> Image.Image:
+        """The picture, decoded, upright, RGB. Raises VtpError for one that cannot be decoded."""
+        return load_image(self.picture() if callable(self.picture) else self.picture)
 
 
 class Source(Protocol):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -15,15 +15,14 @@ from PIL import Image
 from vtp.engines import UsageError, VtpError
 from vtp.engines.errors import quoted_argument
 from vtp.runtime.generation.arguments import is_number
-from vtp.runtime.generation.options import GenerateOptions, OptionKeywords
-from vtp.runtime.generation.stopping import CANCELLED
-from vtp.runtime.generation.stream import Stream
-from vtp.runtime.media.images import load_image
+from vtp.runtime.generation.options import OptionKeywords
 from vtp.runtime.pipeline import Pipeline
-from vtp.runtime.result import Result
+from vtp.serve.streams.alerts import Alert, AlertReading
 from vtp.serve.streams.answer import FrameAnswer
+from vtp.serve.streams.asking import Asker, Cancelled
 from vtp.serve.streams.capture import Capture
 from vtp.serve.streams.frames import Frame, Source
+from vtp.serve.streams.gate import Gate
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # typing's own from Python 3.11 on
@@ -43,50 +42,64 @@ class Watcher:
         self,
         pipeline: Pipeline,
         source: Source,
-        prompt: str,
+        prompt: str | None = None,
         *,
+        alerts: Sequence[Alert] = (),
+        gate: Gate | None = None,
         every: float = 0.0,
         every_frame: bool = False,
         timeout: float | None = None,
         tell: Callable[[str], None] = lambda line: None,
+        on_alert: Callable[[AlertReading, Frame], None] = lambda reading, frame: None,
         clock: Callable[[], float] = time.monotonic,
         **options: Unpack[OptionKeywords],
     ) -> None:
         """Check everything; nothing is read before the first answer is wanted, or `start`.
 
+        prompt       what to ask about every frame; None: the alerts only
+        alerts       questions of yes or no about the same frames, each of one prefill, before the prompt.
+                     With more than one question, load the pipeline with `vision_feature_cache=1`: the image
+                     stages then run once for all of them
+        gate         asks nothing while little changes
         every        ask at most once in so many seconds
         every_frame  drop nothing: the source waits until each frame was asked about
         timeout      seconds without a frame after which the iteration ends with VtpError; None: wait
         tell         called with a line about a frame that could not be asked about
+        on_alert     called at once, in the thread that iterates, with a reading that has an event
         clock        gives the ages' time, as the frames' `arrived` do
         options      of every answer: see `GenerateOptions`
 
         Raises UsageError for a bad argument, and for a bundle that answers about clips.
         """
-        _check_single(pipeline)
-        self.asked = 0
-        self._pipeline, self._options, self._tell, self._clock = pipeline, options, tell, clock
+        check_single(pipeline)
+        if prompt is None and not alerts:
+            raise UsageError("nothing is asked: give a prompt, or at least one alert")
+        self.asked = self.skipped = 0
+        self._tell, self._on_alert, self._clock, self._gate = tell, on_alert, clock, gate
+        self._asker = Asker(pipeline, dict(options), alerts)
         self._every = _seconds("every", every, 0.0)
-        self._prompt = self._checked(prompt)
+        self._prompt = None if prompt is None else self._asker.check(prompt)
         wait = None if timeout is None else _seconds("timeout", timeout, 0.001)
         self._capture = Capture(source, every_frame, wait)
         self._started, self._stopped = threading.Event(), threading.Event()
         self._lock = threading.Lock()
-        self._stream: Stream | None = None
-        self._last = -1  # the frame asked about before
-        self._due = 0.0
+        self._asked_prompt = self._prompt
+        self._last, self._skipped, self._due = -1, 0, 0.0  # since the answer before
         self._executor: ThreadPoolExecutor | None = None
 
     # -- while it runs ---------------------------------------------------------------------------------------
 
     @property
-    def prompt(self) -> str:
-        """What is asked. Set it from any thread: it holds from the next frame on. Raises UsageError."""
+    def prompt(self) -> str | None:
+        """What is asked beside the alerts. Set it from any thread: it holds from the next frame on.
+
+        Setting it raises UsageError for a prompt that cannot be served, and the one before still holds.
+        """
         return self._prompt
 
     @prompt.setter
     def prompt(self, text: str) -> None:
-        self._prompt = self._checked(text)
+        self._prompt = self._asker.check(text)
 
     @property
     def seen(self) -> int:
@@ -109,11 +122,10 @@ class Watcher:
 
     def stop(self) -> None:
         """End the iteration, an answer that is being written included; safe from any thread, repeatedly."""
-        with self._lock:
-            self._stopped.set()
-            if self._stream is not None:
-                self._stream.cancel()
-        self._capture.stop()
+        self._stopped.set()
+        self._asker.cancel()
+        with self._lock:  # not amid a start
+            self._capture.stop()
 
     # -- answers ---------------------------------------------------------------------------------------------
 
@@ -182,49 +194,65 @@ class Watcher:
         if self._stopped.wait(max(0.0, self._due - time.monotonic())):
             return None
         frame = self._capture.take()
-        self._due = time.monotonic() + self._every
         return None if self._stopped.is_set() else frame
 
     def _answer(self, frame: Frame) -> FrameAnswer | None:
-        """None for a frame that cannot be decoded, and for an answer that was stopped."""
+        """None for a frame that is not asked about, and for an answer that was stopped."""
         prompt, taken = self._prompt, self._clock()
         try:
-            picture = load_image(frame.picture)
+            picture = frame.load()
         except VtpError as error:
             self._tell(f"frame {frame.number} is left out: {error}")
             return None
-        result = self._ask(picture, prompt)
-        if result is None:
+        if (change := self._change(picture, prompt)) is None:
+            self._skipped, self.skipped = self._skipped + 1, self.skipped + 1
             return None
-        dropped, self._last = frame.number - self._last - 1, frame.number
-        self.asked += 1
-        arrived = frame.arrived
-        return FrameAnswer(frame, prompt, result, taken - arrived, self._clock() - arrived, dropped)
-
-    def _ask(self, picture: Image.Image, prompt: str) -> Result | None:
-        stream = self._pipeline.stream(picture, prompt, **self._options)
-        with self._lock:
-            if self._stopped.is_set():
-                return None
-            self._stream = stream
+        self._due = time.monotonic() + self._every
         try:
-            for _ in stream:
-                pass
-        finally:
-            with self._lock:
-                self._stream = None
-        return None if stream.result.finish_reason == CANCELLED else stream.result
+            alerts = self._read_alerts(picture, frame)
+            result = None if prompt is None else self._asker.answer(picture, prompt)
+        except Cancelled:
+            return None
+        return self._answered(
+            frame,
+            FrameAnswer(
+                frame=frame,
+                prompt=prompt,
+                result=result,
+                alerts=alerts,
+                asked_age=taken - frame.arrived,
+                age=self._clock() - frame.arrived,
+                dropped=frame.number - self._last - 1 - self._skipped,
+                skipped=self._skipped,
+                change=change if self._gate else None,
+            ),
+        )
 
-    def _checked(self, prompt: str) -> str:
-        """The prompt, after everything that can be checked of it and of the options without a frame."""
-        if not isinstance(prompt, str) or not prompt.strip():
-            raise UsageError("the prompt is empty, or no text; ask something about the picture")
-        blank = Image.new("RGB", (64, 64))
-        self._pipeline.prepare(blank, prompt, None, GenerateOptions(**self._options))
-        return prompt
+    def _answered(self, frame: Frame, answer: FrameAnswer) -> FrameAnswer:
+        self.asked += 1
+        self._last, self._skipped = frame.number, 0
+        return answer
+
+    def _change(self, picture: Image.Image, prompt: str | None) -> float | None:
+        """How much the gate finds changed; None if it holds the picture back."""
+        if self._gate is None:
+            return 1.0
+        if prompt != self._asked_prompt:
+            self._gate.reset()
+            self._asked_prompt = prompt
+        return self._gate.change(picture)
+
+    def _read_alerts(self, picture: Image.Image, frame: Frame) -> tuple[AlertReading, ...]:
+        readings = []
+        for reading in self._asker.read_alerts(picture, self._clock):
+            readings.append(reading)
+            if reading.event:
+                self._on_alert(reading, frame)
+        return tuple(readings)
 
 
-def _check_single(pipeline: Pipeline) -> None:
+def check_single(pipeline: Pipeline) -> None:
+    """Raise UsageError for a bundle that answers about clips."""
     if (frames := pipeline.manifest.image.frames) is not None:
         raise UsageError(
             f"this bundle answers about clips of {frames} frames, and a stream is asked about one frame at a "

@@ -5,17 +5,21 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
 
 from vtp.engines import UsageError, VtpError
 from vtp.runtime import Pipeline
+from vtp.serve.streams.alerts import Alert, AlertReading
 from vtp.serve.streams.frames import Frame
+from vtp.serve.streams.gate import Gate
 from vtp.serve.streams.newest import Newest, PushedFrames
-from vtp.serve.streams.watcher import Watcher
+from vtp.serve.streams.watcher import Watcher, check_single
 
 PROMPT = "what is it ?"
 
@@ -42,12 +46,6 @@ class Given:
 
     def close(self) -> None:
         self.closed += 1
-
-
-@pytest.fixture(scope="module")
-def pipe(exported: Callable[[str], Any]) -> Iterator[Pipeline]:
-    with Pipeline.load(exported("vispruner").folder, threads=1) as pipeline:
-        yield pipeline
 
 
 def no_thread_is_left() -> bool:
@@ -177,6 +175,80 @@ def test_a_damaged_frame_is_told_and_left_out(pipe: Pipeline) -> None:
     assert len(told) == 1 and told[0].startswith("frame 1 is left out: ")
 
 
+def test_a_gate_holds_back_what_is_as_before(pipe: Pipeline) -> None:
+    still = [Frame(picture(number // 4), number, 0, time.monotonic()) for number in range(12)]
+    with Watcher(pipe, Given(still), PROMPT, gate=Gate(), every_frame=True, max_new_tokens=1) as watcher:
+        answers = list(watcher)
+    assert [(one.frame.number, one.skipped, one.dropped) for one in answers] == [
+        (0, 0, 0),
+        (4, 3, 0),
+        (8, 3, 0),
+    ]
+    assert (watcher.seen, watcher.asked, watcher.skipped) == (12, 3, 9)
+    assert answers[1].to_json()["gate"] == {"change": answers[1].change, "skipped": 3}
+    assert "gate" not in next(Watcher(pipe, Given(still), PROMPT, max_new_tokens=1)).to_json()
+
+
+def test_a_new_prompt_passes_the_gate(pipe: Pipeline) -> None:
+    still = [Frame(picture(0), number, 0, time.monotonic()) for number in range(4)]
+    with Watcher(pipe, Given(still), PROMPT, gate=Gate(), every_frame=True, max_new_tokens=1) as watcher:
+        next(watcher)
+        watcher.prompt = "another one"
+        assert next(watcher).prompt == "another one"
+        assert list(watcher) == []
+
+
+# -- alerts --------------------------------------------------------------------------------------------------
+
+OPTIONS = ("red", "green", "blue")
+COLORS = [Alert(PROMPT, options=OPTIONS, answer=one, threshold=0.01, hysteresis=0) for one in OPTIONS]
+
+
+def test_alerts_are_the_pipelines_decisions_and_share_one_encoder_run(exported: Any) -> None:
+    seen: list[tuple[str, int]] = []
+
+    def note(reading: AlertReading, frame: Frame) -> None:
+        seen.append((reading.answer, frame.number))
+
+    with Pipeline.load(exported("vispruner").folder, threads=1, vision_feature_cache=1) as own:
+        frames = [frame(number) for number in range(3)]
+        options = {"every_frame": True, "max_new_tokens": 2}
+        with Watcher(own, Given(frames), PROMPT, alerts=COLORS, on_alert=note, **options) as watcher:
+            answers = list(watcher)
+        for one in answers:
+            right = own.decide(picture(one.frame.number), PROMPT, OPTIONS)
+            assert [reading.probability for reading in one.alerts] == list(right.probabilities.values())
+            assert {reading.label_mass for reading in one.alerts} == {right.label_mass}
+            reused = [reading.decision.timings.reused_stages for reading in one.alerts]
+            assert reused[0] == [] and "vision_encoder" in reused[1] and "vision_encoder" in reused[2]
+            assert one.result is not None and "vision_encoder" in one.result.timings.reused_stages
+    raised = [
+        (reading.answer, one.frame.number) for one in answers for reading in one.alerts if reading.event
+    ]
+    assert seen == raised and seen
+
+
+def test_alerts_may_be_all_that_is_asked(pipe: Pipeline) -> None:
+    with Watcher(pipe, Given([frame(0)]), alerts=COLORS[:1], keep_tokens=3) as watcher:
+        answer = next(watcher)
+    assert (answer.text, answer.result, answer.prompt, answer.visual_tokens) == ("", None, None, (16, 3))
+    told = answer.to_json()
+    assert "text" not in told and told["alerts"][0]["answer"] == "red" and "ttft" in told["timings"]
+
+
+def test_stop_ends_a_decision(pipe: Pipeline) -> None:
+    """`on_alert` comes between two decisions, of which the second is then not made."""
+    seen: list[AlertReading] = []
+
+    def stop(reading: AlertReading, frame: Frame) -> None:
+        seen.append(reading)
+        watcher.stop()
+
+    alerts = [Alert(PROMPT, options=OPTIONS, answer="red", threshold=1e-9, hysteresis=0)] * 2
+    watcher = Watcher(pipe, Given([frame(0)]), PROMPT, alerts=alerts, on_alert=stop)
+    assert list(watcher) == [] and watcher.asked == 0 and len(seen) == 1
+
+
 # -- how it ends ---------------------------------------------------------------------------------------------
 
 
@@ -237,6 +309,7 @@ def test_a_cancelled_task_leaves_nothing_behind(pipe: Pipeline) -> None:
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
+        ({"prompt": None}, "nothing is asked"),
         ({"prompt": ""}, "the prompt is empty"),
         ({"prompt": 3}, "the prompt is empty, or no text"),
         ({"every": -1}, "every -1 is not a number of seconds"),
@@ -250,3 +323,9 @@ def test_bad_arguments_are_refused_before_anything_is_read(
 ) -> None:
     with pytest.raises(UsageError, match=line):
         Watcher(pipe, Given([]), **{"prompt": PROMPT, **arguments})
+
+
+def test_a_bundle_for_clips_is_refused(pipe: Pipeline) -> None:
+    spec = replace(pipe.manifest.image, frames=8)
+    with pytest.raises(UsageError, match="answers about clips of 8 frames, and a stream is asked about one"):
+        check_single(cast(Pipeline, SimpleNamespace(manifest=replace(pipe.manifest, image=spec))))

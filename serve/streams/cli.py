@@ -1,0 +1,271 @@
+"""vtp-watch: a standing question about a camera, a stream or a video, answered as often as the model can."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from vtp.engines import UsageError, capabilities
+from vtp.engines.errors import shown
+from vtp.runtime.commands.arguments import add_debug, add_engine, add_json, add_keep_tokens, add_threads
+from vtp.runtime.commands.console import Parser, note, real_number, run_command, whole_number
+from vtp.runtime.decisions.question import LABELS, LETTERS
+from vtp.runtime.opening import NEVER_RUN, NEVER_TRIED
+from vtp.runtime.pipeline import DEFAULT_NEW_TOKENS, Pipeline
+from vtp.serve.streams.alerts import Alert, AlertReading
+from vtp.serve.streams.frames import Frame, Source
+from vtp.serve.streams.gate import DEFAULT_CHANGE, Gate
+from vtp.serve.streams.sinks.hooks import Command, Hook, Webhook
+from vtp.serve.streams.sinks.lines import KeptPictures, Sink, alerted, json_lines, say_answer
+from vtp.serve.streams.sinks.tally import Tally
+from vtp.serve.streams.sources.names import without_secrets
+from vtp.serve.streams.sources.opening import check_source, open_source
+from vtp.serve.streams.typed import TypedPrompts, is_typed
+from vtp.serve.streams.watcher import Watcher, check_single
+
+PROG = "vtp-watch"
+_ENDED = "the watch is over"
+_THRESHOLD, _HYSTERESIS, _COOLDOWN = "0.5", "0.1", "10"
+
+
+class _Parser(Parser):
+    """Its complaints quote what was given, and that may be a camera's address with a password."""
+
+    def error(self, message: str) -> Any:
+        """Print one line and leave with exit code 2."""
+        super().error(without_secrets(message))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags of vtp-watch."""
+    parser = _Parser(prog=PROG, description="Ask about the newest frame of a stream, again and again.")
+    add = parser.add_argument
+    add("bundle", metavar="BUNDLE", help="a folder that vtp-export made")
+    add(
+        "source",
+        metavar="SOURCE",
+        help="a camera (/dev/video0), a URL (rtsp://, http://), a video file or a folder of pictures",
+    )
+    add("--prompt", metavar="TEXT", help="what to ask about each frame; type another one while it runs")
+    add("--stdin", action="store_true", help="take new prompts from standard input, also from a program")
+    _add_pace(parser)
+    _add_alerts(parser)
+    add_keep_tokens(parser, "one of the bundle's keep-counts (default: the bundle's)")
+    add("--max-new-tokens", default=str(DEFAULT_NEW_TOKENS), metavar="N", help="default: %(default)s")
+    add_engine(parser)
+    add_threads(parser)
+    add("--prefix-caching", action="store_true", help="read what the prompts of one frame share once")
+    add("--show-kept", metavar="DIR", help="write each frame asked about there, with dropped patches dimmed")
+    add_json(parser, "print a JSON object a line")
+    add_debug(parser)
+    return parser
+
+
+def _add_pace(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("pace").add_argument
+    add("--every", default="0", metavar="S", help="ask at most once in S seconds (default: when it can)")
+    add("--every-frame", action="store_true", help="of a file: ask about each frame, however long it takes")
+    add("--fps", metavar="N", help="of a folder: pictures a second (default: the next when it can)")
+    add("--until", metavar="N|Ss", help="end after N answers, or, with an s behind it, S seconds")
+    add("--timeout", metavar="S", help="end if no frame came for S seconds (default: wait)")
+    add(
+        "--gate",
+        nargs="?",
+        const=str(DEFAULT_CHANGE),
+        metavar="CHANGE",
+        help="ask nothing while less than CHANGE of 1 differs from the last frame asked about, in the block "
+        "that differs most (default with --gate: %(const)s)",
+    )
+
+
+def _add_alerts(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("alerts").add_argument
+    add(
+        "--alert",
+        action="append",
+        default=[],
+        metavar="QUESTION",
+        help="of yes or no, or with its answers behind it, the alarming one first: "
+        '"how is the door ? [open|closed]"; may be repeated',
+    )
+    add(
+        "--labels",
+        default=LETTERS,
+        choices=LABELS,
+        help="letters: the model is told to choose one; texts: it reads the question alone, and its own "
+        "words are compared (default: %(default)s)",
+    )
+    add(
+        "--threshold",
+        action="append",
+        default=[],
+        metavar="P",
+        help=f"probability that raises it, once for all or once for each (default: {_THRESHOLD})",
+    )
+    add("--hysteresis", default=_HYSTERESIS, metavar="P", help="ends this far below (default: %(default)s)")
+    add(
+        "--cooldown", default=_COOLDOWN, metavar="S", help="seconds between two raises (default: %(default)s)"
+    )
+    add("--on-alert", metavar="COMMAND", help="run on each alert, with the alert as JSON on standard input")
+    add("--webhook", metavar="URL", help="POST each alert there as JSON")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of vtp-watch; returns the exit code."""
+    args = build_parser().parse_args(argv)
+    return run_command(PROG, lambda: _run(args), args.debug, interrupted=_ENDED)
+
+
+def _run(args: argparse.Namespace) -> None:
+    alerts, options = alerts_of(args), watch_options(args)
+    answers, seconds = until_of(args.until)
+    fps = None if args.fps is None else _above_zero("fps", args.fps)
+    check_source(args.source, fps)
+    with ExitStack() as stack:
+        hooks = [stack.enter_context(closing(hook)) for hook in _hooks(args)]
+        pipe = stack.enter_context(_pipeline(args, len(alerts) + (args.prompt is not None)))
+        _make_ready(pipe, options["keep_tokens"])
+        # Not before: what a live stream sends meanwhile would be old.
+        source = stack.enter_context(closing(open_source(args.source, args.every_frame, fps, _tell)))
+
+        def on_alert(reading: AlertReading, frame: Frame) -> None:
+            for hook in hooks:
+                hook.put(alerted(reading, frame, source.name))
+
+        watcher = stack.enter_context(
+            Watcher(pipe, source, args.prompt, alerts=alerts, on_alert=on_alert, tell=_tell, **options)
+        )
+        sinks = _sinks(args, pipe, source)
+        if args.stdin or is_typed():
+            stack.enter_context(closing(TypedPrompts(watcher, _tell)))
+        if seconds is not None:
+            stack.enter_context(_ending(watcher, seconds))
+        _watch(watcher, sinks, answers)
+
+
+def _watch(watcher: Watcher, sinks: Sequence[Sink], most: int | None) -> None:
+    """Answer until it is over; the summary is told however it ends."""
+    tally = Tally(watcher)
+    try:
+        for answer in watcher:
+            tally.add(answer)
+            for sink in sinks:
+                sink(answer)
+            if watcher.asked == most:
+                return
+    finally:
+        watcher.stop()
+        _tell(tally.line())
+
+
+def _pipeline(args: argparse.Namespace, questions: int) -> Pipeline:
+    """The bundle; of several questions about a frame only the first runs the image stages."""
+    return Pipeline.load(
+        args.bundle,
+        args.engine,
+        None if args.threads is None else whole_number("threads", args.threads),
+        vision_feature_cache=int(questions > 1),
+        prefix_caching=args.prefix_caching,
+    )
+
+
+def _make_ready(pipe: Pipeline, keep: int | None) -> None:
+    """Run it once, so that the first frame does not wait for set-up."""
+    check_single(pipe)
+    for engine in dict.fromkeys(pipe.engines.values()):
+        if not capabilities(engine).proven:
+            _tell(NEVER_RUN if capabilities(engine).built else NEVER_TRIED.format(engine=engine))
+    for line in pipe.notes:
+        _tell(line)
+    pipe.generate(Image.new("RGB", (64, 64)), "warm up", keep_tokens=keep, max_new_tokens=2)
+
+
+def _sinks(args: argparse.Namespace, pipe: Pipeline, source: Source) -> list[Sink]:
+    sinks: list[Sink] = [json_lines(source.name, pipe.engine) if args.json else say_answer]
+    if args.show_kept:
+        sinks.append(KeptPictures(Path(args.show_kept), pipe.manifest))
+    return sinks
+
+
+def _hooks(args: argparse.Namespace) -> list[Hook]:
+    hooks = []
+    if args.on_alert is not None:
+        hooks.append(Hook("--on-alert", Command(args.on_alert), _tell))
+    if args.webhook is not None:
+        hooks.append(Hook("--webhook", Webhook(args.webhook), _tell))
+    return hooks
+
+
+@contextmanager
+def _ending(watcher: Watcher, seconds: float) -> Iterator[None]:
+    """Stop the watcher after some seconds."""
+    timer = threading.Timer(seconds, watcher.stop)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _tell(line: str) -> None:
+    note(PROG, line)
+
+
+# -- what was asked for --------------------------------------------------------------------------------------
+
+
+def alerts_of(args: argparse.Namespace) -> list[Alert]:
+    """The alerts. UsageError for flags that do not fit them."""
+    if not args.alert and (args.on_alert is not None or args.webhook is not None or args.threshold):
+        raise UsageError('--on-alert, --webhook and --threshold need an --alert "QUESTION"')
+    thresholds = args.threshold or [_THRESHOLD]
+    if len(thresholds) not in (1, len(args.alert) or 1):
+        raise UsageError(
+            f"{len(thresholds)} thresholds are given for {len(args.alert)} alerts; give one for all, or one "
+            "for each"
+        )
+    each = thresholds * len(args.alert) if len(thresholds) == 1 else thresholds
+    wide, cool = real_number("hysteresis", args.hysteresis), real_number("cooldown", args.cooldown)
+    numbers = [real_number("threshold", text) for text in each]
+    given = zip(args.alert, numbers, strict=True)
+    return [Alert.of(text, one, min(wide, one), cool, args.labels) for text, one in given]
+
+
+def watch_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The keyword arguments of the watcher."""
+    return {
+        "gate": None if args.gate is None else Gate(real_number("gate", args.gate)),
+        "every": real_number("every", args.every),
+        "every_frame": args.every_frame,
+        "timeout": None if args.timeout is None else real_number("timeout", args.timeout),
+        "max_new_tokens": whole_number("max-new-tokens", args.max_new_tokens),
+        "keep_tokens": None if args.keep_tokens is None else whole_number("keep-tokens", args.keep_tokens),
+    }
+
+
+def until_of(text: str | None) -> tuple[int | None, float | None]:
+    """Answers, seconds: after which of them it ends."""
+    if text is None:
+        return None, None
+    if text.endswith("s"):
+        return None, _above_zero("until", text[:-1])
+    return whole_number("until", text, least=1), None
+
+
+def _above_zero(name: str, text: str) -> float:
+    value = real_number(name, text)
+    if not 0 < value <= 31_536_000:
+        raise UsageError(f"{name} '{shown(text, 40)}' is not a number above 0, up to 31536000")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,98 @@
+"""Where answers go: lines for people, lines of JSON, pictures that show what was kept."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from vtp.engines import UsageError
+from vtp.engines.errors import shown
+from vtp.runtime.bundle.folder import check_outside
+from vtp.runtime.bundle.manifest import Manifest
+from vtp.runtime.commands.console import say, say_json
+from vtp.runtime.media.show_kept import check_one_view, save_picture, show_kept
+from vtp.serve.streams.alerts import AlertReading
+from vtp.serve.streams.answer import FrameAnswer
+from vtp.serve.streams.frames import MEDIA, UNIX, Frame
+
+Sink = Callable[[FrameAnswer], None]
+
+
+def say_answer(answer: FrameAnswer) -> None:
+    """An answer as one line on standard output."""
+    before, after = answer.visual_tokens
+    figures = [f"{before} → {after} tokens", f"{1e3 * answer.age:.0f} ms old"]
+    if answer.dropped:
+        figures.append(f"{answer.dropped} dropped")
+    if answer.skipped:
+        figures.append(f"{answer.skipped} skipped")
+    told = [*([" ".join(answer.text.split())] if answer.result else []), *map(_alert, answer.alerts)]
+    say(f"{time_of(answer.frame)}  {' | '.join(told)}  ({', '.join(figures)})")
+
+
+def _alert(reading: AlertReading) -> str:
+    event = f" {reading.event.upper()}" if reading.event else " (on)" if reading.on else ""
+    return f"{shown(reading.question, 40)} {reading.probability:.2f}{event}"
+
+
+def time_of(frame: Frame) -> str:
+    """A frame's stamp: the time of day here, minutes and seconds of a recording, or seconds."""
+    if frame.clock == UNIX:
+        return (
+            f"{time.strftime('%H:%M:%S', time.localtime(frame.stamp))}.{frame.stamp_ns // 10**6 % 1000:03d}"
+        )
+    if frame.clock == MEDIA:
+        return f"{int(frame.stamp) // 60}:{frame.stamp % 60:06.3f}"
+    return f"{frame.stamp:.3f}"
+
+
+def json_lines(source: str, engine: str) -> Sink:
+    """A sink that prints an answer as one line of JSON, with the source's name and the engine's."""
+
+    def write(answer: FrameAnswer) -> None:
+        say_json({"source": source, "engine": engine, **answer.to_json()}, indent=None)
+
+    return write
+
+
+def alerted(reading: AlertReading, frame: Frame, source: str) -> dict[str, Any]:
+    """What hooks are told about an alert."""
+    return {
+        "source": source,
+        "question": reading.question,
+        "answer": reading.answer,
+        "event": reading.event,
+        "probability": reading.probability,
+        "label_mass": reading.label_mass,
+        "frame": {
+            "number": frame.number,
+            "stamp_ns": frame.stamp_ns,
+            "clock": frame.clock,
+            "name": frame.name,
+        },
+    }
+
+
+class KeptPictures:
+    """Writes a picture for every answer, `frame-NUMBER.jpg`, in which dropped patches are dimmed."""
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        """Make the folder. Raises VtpError for one that cannot be written, or a bundle that shows no grid."""
+        check_one_view(manifest.image)
+        check_outside(folder)
+        if folder.exists() and not folder.is_dir():
+            raise UsageError(f"--show-kept '{shown(folder)}' is not a folder; give one")
+        if not folder.parent.is_dir():
+            raise UsageError(f"the folder '{shown(folder.parent)}' does not exist; make it first")
+        folder.mkdir(exist_ok=True)
+        self._folder, self._manifest = folder, manifest
+
+    def __call__(self, answer: FrameAnswer) -> None:
+        """Write one."""
+        grid = self._manifest.visual.grid
+        picture = show_kept(
+            answer.frame.load(), self._manifest.image, (grid[0], grid[1]), [k for k in answer.kept if k >= 0]
+        )
+        save_picture(picture, self._folder / f"frame-{answer.frame.number:08d}.jpg")

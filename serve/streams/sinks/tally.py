@@ -1,0 +1,75 @@
+"""What a watch comes to: frames seen, asked about and dropped, how old they were, answers a second."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Iterable
+from typing import Any
+
+from vtp.serve.streams.answer import FrameAnswer
+from vtp.serve.streams.watcher import Watcher
+
+_KEPT = 10_000  # ages of the last answers; a watch may go on for months
+
+
+class Tally:
+    """Counts answers; the ages are of the last 10,000."""
+
+    def __init__(self, watcher: Watcher) -> None:
+        self._watcher = watcher
+        self._started = time.monotonic()
+        self.dropped = 0
+        self.asked_ages: deque[float] = deque(maxlen=_KEPT)
+        self.ages: deque[float] = deque(maxlen=_KEPT)
+
+    def add(self, answer: FrameAnswer) -> None:
+        """Count one."""
+        self.dropped += answer.dropped
+        self.asked_ages.append(answer.asked_age)
+        self.ages.append(answer.age)
+
+    def to_json(self) -> dict[str, Any]:
+        """Counts, rates a second, ages in milliseconds."""
+        seconds = time.monotonic() - self._started
+        seen, asked = self._watcher.seen, self._watcher.asked
+        return {
+            "seconds": round(seconds, 3),
+            "seen": seen,
+            "asked": asked,
+            "dropped": self.dropped,
+            "skipped": self._watcher.skipped,
+            "source_fps": round(seen / seconds, 3),
+            "fps": round(asked / seconds, 3),
+            "asked_age_ms": _ages(self.asked_ages),
+            "age_ms": _ages(self.ages),
+        }
+
+    def line(self) -> str:
+        """The same for people."""
+        told = self.to_json()
+        age = told["age_ms"]
+        ages = f"; age at the answer p50 {age['p50']:.0f} ms, p95 {age['p95']:.0f} ms" if age else ""
+        skipped = f", {told['skipped']} skipped (nothing changed)" if told["skipped"] else ""
+        return (
+            f"{told['seen']} frames seen, {told['asked']} asked about, {told['dropped']} dropped{skipped} in "
+            f"{told['seconds']:.1f} s ({told['fps']:.2f} answers/s){ages}"
+        )
+
+
+def percentile(values: Iterable[float], share: float) -> float:
+    """The value that `share` of the values do not exceed (nearest rank)."""
+    ordered = sorted(values)
+    return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
+
+
+def _ages(seconds: Iterable[float]) -> dict[str, float]:
+    ages = [1e3 * age for age in seconds]
+    if not ages:
+        return {}
+    return {
+        "p50": round(percentile(ages, 0.5), 3),
+        "p95": round(percentile(ages, 0.95), 3),
+        "max": round(max(ages), 3),
+    }

@@ -1,0 +1,24 @@
+"""How messages call a source: without user names, passwords and tokens that its address may hold."""
+
+from __future__ import annotations
+
+import re
+
+from vtp.engines.errors import shown
+
+# The user's part runs to the last @ before the path begins, as a password may hold one.
+_USER = re.compile(r"(?<=://)[^/\s]*@")
+_AFTER_PATH = re.compile(r"(://[^\s?#]*)[?#]\S*")
+# Some cameras take user and password as a part of the path: /user=admin_password=x_channel=1.sdp
+_IN_PATH = re.compile(r"(://[^\s=]*/)[^\s/=]*=\S*")
+
+
+def without_secrets(text: str) -> str:
+    """A text in which every URL has lost its user, password, query, fragment, and what follows an = in it."""
+    text = _AFTER_PATH.sub(r"\1", _USER.sub("", text))
+    return _IN_PATH.sub(r"\1…", text)
+
+
+def source_name(text: str) -> str:
+    """A source as messages call it: one line, no secrets."""
+    return shown(without_secrets(text))

@@ -1,0 +1,84 @@
+"""From what a user writes as SOURCE to something that gives frames."""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+from vtp.engines import UsageError
+from vtp.runtime.media.images import open_regular, reason
+from vtp.serve.streams.frames import Source
+from vtp.serve.streams.sources.folder import FolderSource
+from vtp.serve.streams.sources.names import source_name
+from vtp.serve.streams.sources.video import Address, VideoSource
+
+_SCHEMES = ("rtsp", "rtsps", "http", "https", "rtmp", "rtmps", "rtp", "udp", "tcp", "srt")
+
+
+def check_source(text: str, fps: float | None = None) -> None:
+    """Raise what `open_source` would, as far as that shows without opening anything."""
+    if "://" in text:
+        return _check_url(text)
+    if text.startswith("ros2:"):
+        raise UsageError(f"'{source_name(text)}' is a ROS 2 topic, which vtp-ros2 watches; use that command")
+    mode = _mode(Path(text))
+    if fps is not None and not stat.S_ISDIR(mode):
+        raise UsageError(f"--fps is for a folder of pictures, and {source_name(text)} is none; leave it out")
+    if not stat.S_ISDIR(mode) and not stat.S_ISCHR(mode):
+        open_regular(Path(text)).close()
+
+
+def open_source(
+    text: str,
+    every_frame: bool = False,
+    fps: float | None = None,
+    tell: Callable[[str], None] = lambda line: None,
+) -> Source:
+    """Open a source.
+
+    text         /dev/video0, a URL, a video file or a folder of pictures
+    every_frame  of files: no frame is dropped, and none has to wait for its time
+    fps          of a folder: pictures a second; None: the next as soon as it can be taken
+    tell         called with a line when a live stream is lost, and when it is back
+
+    Raises UsageError for what is not a source, VtpError for what cannot be opened.
+    """
+    check_source(text, fps)
+    if "://" in text:
+        return VideoSource(Address.of(text), every_frame, tell)
+    path, name = Path(text), source_name(text)
+    if path.is_dir():
+        return FolderSource(path, fps)
+    if path.is_char_device():
+        return VideoSource(Address(str(path), name, "v4l2"), every_frame, tell)
+    # Without "file:", FFmpeg would read a name such as concat:a|b in its own way.
+    return VideoSource(Address(f"file:{path.absolute()}", name), every_frame, tell)
+
+
+def _check_url(text: str) -> None:
+    scheme = text.partition("://")[0].lower()
+    if scheme not in _SCHEMES:
+        raise UsageError(
+            f"'{source_name(text)}' is of a kind that is not served; URLs may begin with "
+            f"{', '.join(f'{name}://' for name in _SCHEMES)}"
+        )
+
+
+def _mode(path: Path) -> int:
+    """What kind of file a path is. Raises UsageError."""
+    try:
+        return path.stat().st_mode
+    except FileNotFoundError:
+        raise UsageError(_missing(path)) from None
+    except (OSError, ValueError) as error:
+        raise UsageError(f"cannot read {source_name(str(path))}: {reason(error)}") from None
+
+
+def _missing(path: Path) -> str:
+    name = source_name(str(path))
+    cameras = sorted(str(one) for one in Path("/dev").glob("video[0-9]*"))
+    there = f"there are {', '.join(cameras)}" if cameras else "this machine has none at /dev/video*"
+    if str(path).startswith("/dev/") or str(path).isdecimal():
+        return f"no such camera: {name}; {there}"
+    return f"no such file or folder: {name}; give a video, a folder of pictures, a camera or a URL"

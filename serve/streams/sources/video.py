@@ -1,0 +1,247 @@
+"""Video through PyAV: files, v4l2 cameras, and streams of the network, which come back after they were lost.
+
+A file, or a recording that a server gives whole, is played in real time unless every frame is wanted. Of a
+stream that lives, frames have the time of this machine at which they came.
+"""
+
+from __future__ import annotations
+
+import importlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from vtp.engines import UsageError, VtpError
+from vtp.engines.errors import shown
+from vtp.runtime.media.images import MAX_PIXELS
+from vtp.serve.streams.frames import MEDIA, UNIX, Frame
+from vtp.serve.streams.sources.names import source_name
+from vtp.serve.streams.sources.pacing import Pace
+
+_OPEN, _READ = 10.0, 10.0  # seconds without a byte from the network after which a stream is lost
+_FIRST_DELAY, _LONGEST_DELAY = 0.5, 30.0  # seconds before trying again, doubled each time
+_BAD_PACKETS = 100  # one after the other; then a stream is lost
+# No time is spent on guessing at a live stream, and nothing is held back.
+_LIVE = {"rtsp_transport": "tcp", "fflags": "nobuffer", "flags": "low_delay"}
+
+
+@dataclass(frozen=True)
+class Address:
+    """What PyAV opens.
+
+    url     a URL, "file:" and a path, or a device's path
+    name    how messages call it
+    format  of a device: "v4l2"; None: FFmpeg finds out
+    remote  whether it comes over a network
+    """
+
+    url: str
+    name: str
+    format: str | None = None
+    remote: bool = False
+
+    @classmethod
+    def of(cls, url: str, name: str | None = None, format: str | None = None) -> Address:
+        """With the name that `source_name` gives, if none is given."""
+        remote = "://" in url and not url.startswith("file:")
+        return cls(url, source_name(url) if name is None else name, format, remote)
+
+
+class Lost(Exception):
+    """A stream that lived has ended, or fell silent; its text says how."""
+
+
+class VideoSource:
+    """Frames of one address.
+
+    every_frame  play as fast as frames are taken, instead of in real time; of live streams it changes nothing
+    tell         called with a line when a live stream is lost, and when it is back
+
+    The first opening must succeed; after that, a live stream that is lost is opened again and again, with
+    longer and longer pauses, until `close`.
+    """
+
+    def __init__(
+        self, address: Address, every_frame: bool = False, tell: Callable[[str], None] = lambda line: None
+    ) -> None:
+        """Open it. Raises UsageError or VtpError if it cannot be opened, or is no video."""
+        self.name = address.name
+        self._address, self._every_frame, self._tell = address, every_frame, tell
+        self._closed = threading.Event()
+        self._number = 0
+        self._opened: Opened | None = Opened(address)
+
+    def __iter__(self) -> Iterator[Frame]:
+        """Decode; the iteration ends with the file, a live stream's with `close`."""
+        opened, self._opened = self._opened, None
+        while opened is not None and not self._closed.is_set():
+            try:
+                yield from self._frames(opened)
+                return
+            except Lost as error:
+                why = str(error)
+            finally:
+                opened.close()
+            self._tell(f"lost {self.name}: {why}; trying to reach it again")
+            opened = self._opened_again()
+
+    def close(self) -> None:
+        """End the iteration, at the latest when a read that hangs has timed out."""
+        self._closed.set()
+
+    def _frames(self, opened: Opened) -> Iterator[Frame]:
+        pace = None if opened.live or self._every_frame else Pace(self._closed)
+        for picture, seconds in opened.decoded():
+            if self._closed.is_set() or (pace is not None and not pace.wait(seconds)):
+                return
+            stamp = time.time_ns() if opened.live else round(seconds * 1e9)
+            yield Frame(
+                picture, self._number, stamp, time.monotonic(), UNIX if opened.live else MEDIA, opened.label
+            )
+            self._number += 1
+
+    def _opened_again(self) -> Opened | None:
+        """The stream, as soon as it can be opened; None once it is closed."""
+        lost, delay = time.monotonic(), _FIRST_DELAY
+        while not self._closed.wait(delay):
+            delay = min(2 * delay, _LONGEST_DELAY)
+            try:
+                opened = Opened(self._address)
+            except VtpError:
+                continue
+            self._tell(f"{self.name} is back after {time.monotonic() - lost:.1f} s")
+            return opened
+        return None
+
+
+class Opened:
+    """One connection, or one open file.
+
+    live  whether frames come when they are taken: of a camera, and of streams without an end
+    """
+
+    label = ""
+
+    def __init__(self, address: Address) -> None:
+        """Open it and find its pictures. Raises UsageError or VtpError."""
+        self._av = load_av()
+        self._name = address.name
+        options = {"protocol_whitelist": "file"} if address.url.startswith("file:") else _LIVE
+        timeout = (_OPEN, _READ) if address.remote else None
+        try:
+            self._container = self._av.open(
+                address.url, format=address.format, options=dict(options), timeout=timeout
+            )
+        except self._av.error.FFmpegError as error:
+            raise VtpError(f"cannot open {address.name}: {_why(error)}; {_CURE}") from None
+        except (ValueError, OSError) as error:
+            raise VtpError(f"cannot open {address.name}: {shown(error)}; {_CURE}") from None
+        self.live = address.format is not None or (address.remote and not self._container.duration)
+        try:
+            self._stream = self._first_stream()
+        except BaseException:
+            self._container.close()
+            raise
+
+    def close(self) -> None:
+        """Give the connection back."""
+        self._container.close()
+
+    def decoded(self) -> Iterator[tuple[Callable[[], np.ndarray], float]]:
+        """Pictures, each as a function that gives it as uint8 [H,W,3], and seconds since the first one.
+
+        Raises `Lost` if a live stream ends, VtpError for a file that turns out damaged.
+        """
+        first: float | None = None
+        with self._ending():
+            for number, frame in enumerate(self._decode()):
+                _check_size(frame, self._name)
+                seconds = frame.time if frame.time is not None else number / self._rate
+                first = seconds if first is None else first
+                yield _picture_of(frame), max(0.0, seconds - first)
+        if self.live:
+            raise Lost("it ended")
+
+    @property
+    def _rate(self) -> float:
+        return float(self._stream.average_rate or self._stream.guessed_rate or 25)
+
+    def _first_stream(self) -> Any:
+        streams = self._container.streams.video
+        if not streams:
+            raise VtpError(f"{self._name} has no pictures, only sound or data; give a video")
+        _check_size(streams[0], self._name)
+        streams[0].codec_context.options = {"max_pixels": str(MAX_PIXELS)}
+        return streams[0]
+
+    def _decode(self) -> Iterator[Any]:
+        """Frames; a packet that cannot be decoded is left out."""
+        bad = 0
+        for packet in self._container.demux(self._stream):
+            try:
+                frames = packet.decode()
+            except self._av.error.InvalidDataError:
+                bad += 1
+                if bad >= _BAD_PACKETS:
+                    raise
+                continue
+            bad = 0 if frames else bad
+            yield from frames
+
+    @contextmanager
+    def _ending(self) -> Iterator[None]:
+        """What FFmpeg says while it reads, as `Lost` or VtpError."""
+        try:
+            yield
+        except self._av.error.FFmpegError as error:
+            why = f"nothing came for {_READ:g} s" if _timed_out(self._av, error) else _why(error)
+            if self.live:
+                raise Lost(why) from None
+            raise VtpError(f"{self._name} is damaged: {why}; the frames before were read") from None
+
+
+_CURE = "give a video file, a folder of pictures, a camera such as /dev/video0, or an rtsp:// or http:// URL"
+
+
+def load_av() -> Any:
+    """PyAV. Raises VtpError where it is not installed."""
+    try:
+        return importlib.import_module("av")
+    except ImportError:
+        raise VtpError(
+            "video needs PyAV, which is not installed; run: pip install 'vtp-edge[streams]'"
+        ) from None
+
+
+def _why(error: Any) -> str:
+    """FFmpeg's reason, without the URL that its text ends with."""
+    return shown(getattr(error, "strerror", None) or type(error).__name__, 100)
+
+
+def _timed_out(av: Any, error: BaseException) -> bool:
+    return isinstance(error, av.error.ExitError | TimeoutError)
+
+
+def _check_size(picture: Any, name: str) -> None:
+    """Refuse what is larger than any picture may be. Raises VtpError."""
+    width, height = picture.width, picture.height
+    if width * height > MAX_PIXELS:
+        raise UsageError(
+            f"{name} has frames of {width}x{height} = {width * height:,} pixels; at most {MAX_PIXELS:,} are "
+            "decoded: give smaller ones"
+        )
+
+
+def _picture_of(frame: Any) -> Callable[[], np.ndarray]:
+    """The conversion to RGB, put off: of most frames nobody asks for it."""
+
+    def picture() -> np.ndarray:
+        rgb = frame.to_ndarray(format="rgb24")
+        return np.ascontiguousarray(np.rot90(rgb, frame.rotation // 90)) if frame.rotation else rgb
+
+    return picture

@@ -119,6 +119,10 @@ class Robot:
         self.health.cleared()
         return True
 
+    def log(self, line: str) -> None:
+        """An error, in ROS' log."""
+        self._log().error(line)
+
     # -- parameters ------------------------------------------------------------------------------------------
 
     def _declared(self) -> dict[str, Any]:

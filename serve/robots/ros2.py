@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from vtp.engines import VtpError
+from vtp.engines.errors import shown
 from vtp.runtime.commands.arguments import add_debug
 from vtp.runtime.commands.console import Parser, run_command
 from vtp.serve.robots.settings import PARAMETERS
@@ -21,6 +22,7 @@ PROG = "vtp-ros2"
 _STOPPED = "the node was stopped before it had ended"
 # A transition that loads, one that is asked for meanwhile, an ask that waits, images, and the rest.
 _THREADS = 5
+_PAUSE = 0.1  # seconds after a callback that failed
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -70,10 +72,10 @@ def _run(args: argparse.Namespace, ros: list[str]) -> None:
     given = {"bundle": args.bundle, "prompt": args.prompt}
     overrides = {name: value for name, value in given.items() if value is not None}
     # KeyboardInterrupt is SIGTERM's as well: what a node is ended by.
-    with _initialised(ros), _spinning(overrides) as (robot, ended), suppress(KeyboardInterrupt):
+    with _initialised(ros), _spinning(overrides) as robot, suppress(KeyboardInterrupt):
         if not args.unconfigured:
             _start(robot)
-        ended.wait()
+        threading.Event().wait()
 
 
 @contextmanager
@@ -93,41 +95,41 @@ def _initialised(ros: list[str]) -> Iterator[None]:
 
 
 @contextmanager
-def _spinning(overrides: dict[str, Any]) -> Iterator[tuple[Robot, threading.Event]]:
-    """The node, whose callbacks run in threads beside the caller's, and the event that they have ended.
-
-    Afterwards nothing of it is left. Raises what a callback raised.
-    """
-    from rclpy.executors import ExternalShutdownException, MultiThreadedExecutor
+def _spinning(overrides: dict[str, Any]) -> Iterator[Robot]:
+    """The node, whose callbacks run in threads beside the caller's; afterwards nothing of it is left."""
+    from rclpy.executors import MultiThreadedExecutor
 
     from vtp.serve.robots.node import Robot
 
     robot = Robot(overrides)
     executor = MultiThreadedExecutor(_THREADS)
     executor.add_node(robot.node)
-    ended = threading.Event()
-    failures: list[BaseException] = []
-
-    def spin() -> None:
-        try:
-            with suppress(ExternalShutdownException):
-                executor.spin()
-        except BaseException as error:
-            failures.append(error)
-        finally:
-            ended.set()
-
-    thread = threading.Thread(target=spin, name="vtp-ros2", daemon=True)
+    ending = threading.Event()
+    thread = threading.Thread(target=_spin, args=(executor, robot, ending), name=PROG, daemon=True)
     thread.start()
     try:
-        yield robot, ended
+        yield robot
     finally:
+        ending.set()
         executor.shutdown()
         thread.join()
         robot.cleanup()
         robot.node.destroy_node()
-    if failures:
-        raise failures[0]
+
+
+def _spin(executor: Any, robot: Robot, ending: threading.Event) -> None:
+    """Run callbacks until told to end. One that fails is logged: a bad request must not end the node.
+
+    (Up to Jazzy, rclpy lets a transition that is not possible end the executor.)
+    """
+    while not ending.is_set():
+        try:
+            executor.spin()
+            return  # the context was shut down
+        except Exception as error:
+            if not ending.is_set():
+                robot.log(f"a callback failed: {type(error).__name__}: {shown(error)}")
+                ending.wait(_PAUSE)
 
 
 def _start(robot: Robot) -> None:

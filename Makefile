@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := build/demo
-EXTRAS := export,ort,openvino,serve,streams,dev
+EXTRAS := export,ort,openvino,serve,streams,mcap,dev
 # A plain path, which type checkers read, too; the default mode's import hook they do not.
 EDITABLE := --config-settings editable_mode=compat
 OLDEST := build/oldest

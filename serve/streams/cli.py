@@ -24,6 +24,7 @@ from vtp.serve.streams.frames import Frame, Source
 from vtp.serve.streams.gate import DEFAULT_CHANGE, Gate
 from vtp.serve.streams.sinks.hooks import Command, Hook, Webhook
 from vtp.serve.streams.sinks.lines import KeptPictures, Sink, alerted, json_lines, say_answer
+from vtp.serve.streams.sinks.recording import McapAnswers
 from vtp.serve.streams.sinks.tally import Tally
 from vtp.serve.streams.sources.names import without_secrets
 from vtp.serve.streams.sources.opening import check_source, open_source
@@ -51,7 +52,8 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "source",
         metavar="SOURCE",
-        help="a camera (/dev/video0), a URL (rtsp://, http://), a video file or a folder of pictures",
+        help="a camera (/dev/video0), a URL (rtsp://, http://), a video file, a folder of pictures or a "
+        "recording (mcap:FILE#TOPIC)",
     )
     add("--prompt", metavar="TEXT", help="what to ask about each frame; type another one while it runs")
     add("--stdin", action="store_true", help="take new prompts from standard input, also from a program")
@@ -63,6 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_threads(parser)
     add("--prefix-caching", action="store_true", help="read what the prompts of one frame share once")
     add("--show-kept", metavar="DIR", help="write each frame asked about there, with dropped patches dimmed")
+    add("--mcap", metavar="FILE", help="record the answers there, as messages of ROS 2 (std_msgs/String)")
     add_json(parser, "print a JSON object a line")
     add_debug(parser)
     return parser
@@ -143,6 +146,8 @@ def _run(args: argparse.Namespace) -> None:
             Watcher(pipe, source, args.prompt, alerts=alerts, on_alert=on_alert, tell=_tell, **options)
         )
         sinks = _sinks(args, pipe, source)
+        if args.mcap is not None:
+            sinks.append(stack.enter_context(McapAnswers(Path(args.mcap))))
         if args.stdin or is_typed():
             stack.enter_context(closing(TypedPrompts(watcher, _tell)))
         if seconds is not None:

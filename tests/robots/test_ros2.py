@@ -53,7 +53,7 @@ def test_answers_are_the_pipelines_about_frames_that_were_published(
         talk.more("json", 3)
         until(lambda: {place_of(said) for said in talk.topic("json")} >= {0, 1, 2, 3}, robot, eye, talk)
         talk.more("json", 20)
-        published = {one["stamp_ns"]: one["picture"] for one in list(eye.lines)}
+    published = {one["stamp_ns"]: one["picture"] for one in eye.lines}
     answers = talk.topic("json")
     stamps = [said["stamp"]["sec"] * 10**9 + said["stamp"]["nanosec"] for said in answers]
     assert stamps == sorted(set(stamps))  # none twice, none out of order

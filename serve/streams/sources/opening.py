@@ -10,6 +10,7 @@ from vtp.engines import UsageError
 from vtp.runtime.media.images import open_regular, reason
 from vtp.serve.streams.frames import Source
 from vtp.serve.streams.sources.folder import FolderSource
+from vtp.serve.streams.sources.mcap import PREFIX, McapSource, check_mcap
 from vtp.serve.streams.sources.names import source_name
 from vtp.serve.streams.sources.video import Address, VideoSource
 
@@ -18,6 +19,8 @@ _SCHEMES = ("rtsp", "rtsps", "http", "https", "rtmp", "rtmps", "rtp", "udp", "tc
 
 def check_source(text: str, fps: float | None = None) -> None:
     """Raise what `open_source` would, as far as that shows without opening anything."""
+    if text.startswith(PREFIX):
+        return check_mcap(text)
     if "://" in text:
         return _check_url(text)
     if text.startswith("ros2:"):
@@ -37,7 +40,7 @@ def open_source(
 ) -> Source:
     """Open a source.
 
-    text         /dev/video0, a URL, a video file or a folder of pictures
+    text         /dev/video0, a URL, a video file, a folder of pictures or mcap:FILE#TOPIC
     every_frame  of files: no frame is dropped, and none has to wait for its time
     fps          of a folder: pictures a second; None: the next as soon as it can be taken
     tell         called with a line when a live stream is lost, and when it is back
@@ -45,6 +48,8 @@ def open_source(
     Raises UsageError for what is not a source, VtpError for what cannot be opened.
     """
     check_source(text, fps)
+    if text.startswith(PREFIX):
+        return McapSource(text, every_frame)
     if "://" in text:
         return VideoSource(Address.of(text), every_frame, tell)
     path, name = Path(text), source_name(text)

@@ -82,10 +82,11 @@ def _run(args: argparse.Namespace) -> None:
     if args.video:
         _run_video(task, args, progress)
         return
+    about = _about(task, args.shape, repeats=task.repeats)
     progress.step(f"measure {Path(task.bundle).name}: {task.repeats} runs of {task.max_new_tokens} tokens")
     found = in_child(task)
     progress.end()
-    results = {**_about(task, args.shape, repeats=task.repeats), **found}
+    results = {**about, **found}
     if args.csv:
         Path(args.csv).write_text(report.csv_text(results), encoding="utf-8")
     if args.plot:
@@ -114,10 +115,11 @@ def _about(task: Task, shape: str | None, **settings: Any) -> dict[str, Any]:
 
 
 def _run_video(task: Task, args: argparse.Namespace, progress: Progress) -> None:
+    about = _about(task, args.shape, video=Path(args.video).name)
     progress.step(f"play {Path(args.video).name}, and ask about its newest frame")
     found = video.measure_video(dataclasses.replace(task, image=args.video))
     progress.end()
-    results = {**_about(task, args.shape, video=Path(args.video).name), **found}
+    results = {**about, **found}
     if args.json:
         say_json(results)
     else:

@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from vtp.engines import UsageError, capabilities
+from vtp.engines import UsageError, VtpError, capabilities
 from vtp.engines.errors import shown
 from vtp.runtime.commands.arguments import add_debug, add_engine, add_json, add_keep_tokens, add_threads
 from vtp.runtime.commands.console import Parser, note, real_number, run_command, whole_number
@@ -32,7 +32,9 @@ from vtp.serve.streams.typed import TypedPrompts, is_typed
 from vtp.serve.streams.watcher import Watcher, check_single
 
 PROG = "vtp-watch"
+PAGE_PORT = "8001"
 _ENDED = "the watch is over"
+_LARGEST_PORT = 2**16 - 1
 _THRESHOLD, _HYSTERESIS, _COOLDOWN = "0.5", "0.1", "10"
 
 
@@ -52,8 +54,8 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "source",
         metavar="SOURCE",
-        help="a camera (/dev/video0), a URL (rtsp://, http://), a video file, a folder of pictures or a "
-        "recording (mcap:FILE#TOPIC)",
+        help="a camera (/dev/video0), a URL (rtsp://, http://), a video file, a folder of pictures or "
+        "mcap:FILE#TOPIC",
     )
     add("--prompt", metavar="TEXT", help="what to ask about each frame; type another one while it runs")
     add("--stdin", action="store_true", help="take new prompts from standard input, also from a program")
@@ -64,6 +66,14 @@ def build_parser() -> argparse.ArgumentParser:
     add_engine(parser)
     add_threads(parser)
     add("--prefix-caching", action="store_true", help="read what the prompts of one frame share once")
+    add(
+        "--page",
+        nargs="?",
+        const=PAGE_PORT,
+        metavar="PORT",
+        help="show frames and answers in a browser of this machine, and take questions there (default with "
+        "--page: %(const)s; needs the extra [serve])",
+    )
     add("--show-kept", metavar="DIR", help="write each frame asked about there, with dropped patches dimmed")
     add("--mcap", metavar="FILE", help="record the answers there, as messages of ROS 2 (std_msgs/String)")
     add_json(parser, "print a JSON object a line")
@@ -148,6 +158,9 @@ def _run(args: argparse.Namespace) -> None:
         sinks = _sinks(args, pipe, source)
         if args.mcap is not None:
             sinks.append(stack.enter_context(McapAnswers(Path(args.mcap))))
+        if args.page is not None:
+            page = stack.enter_context(closing(_page(watcher, args.page, source)))
+            sinks.append(page)
         if args.stdin or is_typed():
             stack.enter_context(closing(TypedPrompts(watcher, _tell)))
         if seconds is not None:
@@ -197,6 +210,24 @@ def _sinks(args: argparse.Namespace, pipe: Pipeline, source: Source) -> list[Sin
     if args.show_kept:
         sinks.append(KeptPictures(Path(args.show_kept), pipe.manifest))
     return sinks
+
+
+def _page(watcher: Watcher, port: str, source: Source) -> Any:
+    """The live page, told where it is. Raises VtpError where its library is not installed."""
+    try:
+        from vtp.serve.streams.sinks.page import Page
+    except ImportError as error:
+        raise VtpError(
+            f"--page needs {error.name}, which is not installed; run: pip install 'vtp-edge[serve]'"
+        ) from error
+    number = whole_number("page", port, least=0)
+    if number > _LARGEST_PORT:
+        raise UsageError(
+            f"page {number} is not a valid port; choose 1 to {_LARGEST_PORT}, or 0 for a free one"
+        )
+    page = Page(watcher, number, source.name)
+    _tell(f"the page is at {page.address}")
+    return page
 
 
 def _hooks(args: argparse.Namespace) -> list[Hook]:

@@ -6,12 +6,11 @@ import json
 from pathlib import Path
 from types import TracebackType
 
-from vtp.engines import UsageError
+from vtp.engines import UsageError, VtpError
 from vtp.engines.errors import shown
 from vtp.runtime.media.images import reason
-from vtp.serve.robots.cdr import STRING, string_cdr
 from vtp.serve.streams.answer import FrameAnswer
-from vtp.serve.streams.sources.mcap import load_mcap
+from vtp.serve.streams.sources.cdr import STRING, string_message
 
 __all__ = ["McapAnswers"]
 
@@ -27,15 +26,21 @@ class McapAnswers:
     """
 
     def __init__(self, path: Path) -> None:
-        """Begin a file. Raises UsageError if it is there already, or cannot be made."""
-        mcap = load_mcap()
+        """Begin a file. Raises UsageError if it is there already, or cannot be made,
+        and VtpError without the library."""
+        try:
+            from mcap.writer import Writer
+        except ImportError:
+            raise VtpError(
+                "recordings need mcap, which is not installed; run: pip install 'vtp-edge[mcap]'"
+            ) from None
         try:
             self._file = path.open("xb")
         except FileExistsError:
             raise UsageError(f"'{shown(path)}' is there already; give another file") from None
         except (OSError, ValueError) as error:
             raise UsageError(f"cannot write '{shown(path)}': {reason(error)}") from None
-        self._writer = mcap.writer.Writer(self._file)
+        self._writer = Writer(self._file)
         self._writer.start(profile="ros2", library="vtp")
         schema = self._writer.register_schema(STRING, "ros2msg", _DEFINITION)
         self._channels = [
@@ -47,7 +52,7 @@ class McapAnswers:
         told = json.dumps(answer.to_json(), ensure_ascii=False)
         for channel, text in zip(self._channels, (answer.text, told), strict=True):
             stamp = max(0, answer.frame.stamp_ns)
-            self._writer.add_message(channel, stamp, string_cdr(text), stamp, answer.frame.number)
+            self._writer.add_message(channel, stamp, string_message(text), stamp, answer.frame.number)
 
     def close(self) -> None:
         """Write the index and end the file."""

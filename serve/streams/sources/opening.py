@@ -3,33 +3,35 @@
 from __future__ import annotations
 
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from vtp.engines import UsageError
 from vtp.runtime.media.images import open_regular, reason
 from vtp.serve.streams.frames import Source
 from vtp.serve.streams.sources.folder import FolderSource
-from vtp.serve.streams.sources.mcap import PREFIX, McapSource, check_mcap
 from vtp.serve.streams.sources.names import source_name
+from vtp.serve.streams.sources.recording import RecordingSource
 from vtp.serve.streams.sources.video import Address, VideoSource
 
+_MCAP = "mcap:"
 _SCHEMES = ("rtsp", "rtsps", "http", "https", "rtmp", "rtmps", "rtp", "udp", "tcp", "srt")
 
 
 def check_source(text: str, fps: float | None = None) -> None:
     """Raise what `open_source` would, as far as that shows without opening anything."""
-    if text.startswith(PREFIX):
-        return check_mcap(text)
     if "://" in text:
         return _check_url(text)
     if text.startswith("ros2:"):
         raise UsageError(f"'{source_name(text)}' is a ROS 2 topic, which vtp-ros2 watches; use that command")
+    if text.startswith(_MCAP):
+        return _check_file(Path(_recording(text)[0]))
     mode = _mode(Path(text))
     if fps is not None and not stat.S_ISDIR(mode):
         raise UsageError(f"--fps is for a folder of pictures, and {source_name(text)} is none; leave it out")
     if not stat.S_ISDIR(mode) and not stat.S_ISCHR(mode):
-        open_regular(Path(text)).close()
+        _check_file(Path(text))
 
 
 def open_source(
@@ -40,7 +42,7 @@ def open_source(
 ) -> Source:
     """Open a source.
 
-    text         /dev/video0, a URL, a video file, a folder of pictures or mcap:FILE#TOPIC
+    text         /dev/video0, a URL, a video file, a folder of pictures, or mcap:FILE#TOPIC
     every_frame  of files: no frame is dropped, and none has to wait for its time
     fps          of a folder: pictures a second; None: the next as soon as it can be taken
     tell         called with a line when a live stream is lost, and when it is back
@@ -48,10 +50,11 @@ def open_source(
     Raises UsageError for what is not a source, VtpError for what cannot be opened.
     """
     check_source(text, fps)
-    if text.startswith(PREFIX):
-        return McapSource(text, every_frame)
     if "://" in text:
         return VideoSource(Address.of(text), every_frame, tell)
+    if text.startswith(_MCAP):
+        file, topic = _recording(text)
+        return RecordingSource(Path(file), topic, every_frame)
     path, name = Path(text), source_name(text)
     if path.is_dir():
         return FolderSource(path, fps)
@@ -59,6 +62,12 @@ def open_source(
         return VideoSource(Address(str(path), name, "v4l2"), every_frame, tell)
     # Without "file:", FFmpeg would read a name such as concat:a|b in its own way.
     return VideoSource(Address(f"file:{path.absolute()}", name), every_frame, tell)
+
+
+def _recording(text: str) -> tuple[str, str | None]:
+    """File and topic of mcap:FILE#TOPIC."""
+    file, _, topic = text.removeprefix(_MCAP).partition("#")
+    return file, topic or None
 
 
 def _check_url(text: str) -> None:
@@ -72,8 +81,22 @@ def _check_url(text: str) -> None:
 
 def _mode(path: Path) -> int:
     """What kind of file a path is. Raises UsageError."""
-    try:
+    with _errors_of(path):
         return path.stat().st_mode
+    raise AssertionError  # for mypy: errors are never swallowed
+
+
+def _check_file(path: Path) -> None:
+    """Raise UsageError unless it is a file that can be read."""
+    with _errors_of(path):
+        open_regular(path).close()
+
+
+@contextmanager
+def _errors_of(path: Path) -> Iterator[None]:
+    """Say what the system says of a path as UsageError."""
+    try:
+        yield
     except FileNotFoundError:
         raise UsageError(_missing(path)) from None
     except (OSError, ValueError) as error:

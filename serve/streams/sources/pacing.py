@@ -24,4 +24,5 @@ class Pace:
         """
         if self._start is None:
             self._start = self._clock() - seconds
-        return not self._closed.wait(max(0.0, self._start + seconds - self._clock()))
+        left = self._start + seconds - self._clock()
+        return not self._closed.wait(min(max(0.0, left), threading.TIMEOUT_MAX))

@@ -59,7 +59,7 @@ class Lost(Exception):
 class VideoSource:
     """Frames of one address.
 
-    every_frame  play as fast as frames are taken, instead of in real time; of live streams it changes nothing
+    every_frame  play as fast as frames are taken, instead of in real time; refused of live streams
     tell         called with a line when a live stream is lost, and when it is back
 
     The first opening must succeed; after that, a live stream that is lost is opened again and again, with
@@ -74,7 +74,15 @@ class VideoSource:
         self._address, self._every_frame, self._tell = address, every_frame, tell
         self._closed = threading.Event()
         self._number = 0
+        self._lost: float | None = None  # since when; None: it gives frames
+        self._delay = _FIRST_DELAY
         self._opened: Opened | None = Opened(address)
+        if every_frame and self._opened.live:
+            self._opened.close()
+            raise UsageError(
+                f"--every-frame is for recordings, and {self.name} is live: frames would pile up; leave it "
+                "out"
+            )
 
     def __iter__(self) -> Iterator[Frame]:
         """Decode; the iteration ends with the file, a live stream's with `close`."""
@@ -84,10 +92,9 @@ class VideoSource:
                 yield from self._frames(opened)
                 return
             except Lost as error:
-                why = str(error)
+                self._note_loss(str(error))
             finally:
                 opened.close()
-            self._tell(f"lost {self.name}: {why}; trying to reach it again")
             opened = self._opened_again()
 
     def close(self) -> None:
@@ -99,23 +106,31 @@ class VideoSource:
         for picture, seconds in opened.decoded():
             if self._closed.is_set() or (pace is not None and not pace.wait(seconds)):
                 return
-            stamp = time.time_ns() if opened.live else round(seconds * 1e9)
-            yield Frame(
-                picture, self._number, stamp, time.monotonic(), UNIX if opened.live else MEDIA, opened.label
-            )
+            if self._lost is not None:
+                self._note_return()
+            stamp, clock = (time.time_ns(), UNIX) if opened.live else (round(seconds * 1e9), MEDIA)
+            yield Frame(picture, self._number, stamp, time.monotonic(), clock)
             self._number += 1
+
+    def _note_loss(self, why: str) -> None:
+        """Tell it, once for all attempts that bring no frame."""
+        if self._lost is None:
+            self._lost = time.monotonic()
+            self._tell(f"lost {self.name}: {why}; trying to reach it again")
+
+    def _note_return(self) -> None:
+        assert self._lost is not None
+        self._tell(f"{self.name} is back after {time.monotonic() - self._lost:.1f} s")
+        self._lost, self._delay = None, _FIRST_DELAY
 
     def _opened_again(self) -> Opened | None:
         """The stream, as soon as it can be opened; None once it is closed."""
-        lost, delay = time.monotonic(), _FIRST_DELAY
-        while not self._closed.wait(delay):
-            delay = min(2 * delay, _LONGEST_DELAY)
+        while not self._closed.wait(self._delay):
+            self._delay = min(2 * self._delay, _LONGEST_DELAY)
             try:
-                opened = Opened(self._address)
+                return Opened(self._address)
             except VtpError:
                 continue
-            self._tell(f"{self.name} is back after {time.monotonic() - lost:.1f} s")
-            return opened
         return None
 
 
@@ -124,8 +139,6 @@ class Opened:
 
     live  whether frames come when they are taken: of a camera, and of streams without an end
     """
-
-    label = ""
 
     def __init__(self, address: Address) -> None:
         """Open it and find its pictures. Raises UsageError or VtpError."""
@@ -241,7 +254,12 @@ def _picture_of(frame: Any) -> Callable[[], np.ndarray]:
     """The conversion to RGB, put off: of most frames nobody asks for it."""
 
     def picture() -> np.ndarray:
-        rgb = frame.to_ndarray(format="rgb24")
+        try:
+            rgb = frame.to_ndarray(format="rgb24")
+        except Exception as error:  # of formats that FFmpeg's scaler does not know
+            raise VtpError(
+                f"its pixels ({frame.format.name}) cannot be turned into RGB: {type(error).__name__}"
+            ) from error
         return np.ascontiguousarray(np.rot90(rgb, frame.rotation // 90)) if frame.rotation else rgb
 
     return picture

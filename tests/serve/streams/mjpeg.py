@@ -21,8 +21,9 @@ class Camera:
         self._server: ThreadingHTTPServer | None = None
         self._down = threading.Event()
         self.silent = threading.Event()  # connections stay, nothing comes
-        self.port = 0
-        self.sent = 0
+        self.empty = threading.Event()  # connections are taken, and end at once
+        self.port = self.sent = self.connections = 0
+        self._cuts = 0
 
     @property
     def url(self) -> str:
@@ -37,6 +38,7 @@ class Camera:
                 self.send_response(200)
                 self.send_header("Content-Type", "multipart/x-mixed-replace; boundary=frame")
                 self.end_headers()
+                camera.connections += 1
                 try:
                     for data in camera._jpegs():
                         head = f"--frame\r\nContent-Type: image/jpeg\r\nContent-Length: {len(data)}\r\n\r\n"
@@ -61,8 +63,13 @@ class Camera:
             self._server.server_close()
             self._server = None
 
+    def cut(self) -> None:
+        """End the connections of now."""
+        self._cuts += 1
+
     def _jpegs(self) -> Iterator[bytes]:
-        while not self._down.is_set():
+        cuts = self._cuts
+        while not (self._down.is_set() or self.empty.is_set() or cuts < self._cuts):
             if not self.silent.is_set():
                 out = io.BytesIO()
                 Image.fromarray(self._picture(self.sent)).save(out, "JPEG", quality=92)

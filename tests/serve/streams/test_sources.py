@@ -70,6 +70,7 @@ def test_a_file_is_played_in_its_own_time() -> None:
     now[0] += 0.25  # the reader was slow
     assert pace.wait(5.2) and pace.wait(5.3) and pace.wait(5.4)
     assert waits == [0.0, 0.1, 0.0, 0.0, 0.05]
+    assert pace.wait(1e300) and waits[-1] <= threading.TIMEOUT_MAX  # of a stamp that cannot be
 
 
 def test_in_real_time_no_frame_comes_before_its_moment(clip: Path) -> None:
@@ -107,6 +108,32 @@ def _with_rotation(source: Path, target: Path) -> None:
     assert data[place : place + 4] == one
     data[place : place + 20] = zero + minus + zero + one + zero
     target.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("codec", "layout"),
+    [
+        ("ffv1", "yuv420p"),
+        ("ffv1", "yuv422p10le"),
+        ("ffv1", "gray16le"),
+        ("ffv1", "gbrp10le"),
+        ("ffv1", "bgra"),
+    ],
+)
+def test_odd_sizes_and_other_layouts_of_pixels(tmp_path: Path, codec: str, layout: str) -> None:
+    """335 x 201 pixels in layouts that halve their colour, have ten or sixteen bits, no colour, or alpha."""
+    path, shown = tmp_path / "odd.mkv", scene()[:201, :335]
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream(codec, rate=5)
+        stream.width, stream.height, stream.pix_fmt = 335, 201, layout
+        frame = av.VideoFrame.from_ndarray(shown, format="rgb24")
+        out.mux(stream.encode(frame))
+        out.mux(stream.encode(None))
+    (seen,) = (pixels(frame) for frame in open_source(str(path), every_frame=True))
+    assert seen.shape == (201, 335, 3)
+    grey = np.asarray(Image.fromarray(shown).convert("L").convert("RGB"))
+    right = grey if layout.startswith("gray") else shown
+    assert np.abs(seen.astype(int) - right).mean() < 6
 
 
 # -- folders -------------------------------------------------------------------------------------------------
@@ -158,6 +185,23 @@ def test_a_stream_that_dies_and_comes_back_goes_on(live: Camera) -> None:
     assert [frame.number for frame in frames] == list(range(len(frames)))
     assert {frame.clock for frame in frames} == {UNIX}
     assert frames[-1].load().size == (336, 336)
+
+
+def test_a_stream_that_ends_at_once_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that takes connections and gives nothing makes one line, and longer and longer pauses."""
+    monkeypatch.setattr(video, "_FIRST_DELAY", 0.01)
+    told: list[str] = []
+    with camera(lambda number: scene()) as one:
+        source = video.VideoSource(video.Address.of(one.url), tell=told.append)
+        for number, _ in enumerate(source):
+            if number == 2:
+                one.empty.set()
+                one.cut()
+                threading.Timer(1.0, one.empty.clear).start()
+            if len(told) == 2:
+                source.close()
+        assert one.connections >= 5
+    assert told[0].startswith("lost ") and "is back after" in told[1]
 
 
 def test_a_stream_that_falls_silent_is_lost(live: Camera, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,6 +320,11 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     fifo = tmp_path / "fifo.mp4"
     os.mkfifo(fifo)
     assert "not a regular file" in refusal(str(fifo))
+
+
+def test_a_live_stream_waits_for_nobody(live: Camera) -> None:
+    with pytest.raises(VtpError, match="--every-frame is for recordings, and http://127"):
+        open_source(live.url, every_frame=True)
 
 
 def test_other_kinds_are_refused(tmp_path: Path, clip: Path) -> None:

@@ -1,4 +1,4 @@
-"""Recordings of ROS 2 in and out: written and read by rosbags, an implementation of its own."""
+"""Answers as recordings, and what is damaged in those of pictures; rosbags writes and reads them, too."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ import pytest
 from PIL import Image
 
 from vtp import Pipeline
-from vtp.engines import UsageError, VtpError
+from vtp.engines import VtpError
 from vtp.serve.streams.cli import main
-from vtp.serve.streams.sources.mcap import McapSource
+from vtp.serve.streams.sources.cdr import string_message
+from vtp.serve.streams.sources.recording import RecordingSource
 from vtp.serve.streams.watcher import Watcher
 
 from ...conftest import Made
@@ -72,44 +73,21 @@ def recording(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-@pytest.mark.parametrize(("topic", "late"), [("/eye/raw", 5), ("/eye/png", 0)])
-def test_every_picture_comes_with_its_stamp(recording: Path, topic: str, late: int) -> None:
-    source = McapSource(f"mcap:{recording}#{topic}", every_frame=True)
-    frames = list(source)
-    assert [frame.number for frame in frames] == list(range(COUNT))
-    # The header's stamp, or the log's where a header has none.
-    assert [frame.stamp_ns for frame in frames] == [START + number * GAP - late for number in range(COUNT)]
-    assert {(frame.clock, frame.name) for frame in frames} == {("ros", "eye")}
-    for number, frame in enumerate(frames):
-        assert (np.asarray(frame.load()) == pixels(number)).all()
-
-
-def test_frames_come_at_the_pace_of_the_recording(recording: Path) -> None:
-    frames = list(McapSource(f"mcap:{recording}#/eye/raw"))
-    assert len(frames) == COUNT
-    assert frames[-1].arrived - frames[0].arrived >= (COUNT - 1) * GAP / 1e9
-
-
-def test_a_source_that_is_closed_ends(recording: Path) -> None:
-    source = McapSource(f"mcap:{recording}#/eye/raw")
-    frames: Iterator[Any] = iter(source)
-    next(frames)
-    source.close()
-    assert list(frames) == []
-    McapSource(f"mcap:{recording}#/eye/raw").close()  # before it was iterated
+def test_a_picture_without_a_stamp_has_the_logs(recording: Path) -> None:
+    """PNG of a publisher that gives none; the raw ones are 5 ns older than their log."""
+    for topic, late in (("/eye/raw", 5), ("/eye/png", 0)):
+        frames = list(RecordingSource(recording, topic, every_frame=True))
+        assert [frame.stamp_ns for frame in frames] == [
+            START + number * GAP - late for number in range(COUNT)
+        ]
+        for number, frame in enumerate(frames):
+            assert (np.asarray(frame.load()) == pixels(number)).all()
 
 
 @pytest.fixture(scope="module")
 def pipeline(exported: Callable[[str], Made]) -> Iterator[Pipeline]:
     with Pipeline.load(exported("vispruner").folder, "ort-cpu", threads=1) as opened:
         yield opened
-
-
-def test_a_watcher_asks_about_a_recording(pipeline: Pipeline, recording: Path) -> None:
-    source = McapSource(f"mcap:{recording}#/eye/raw", every_frame=True)
-    answers = list(Watcher(pipeline, source, "what is it ?", every_frame=True, max_new_tokens=4))
-    wanted = [pipeline.generate(pixels(n), "what is it ?", max_new_tokens=4).text for n in range(COUNT)]
-    assert [answer.text for answer in answers] == wanted
 
 
 def test_answers_are_recorded_beside_their_frames(
@@ -135,29 +113,7 @@ def test_answers_are_recorded_beside_their_frames(
     assert "is there already; give another file" in capsys.readouterr().err
 
 
-# -- what is refused -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("after", "why"),
-    [
-        ("", "needs a topic: topics with pictures are /eye/png, /eye/raw; give mcap:FILE#TOPIC"),
-        ("#/nowhere", "there is no such topic; topics with pictures are /eye/png, /eye/raw"),
-        ("#/said", "has messages of type std_msgs/msg/String"),
-    ],
-)
-def test_topics_without_pictures_are_refused_with_those_that_have_some(
-    recording: Path, after: str, why: str
-) -> None:
-    with pytest.raises(UsageError, match=why):
-        McapSource(f"mcap:{recording}{after}")
-
-
-def test_the_only_topic_needs_no_name(tmp_path: Path) -> None:
-    file = record(tmp_path / "one#two.mcap", [raw(0)])
-    assert len(list(McapSource(f"mcap:{file}#/eye", every_frame=True))) == 1
-    file = file.rename(tmp_path / "one.mcap")
-    assert len(list(McapSource(f"mcap:{file}", every_frame=True))) == 1
+# -- what is damaged -----------------------------------------------------------------------------------------
 
 
 def record(path: Path, messages: list[Any], encoding: str = "cdr", finish: bool = True) -> Path:
@@ -181,44 +137,26 @@ def test_a_damaged_message_is_told_and_left_out(pipeline: Pipeline, tmp_path: Pa
     whole = bytes(STORE.serialize_cdr(raw(1), IMAGE))
     told: list[str] = []
     file = record(tmp_path / "one.mcap", [raw(0), whole[:100], raw(2)])
-    source = McapSource(f"mcap:{file}", every_frame=True)
+    source = RecordingSource(file, None, every_frame=True)
     watcher = Watcher(pipeline, source, "what ?", every_frame=True, tell=told.append, max_new_tokens=1)
     assert [answer.frame.number for answer in watcher] == [0, 2]
     (line,) = told
     assert "frame 1" in line
-    assert "cut off or damaged" in line
+    assert "cut off" in line
 
 
-def test_recordings_that_cannot_be_read_are_one_line(recording: Path, tmp_path: Path) -> None:
-    other = record(tmp_path / "json.mcap", [b"{}"], encoding="json")
-    with pytest.raises(UsageError, match=r"needs a topic: no topic has pictures"):
-        McapSource(f"mcap:{other}")
-    with pytest.raises(UsageError, match=r"has messages of type json \(encoding\)"):
-        McapSource(f"mcap:{other}#/eye")
-    content = recording.read_bytes()
-    for name, data in (
-        ("cut", content[: len(content) // 2]),
-        ("empty", b""),
-        ("text", b"not a recording" * 9),
-    ):
-        file = tmp_path / f"{name}.mcap"
-        file.write_bytes(data)
-        with pytest.raises(VtpError, match=r"no MCAP recording, or a damaged one|did not end well"):
-            McapSource(f"mcap:{file}#/eye/raw")
+def test_a_damaged_chunk_ends_it(tmp_path: Path) -> None:
+    """Checksums are compared: pixels that were changed would otherwise be asked about."""
     file = record(tmp_path / "damaged.mcap", [raw(0), raw(1)])
     damaged = bytearray(file.read_bytes())
     damaged[300:400] = bytes(100)
     file.write_bytes(damaged)
-    with pytest.raises(VtpError, match="no MCAP recording, or a damaged one"):
-        list(McapSource(f"mcap:{file}", every_frame=True))
+    with pytest.raises(VtpError, match="is not a whole MCAP file"):
+        list(RecordingSource(file, None, every_frame=True))
 
 
-@pytest.mark.parametrize(
-    ("text", "why"),
-    [("mcap:", "names no file"), ("mcap:#/eye", "names no file"), ("mcap:/nowhere.mcap#/eye", "nowhere")],
-)
-def test_files_that_are_not_there(text: str, why: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bundle", text, "--prompt", "what ?"]) == 2
-    said = capsys.readouterr().err
-    assert why in said
-    assert len(said.splitlines()) == 1
+@pytest.mark.parametrize("text", ["", "a cup", "three\nlines\n", "eine Tasse für 左", "x" * 70_000])
+def test_text_is_what_rosbags_writes_and_reads(text: str) -> None:
+    data = string_message(text)
+    assert STORE.deserialize_cdr(data, STRING).data == text
+    assert data == bytes(STORE.serialize_cdr(STORE.types[STRING](text), STRING))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -84,6 +85,8 @@ def _initialised(ros: list[str]) -> Iterator[None]:
     import rclpy
     from rclpy.signals import SignalHandlerOptions
 
+    # As rclpy does; what a shell puts into the background ignores Ctrl-C, and that is how launch ends nodes.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         rclpy.init(args=ros, signal_handler_options=SignalHandlerOptions.NO)
     except Exception as error:  # rclpy names several of its own for arguments that it cannot read
@@ -92,6 +95,7 @@ def _initialised(ros: list[str]) -> Iterator[None]:
         yield
     finally:
         rclpy.try_shutdown()
+        signal.signal(signal.SIGINT, before)
 
 
 @contextmanager

@@ -100,14 +100,12 @@ class Process:
             thread.join(PATIENCE)
         return code
 
-    def end(self) -> int:
-        """Close its standard input, and end it if that does not: no process is left."""
+    def end(self, number: int | None = None) -> int:
+        """Close its standard input, or send it a signal; then it must end, and no process is left."""
         assert self._child.stdin is not None
         self._child.stdin.close()
-        try:
-            self._child.wait(5)
-        except subprocess.TimeoutExpired:
-            self._child.send_signal(signal.SIGINT)
+        if number is not None and self.running:
+            self.signal(number)
         try:
             return self.wait()
         except subprocess.TimeoutExpired:
@@ -162,7 +160,7 @@ def node(*words: str) -> Iterator[Process]:
     try:
         yield process
     finally:
-        code = process.end()
+        code = process.end(signal.SIGINT)
     assert code == 0, process.log
 
 

@@ -89,14 +89,15 @@ class Robot:
 
     def deactivate(self) -> None:
         """End the subscription and the answer that is being written."""
-        if self._subscription is not None:
-            self.node.destroy_subscription(self._subscription)
-            self._subscription = None
-        if self._asker is not None:
-            self._asker.stop()
-            self._asker = None
-        if self._phase is Phase.ACTIVE:
-            self._phase = Phase.INACTIVE
+        with self._lock:
+            if self._subscription is not None:
+                self.node.destroy_subscription(self._subscription)
+                self._subscription = None
+            if self._asker is not None:
+                self._asker.stop()
+                self._asker = None
+            if self._phase is Phase.ACTIVE:
+                self._phase = Phase.INACTIVE
 
     def cleanup(self) -> None:
         """Free the bundle, whatever the node did before."""

@@ -115,6 +115,7 @@ def _spinning(overrides: dict[str, Any]) -> Iterator[Robot]:
         yield robot
     finally:
         ending.set()
+        robot.deactivate()  # or the executor would wait for who asks
         executor.shutdown()
         thread.join()
         robot.cleanup()

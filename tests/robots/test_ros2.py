@@ -25,6 +25,7 @@ from .processes import (
     camera,
     node,
     parameters,
+    peer,
     place_of,
     raw,
     ros_python,
@@ -221,6 +222,17 @@ def test_transitions(bundle: Path, pictures: Path, talk: Peer) -> None:
         assert talk.state() == "finalized"
 
 
+def test_it_says_that_it_is_configuring_while_it_loads(bundle: Path, talk: Peer) -> None:
+    with peer() as other, node("--unconfigured", *parameters(bundle)):
+        assert (talk.state(), other.state()) == ("unconfigured", "unconfigured")
+        talk.write(id=0, do="change", label="configure")
+        states = []
+        while "inactive" not in states:
+            states.append(other.state())
+            other.get(name="rate")  # and parameters are answered as well
+        assert "configuring" in states
+
+
 def test_activating_again_and_again_leaves_no_thread(bundle: Path, pictures: Path, talk: Peer) -> None:
     def again() -> None:
         assert talk.change(label="deactivate")
@@ -262,6 +274,15 @@ def test_signals_end_it_well(bundle: Path, pictures: Path, talk: Peer, number: i
             assert not [line for line in robot.log if "Traceback" in line]
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_it_ends_although_somebody_waits_for_an_answer(bundle: Path, talk: Peer) -> None:
+    with node(*parameters(bundle)) as robot:
+        until(lambda: talk.state() == "active", robot)
+        talk.write(id=0, do="ask")
+        talk.more("diagnostics")  # the question is with the node
+        robot.signal(signal.SIGTERM)
+        assert robot.wait() == 0
 
 
 @pytest.mark.parametrize(

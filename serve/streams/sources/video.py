@@ -148,7 +148,11 @@ class Opened:
         timeout = (_OPEN, _READ) if address.remote else None
         try:
             self._container = self._av.open(
-                address.url, format=address.format, options=dict(options), timeout=timeout
+                address.url,
+                format=address.format,
+                options=dict(options),
+                timeout=timeout,
+                metadata_errors="ignore",  # titles and the like in any encoding, which nobody reads here
             )
         except self._av.error.FFmpegError as error:
             raise VtpError(f"cannot open {address.name}: {_why(error)}; {_CURE}") from None
@@ -188,6 +192,11 @@ class Opened:
         streams = self._container.streams.video
         if not streams:
             raise VtpError(f"{self._name} has no pictures, only sound or data; give a video")
+        if streams[0].codec_context is None:
+            raise VtpError(
+                f"{self._name} holds video in an encoding that this FFmpeg has no decoder for; convert it, "
+                "to H.264 for example"
+            )
         _check_size(streams[0], self._name)
         streams[0].codec_context.options = {"max_pixels": str(MAX_PIXELS)}
         return streams[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import time
 from pathlib import Path
 from typing import Any
 
@@ -90,8 +91,10 @@ def test_frames_are_the_messages(bag: Path, topic: str) -> None:
 
 
 def test_a_recording_is_played_as_it_came(bag: Path) -> None:
+    began = time.monotonic()
     arrived = [one.arrived for one in RecordingSource(bag, "/raw")]
-    assert len(arrived) == 4 and arrived[-1] - arrived[0] >= 3 * STEP / 1e9 - 1e-3
+    assert len(arrived) == 4
+    assert all(when - began >= place * STEP / 1e9 - 1e-3 for place, when in enumerate(arrived))
 
 
 def test_the_only_topic_with_pictures_needs_no_name(tmp_path: Path) -> None:

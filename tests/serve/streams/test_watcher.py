@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -198,6 +199,22 @@ def test_a_new_prompt_passes_the_gate(pipe: Pipeline) -> None:
         assert list(watcher) == []
 
 
+def test_every_is_the_least_time_between_two_questions(pipe: Pipeline) -> None:
+    """Waits are counted from question to question, and the frame is the newest at the end of a wait."""
+
+    class Ticking(Given):
+        def __iter__(self) -> Iterator[Frame]:
+            for number in range(60):
+                yield frame(number)
+                time.sleep(0.02)
+
+    with Watcher(pipe, Ticking([]), PROMPT, every=0.25, max_new_tokens=1) as watcher:
+        answers = [next(watcher) for _ in range(3)]
+    taken = [one.frame.arrived + one.asked_age for one in answers]
+    assert all(later - earlier >= 0.25 for earlier, later in pairwise(taken))
+    assert all(one.dropped > 0 for one in answers[1:])
+
+
 # -- alerts --------------------------------------------------------------------------------------------------
 
 OPTIONS = ("red", "green", "blue")
@@ -226,6 +243,19 @@ def test_alerts_are_the_pipelines_decisions_and_share_one_encoder_run(exported: 
         (reading.answer, one.frame.number) for one in answers for reading in one.alerts if reading.event
     ]
     assert seen == raised and seen
+
+
+def test_with_prefix_caching_a_frame_is_read_once(exported: Any) -> None:
+    """The second question about a frame reads only its own words; decisions stay what they are."""
+    folder = exported("vispruner").folder
+    with Pipeline.load(folder, threads=1, vision_feature_cache=1, prefix_caching=True) as own:
+        with Watcher(own, Given([frame(0)]), alerts=COLORS) as watcher:
+            (answer,) = list(watcher)
+        right = own.decide(picture(0), PROMPT, OPTIONS)
+    reused = [reading.decision.timings.reused_tokens for reading in answer.alerts]
+    assert reused[0] == 0 and all(tokens >= 6 for tokens in reused[1:])  # the six visual ones at least
+    for reading, share in zip(answer.alerts, right.probabilities.values(), strict=True):
+        assert reading.probability == pytest.approx(share, abs=1e-5)
 
 
 def test_alerts_may_be_all_that_is_asked(pipe: Pipeline) -> None:

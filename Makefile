@@ -12,9 +12,10 @@ SOAK ?= 3600
 # Files go to workers in the order of tests/conftest.py: the longest first.
 WORKERS := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 TRITON_PYTHON ?= /usr/bin/python3
+ROS_PYTHON ?= python3.11
 OLDEST_PINS := numpy==1.24.4 pillow==9.5.0 tokenizers==0.20.0 jinja2==3.1.6
 
-.PHONY: setup demo test test-all fuzz trtrtx test-trtrtx test-oldest test-triton test-ray test-page test-js test-clients kill soak soak-serve check accuracy methods bench scaling scenes reader clean
+.PHONY: setup demo test test-all fuzz trtrtx test-trtrtx test-oldest test-triton test-ray test-page test-js test-clients test-ros kill soak soak-serve check accuracy methods bench scaling scenes reader clean
 
 setup: .venv/.installed  ## make .venv and install vtp into it
 
@@ -90,6 +91,14 @@ test-js: setup  ## folders of layout transformers.js in the unmodified client, i
 # CLIENTS takes names of tests/clients/versions.toml, such as "openai llm"; packages come from PyPI and npm.
 test-clients: setup  ## unmodified clients (openai, litellm, ollama, ai, …) ask a real vtp-serve, in build/clients
 	$(BIN)/python -m tests.clients $(CLIENTS)
+
+# The wheels are for tests only: a robot's own ROS 2 comes with its distribution. ROS_PYTHON must be 3.11, as they are.
+test-ros: setup  ## vtp-ros2 against real rclpy over real middleware, in build/ros (260 MB, four processes, ten minutes)
+	test -x build/ros/bin/python || $(ROS_PYTHON) -m venv build/ros
+	build/ros/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(EDITABLE) -e '.[ort]' \
+	  'ros-kilted-rclpy[fastrtps]==9.1.2' ros-kilted-sensor-msgs==5.5.1 ros-kilted-std-msgs==5.5.1 \
+	  ros-kilted-std-srvs==5.5.1 ros-kilted-diagnostic-msgs==5.5.1
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/robots -m "slow or not slow"
 
 soak-serve: setup  ## the same of vtp-serve under mixed load: streams, clients that leave, bad input (SOAK=3600)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak.server --seconds $(SOAK)

@@ -300,7 +300,7 @@ def test_every_public_name_says_what_it_does(module: str) -> None:
 def test_importing_the_light_rooms_loads_nothing_heavy() -> None:
     light = ["vtp", "vtp.engines", "vtp.runtime", "vtp.runtime.commands.run", "vtp.scenes"]
     light += ["vtp.scenes.generator.pictures", "vtp.serve.cli", "vtp.serve.http.app"]
-    light += ["vtp.serve.streams.cli"]
+    light += ["vtp.serve.streams.cli", "vtp.serve.robots.ros2", "vtp.serve.robots.node"]
     script = (
         f"import sys; [__import__(name) for name in {light}]; "
         f"print(sorted({HEAVY | {'onnxruntime', 'openvino', 'av'}} & set(sys.modules)))"
@@ -325,7 +325,7 @@ def test_commands_show_help_without_torch() -> None:
         for name in ("torch", "transformers", "onnx", "onnxruntime", "openvino", "starlette", "uvicorn", "av")
     )
     commands = ("vtp.export.cli", "vtp.runtime.commands.run", "vtp.calib.cli", "vtp.serve.cli")
-    for command in (*commands, "vtp.serve.streams.cli"):
+    for command in (*commands, "vtp.serve.streams.cli", "vtp.serve.robots.ros2"):
         script = f"import sys; {blocked}; from {command} import main; main(['--help'])"
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
         assert (done.returncode, done.stderr) == (0, "")

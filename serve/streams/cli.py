@@ -24,6 +24,7 @@ from vtp.serve.streams.frames import Frame, Source
 from vtp.serve.streams.gate import DEFAULT_CHANGE, Gate
 from vtp.serve.streams.sinks.hooks import Command, Hook, Webhook
 from vtp.serve.streams.sinks.lines import KeptPictures, Sink, alerted, json_lines, say_answer
+from vtp.serve.streams.sinks.recording import McapAnswers
 from vtp.serve.streams.sinks.tally import Tally
 from vtp.serve.streams.sources.names import without_secrets
 from vtp.serve.streams.sources.opening import check_source, open_source
@@ -74,6 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--page: %(const)s; needs the extra [serve])",
     )
     add("--show-kept", metavar="DIR", help="write each frame asked about there, with dropped patches dimmed")
+    add("--mcap", metavar="FILE", help="record the answers there, as messages of ROS 2 (std_msgs/String)")
     add_json(parser, "print a JSON object a line")
     add_debug(parser)
     return parser
@@ -154,6 +156,8 @@ def _run(args: argparse.Namespace) -> None:
             Watcher(pipe, source, args.prompt, alerts=alerts, on_alert=on_alert, tell=_tell, **options)
         )
         sinks = _sinks(args, pipe, source)
+        if args.mcap is not None:
+            sinks.append(stack.enter_context(McapAnswers(Path(args.mcap))))
         if args.page is not None:
             page = stack.enter_context(closing(_page(watcher, args.page, source)))
             sinks.append(page)

@@ -1,4 +1,4 @@
-"""Pictures in messages of ROS 2 as they are recorded: sensor_msgs/Image and CompressedImage in CDR.
+"""Messages of ROS 2 as they are recorded, in CDR: pictures are read, and text is written.
 
 Written from OMG's DDSI-RTPS (plain CDR, version 1): values are aligned to their own size, counted from behind
 the four bytes that say the byte order; strings end with a zero byte that their length counts.
@@ -13,6 +13,7 @@ from vtp.engines import VtpError
 
 _LITTLE = {0x00: False, 0x01: True}  # plain CDR, by the second byte
 IMAGE, COMPRESSED = "sensor_msgs/msg/Image", "sensor_msgs/msg/CompressedImage"
+STRING = "std_msgs/msg/String"
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,12 @@ def read_message(kind: str, data: bytes) -> Image | CompressedImage:
     encoding = reader.text()
     reader.number("B")  # is_bigendian: values of one byte have no order
     return Image(header, height, width, encoding, reader.number("I"), reader.bytes())
+
+
+def string_message(text: str) -> bytes:
+    """A message of type `STRING`."""
+    value = text.encode() + b"\0"
+    return b"\x00\x01\x00\x00" + struct.pack("<I", len(value)) + value
 
 
 class _Reader:

@@ -25,8 +25,8 @@ _LARGEST = 2**30  # bytes of one record
 class RecordingSource:
     """Frames of one topic, which has the type sensor_msgs/Image or CompressedImage.
 
-    Stamps and names are those of the messages' headers; frames come when they were recorded, counted from
-    the first, or, with `every_frame`, as fast as they are taken.
+    Stamps and names are those of the messages' headers (the log's time where a header has none); frames come
+    when they were recorded, counted from the first, or, with `every_frame`, as fast as they are taken.
     """
 
     def __init__(self, file: Path, topic: str | None, every_frame: bool = False) -> None:
@@ -45,7 +45,7 @@ class RecordingSource:
             for number, (schema, _, message) in enumerate(messages):
                 if self._closed.is_set() or (pace is not None and not pace.wait(message.log_time / 1e9)):
                     return
-                yield _frame(number, schema.name, message.data)
+                yield _frame(number, schema.name, message)
 
     def close(self) -> None:
         """End the iteration."""
@@ -87,7 +87,7 @@ class RecordingSource:
             ) from None
         with self._file.open("rb") as file:
             try:
-                yield SeekingReader(file, record_size_limit=_LARGEST)
+                yield SeekingReader(file, validate_crcs=True, record_size_limit=_LARGEST)
             except VtpError:
                 raise
             except McapError as error:
@@ -106,9 +106,16 @@ def _kind(summary: Any, channel: Any) -> str:
     return name if channel.message_encoding == "cdr" else f"{name} in {channel.message_encoding or 'bytes'}"
 
 
-def _frame(number: int, kind: str, data: bytes) -> Frame:
-    message = read_message(kind, data)
-    header = message.header
-    return Frame(
-        partial(picture_of, message), number, header.stamp_ns, time.monotonic(), ROS, header.frame_id
-    )
+def _frame(number: int, kind: str, recorded: Any) -> Frame:
+    """The frame of a record; of a message that is damaged, loading it says so."""
+    now = time.monotonic()
+    try:
+        message = read_message(kind, recorded.data)
+    except VtpError as error:
+        return Frame(partial(_refuse, error), number, recorded.log_time, now, ROS)
+    stamp = message.header.stamp_ns or recorded.log_time
+    return Frame(partial(picture_of, message), number, stamp, now, ROS, message.header.frame_id)
+
+
+def _refuse(error: VtpError) -> Any:
+    raise error

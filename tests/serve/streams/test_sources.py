@@ -280,6 +280,10 @@ def test_a_camera_that_speaks_rtsp() -> None:
         ("http://cam/a/password=x/b", "http://cam/a/…"),
         ("http://cam/plain/path.mjpg", "http://cam/plain/path.mjpg"),
         ("/videos/a@b=c?.mp4", "/videos/a@b=c?.mp4"),
+        ("rtsp://user:pa/ss@cam/h264", "rtsp://…@cam/h264"),
+        ("http://user:pa?s/s@cam/h264?key=b", "http://…@cam/h264"),
+        ("rtsp:/user:pass@cam/h264", "rtsp:/…@cam/h264"),
+        ("rtsp:user:pass@cam/h264", "rtsp:…@cam/h264"),
     ],
 )
 def test_names_hold_no_secrets(text: str, name: str) -> None:

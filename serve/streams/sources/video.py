@@ -96,7 +96,7 @@ class VideoSource:
         """Open it. Raises UsageError or VtpError if it cannot be opened, or is no video."""
         self.name = address.name
         self._address, self._every_frame, self._tell = address, every_frame, tell
-        self._closed = threading.Event()
+        self._closed, self._lock = threading.Event(), threading.Lock()
         self._number = 0
         self._lost: float | None = None  # since when; None: it gives frames
         self._delay = _FIRST_DELAY
@@ -110,7 +110,7 @@ class VideoSource:
 
     def __iter__(self) -> Iterator[Frame]:
         """Decode; the iteration ends with the file, a live stream's with `close`."""
-        opened, self._opened = self._opened, None
+        opened = self._unread()
         while opened is not None and not self._closed.is_set():
             try:
                 yield from self._frames(opened)
@@ -125,6 +125,14 @@ class VideoSource:
     def close(self) -> None:
         """End the iteration, at the latest when a read that hangs has timed out."""
         self._closed.set()
+        if (opened := self._unread()) is not None:
+            opened.close()
+
+    def _unread(self) -> Opened | None:
+        """The first opening, for the one who asks first; what is being read is its reader's to close."""
+        with self._lock:
+            opened, self._opened = self._opened, None
+            return opened
 
     def _frames(self, opened: Opened) -> Iterator[Frame]:
         pace = None if opened.live or self._every_frame else Pace(self._closed)

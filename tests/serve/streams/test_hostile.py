@@ -179,6 +179,19 @@ def test_mirrored_and_turned_videos_are_shown_upright(
     np.testing.assert_array_equal(seen, right(plain))
 
 
+def test_closing_what_was_never_read_closes_the_file(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "unread.mp4", moving(2))
+    source = open_source(str(path))
+    assert path in _open_files()
+    source.close()
+    assert path not in _open_files() and list(source) == []
+
+
+def _open_files() -> list[Path]:
+    folder = Path("/proc/self/fd")
+    return [one.readlink() for one in folder.iterdir() if one.is_symlink()]
+
+
 # -- servers -------------------------------------------------------------------------------------------------
 
 

@@ -59,8 +59,8 @@ class Hook:
         self._name, self._act, self._tell = name, act, tell
         self._waiting: queue.Queue[Alerted | None] = queue.Queue(_WAITING)
         self._failing = self._over = False
-        self._thread = threading.Thread(target=self._run, name="vtp-hook", daemon=True)
-        self._thread.start()
+        self._gone = threading.Event()  # a join that Ctrl-C ends takes a thread for over that runs on
+        threading.Thread(target=self._run, name="vtp-hook", daemon=True).start()
 
     def put(self, alerted: Alerted) -> None:
         """Hand an alert over; never waits. Where too many wait, it is told and left out."""
@@ -80,14 +80,26 @@ class Hook:
         try:
             with suppress(queue.Full):
                 self._waiting.put(None, timeout=seconds)
-            self._thread.join(max(0.0, end - time.monotonic()))
+            self._gone.wait(max(0.0, end - time.monotonic()))
         finally:
             self._over = True
-            if self._thread.is_alive():
+            if not self._gone.is_set():
+                self._tell(f"{self._name} is not done after {seconds:g} s, and is ended; {self._lost()}")
                 self._act.end()
-                self._thread.join(_LAST)
+                self._gone.wait(_LAST)
+
+    def _lost(self) -> str:
+        """How many alerts wait in vain; the mark of the end is none of them."""
+        waiting = sum(one is not None for one in list(self._waiting.queue))
+        return f"{waiting} more alerts are left out" if waiting else "no other alert waits"
 
     def _run(self) -> None:
+        try:
+            self._work()
+        finally:
+            self._gone.set()
+
+    def _work(self) -> None:
         while (alerted := self._waiting.get()) is not None and not self._over:
             try:
                 self._act(alerted)

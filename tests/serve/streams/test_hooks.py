@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -185,31 +186,31 @@ def test_putting_never_waits_and_too_many_are_told_once() -> None:
 
 
 def test_what_hangs_is_ended_at_the_end() -> None:
+    told: list[str] = []
     slow = Slow()
-    hook = Hook("--on-alert", slow, print)
-    hook.put(ALERTED)
+    hook = Hook("--on-alert", slow, told.append)
+    for _ in range(3):
+        hook.put(ALERTED)
+    wait_for(lambda: hook._waiting.qsize() == 2)
     hook.close(seconds=0.1)
     assert slow.ended == 1
+    assert told == ["--on-alert is not done after 0.1 s, and is ended; 2 more alerts are left out"]
 
 
-def test_ctrl_c_amid_the_last_wait_ends_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_amid_the_last_wait_ends_the_command(tmp_path: Path) -> None:
     """Nothing is left running, nor started for the alerts that waited."""
     log = tmp_path / "log"
     hook = Hook("--on-alert", Command(f"sh -c 'echo $$ >> {log}; exec sleep 60'"), print)
     for _ in range(3):
         hook.put(ALERTED)
     wait_for(lambda: log.exists() and log.read_text().endswith("\n"))
-    thread, join = hook._thread, hook._thread.join
-
-    def interrupted(seconds: float) -> None:
-        monkeypatch.setattr(thread, "join", join)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(thread, "join", interrupted)
+    main = threading.main_thread().ident
+    assert main is not None
+    threading.Timer(0.3, signal.pthread_kill, (main, signal.SIGINT)).start()
     with pytest.raises(KeyboardInterrupt):
-        hook.close()
+        hook.close(seconds=30)
     started = log.read_text().split()
-    assert not thread.is_alive() and len(started) == 1
+    assert len(started) == 1
     with pytest.raises(ProcessLookupError):
         os.kill(int(started[0]), 0)
 

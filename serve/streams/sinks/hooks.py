@@ -84,7 +84,7 @@ class Hook:
         finally:
             self._over = True
             if not self._gone.is_set():
-                self._tell(f"{self._name} is not done after {seconds:g} s, and is ended; {self._lost()}")
+                self._tell(f"{self._name} is not done, and is ended; {self._lost()}")
                 self._act.end()
                 self._gone.wait(_LAST)
 

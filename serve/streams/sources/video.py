@@ -245,7 +245,8 @@ class Opened:
         return float(self._stream.average_rate or self._stream.guessed_rate or 25)
 
     def _first_stream(self) -> Any:
-        streams = self._container.streams.video
+        cover = self._av.stream.Disposition.attached_pic
+        streams = [one for one in self._container.streams.video if not one.disposition & cover]
         if not streams:
             raise VtpError(f"{self._name} has no pictures, only sound or data; give a video")
         if streams[0].codec_context is None:

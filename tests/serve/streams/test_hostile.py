@@ -107,6 +107,21 @@ def test_a_video_without_a_frame_is_refused(tmp_path: Path) -> None:
     assert "gave no picture: it is empty" in refusal(str(path))
 
 
+def test_the_cover_of_a_song_is_no_video(tmp_path: Path) -> None:
+    path, cover = tmp_path / "song.flac", av.VideoFrame.from_ndarray(scene().copy(), format="rgb24")
+    with av.open(str(path), "w") as out:
+        sound, picture = out.add_stream("flac", rate=8000, layout="mono"), out.add_stream("mjpeg", rate=1)
+        picture.width, picture.height, picture.pix_fmt = 336, 336, "yuvj420p"
+        picture.disposition = av.stream.Disposition.attached_pic
+        silence = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), format="s16", layout="mono")
+        silence.sample_rate = 8000
+        packets = [*picture.encode(cover), *picture.encode(None), *sound.encode(silence), *sound.encode(None)]
+        out.mux(packets)
+    with av.open(str(path)) as file:
+        assert len(file.streams.video) == 1
+    assert "has no pictures, only sound or data" in refusal(str(path))
+
+
 def test_packets_that_cannot_be_decoded_are_counted(tmp_path: Path) -> None:
     path, told = tmp_path / "hurt.avi", list[str]()
     with av.open(str(path), "w") as out:

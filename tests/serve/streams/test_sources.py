@@ -345,7 +345,7 @@ def test_a_file_that_names_others_opens_none_of_them(tmp_path: Path) -> None:
 def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     fifo = tmp_path / "fifo.mp4"
     os.mkfifo(fifo)
-    assert "not a regular file" in refusal(str(fifo))
+    assert "fifo.mp4 is not a regular file; give a video" in refusal(str(fifo))
 
 
 def test_a_live_stream_waits_for_nobody(live: Camera) -> None:

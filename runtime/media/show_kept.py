@@ -5,6 +5,7 @@ Of a video it is a sheet of its frames.
 
 from __future__ import annotations
 
+import io
 import math
 import os
 from collections.abc import Sequence
@@ -122,12 +123,14 @@ def check_picture_path(path: str | os.PathLike[str], shown: Sequence[str | os.Pa
 
 def save_picture(image: Image.Image, path: str | os.PathLike[str]) -> Path:
     """Write `image` in the format of the path's suffix, whole or not at all, after `check_picture_path`."""
-    target = check_picture_path(path)
+    target, encoded = check_picture_path(path), io.BytesIO()
     with whole_file(target) as aside:
         try:
-            image.save(aside, format=_SUFFIXES[target.suffix.lower()])
+            # Not into the file: Pillow takes it for written when a full disk took a part of it.
+            image.save(encoded, format=_SUFFIXES[target.suffix.lower()])
         except ValueError as error:
             raise VtpError(f"cannot write '{target}': {error}") from error
+        aside.write_bytes(encoded.getbuffer())
     return target
 
 

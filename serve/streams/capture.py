@@ -58,12 +58,16 @@ class Capture:
 
         A thread that hangs in a driver's read is waited for once, for two seconds; it ends with that read.
         """
-        self._newest.close()
-        self._newest.clear()
-        self._source.close()
+        self.abandon()
         if self._thread.is_alive() and not self._given_up and self._thread is not threading.current_thread():
             self._thread.join(_PATIENCE)
             self._given_up = self._thread.is_alive()
+
+    def abandon(self) -> None:
+        """End reading and wait for nothing."""
+        self._newest.close()
+        self._newest.clear()
+        self._source.close()
 
     def _patience(self) -> float | None:
         if self._timeout is None:

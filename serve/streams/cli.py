@@ -137,6 +137,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
+    if args.stdin and sys.stdin is None:
+        raise UsageError("--stdin reads standard input, which is closed; leave it out, or give it a program")
     alerts, options = alerts_of(args), watch_options(args)
     answers, seconds = until_of(args.until)
     fps = None if args.fps is None else _above_zero("fps", args.fps)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+import weakref
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
@@ -74,6 +75,7 @@ class Watcher:
         check_single(pipeline)
         if prompt is None and not alerts:
             raise UsageError("nothing is asked: give a prompt, or at least one alert")
+        _check_kinds(alerts, gate)
         self.asked = self.skipped = 0
         self._tell, self._on_alert, self._clock, self._gate = tell, on_alert, clock, gate
         self._asker = Asker(pipeline, dict(options), alerts)
@@ -81,6 +83,8 @@ class Watcher:
         self._prompt = None if prompt is None else self._asker.check(prompt)
         wait = None if timeout is None else _seconds("timeout", timeout, 0.001)
         self._capture = Capture(source, every_frame, wait)
+        # A watcher that is dropped without `stop` must not leave a thread that reads on.
+        weakref.finalize(self, self._capture.abandon)
         self._started, self._stopped = threading.Event(), threading.Event()
         self._lock = threading.Lock()
         self._asked_prompt = self._prompt
@@ -222,7 +226,7 @@ class Watcher:
                 alerts=alerts,
                 asked_age=taken - frame.arrived,
                 age=self._clock() - frame.arrived,
-                dropped=frame.number - self._last - 1 - self._skipped,
+                dropped=max(0, frame.number - self._last - 1 - self._skipped),
                 skipped=self._skipped,
                 change=change if self._gate else None,
             ),
@@ -258,6 +262,14 @@ def check_single(pipeline: Pipeline) -> None:
             f"this bundle answers about clips of {frames} frames, and a stream is asked about one frame at a "
             "time; give a bundle made without --frames, or ask about a clip with vtp-run --video"
         )
+
+
+def _check_kinds(alerts: Sequence[object], gate: object) -> None:
+    for alert in alerts:
+        if not isinstance(alert, Alert):
+            raise UsageError(f"{quoted_argument(alert)} is not an Alert; give alerts=[Alert(...)]")
+    if gate is not None and not isinstance(gate, Gate):
+        raise UsageError(f"gate {quoted_argument(gate)} is not a Gate; give gate=Gate(...)")
 
 
 def _seconds(name: str, value: object, least: float) -> float:

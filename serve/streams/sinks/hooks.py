@@ -15,6 +15,7 @@ import shutil
 import signal
 import subprocess
 import threading
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -30,6 +31,7 @@ SECONDS = 30.0  # that a command, or a webhook, may take
 _WAITING = 16  # alerts that wait for a hook that is busy
 _LONGEST_VALUE = 4096  # characters of an environment variable; the system refuses very long ones
 _ENDING = 5.0  # seconds that hooks have at the end of a watch
+_LAST = 1.0  # seconds that a hook has after it was ended
 
 Alerted = Mapping[str, Any]  # an alert as JSON values: see docs/robots.md
 
@@ -56,9 +58,9 @@ class Hook:
     def __init__(self, name: str, act: Action, tell: Callable[[str], None]) -> None:
         self._name, self._act, self._tell = name, act, tell
         self._waiting: queue.Queue[Alerted | None] = queue.Queue(_WAITING)
-        self._failing = False
-        self._thread = threading.Thread(target=self._run, name="vtp-hook", daemon=True)
-        self._thread.start()
+        self._failing = self._over = False
+        self._gone = threading.Event()  # a join that Ctrl-C ends takes a thread for over that runs on
+        threading.Thread(target=self._run, name="vtp-hook", daemon=True).start()
 
     def put(self, alerted: Alerted) -> None:
         """Hand an alert over; never waits. Where too many wait, it is told and left out."""
@@ -73,25 +75,42 @@ class Hook:
         return self._waiting.unfinished_tasks > 0
 
     def close(self, seconds: float = _ENDING) -> None:
-        """Let what waits be done, for so many seconds at most; then end it."""
-        with suppress(queue.Full):
-            self._waiting.put(None, timeout=seconds)
-        self._thread.join(seconds)
-        if self._thread.is_alive():
-            self._act.end()
+        """Let what waits be done, for so many seconds at most; then end it, also if Ctrl-C ends the wait."""
+        end = time.monotonic() + seconds
+        try:
+            with suppress(queue.Full):
+                self._waiting.put(None, timeout=seconds)
+            self._gone.wait(max(0.0, end - time.monotonic()))
+        finally:
+            self._over = True
+            if not self._gone.is_set():
+                self._tell(f"{self._name} is not done, and is ended; {self._lost()}")
+                self._act.end()
+                self._gone.wait(_LAST)
+
+    def _lost(self) -> str:
+        """How many alerts wait in vain; the mark of the end is none of them."""
+        waiting = sum(one is not None for one in list(self._waiting.queue))
+        return f"{waiting} more alerts are left out" if waiting else "no other alert waits"
 
     def _run(self) -> None:
-        while (alerted := self._waiting.get()) is not None:
+        try:
+            self._work()
+        finally:
+            self._gone.set()
+
+    def _work(self) -> None:
+        while (alerted := self._waiting.get()) is not None and not self._over:
             try:
                 self._act(alerted)
-            except OSError as error:
-                self._fails(str(error))
+            except Exception as error:  # of no memory or no thread, too; the next alert may be told
+                self._fails(str(error) or type(error).__name__)
             else:
                 self._failing = False
             self._waiting.task_done()
 
     def _fails(self, why: str) -> None:
-        if not self._failing:
+        if not self._failing and not self._over:
             self._tell(f"{self._name} failed: {shown(why)}")
         self._failing = True
 
@@ -110,7 +129,7 @@ class Command:
                 f"--on-alert '{shown(line, 60)}' names no program that can be run; give one, or a line for a "
                 "shell as: sh -c '...'"
             )
-        self._seconds = seconds
+        self._seconds, self._ended = seconds, False
         self._running: subprocess.Popen[str] | None = None
 
     def __call__(self, alerted: Alerted) -> None:
@@ -123,6 +142,8 @@ class Command:
             start_new_session=True,
             text=True,
         )
+        if self._ended:  # meanwhile
+            _end_group(started)
         try:
             with suppress(BrokenPipeError):  # it does not read its input
                 started.communicate(json.dumps(alerted), self._seconds)
@@ -135,7 +156,8 @@ class Command:
             raise OSError(f"it left with {code}")
 
     def end(self) -> None:
-        """End the command that runs, and its children."""
+        """End the command that runs, and its children; one that starts now as well."""
+        self._ended = True
         if self._running is not None:
             _end_group(self._running)
 
@@ -150,6 +172,7 @@ class Webhook:
             raise UsageError(f"--webhook '{source_name(url)}' is not an http:// or https:// URL")
         user, _, host = parts.netloc.rpartition("@")
         self._url, self._seconds = parts._replace(netloc=host).geturl(), seconds
+        self._open = urllib.request.build_opener(_NoRedirect).open
         self._headers = {"Content-Type": "application/json"}
         if user:
             told = base64.b64encode(urllib.parse.unquote(user).encode()).decode()
@@ -160,8 +183,7 @@ class Webhook:
         body = json.dumps(alerted).encode()
         request = urllib.request.Request(self._url, body, self._headers, method="POST")
         try:
-            with urllib.request.urlopen(request, timeout=self._seconds) as answer:
-                answer.read(2**16)
+            self._open(request, timeout=self._seconds).close()
         except urllib.error.HTTPError as error:
             raise OSError(f"{source_name(self._url)} answered {error.code}") from None
         except Exception as error:  # of a URL that Python cannot read, too; its text may hold the URL
@@ -171,6 +193,13 @@ class Webhook:
 
     def end(self) -> None:
         """Nothing: what is being sent ends with the process."""
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """To be told another address is a failure: Python would ask there with GET, the password and no alert."""
+
+    def redirect_request(self, *request: Any) -> None:
+        """Follow nothing."""
 
 
 def _split(url: str) -> urllib.parse.SplitResult | None:

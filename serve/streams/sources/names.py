@@ -8,6 +8,8 @@ from vtp.engines.errors import shown
 
 # The user's part runs to the last @ before the path begins, as a password may hold one.
 _USER = re.compile(r"(?<=://)[^/\s]*@")
+# With a / in the password, or without both before the user, FFmpeg opens nothing; messages must not show it.
+_MISTYPED = re.compile(r"\b((?:rtsp|http|rtmp)s?:/{0,2})[^/\s@:]*:\S*@", re.IGNORECASE)
 _AFTER_PATH = re.compile(r"(://[^\s?#]*)[?#]\S*")
 # Some cameras take user and password as a part of the path: /user=admin_password=x_channel=1.sdp
 _IN_PATH = re.compile(r"(://[^\s=]*/)[^\s/=]*=\S*")
@@ -15,7 +17,7 @@ _IN_PATH = re.compile(r"(://[^\s=]*/)[^\s/=]*=\S*")
 
 def without_secrets(text: str) -> str:
     """A text in which every URL has lost its user, password, query, fragment, and what follows an = in it."""
-    text = _AFTER_PATH.sub(r"\1", _USER.sub("", text))
+    text = _AFTER_PATH.sub(r"\1", _MISTYPED.sub(r"\1…@", _USER.sub("", text)))
     return _IN_PATH.sub(r"\1…", text)
 
 

@@ -88,6 +88,11 @@ def _mode(path: Path) -> int:
 
 def _check_file(path: Path) -> None:
     """Raise UsageError unless it is a file that can be read."""
+    if not stat.S_ISREG(_mode(path)):
+        raise UsageError(
+            f"{source_name(str(path))} is not a regular file; give a video, a folder of pictures, a camera "
+            "or a URL"
+        )
     with _errors_of(path):
         open_regular(path).close()
 

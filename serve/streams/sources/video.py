@@ -7,10 +7,12 @@ stream that lives, frames have the time of this machine at which they came.
 from __future__ import annotations
 
 import importlib
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,9 +27,31 @@ from vtp.serve.streams.sources.pacing import Pace
 
 _OPEN, _READ = 10.0, 10.0  # seconds without a byte from the network after which a stream is lost
 _FIRST_DELAY, _LONGEST_DELAY = 0.5, 30.0  # seconds before trying again, doubled each time
+_LONG_GAP = 60.0  # seconds between two frames of a file from which on the wait is told
+_QUARTERS = ((1, 0, 0, 1), (0, -1, 1, 0), (-1, 0, 0, -1), (0, 1, -1, 0))  # turned to the left, as in _matrix
 _BAD_PACKETS = 100  # one after the other; then a stream is lost
+# What a stream may use; not "file", or a server's playlist could name this machine's files.
+_NETWORK = "crypto,data,ffrtmphttp,http,httpproxy,https,rtmp,rtmps,rtmpt,rtmpts,rtp,srt,srtp,tcp,tls,udp"
 # No time is spent on guessing at a live stream, and nothing is held back.
-_LIVE = {"rtsp_transport": "tcp", "fflags": "nobuffer", "flags": "low_delay"}
+_LIVE = {
+    "rtsp_transport": "tcp",
+    "fflags": "nobuffer",
+    "flags": "low_delay",
+    "protocol_whitelist": _NETWORK,
+}
+# FFmpeg's formats that name other files, instead of holding the pictures.
+_NAMING_OTHERS = {
+    "concat",
+    "dash",
+    "hls",
+    "image2",
+    "imf",
+    "lavfi",
+    "rtsp",
+    "sap",
+    "sdp",
+    "webm_dash_manifest",
+}
 
 
 @dataclass(frozen=True)
@@ -72,11 +96,11 @@ class VideoSource:
         """Open it. Raises UsageError or VtpError if it cannot be opened, or is no video."""
         self.name = address.name
         self._address, self._every_frame, self._tell = address, every_frame, tell
-        self._closed = threading.Event()
+        self._closed, self._lock = threading.Event(), threading.Lock()
         self._number = 0
         self._lost: float | None = None  # since when; None: it gives frames
         self._delay = _FIRST_DELAY
-        self._opened: Opened | None = Opened(address)
+        self._opened: Opened | None = _open_aside(address)
         if every_frame and self._opened.live:
             self._opened.close()
             raise UsageError(
@@ -86,10 +110,11 @@ class VideoSource:
 
     def __iter__(self) -> Iterator[Frame]:
         """Decode; the iteration ends with the file, a live stream's with `close`."""
-        opened, self._opened = self._opened, None
+        opened = self._unread()
         while opened is not None and not self._closed.is_set():
             try:
                 yield from self._frames(opened)
+                self._note_left_out(opened)
                 return
             except Lost as error:
                 self._note_loss(str(error))
@@ -100,10 +125,25 @@ class VideoSource:
     def close(self) -> None:
         """End the iteration, at the latest when a read that hangs has timed out."""
         self._closed.set()
+        if (opened := self._unread()) is not None:
+            opened.close()
+
+    def _unread(self) -> Opened | None:
+        """The first opening, for the one who asks first; what is being read is its reader's to close."""
+        with self._lock:
+            opened, self._opened = self._opened, None
+            return opened
 
     def _frames(self, opened: Opened) -> Iterator[Frame]:
         pace = None if opened.live or self._every_frame else Pace(self._closed)
+        before = 0.0
         for picture, seconds in opened.decoded():
+            if pace is not None and seconds - before > _LONG_GAP:
+                self._tell(
+                    f"the next frame of {self.name} is {seconds - before:g} s after the one before, and is "
+                    "waited for; --every-frame waits for none"
+                )
+            before = seconds
             if self._closed.is_set() or (pace is not None and not pace.wait(seconds)):
                 return
             if self._lost is not None:
@@ -111,6 +151,10 @@ class VideoSource:
             stamp, clock = (time.time_ns(), UNIX) if opened.live else (round(seconds * 1e9), MEDIA)
             yield Frame(picture, self._number, stamp, time.monotonic(), clock)
             self._number += 1
+
+    def _note_left_out(self, opened: Opened) -> None:
+        if opened.left_out:
+            self._tell(f"{opened.left_out} packets of {self.name} could not be decoded and were left out")
 
     def _note_loss(self, why: str) -> None:
         """Tell it, once for all attempts that bring no frame."""
@@ -137,14 +181,16 @@ class VideoSource:
 class Opened:
     """One connection, or one open file.
 
-    live  whether frames come when they are taken: of a camera, and of streams without an end
+    live      whether frames come when they are taken: of a camera, and of streams without an end
+    left_out  packets that could not be decoded
     """
 
     def __init__(self, address: Address) -> None:
         """Open it and find its pictures. Raises UsageError or VtpError."""
         self._av = load_av()
         self._name = address.name
-        options = {"protocol_whitelist": "file"} if address.url.startswith("file:") else _LIVE
+        self.left_out = 0
+        options = self._of_a_file() if address.url.startswith("file:") else _LIVE
         timeout = (_OPEN, _READ) if address.remote else None
         try:
             self._container = self._av.open(
@@ -155,7 +201,9 @@ class Opened:
                 metadata_errors="ignore",  # titles and the like in any encoding, which nobody reads here
             )
         except self._av.error.FFmpegError as error:
-            raise VtpError(f"cannot open {address.name}: {_why(error)}; {_CURE}") from None
+            barred = "format_whitelist" in options and isinstance(error, self._av.error.ArgumentError)
+            why = _NAMES_OTHERS if barred else _why(error)
+            raise VtpError(f"cannot open {address.name}: {why}; {_CURE}") from None
         except (ValueError, OSError) as error:
             raise VtpError(f"cannot open {address.name}: {shown(error)}; {_CURE}") from None
         self.live = address.format is not None or (address.remote and not self._container.duration)
@@ -172,7 +220,7 @@ class Opened:
     def decoded(self) -> Iterator[tuple[Callable[[], np.ndarray], float]]:
         """Pictures, each as a function that gives it as uint8 [H,W,3], and seconds since the first one.
 
-        Raises `Lost` if a live stream ends, VtpError for a file that turns out damaged.
+        Raises `Lost` if a live stream ends, VtpError for a file that turns out damaged, or without pictures.
         """
         first: float | None = None
         with self._ending():
@@ -183,13 +231,22 @@ class Opened:
                 yield _picture_of(frame), max(0.0, seconds - first)
         if self.live:
             raise Lost("it ended")
+        if first is None:
+            why = f"{self.left_out} packets could not be decoded" if self.left_out else "it is empty"
+            raise VtpError(f"{self._name} gave no picture: {why}; give another video")
+
+    def _of_a_file(self) -> dict[str, str]:
+        """Options with which FFmpeg opens one file and no other."""
+        formats = ",".join(sorted(self._av.formats_available - _NAMING_OTHERS))
+        return {"protocol_whitelist": "file", "format_whitelist": formats}
 
     @property
     def _rate(self) -> float:
         return float(self._stream.average_rate or self._stream.guessed_rate or 25)
 
     def _first_stream(self) -> Any:
-        streams = self._container.streams.video
+        cover = self._av.stream.Disposition.attached_pic
+        streams = [one for one in self._container.streams.video if not one.disposition & cover]
         if not streams:
             raise VtpError(f"{self._name} has no pictures, only sound or data; give a video")
         if streams[0].codec_context is None:
@@ -208,7 +265,7 @@ class Opened:
             try:
                 frames = packet.decode()
             except self._av.error.InvalidDataError:
-                bad += 1
+                bad, self.left_out = bad + 1, self.left_out + 1
                 if bad >= _BAD_PACKETS:
                     raise
                 continue
@@ -227,6 +284,30 @@ class Opened:
             raise VtpError(f"{self._name} is damaged: {why}; the frames before were read") from None
 
 
+def _open_aside(address: Address) -> Opened:
+    """`Opened`, in a thread of its own: what FFmpeg waits for, Ctrl-C and SIGTERM would not end."""
+    opened: Future[Opened] = Future()
+
+    def work() -> None:
+        try:
+            opened.set_result(Opened(address))
+        except BaseException as error:  # for the thread that waits to raise
+            opened.set_exception(error)
+
+    threading.Thread(target=work, name="vtp-opening", daemon=True).start()
+    try:
+        return opened.result()
+    except BaseException:
+        opened.add_done_callback(_close_unwanted)
+        raise
+
+
+def _close_unwanted(opened: Future[Opened]) -> None:
+    if opened.exception() is None:
+        opened.result().close()
+
+
+_NAMES_OTHERS = "it is a playlist, whose files and URLs are not opened, or it is damaged"
 _CURE = "give a video file, a folder of pictures, a camera such as /dev/video0, or an rtsp:// or http:// URL"
 
 
@@ -260,15 +341,35 @@ def _check_size(picture: Any, name: str) -> None:
 
 
 def _picture_of(frame: Any) -> Callable[[], np.ndarray]:
-    """The conversion to RGB, put off: of most frames nobody asks for it."""
+    """The conversion to RGB, or RGBA, put off: of most frames nobody asks for it."""
 
     def picture() -> np.ndarray:
+        transparent = any(component.is_alpha for component in frame.format.components)
         try:
-            rgb = frame.to_ndarray(format="rgb24")
+            pixels = frame.to_ndarray(format="rgba" if transparent else "rgb24")
         except Exception as error:  # of formats that FFmpeg's scaler does not know
             raise VtpError(
                 f"its pixels ({frame.format.name}) cannot be turned into RGB: {type(error).__name__}"
             ) from error
-        return np.ascontiguousarray(np.rot90(rgb, frame.rotation // 90)) if frame.rotation else rgb
+        return upright(pixels, _matrix(frame))
 
     return picture
+
+
+def _matrix(frame: Any) -> tuple[int, int, int, int]:
+    """How a viewer turns and mirrors it, (a, b, c, d): (x, y) is shown at (a x + c y, b x + d y)."""
+    with suppress(ValueError):  # it has data of a kind that PyAV does not know
+        if (data := frame.side_data.get("DISPLAYMATRIX")) is not None:
+            a, b, _, c, d = struct.unpack_from("=5i", bytes(data))
+            return a, b, c, d
+    return _QUARTERS[round(frame.rotation / 90) % 4]
+
+
+def upright(pixels: np.ndarray, matrix: tuple[int, int, int, int]) -> np.ndarray:
+    """Pixels [H,W,C] turned by quarters and mirrored as a display matrix says."""
+    a, b, c, d = matrix
+    across = abs(b) + abs(c) > abs(a) + abs(d)
+    turned = pixels.swapaxes(0, 1) if across else pixels
+    right, down = (c, b) if across else (a, d)
+    turned = turned[:, ::-1] if right < 0 else turned
+    return np.ascontiguousarray(turned[::-1] if down < 0 else turned)

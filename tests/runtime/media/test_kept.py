@@ -152,16 +152,21 @@ def test_paths_that_cannot_hold_a_picture_are_refused(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["folder.png"]
 
 
-def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(self: Image.Image, path: Path, format: str) -> None:
-        path.write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Image.Image, "save", full)
-    (tmp_path / "kept.png").write_text("an older picture")
-    with pytest.raises(VtpError, match="No space left on device"):
-        save_picture(bright(9, 9), tmp_path / "kept.png")
-    assert [path.read_text() for path in tmp_path.iterdir()] == ["an older picture"]
+def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
+    """The system takes a part of the picture and refuses the rest, as a full disk does."""
+    resource = pytest.importorskip("resource", reason="limits of files' sizes are POSIX")
+    for suffix in ("png", "jpg", "bmp", "webp"):
+        target = tmp_path / f"kept.{suffix}"
+        target.write_text("an older picture")
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+        try:
+            with pytest.raises(VtpError, match="File too large"):
+                save_picture(bright(90, 90), target)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert {path.read_text() for path in tmp_path.iterdir()} == {"an older picture"}
+    assert len(list(tmp_path.iterdir())) == 4
 
 
 def test_several_tiles_are_refused() -> None:

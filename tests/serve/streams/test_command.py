@@ -342,3 +342,13 @@ def test_without_pyav_a_line_says_what_to_install(tiny: Path, clip: Path) -> Non
     command = [sys.executable, "-c", script, str(tiny), str(clip), "--prompt", "a", "--threads", "1"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1 and "pip install 'vtp-edge[streams]'" in done.stderr
+
+
+def test_lines_of_a_closed_standard_input_are_refused(tiny: Path, clip: Path) -> None:
+    """Its number may be that of any file that is opened later, whose bytes would be taken for prompts."""
+    line = 'exec "$0" "$@" <&-'
+    command = ["sh", "-c", line, *COMMAND, str(tiny), str(clip), "--prompt", "a", "--stdin"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("vtp-watch: error: --stdin reads standard input, which is closed")
+    assert len(done.stderr.splitlines()) == 1

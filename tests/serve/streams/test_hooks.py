@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import json
+import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -83,7 +85,7 @@ class Receiver:
     """Takes POSTs and answers `status`."""
 
     def __init__(self) -> None:
-        self.status = 200
+        self.status, self.location = 200, ""
         self.bodies: list[Any] = []
         self.key: str | None = None
         receiver = self
@@ -94,6 +96,8 @@ class Receiver:
                 receiver.bodies.append((self.headers["Content-Type"], json.loads(body)))
                 receiver.key = self.headers["Authorization"]
                 self.send_response(receiver.status)
+                if receiver.location:
+                    self.send_header("Location", receiver.location)
                 self.end_headers()
 
             def log_message(self, *words: object) -> None:
@@ -137,6 +141,13 @@ def test_a_webhook_that_nobody_answers_says_so() -> None:
     assert str(caught.value) == "http://127.0.0.1:9/hook: Connection refused"
 
 
+def test_a_webhook_follows_no_redirect(receiver: Receiver) -> None:
+    """The alert would not come along, and the password would."""
+    receiver.status, receiver.location = 302, "http://127.0.0.1:9/elsewhere"
+    with pytest.raises(OSError, match="answered 302"):
+        Webhook(receiver.url.replace("://", "://user:secret@"))(ALERTED)
+
+
 @pytest.mark.parametrize("url", ["ftp://user:secret@host/x", "http://", "http://[::1", "host/x", ""])
 def test_only_the_web_is_told(url: str) -> None:
     with pytest.raises(UsageError, match="is not an http:// or https:// URL") as caught:
@@ -175,8 +186,46 @@ def test_putting_never_waits_and_too_many_are_told_once() -> None:
 
 
 def test_what_hangs_is_ended_at_the_end() -> None:
+    told: list[str] = []
     slow = Slow()
-    hook = Hook("--on-alert", slow, print)
-    hook.put(ALERTED)
+    hook = Hook("--on-alert", slow, told.append)
+    for _ in range(3):
+        hook.put(ALERTED)
+    wait_for(lambda: hook._waiting.qsize() == 2)
     hook.close(seconds=0.1)
     assert slow.ended == 1
+    assert told == ["--on-alert is not done, and is ended; 2 more alerts are left out"]
+
+
+def test_ctrl_c_amid_the_last_wait_ends_the_command(tmp_path: Path) -> None:
+    """Nothing is left running, nor started for the alerts that waited."""
+    log = tmp_path / "log"
+    hook = Hook("--on-alert", Command(f"sh -c 'echo $$ >> {log}; exec sleep 60'"), print)
+    for _ in range(3):
+        hook.put(ALERTED)
+    wait_for(lambda: log.exists() and log.read_text().endswith("\n"))
+    main = threading.main_thread().ident
+    assert main is not None
+    threading.Timer(0.3, signal.pthread_kill, (main, signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        hook.close(seconds=30)
+    started = log.read_text().split()
+    assert len(started) == 1
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(started[0]), 0)
+
+
+def test_whatever_fails_the_next_alert_is_told() -> None:
+    told, done = list[str](), list[Any]()
+
+    def act(alerted: Any) -> None:
+        if alerted == 1:
+            raise RuntimeError("can't start new thread")
+        done.append(alerted)
+
+    act.end = lambda: None  # type: ignore[attr-defined]
+    hook = Hook("--webhook", act, told.append)  # type: ignore[arg-type]
+    hook.put(1)  # type: ignore[arg-type]
+    hook.put(2)  # type: ignore[arg-type]
+    hook.close()
+    assert told == ["--webhook failed: can't start new thread"] and done == [2]

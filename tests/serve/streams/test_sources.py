@@ -280,6 +280,10 @@ def test_a_camera_that_speaks_rtsp() -> None:
         ("http://cam/a/password=x/b", "http://cam/a/…"),
         ("http://cam/plain/path.mjpg", "http://cam/plain/path.mjpg"),
         ("/videos/a@b=c?.mp4", "/videos/a@b=c?.mp4"),
+        ("rtsp://user:pa/ss@cam/h264", "rtsp://…@cam/h264"),
+        ("http://user:pa?s/s@cam/h264?key=b", "http://…@cam/h264"),
+        ("rtsp:/user:pass@cam/h264", "rtsp:/…@cam/h264"),
+        ("rtsp:user:pass@cam/h264", "rtsp:…@cam/h264"),
     ],
 )
 def test_names_hold_no_secrets(text: str, name: str) -> None:
@@ -341,7 +345,7 @@ def test_a_file_that_names_others_opens_none_of_them(tmp_path: Path) -> None:
 def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     fifo = tmp_path / "fifo.mp4"
     os.mkfifo(fifo)
-    assert "not a regular file" in refusal(str(fifo))
+    assert "fifo.mp4 is not a regular file; give a video" in refusal(str(fifo))
 
 
 def test_a_live_stream_waits_for_nobody(live: Camera) -> None:

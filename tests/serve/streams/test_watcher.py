@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 import time
 from collections.abc import Iterator
@@ -310,6 +311,25 @@ def test_what_a_source_raises_comes_out(pipe: Pipeline) -> None:
         next(watcher)
 
 
+def test_a_watcher_that_is_dropped_stops_reading(pipe: Pipeline) -> None:
+    source = Given([frame(number) for number in range(3)])
+    watcher = Watcher(pipe, source, PROMPT, every_frame=True, max_new_tokens=1)
+    assert next(watcher).frame.number == 0 and not no_thread_is_left()
+    del watcher
+    gc.collect()
+    assert source.closed == 1
+    for thread in threading.enumerate():
+        if thread.name.startswith("vtp-capture"):
+            thread.join(10)
+    assert no_thread_is_left()
+
+
+def test_numbers_that_begin_anew_are_no_negative_loss(pipe: Pipeline) -> None:
+    source = Given([frame(7), frame(0), frame(1)])
+    answers = list(Watcher(pipe, source, PROMPT, every_frame=True, max_new_tokens=1))
+    assert [answer.dropped for answer in answers] == [7, 0, 0]
+
+
 def test_asyncio_iterates_the_same(pipe: Pipeline) -> None:
     async def watch() -> list[int]:
         source = Given([frame(number) for number in range(3)])
@@ -346,6 +366,9 @@ def test_a_cancelled_task_leaves_nothing_behind(pipe: Pipeline) -> None:
         ({"timeout": 0}, "timeout 0 is not a number of seconds"),
         ({"keep_tokens": 5}, "keep"),
         ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"gate": 0.5}, "gate 0.5 is not a Gate"),
+        ({"alerts": ["on fire"]}, "'on fire' is not an Alert"),
+        ({"alerts": "on fire ?"}, "'o' is not an Alert"),
     ],
 )
 def test_bad_arguments_are_refused_before_anything_is_read(

@@ -88,7 +88,7 @@ def _check_choice(choice: Choice) -> None:
     if method is None:
         return
     if Site.parse(method.site).in_decoder:
-        raise UsageError(_decoder_message(method.name, method.site))
+        raise UsageError(f"{_decoder_message(method.name, method.site)}; for example --method vispruner")
     if _reads_text(method):
         raise UsageError(_text_message(method.name))
     if choice.positions == "original":

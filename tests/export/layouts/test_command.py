@@ -33,6 +33,7 @@ def refused(argv: list[str], capfd: pytest.CaptureFixture[str]) -> tuple[int, st
     ("flags", "said"),
     [
         (["--method", "fastv"], ("method fastv drops tokens inside the decoder (decoder:2)", "vispruner")),
+        ([], ("method adaptprune drops tokens inside the decoder", "for example --method vispruner")),
         (["--method", "cdpruner"], ("method cdpruner reads the question", "methods that work: divprune")),
         (
             ["--method", "vispruner", "--method-option", "positions=original"],

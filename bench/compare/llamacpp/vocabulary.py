@@ -38,6 +38,9 @@ def add_vocabulary(writer: Any, checkpoint: Checkpoint) -> None:
     )
     writer.add_eos_token_id(_end(checkpoint))
     writer.add_add_bos_token(False)
+    template = checkpoint.folder / "chat_template.jinja"
+    if template.is_file():
+        writer.add_chat_template(template.read_text(encoding="utf-8"))
 
 
 def pieces_of(

@@ -187,8 +187,6 @@ class Contest:
         self.results["machine"] = stamp()
         found = {name: version for name in _LIBRARIES if (version := installed_version(name))}
         self.results["machine"]["versions"] |= found
-        if any(name.startswith("llamacpp") for name in self._able(self.chosen)):
-            self.results["llamacpp"] = how_built()
         for at in self.precisions:
             self._aside(at.ours, lambda at=at: self._at(at))  # type: ignore[misc]
         for name, at in {
@@ -200,6 +198,8 @@ class Contest:
             self._aside("genai", lambda: self._pair("genai", "vtp decoder"))
         if self._able(("genai-int4",)):
             self._aside("genai-int4", lambda: self._pair(*INT4_DECODERS))
+        if any(name.startswith("llamacpp") for name in self.results["peers"]):
+            self.results["llamacpp"] = how_built(self.work / "llamacpp")
         measures = [at.ours for at in self.precisions]
         for name in (*measures, "vtp adaptprune", *self.also):
             self._aside(f"{name}, stages", lambda name=name: self._stages(name))  # type: ignore[misc]

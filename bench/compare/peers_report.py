@@ -198,7 +198,8 @@ def _llamacpp(results: Mapping[str, Any]) -> list[str]:
     options = ", ".join(f"{name}={value}" for name, value in built["options"].items())
     said = (
         f"Version {built['version']}, from the source in llama-cpp-python "
-        f"{built['package'] or '(not told)'}, built by `make llamacpp` with {built['compiler']}: {options}."
+        f"{built['package'] or '(not told)'}, built by `make llamacpp` with {built['compiler']}: {options}. "
+        f"It says that it uses {', '.join(built['instructions']) or '(not told)'}."
     )
     return ["## llama.cpp", said, _LLAMACPP]
 

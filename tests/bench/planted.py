@@ -83,6 +83,7 @@ RESULTS: dict[str, Any] = {
         "compiler": "GNU 12.2.0",
         "package": "0.3.36",
         "options": {"GGML_NATIVE": "ON"},
+        "instructions": ["AVX2", "AVX512"],
     },
     "missing": {"openvino": "pip install 'vtp-edge[peers]'", "llamacpp": "make llamacpp"},
     "failed": {"torch-vispruner": "its process was killed by signal 9 (out of memory?)"},

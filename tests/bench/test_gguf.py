@@ -154,7 +154,19 @@ def test_an_encoding_is_the_last_answers_and_minutes_count() -> None:
 
 
 def test_the_build_says_its_version() -> None:
-    said = "version: 0.5.0-dev (0, unknown)\nbuilt with GNU 12.2.0 for Linux x86_64\n"
+    said = "version: 0.5.0-dev (build 0, commit unknown)\nbuilt with GNU 12.2.0 for Linux x86_64\n"
     found = built.version_of(said)
-    assert found == {"version": "0.5.0-dev (0, unknown)", "compiler": "GNU 12.2.0 for Linux x86_64"}
+    assert found == {
+        "version": "0.5.0-dev (build 0, commit unknown)",
+        "compiler": "GNU 12.2.0 for Linux x86_64",
+    }
     assert built.version_of("?") == {"version": "not told", "compiler": "not told"}
+
+
+def test_the_build_says_what_it_uses() -> None:
+    log = (
+        "0.00.005.535 I cmn  common_param: system_info: n_threads = 1 (n_threads_batch = 1) / 2 | CPU : "
+        "SSE3 = 1 | AVX2 = 1 | AVX512 = 0 | LLAMAFILE = 1 | OPENMP = 1 | REPACK = 1 | \n"
+    )
+    assert report.instructions(log) == ["SSE3", "AVX2", "LLAMAFILE", "OPENMP", "REPACK"]
+    assert report.instructions("") == []

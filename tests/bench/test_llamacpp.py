@@ -40,7 +40,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_without_a_build_the_peer_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(built.FOLDER, str(tmp_path))
-    assert peer_class("llamacpp-q4_0").lacking() == "make llamacpp" and built.how_built() == {}
+    assert peer_class("llamacpp-q4_0").lacking() == "make llamacpp" and built.how_built(tmp_path) == {}
     with pytest.raises(VtpError, match="llama-quantize is not built; run: make llamacpp"):
         convert.quantise(tmp_path / "a", tmp_path / "b", "q4_0")
 

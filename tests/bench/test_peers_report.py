@@ -28,6 +28,7 @@ def test_the_page_holds_peers_ratios_and_what_is_missing() -> None:
     assert "## onnxruntime-genai" in text
     assert "not installed; `pip install 'vtp-edge[peers]'`" in text
     assert "PyTorch transformers with VisPruner: its process was killed by signal 9" in text
+    assert "It says that it uses AVX2, AVX512." in text
 
 
 @pytest.mark.parametrize("text", [peers_report.page(RESULTS), peers_report.summary(RESULTS)])

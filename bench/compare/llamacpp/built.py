@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vtp.bench.common.checkout import checkout
+from vtp.bench.compare.llamacpp.report import instructions
 from vtp.engines import UsageError, VtpError
 
 COMMAND = "make llamacpp"
@@ -70,8 +71,9 @@ def quantise(source: Path, target: Path, kind: str) -> None:
     aside.replace(target)
 
 
-def how_built() -> dict[str, Any]:
-    """What the page says: release, version and compiler as the program tells them, CMake's options."""
+def how_built(logs: Path) -> dict[str, Any]:
+    """What the page says: release, version and compiler as the program tells them, CMake's options, and what
+    the servers whose logs lie in `logs` said of the machine's instructions. Empty if nothing is built."""
     folder = built_folder()
     if folder is None or not is_built():
         return {}
@@ -81,6 +83,10 @@ def how_built() -> dict[str, Any]:
     return {
         **version_of(told.stdout + told.stderr),
         "package": _field(package, r"^Version: (.*)$"),
+        "instructions": next(
+            (found for log in sorted(logs.glob("server-*.log")) if (found := instructions(log.read_text()))),
+            [],
+        ),
         "options": {
             name: value for name in _OPTIONS if (value := _field(cache, rf"^{name}:\w+=(.*)$")) is not None
         },

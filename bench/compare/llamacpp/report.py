@@ -53,6 +53,12 @@ def encoding_ms(log: str) -> float | None:
     return None if after is None else _ms(after) - _ms(begins[-1])
 
 
+def instructions(log: str) -> list[str]:
+    """The CPU's instructions and the parts that this build uses, as its log names them, such as AVX512."""
+    found = re.search(r"system_info: .*?\| CPU : (.*)$", log, re.MULTILINE)
+    return re.findall(r"(\w+) = 1", found[1]) if found else []
+
+
 def _ms(found: re.Match[str]) -> float:
     """A stamp minutes.seconds.milliseconds.microseconds, in milliseconds."""
     minutes, seconds, thousandths, millionths = (int(part) for part in found.groups())

@@ -6,6 +6,8 @@ In float32, and in few bits by NNCF, which is OpenVINO's own quantiser.
 from __future__ import annotations
 
 import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -79,12 +81,13 @@ class Int8(TransformersOpenvino):
         plain = TransformersOpenvino(self.spec)
         if not plain.made().exists():
             plain.prepare()
-        openvino = load_openvino()
         with whole_folder(self.made()) as aside:
-            for name, quantise in (("encoder", self.quantise_encoder), ("decoder", self.quantise_decoder)):
-                model = openvino.Core().read_model(plain.made() / name / _FILE)
-                (aside / name).mkdir()
-                openvino.save_model(quantise(model), aside / name / _FILE, compress_to_fp16=False)
+            self.write_encoder(plain.made() / "encoder", aside / "encoder")
+            _rewrite(plain.made() / "decoder", aside / "decoder", self.quantise_decoder)
+
+    def write_encoder(self, source: Path, target: Path) -> None:
+        """Write the encoder in int8."""
+        _rewrite(source, target, self.quantise_encoder)
 
     def quantise_encoder(self, model: Any) -> Any:
         """Weights and activations in int8; the ranges are those of as many pictures as vtp's own has."""
@@ -111,12 +114,27 @@ class Int4(Int8):
 
     folder = "openvino-int4"
 
+    def write_encoder(self, source: Path, target: Path) -> None:
+        """The same encoder, whose ranges take minutes to measure."""
+        eight = Int8(self.spec)
+        if not eight.made().exists():
+            eight.prepare()
+        shutil.copytree(eight.made() / "encoder", target)
+
     def quantise_decoder(self, model: Any) -> Any:
         """See `Int8`."""
         nncf = load_nncf()
         return nncf.compress_weights(
             model, mode=nncf.CompressWeightsMode.INT4_SYM, group_size=32, all_layers=True
         )
+
+
+def _rewrite(source: Path, target: Path, change: Callable[[Any], Any]) -> None:
+    """Write the model of folder `source`, changed, into the new folder `target`."""
+    openvino = load_openvino()
+    target.mkdir()
+    changed = change(openvino.Core().read_model(source / _FILE))
+    openvino.save_model(changed, target / _FILE, compress_to_fp16=False)
 
 
 def load_nncf() -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ class Int8(TransformersOnnx):
 
     def quantise(self, name: str, source: Path, target: Path) -> None:
         """Write one of the two graphs in few bits."""
-        quantise_int8(source, target)
+        quantise_int8(_folded(source) if name == "encoder" else source, target)
 
 
 class Int4(Int8):
@@ -48,8 +49,8 @@ class Int4(Int8):
             super().quantise(name, source, target)
 
 
-def quantise_int8(source: Path, target: Path) -> None:
-    """Dynamic int8 by ONNX Runtime's own tool."""
+def quantise_int8(source: Any, target: Path) -> None:
+    """Write a graph, given as a file or as a model, in dynamic int8 by ONNX Runtime's own tool."""
     tools = _tools("onnxruntime.quantization")
     tools.quantize_dynamic(
         source,
@@ -58,6 +59,32 @@ def quantise_int8(source: Path, target: Path) -> None:
         weight_type=tools.QuantType.QInt8,
         use_external_data_format=True,
     )
+
+
+def _folded(source: Path) -> Any:
+    """The graph with its constants folded, as the tool advises, and fused attention as it takes it.
+
+    The fusion joins the weights of query, key and value by a Concat, and names their widths, which are equal;
+    of an Attention that names them the tool leaves the weights in float, and that is a third of an encoder.
+    """
+    import onnx
+
+    with tempfile.TemporaryDirectory(prefix="vtp-fold-") as folder:
+        folded = Path(folder) / "model.onnx"
+        _tools("onnxruntime.quantization.shape_inference").quant_pre_process(
+            str(source),
+            str(folded),
+            skip_symbolic_shape=True,
+            save_as_external_data=True,
+            all_tensors_to_one_file=True,
+            external_data_location="model.onnx.data",
+        )
+        model = onnx.load(folded)
+    for node in model.graph.node:
+        widths = [one for one in node.attribute if one.name == "qkv_hidden_sizes"]
+        if node.op_type == "Attention" and widths and len(set(widths[0].ints)) == 1:
+            node.attribute.remove(widths[0])
+    return model
 
 
 def quantise_int4(source: Path, target: Path) -> None:

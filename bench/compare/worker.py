@@ -83,9 +83,11 @@ class Worker:
         assert self._process.stdout is not None  # a pipe
         late = threading.Timer(LIMIT_S, self._process.kill)
         late.start()
-        line = self._process.stdout.readline()
-        in_time = late.is_alive()
-        late.cancel()
+        try:
+            line = self._process.stdout.readline()
+            in_time = late.is_alive()
+        finally:
+            late.cancel()  # an interrupt does not wait for it
         if not line:
             how = _how(self._process.wait()) if in_time else f"took longer than {LIMIT_S} s"
             self.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -138,6 +139,26 @@ def test_a_worker_that_hangs_is_ended(
     monkeypatch.setattr(worker, "LIMIT_S", 0.01)
     with pytest.raises(VtpError, match=r"peer vtp-decoder took longer than 0\.01 s"):
         worker.Worker("vtp-decoder", spec(exported("vispruner"), picture_file, tmp_path), tmp_path / "log")
+
+
+def test_an_interrupt_waits_for_no_limit(
+    exported: Any, picture_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with worker.Worker(
+        "vtp-decoder", spec(exported("vispruner"), picture_file, tmp_path), tmp_path / "log"
+    ) as one:
+
+        class Interrupted:
+            def readline(self) -> str:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(one._process, "stdout", Interrupted())
+        with pytest.raises(KeyboardInterrupt):
+            one._read()
+        timers = [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)]
+        for timer in timers:
+            timer.join(timeout=30)  # of 900 seconds
+        assert not any(timer.is_alive() for timer in timers)
 
 
 class Planted:

@@ -11,11 +11,15 @@ KILLS ?= 200
 SOAK ?= 3600
 # Files go to workers in the order of tests/conftest.py: the longest first.
 WORKERS := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+LLAMACPP := build/llamacpp
+LLAMACPP_SOURCE := llama-cpp-python==0.3.36
+LLAMACPP_OPTIONS := -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON -DBUILD_SHARED_LIBS=OFF -DLLAMA_CURL=OFF \
+  -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_UI=OFF -DLLAMA_USE_PREBUILT_UI=OFF
 TRITON_PYTHON ?= /usr/bin/python3
 ROS_PYTHON ?= python3.11
 OLDEST_PINS := numpy==1.24.4 pillow==9.5.0 tokenizers==0.20.0 jinja2==3.1.6
 
-.PHONY: setup demo test test-all fuzz trtrtx test-trtrtx test-oldest test-triton test-ray test-page test-js test-clients test-ros kill soak soak-serve check accuracy methods bench scaling scenes reader clean
+.PHONY: setup demo test test-all fuzz trtrtx test-trtrtx test-oldest test-triton test-ray test-page test-js test-clients test-ros kill soak soak-serve check accuracy methods bench llamacpp test-llamacpp scaling scenes reader clean
 
 setup: .venv/.installed  ## make .venv and install vtp into it
 
@@ -122,11 +126,25 @@ methods: setup  ## every method side by side: docs/measured.md, the plot and the
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(EDITABLE) -e '.[$(EXTRAS),bench]'
 	$(BIN)/python -m vtp.bench.studies.methods --resume
 
-# Peers that cannot be installed are named in the page. BENCH takes flags, such as "--int8 --int4".
-bench: setup  ## vtp beside its peers on a full-size shape: docs/bench.md and the README's table (ten minutes, idle)
+# Peers that cannot be installed are named in the page. BENCH takes flags, such as "--int8 --int4", which want
+# `make llamacpp` beforehand for llama.cpp to take part.
+bench: setup  ## vtp beside its peers on a full-size shape: docs/bench.md and the README's table (idle; half an hour)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(EDITABLE) -e '.[$(EXTRAS),bench]'
 	-$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(EDITABLE) -e '.[peers]'
 	$(BIN)/python -m vtp.bench.compare.peers $(BENCH)
+
+# The sdist of llama-cpp-python holds llama.cpp's whole source; wheels of it lack the machine's own instructions.
+llamacpp: setup  ## build llama.cpp, a peer of `make bench`, in build/llamacpp (half an hour on two cores; wants cmake, ninja, g++)
+	mkdir -p $(LLAMACPP)/src
+	test -e $(LLAMACPP)/src/PKG-INFO || { $(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps \
+	  --no-binary llama-cpp-python -d $(LLAMACPP) $(LLAMACPP_SOURCE) && \
+	  tar -xzf $(LLAMACPP)/llama_cpp_python-*.tar.gz -C $(LLAMACPP)/src --strip-components 1; }
+	cmake -S $(LLAMACPP)/src/vendor/llama.cpp -B $(LLAMACPP)/cmake -G Ninja $(LLAMACPP_OPTIONS)
+	cmake --build $(LLAMACPP)/cmake --target llama-server llama-quantize llama-mtmd-cli llama-bench
+
+test-llamacpp: setup  ## llama.cpp on converted tiny models answers as transformers does (wants `make llamacpp`)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(EDITABLE) -e '.[$(EXTRAS),peers]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow or not slow" tests/bench/test_llamacpp.py
 
 # SCALING takes flags, such as "--rounds 2" or "--quick". A run that was ended goes on where it stood.
 scaling: setup  ## what a request costs as it grows: docs/scaling.md, .json and .png (about ten minutes, idle)

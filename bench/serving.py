@@ -5,6 +5,11 @@
 Starts a real vtp-serve in a process of its own, with a copy of the bundle that never ends an answer early,
 and asks it for streams, as OpenAI's clients do. Every client asks its requests one after the other, each
 about the next of a few pictures; the texts of both ways are compared.
+
+    python -m vtp.bench.serving BUNDLE --against llama-server --model DIR --bits q8_0,q4_0
+
+asks llama.cpp's server the same (`make llamacpp`), on the model that the bundle was exported from: the same
+pictures, questions, slots and threads. It keeps all visual tokens.
 """
 
 from __future__ import annotations
@@ -21,7 +26,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -32,8 +37,9 @@ import numpy as np
 
 from vtp.bench.common import clients as clients_at
 from vtp.bench.common.clients import gaps_ms
+from vtp.bench.compare.llamacpp.serving import OPTIONS, llama_server, read_bits
 from vtp.bench.scheduling import PROMPTS
-from vtp.engines import VtpError
+from vtp.engines import UsageError, VtpError
 from vtp.engines.child import python_command
 from vtp.runtime.bundle.folder import open_bundle
 from vtp.runtime.commands.arguments import add_debug, add_json, add_threads
@@ -75,6 +81,7 @@ class Load:
     pictures: Sequence[str]  # data URLs
     requests: int  # of each client
     max_new_tokens: int
+    more: Mapping[str, Any] = field(default_factory=dict)  # what a server wants told beside
 
     def body(self, client: int, number: int) -> bytes:
         """A client's request, which others ask, too."""
@@ -85,7 +92,7 @@ class Load:
         ]
         options = {"stream": True, "stream_options": {"include_usage": True}}
         asked = {"messages": [{"role": "user", "content": content}], "max_tokens": self.max_new_tokens}
-        return json.dumps({**asked, **options}).encode()
+        return json.dumps({**asked, **options, **self.more}).encode()
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -100,6 +107,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--vision-feature-cache", default="0", metavar="N", help="pictures whose features are kept (off)")
     add("--ray", metavar="ADDRESS", help="let vtp-serve answer from replicas on Ray (docs/scale.md)")
     add("--replicas", default="1", metavar="N", help="with --ray (default: %(default)s)")
+    add("--against", choices=["llama-server"], help="ask llama.cpp's server the same (make llamacpp)")
+    add("--model", metavar="DIR", help="with --against: the LLaVA that the bundle was exported from")
+    add(
+        "--bits", default="f32,f16", metavar="VISION,TEXT", help="of llama.cpp's files (default: %(default)s)"
+    )
     add_threads(parser)
     add_json(parser)
     add_debug(parser)
@@ -119,21 +131,29 @@ def _run(args: argparse.Namespace) -> None:
         whole_number(f"--{name}", getattr(args, name.replace("-", "_")), 1)
         for name in ("requests", "max-new-tokens")
     )
+    slots, bits = whole_number("--slots", args.slots, 1), read_bits(args.bits)
+    if args.against and not args.model:
+        raise UsageError("--against llama-server wants --model DIR, the LLaVA that BUNDLE was exported from")
     flags = ["--slots", args.slots, "--queue", str(max(clients))]
     flags += ["--vision-feature-cache", args.vision_feature_cache]
     flags += [] if args.threads is None else ["--threads", args.threads]
     flags += [] if args.ray is None else ["--ray", args.ray, "--replicas", args.replicas]
     pictures = [_data_url(path) for path in sorted(examples_dir().glob("*.png"))]
-    progress, rows = Progress(), []
+    progress = Progress()
     with (
         tempfile.TemporaryDirectory(prefix="vtp-serving-") as name,
         _server(_endless(args.bundle, name), flags) as port,
     ):
-        load = Load(port, pictures, requests, length)
-        _ask(load, Seen(), 0, 0)  # opens what is opened at the first request
-        for count in clients:
-            progress.step(f"{count} clients, {count * requests} requests")
-            rows.append(compare(load, count))
+        rows = _measure(Load(port, pictures, requests, length), clients, progress, "vtp-serve")
+    others: list[dict[str, Any]] = []
+    if args.against:
+        longest = open_bundle(args.bundle).manifest.model.max_length
+        threads = None if args.threads is None else whole_number("--threads", args.threads, 1)
+        progress.step("convert the model, start llama-server")
+        with llama_server(args.model, bits, threads, slots, longest) as port:
+            others = _measure(
+                Load(port, pictures, requests, length, OPTIONS), clients, progress, args.against
+            )
     progress.end()
     machine = look()
     found = {
@@ -143,8 +163,19 @@ def _run(args: argparse.Namespace) -> None:
         "max_new_tokens": length,
         "requests_per_client": requests,
         "clients": rows,
+        **({"against": {"server": args.against, "bits": args.bits, "clients": others}} if others else {}),
     }
     say_json(found) if args.json else say(_report(found))
+
+
+def _measure(load: Load, clients: Sequence[int], progress: Progress, who: str) -> list[dict[str, Any]]:
+    """One server's figures for every number of clients."""
+    rows = []
+    _ask(load, Seen(), 0, 0)  # opens what is opened at the first request
+    for count in clients:
+        progress.step(f"{who}: {count} clients, {count * load.requests} requests")
+        rows.append(compare(load, count))
+    return rows
 
 
 def compare(load: Load, clients: int) -> dict[str, Any]:
@@ -258,21 +289,39 @@ def _quantile(values: Sequence[float], share: float) -> float:
     return float(np.quantile(values, share)) if values else 0.0
 
 
+_HEADER = [
+    "clients",
+    "answers/s",
+    "tok/s in turn",
+    "tok/s",
+    "x",
+    "ttft p50",
+    "ttft p95",
+    "gap p95",
+    "differ",
+    "failed",
+]
+
+
 def _report(found: dict[str, Any]) -> str:
-    """A table with a line for each number of clients, below what was asked of which machine."""
-    header = [
-        "clients",
-        "answers/s",
-        "tok/s in turn",
-        "tok/s",
-        "x",
-        "ttft p50",
-        "ttft p95",
-        "gap p95",
-        "differ",
-        "failed",
-    ]
-    lines = [
+    """A table for each server, a line for each number of clients, below what was asked of which machine."""
+    said = (
+        f"vtp-serve {' '.join(found['flags'])} on {found['cores']} cores of {found['machine']}, with the "
+        f"clients on the same machine; answers of {found['max_new_tokens']} tokens, milliseconds from the "
+        "request on"
+    )
+    parts = [said, table(_HEADER, _lines(found["clients"]))]
+    if "against" in found:
+        other = found["against"]
+        parts += [
+            f"{other['server']}, encoder and decoder in {other['bits']}, all visual tokens, asked the same",
+            table(_HEADER, _lines(other["clients"])),
+        ]
+    return "\n\n".join(parts)
+
+
+def _lines(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
+    return [
         [
             str(row["clients"]),
             f"{row['at_once']['answers_per_second']:.1f}",
@@ -285,14 +334,8 @@ def _report(found: dict[str, Any]) -> str:
             str(row["different"]),
             str(len(row["failed"])),
         ]
-        for row in found["clients"]
+        for row in rows
     ]
-    said = (
-        f"vtp-serve {' '.join(found['flags'])} on {found['cores']} cores of {found['machine']}, with the "
-        f"clients on the same machine; answers of {found['max_new_tokens']} tokens, milliseconds from the "
-        "request on"
-    )
-    return f"{said}\n\n{table(header, lines)}"
 
 
 if __name__ == "__main__":

@@ -1,17 +1,68 @@
-"""Who answered in turns with whom: one record holds milliseconds and ratio of the same turns."""
+"""Who answered in turns with whom, in how many bits; milliseconds and ratio are of the same turns."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from vtp.bench.common.figures import ratio, spread
 
 BASE = "vtp vispruner"
-UNPRUNED = ("torch", "transformers-onnx", "openvino")
 WHAT = ("ttft", "tpot")  # to the first token, to each further one
+TURNS = 15  # at least, for the interval of a bootstrap; of fewer the least and the greatest are told
 
 Times = Mapping[str, Mapping[str, Sequence[float]]]
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Who is compared with whom at equal bits.
+
+    ours   vtp's pruned bundle, the measure
+    whole  vtp with all tokens in the same bits
+    peers  unpruned, in the same bits, or where they have no such mix in those nearest to it
+    flags  what `vtp.bench.common.fewer_bits` makes of a float bundle: (--vision, --decoder)
+    """
+
+    name: str
+    ours: str
+    whole: str
+    peers: tuple[str, ...]
+    flags: tuple[str, str] = ("none", "none")
+
+    @property
+    def all_tokens(self) -> tuple[str, ...]:
+        """Everybody who keeps all tokens."""
+        return (*self.peers, self.whole)
+
+
+FLOAT = Precision("float32", BASE, "vtp none", ("torch", "transformers-onnx", "openvino", "llamacpp"))
+INT8 = Precision(
+    "int8 encoder",
+    f"{BASE} int8",
+    "vtp none int8",
+    ("transformers-onnx-int8", "openvino-int8", "llamacpp-q8_0"),
+    ("int8", "none"),
+)
+INT4 = Precision("int4 decoder", f"{BASE} int4", "vtp none int4", ("llamacpp-f32-q4_0",), ("none", "int4"))
+BOTH = Precision(
+    "int8 encoder, int4 decoder",
+    f"{BASE} int8 int4",
+    "vtp none int8 int4",
+    ("transformers-onnx-int4", "openvino-int4", "llamacpp-q4_0", "llamacpp-f32-q4_0"),
+    ("int8", "int4"),
+)
+PRECISIONS = (FLOAT, INT8, INT4, BOTH)
+UNPRUNED = FLOAT.peers
+
+
+def wanted(int8: bool, int4: bool) -> tuple[Precision, ...]:
+    """The precisions that a run's flags ask for, float32 first."""
+    found = (FLOAT, *((INT8,) if int8 else ()))
+    return (*found, *((BOTH if int8 else INT4,) if int4 else ()))
 
 
 def pair_of(theirs: str, ours: str, times: Times) -> dict[str, Any]:
@@ -19,16 +70,25 @@ def pair_of(theirs: str, ours: str, times: Times) -> dict[str, Any]:
 
     times   name -> "ttft" and "tpot" -> milliseconds, turn by turn
 
-    Returns who they are; under "ms" the same names -> `spread`; under "ttft" and "tpot" the `ratio`; and the
-    times themselves.
+    Returns who they are; under "ms" the same names -> `spread`; under "ttft" and "tpot" the quotient of the
+    medians with "low" and "high" (`between`); and the times themselves.
     """
     return {
         "theirs": theirs,
         "ours": ours,
         "ms": {name: {what: spread(times[name][what]) for what in WHAT} for name in (theirs, ours)},
-        **{what: ratio(times[theirs][what], times[ours][what]) for what in WHAT},
+        **{what: between(times[theirs][what], times[ours][what]) for what in WHAT},
         "times": {name: {what: list(times[name][what]) for what in WHAT} for name in (theirs, ours)},
     }
+
+
+def between(theirs: Sequence[float], ours: Sequence[float]) -> dict[str, float]:
+    """`ratio`; of fewer than TURNS turns its low and high are the least and the greatest of a single turn."""
+    found = ratio(theirs, ours)
+    if len(ours) < TURNS:
+        single = np.asarray(theirs, float) / np.asarray(ours, float)
+        found |= {"low": float(single.min()), "high": float(single.max())}
+    return found
 
 
 def find_pair(results: Mapping[str, Any], theirs: str | None, ours: str) -> Mapping[str, Any] | None:
@@ -36,18 +96,24 @@ def find_pair(results: Mapping[str, Any], theirs: str | None, ours: str) -> Mapp
     return next((pair for pair in results["pairs"] if (pair["theirs"], pair["ours"]) == (theirs, ours)), None)
 
 
-def beside_base(results: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """The pairs with vtp's own measure, the slowest peer first."""
-    pairs = [pair for pair in results["pairs"] if pair["ours"] == BASE]
+def beside_ours(results: Mapping[str, Any], at: Precision = FLOAT) -> Iterator[Mapping[str, Any]]:
+    """The pairs with vtp's own measure of a precision, the slowest peer first."""
+    pairs = [pair for pair in results["pairs"] if pair["ours"] == at.ours]
     yield from sorted(pairs, key=lambda pair: -first_token(pair))
 
 
-def fastest_of(results: Mapping[str, Any]) -> str | None:
+def fastest_of(results: Mapping[str, Any], at: Precision = FLOAT) -> str | None:
     """The unpruned peer, not vtp itself, with the least time to the first token of those that are shown."""
-    pairs = [pair for pair in beside_base(results) if pair["theirs"] in UNPRUNED]
+    pairs = [pair for pair in beside_ours(results, at) if pair["theirs"] in at.peers]
     return min(pairs, key=first_token)["theirs"] if pairs else None
 
 
 def first_token(pair: Mapping[str, Any]) -> float:
     """Milliseconds of the peer, the median."""
     return float(pair["ms"][pair["theirs"]]["ttft"]["median"])
+
+
+def parts_of(results: Mapping[str, Any], names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """name -> "encoder" and "prompt" -> `spread` of the milliseconds that a peer tells of them itself."""
+    told = {name: results["peers"].get(name, {}).get("parts", {}) for name in names}
+    return {name: {part: spread(ms) for part, ms in parts.items()} for name, parts in told.items() if parts}

@@ -5,10 +5,12 @@ A peer lives in a process of its own (`vtp.bench.compare.worker`) and loads its 
 
 from __future__ import annotations
 
+import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import util
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +43,15 @@ class Spec:
 class Run:
     """One answer: greedy tokens, as many as asked for, end-of-sequence or not.
 
-    ttft  milliseconds from the call, the picture unopened, to the first token
-    tpot  milliseconds of each further token; 0 where there is none
+    ttft   milliseconds from the call, the picture unopened, to the first token
+    tpot   milliseconds of each further token; 0 where there is none
+    parts  milliseconds that the peer itself reports of the first token: "encoder", "prompt"
     """
 
     tokens: list[int]
     ttft: float
     tpot: float
+    parts: Mapping[str, float] = field(default_factory=dict)
 
 
 class Stopwatch:
@@ -76,6 +80,20 @@ class Peer(ABC):
 
     def __init__(self, spec: Spec) -> None:
         self.spec = spec
+
+    @classmethod
+    def lacking(cls) -> str:
+        """The line that installs or builds the first thing that this peer lacks here; empty if it can run."""
+        return next((line for module, line in cls.needs if not util.find_spec(module)), "")
+
+    @property
+    def pid(self) -> int:
+        """The process whose memory counts."""
+        return os.getpid()
+
+    def close(self) -> None:
+        """End what `open` started beside this process."""
+        return
 
     def made(self) -> Path | None:
         """What `prepare` writes; None where nothing needs to be made."""
@@ -113,15 +131,21 @@ PEERS = {
     "torch": "vtp.bench.compare.peer_torch:Torch",
     "torch-vispruner": "vtp.bench.compare.peer_torch:TorchPruned",
     "transformers-onnx": "vtp.bench.compare.peer_onnx:TransformersOnnx",
+    "transformers-onnx-int8": "vtp.bench.compare.peer_onnx_bits:Int8",
+    "transformers-onnx-int4": "vtp.bench.compare.peer_onnx_bits:Int4",
     "openvino": "vtp.bench.compare.peer_openvino:TransformersOpenvino",
+    "openvino-int8": "vtp.bench.compare.peer_openvino:Int8",
+    "openvino-int4": "vtp.bench.compare.peer_openvino:Int4",
+    "torch-class-last": "vtp.bench.compare.peer_llamacpp:TorchClassLast",
+    "llamacpp": "vtp.bench.compare.peer_llamacpp:LlamaCpp",
+    "llamacpp-q8_0": "vtp.bench.compare.peer_llamacpp:LlamaCppQ8",
+    "llamacpp-q4_0": "vtp.bench.compare.peer_llamacpp:LlamaCppQ4",
+    "llamacpp-f32-q4_0": "vtp.bench.compare.peer_llamacpp:LlamaCppQ4Text",
     "genai": "vtp.bench.compare.peer_genai:Genai",
     "genai-int4": "vtp.bench.compare.peer_genai:GenaiInt4",
 }
 
 
 def missing(name: str) -> str:
-    """The install line of the first module that a peer lacks here; empty when it can run."""
-    from importlib import util
-
-    lacking: Sequence[str] = [line for module, line in peer_class(name).needs if not util.find_spec(module)]
-    return lacking[0] if lacking else ""
+    """The line that installs or builds the first thing that a peer lacks here; empty when it can run."""
+    return peer_class(name).lacking()

@@ -150,8 +150,7 @@ def prompt(processor: Any, image: str, text: str) -> Any:
     """The processor's tensors for one picture and one question."""
     from PIL import Image
 
-    turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
-    words = processor.apply_chat_template([turn], add_generation_prompt=True)
+    words = prompt_words(processor, text)
     begins = processor.tokenizer.bos_token
     return processor(
         images=Image.open(image).convert("RGB"),
@@ -159,3 +158,10 @@ def prompt(processor: Any, image: str, text: str) -> Any:
         return_tensors="pt",
         add_special_tokens=not (begins and words.startswith(begins)),
     )
+
+
+def prompt_words(processor: Any, text: str) -> str:
+    """The chat template's words for one picture and one question, the picture's placeholder among them."""
+    turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
+    words: str = processor.apply_chat_template([turn], add_generation_prompt=True)
+    return words

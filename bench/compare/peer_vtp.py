@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from vtp.bench.compare.peer import Peer, Run, Stopwatch
@@ -16,6 +18,7 @@ from vtp.runtime.result import Timings
 from vtp.runtime.stages.kv_cache import KvCache
 
 CPU = "ort-cpu"
+_PARTS = {"encoder": ("vision_encoder", "projector"), "prompt": ("decoder",)}
 
 
 class Whole(Peer):
@@ -28,7 +31,8 @@ class Whole(Peer):
     def run(self) -> Run:
         """Answer at the bundle's default keep-count."""
         result = self._pipe.generate(self.spec.image, self.spec.prompt, max_new_tokens=self.spec.tokens)
-        return Run(result.token_ids, result.timings.ttft, result.timings.tpot)
+        times = result.timings
+        return Run(result.token_ids, times.ttft, times.tpot, parts_of(times.stages))
 
     def first_logits(self) -> np.ndarray:
         """See `Peer`; the stages below the pipeline, which hands out no logits."""
@@ -40,6 +44,14 @@ class Whole(Peer):
         keep = manifest.visual.default_keep
         values = runner.prefill(keep, pixels, prompt.ids, prompt.image_start, Timings())
         return values["logits"].numpy()[0, 0].astype(np.float32)
+
+
+def parts_of(stages: Mapping[str, float]) -> dict[str, float]:
+    """Milliseconds of the encoder, its projector included, and of the decoder over the prompt."""
+    return {
+        part: sum(ms for stage, ms in stages.items() if stage.startswith(names))
+        for part, names in _PARTS.items()
+    }
 
 
 class DecoderOnly(Peer):

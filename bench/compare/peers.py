@@ -5,7 +5,8 @@
 
 Every peer has a process of its own. Its first logits and tokens are held against the others' before anything
 is timed; then it and vtp answer in turns, so that a slow moment of the machine meets both, and milliseconds
-and ratio of the two come from these turns. What is not installed is named, with the line that installs it.
+and ratio of the two come from these turns. With --int8 and --int4 everybody is held against vtp in as many
+bits. What is not installed is named, with the line that installs it.
 Writes docs/bench.json, docs/bench.md and the README's table.
 """
 
@@ -18,6 +19,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +27,9 @@ import numpy as np
 
 from vtp.bench.cli import PROMPT, stamp, whole
 from vtp.bench.common.checkout import place
-from vtp.bench.common.pairs import UNPRUNED, fastest_of, pair_of
+from vtp.bench.common.pairs import BASE, FLOAT, PRECISIONS, Precision, fastest_of, pair_of, wanted
 from vtp.bench.common.resident import peak_resident
+from vtp.bench.compare.llamacpp.built import how_built
 from vtp.bench.compare.peer import Spec, missing
 from vtp.bench.compare.peers_report import FORMAT, ROUNDS, write_report
 from vtp.bench.compare.worker import Worker, prepare
@@ -34,6 +37,7 @@ from vtp.bench.measure import Task, in_child
 from vtp.bench.shapes.cached_bundle import Wanted, check, free_disk, run_export
 from vtp.engines import UsageError, VtpError
 from vtp.engines.child import python_command
+from vtp.engines.versions import installed_version
 from vtp.export.cli import quiet_libraries
 from vtp.runtime.bundle.folder import MANIFEST, open_bundle
 from vtp.runtime.commands.arguments import add_debug, add_threads
@@ -42,11 +46,18 @@ from vtp.runtime.compare import compare
 from vtp.runtime.machine.facts import look
 from vtp.scenes import examples_dir
 
-BASE = "vtp vispruner"
 # Whose answers are equal: of each line the first that has answered is the measure for the others.
+EXACT = ("torch", "transformers-onnx", "openvino", FLOAT.whole)
+LLAMACPP_ORDER = "torch-class-last"
 INT4_DECODERS = ("genai-int4", "vtp decoder int4")
-SAME = ((*UNPRUNED, "vtp none"), (BASE, "torch-vispruner"), ("genai", "vtp decoder"), INT4_DECODERS)
+SAME = (EXACT, (BASE, "torch-vispruner"), ("genai", "vtp decoder"), INT4_DECODERS)
+# Of fewer bits: the cosine to float32's logits, less their means. Another model's would be near 0.
+_ALIKE = 0.5
+_LIBRARIES = ("openvino", "nncf", "onnxruntime-genai", "gguf")
 _DECODER_TOKENS = 16  # text tokens beside the kept ones, in the decoder-only comparison
+
+
+Answer = tuple[list[int], np.ndarray]  # tokens, and float32 [V] logits of the last prompt position
 
 
 class Aside(Exception):
@@ -59,8 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("--shape", default="llava-ov-0.5b", help="full-size shape, random weights (default: %(default)s)")
     add("--model", metavar="DIR", help="instead: a LLaVA in Hugging Face layout")
-    add("--int8", action="store_true", help="also vispruner with an int8 encoder")
-    add("--int4", action="store_true", help="also the int4 decoder, against onnxruntime-genai's")
+    add("--int8", action="store_true", help="also int8 encoders: vtp's and those of peers in as few bits")
+    add("--int4", action="store_true", help="also int4 decoders: the same, and onnxruntime-genai's")
     add("--also", action="append", default=[], metavar="NAME=DIR", help="one more bundle of the same model")
     add("--peers", default="all", help="names, or all (default: %(default)s)")
     add("--keep", default="64", help="visual tokens kept (default: %(default)s)")
@@ -108,12 +119,16 @@ class Contest:
         self.wanted = Wanted(args.shape, "none", None, "float32", "ort-cpu", self.work)
         self.model = Path(args.model) if args.model else self.work / "model"
         self.bundles = {f"vtp {name}": self.work / name for name in ("none", "vispruner", "adaptprune")}
-        self.fewer = _fewer(args.int8, args.int4)
-        self.extra = {f"vtp {name}": self.work / name.replace(" ", "-") for name in self.fewer}
-        self.extra |= dict(_named(text) for text in args.also)
-        self.chosen = _chosen(args.peers)
-        if args.int4 and "genai" in self.chosen:
-            self.chosen.append("genai-int4")
+        self.precisions = wanted(args.int8, args.int4)
+        self.fewer = {
+            name: (source, at)
+            for at in self.precisions[1:]
+            for name, source in ((at.ours, BASE), (at.whole, FLOAT.whole))
+        }
+        self.extra = {name: self.work / name[4:].replace(" ", "-") for name in self.fewer}
+        self.also = {name: (folder, self._precision_of(folder)) for name, folder in map(_named, args.also)}
+        self.extra |= {name: folder for name, (folder, _) in self.also.items()}
+        self.chosen = _with_fewer_bits(_chosen(args.peers), self.precisions, args.int4)
         self.spec = Spec(
             model=str(self.model),
             work=str(self.work),
@@ -125,7 +140,7 @@ class Contest:
             keep=self.keep,
         )
         self.shape = None if args.model else args.shape
-        self.answers: dict[str, tuple[list[int], np.ndarray]] = {}
+        self.answers: dict[str, Answer] = {}
         self.results: dict[str, Any] = {
             "format": FORMAT,
             "model": self.shape or self.model.name,
@@ -136,6 +151,7 @@ class Contest:
             "decoder_tokens": len(self.spec.ids),
             "flags": _flags(args),
             "fewer_bits": {},
+            "llamacpp": {},
             "machine": {},
             "peers": {},
             "pairs": [],
@@ -161,36 +177,77 @@ class Contest:
                 method = folder.name
                 keep = [] if method == "none" else ["--keep-tokens", str(self.keep)]
                 run_export(["--model", str(self.model), "--method", method, *keep, "-o", str(folder)])
-        for name, (vision, decoder) in self.fewer.items():
-            self._quantise(f"vtp {name}", ["--vision", vision, "--decoder", decoder])
+        for name, (source, at) in self.fewer.items():
+            self._quantise(name, source, at)
         for name in self.chosen:
             self._aside(name, lambda name=name: self._prepare(name))  # type: ignore[misc]
 
     def run(self) -> None:
         """All pairs, then where vtp's own time goes."""
         self.results["machine"] = stamp()
-        with self._open(BASE) as base:
-            self._note_answer(BASE, base)
-            for name in [*self._able(UNPRUNED), *self._able(("torch-vispruner",)), "vtp none"]:
-                self._aside(name, lambda name=name: self._pair(name, BASE, base))  # type: ignore[misc]
-        fastest = fastest_of(self.results)
-        for name in ("vtp adaptprune", *self.extra):
-            if fastest is not None:
-                self._aside(name, lambda name=name: self._pair(fastest, name))  # type: ignore[misc]
+        found = {name: version for name in _LIBRARIES if (version := installed_version(name))}
+        self.results["machine"]["versions"] |= found
+        for at in self.precisions:
+            self._aside(at.ours, lambda at=at: self._at(at))  # type: ignore[misc]
+        for name, at in {
+            "vtp adaptprune": FLOAT,
+            **{name: at for name, (_, at) in self.also.items()},
+        }.items():
+            self._beside_fastest(name, at)
         if self._able(("genai",)):
             self._aside("genai", lambda: self._pair("genai", "vtp decoder"))
         if self._able(("genai-int4",)):
             self._aside("genai-int4", lambda: self._pair(*INT4_DECODERS))
-        for name in (BASE, "vtp adaptprune", *self.extra):
+        if any(name.startswith("llamacpp") for name in self.results["peers"]):
+            self.results["llamacpp"] = how_built(self.work / "llamacpp")
+        measures = [at.ours for at in self.precisions]
+        for name in (*measures, "vtp adaptprune", *self.also):
             self._aside(f"{name}, stages", lambda name=name: self._stages(name))  # type: ignore[misc]
 
-    def _quantise(self, name: str, flags: Sequence[str]) -> None:
+    def _at(self, at: Precision) -> None:
+        """Everybody of one precision in turns with vtp's pruned bundle, which stays open."""
+        if LLAMACPP_ORDER not in self.answers and self._able(
+            [n for n in at.peers if n.startswith("llamacpp")]
+        ):
+            self._aside(LLAMACPP_ORDER, self._note_order)
+        with self._open(at.ours) as ours:
+            self._note_answer(at.ours, ours)
+            pruned = ("torch-vispruner",) if at is FLOAT else ()
+            for name in [*self._able((*at.peers, *pruned)), at.whole]:
+                self._aside(name, lambda name=name: self._pair(name, at.ours, ours))  # type: ignore[misc]
+
+    def _note_order(self) -> None:
+        """What llama.cpp's answers are held against."""
+        if not missing(LLAMACPP_ORDER):
+            with self._open(LLAMACPP_ORDER) as torch:
+                self.answers[LLAMACPP_ORDER] = torch.run()["tokens"], torch.logits()
+
+    def _beside_fastest(self, name: str, at: Precision) -> None:
+        """A further bundle of vtp's, in turns with the fastest peer and with vtp unpruned in as many bits."""
+        for theirs in (fastest_of(self.results, at), at.whole):
+            if theirs is not None:
+                self._aside(name, lambda theirs=theirs: self._pair(theirs, name))  # type: ignore[misc]
+
+    def _precision_of(self, folder: Path) -> Precision:
+        """The precision of a bundle, which must be one of this run's, for it needs peers in as many bits."""
+        record = open_bundle(folder).manifest.quantization
+        flags = (record.get("vision", "none"), record.get("decoder", "none"))
+        found = next((at for at in self.precisions if at.flags == flags), None)
+        if found is None:
+            raise UsageError(
+                f"--also {folder} has its encoder in {flags[0]}, its decoder in {flags[1]} (none: float32); "
+                "this run has no peers in as many bits: give --int8, --int4 or both accordingly"
+            )
+        return found
+
+    def _quantise(self, name: str, source: str, at: Precision) -> None:
         """A bundle in fewer bits, in a process of its own; notes how many layers are."""
         folder = self.extra[name]
         if not (folder / MANIFEST).exists():
             self.progress.step(f"quantise {name}")
-            command = python_command("vtp.bench.common.fewer_bits", str(self.bundles[BASE]), str(folder))
-            command += [*flags, "--threads", str(self.spec.threads)]
+            vision, decoder = at.flags
+            command = python_command("vtp.bench.common.fewer_bits", str(self.bundles[source]), str(folder))
+            command += ["--vision", vision, "--decoder", decoder, "--threads", str(self.spec.threads)]
             code = subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode
             if code:
                 raise VtpError(
@@ -231,7 +288,7 @@ class Contest:
         elif name == "vtp decoder":
             kind, spec = "vtp-decoder", dataclasses.replace(spec, bundle=str(self.bundles[BASE]))
         elif name == "vtp decoder int4":
-            made = next(f"vtp {one}" for one, (_, decoder) in self.fewer.items() if decoder == "int4")
+            made = next(at.ours for at in self.precisions if at.flags[1] == "int4")
             kind, spec = "vtp-decoder", dataclasses.replace(spec, bundle=str(self.extra[made]))
         return Worker(kind, spec, self.log)
 
@@ -249,15 +306,30 @@ class Contest:
         """Keep a peer's answer, and hold it against the first of its kind. Aside when they differ."""
         self.answers[name] = worker.run()["tokens"], worker.logits()
         self.results["peers"].setdefault(name, {})
-        group = next((group for group in SAME if name in group), ())
-        same = next((one for one in group if one in self.answers and one != name), None)
+        same, judge = self._measure_of(name)
         if same is None:
             return
-        limits = "int4" if name in INT4_DECODERS else "float32"
-        equal = agreement(self.answers[same], self.answers[name], limits)
+        equal = judge(self.answers[same], self.answers[name])
         self.results["peers"][name]["equal"] = {"to": same, **equal}
         if not equal["close"]:
             raise Aside(f"its answer is not {same}'s, {equal['why']}: not timed")
+
+    def _measure_of(self, name: str) -> tuple[str | None, Callable[[Answer, Answer], dict[str, Any]]]:
+        """Against whose answer one is held, and how: None for the first of its kind."""
+        group = next((group for group in SAME if name in group), ())
+        if not group:  # fewer bits, or rounded on the way: alike at best; other pruners choose for themselves
+            pruned, whole = (
+                [at.ours for at in PRECISIONS],
+                [one for at in PRECISIONS for one in at.all_tokens],
+            )
+            alike = (BASE,) if name in pruned else EXACT if name in whole else ()
+            alike = (LLAMACPP_ORDER, *alike) if name.startswith("llamacpp") else alike
+            return self._first(alike, name), likeness
+        judge = partial(agreement, limits="int4" if name in INT4_DECODERS else "float32")
+        return self._first(group, name), judge
+
+    def _first(self, group: Sequence[str], name: str) -> str | None:
+        return next((one for one in group if one in self.answers and one != name), None)
 
     def _take_turns(self, theirs: str, other: Worker, ours: str, mine: Worker) -> None:
         self.progress.step(f"{theirs} and {ours} in turns, {self.rounds} rounds")
@@ -268,6 +340,9 @@ class Contest:
                 run = worker.run()
                 for what, values in times[name].items():
                     values.append(run[what])
+                told = self.results["peers"][name].setdefault("parts", {})
+                for part, ms in run.get("parts", {}).items():
+                    told.setdefault(part, []).append(ms)
         for name, worker in ((theirs, other), (ours, mine)):
             peak = peak_resident(Path(f"/proc/{worker.pid}/status"))
             found = self.results["peers"][name]
@@ -290,28 +365,43 @@ class Contest:
         self.results["stages"][name] = in_child(task)
 
 
-def agreement(
-    wanted: tuple[list[int], np.ndarray], found: tuple[list[int], np.ndarray], limits: str = "float32"
-) -> dict[str, Any]:
+def agreement(one: Answer, other: Answer, limits: str = "float32") -> dict[str, Any]:
     """Two answers (tokens, first logits): `difference` of the logits (relative, see `compare`), whether they
     are `close` and `why` not, and how many `tokens` are equal from the first on, of how many."""
-    (tokens, logits), (other_tokens, other) = wanted, found
-    result = compare(other, logits, limits)
-    pairs = zip(tokens, other_tokens, strict=False)
-    equal = next(
-        (at for at, (one, two) in enumerate(pairs) if one != two), min(len(tokens), len(other_tokens))
-    )
+    result, equal = compare(other[1], one[1], limits), _equal_tokens(one[0], other[0])
     return {
         "close": result.ok and equal > 0,
         "why": f"logits: {result.why}" if not result.ok else "" if equal else "the first token differs",
         "difference": result.relative,
         "tokens": equal,
-        "of": len(tokens),
+        "of": len(one[0]),
     }
 
 
+def likeness(one: Answer, other: Answer) -> dict[str, Any]:
+    """The same of answers in different bits, which are close if their logits point the same way; `cosine`.
+
+    Logits are taken less their mean, which says nothing of a token and which some do not tell.
+    """
+    result = compare(other[1] - other[1].mean(), one[1] - one[1].mean(), "int4")
+    return {
+        "close": result.cosine >= _ALIKE,
+        "why": f"logits: cosine {result.cosine:.3f}, at least {_ALIKE:g} is another rounding of one model",
+        "difference": result.relative,
+        "cosine": result.cosine,
+        "tokens": _equal_tokens(one[0], other[0]),
+        "of": len(one[0]),
+    }
+
+
+def _equal_tokens(wanted: Sequence[int], found: Sequence[int]) -> int:
+    """How many are equal from the first on."""
+    pairs = zip(wanted, found, strict=False)
+    return next((at for at, (one, two) in enumerate(pairs) if one != two), min(len(wanted), len(found)))
+
+
 def _chosen(text: str) -> list[str]:
-    known = [*UNPRUNED, "torch-vispruner", "genai"]
+    known = [*FLOAT.peers, "torch-vispruner", "genai"]
     names = known if text == "all" else text.split(",")
     for name in names:
         if name not in known:
@@ -319,12 +409,11 @@ def _chosen(text: str) -> list[str]:
     return names
 
 
-def _fewer(int8: bool, int4: bool) -> dict[str, tuple[str, str]]:
-    """Bundles to make in fewer bits: name -> (vision, decoder)."""
-    found = {"vispruner int8": ("int8", "none")} if int8 else {}
-    if int4:
-        found["vispruner int8 int4" if int8 else "vispruner int4"] = ("int8" if int8 else "none", "int4")
-    return found
+def _with_fewer_bits(names: Sequence[str], precisions: Sequence[Precision], int4: bool) -> list[str]:
+    """The peers that were named, and what there is of each in this run's fewer bits."""
+    more = dict.fromkeys(name for at in precisions[1:] for name in at.peers)
+    more |= {"genai-int4": None} if int4 else {}
+    return [*names, *(name for name in more if any(name.startswith(f"{one}-") for one in names))]
 
 
 def _flags(args: argparse.Namespace) -> list[str]:

@@ -39,11 +39,10 @@ class Worker:
         self._log = log
         self._folder = tempfile.TemporaryDirectory()
         self._process = _start(name, "serve", spec, Path(self._folder.name), log, subprocess.PIPE)
-        self.pid = self._process.pid
-        self._read()
+        self.pid: int = self._read()["pid"]
 
     def run(self) -> dict[str, Any]:
-        """One answer: tokens, ttft and tpot in milliseconds."""
+        """One answer: tokens, ttft, tpot and parts in milliseconds."""
         return self._ask("run")
 
     def logits(self) -> np.ndarray:
@@ -84,9 +83,11 @@ class Worker:
         assert self._process.stdout is not None  # a pipe
         late = threading.Timer(LIMIT_S, self._process.kill)
         late.start()
-        line = self._process.stdout.readline()
-        in_time = late.is_alive()
-        late.cancel()
+        try:
+            line = self._process.stdout.readline()
+            in_time = late.is_alive()
+        finally:
+            late.cancel()  # an interrupt does not wait for it
         if not line:
             how = _how(self._process.wait()) if in_time else f"took longer than {LIMIT_S} s"
             self.close()
@@ -149,13 +150,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _serve(peer: Peer, answers: TextIO) -> int:
     try:
         peer.open()
-        _say(answers, {"ready": True})
+        _say(answers, {"ready": True, "pid": peer.pid})
         for line in sys.stdin:
             _say(answers, _answer(peer, line.strip()))
     except Exception as error:  # told to the other end, whatever it is
         traceback.print_exc()
         _say(answers, {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"})
         return 1
+    finally:
+        peer.close()
     return 0
 
 
@@ -165,7 +168,7 @@ def _answer(peer: Peer, line: str) -> dict[str, Any]:
         np.save(rest, peer.first_logits())
         return {"logits": rest}
     run = peer.run()
-    return {"tokens": run.tokens, "ttft": run.ttft, "tpot": run.tpot}
+    return {"tokens": run.tokens, "ttft": run.ttft, "tpot": run.tpot, "parts": dict(run.parts)}
 
 
 def _say(answers: TextIO, data: dict[str, Any]) -> None:

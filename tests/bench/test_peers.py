@@ -1,9 +1,9 @@
-"""`vtp.bench.compare.peers`: its peers answer alike, and one that fails stops nothing else."""
+"""`vtp.bench.compare.peers`: its statistics, its report, and that a peer that fails stops nothing else."""
 
 from __future__ import annotations
 
-import argparse
 import json
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,15 +13,16 @@ import pytest
 
 from vtp.bench.common import fewer_bits
 from vtp.bench.common.figures import ratio, spread
+from vtp.bench.common.pairs import BOTH, FLOAT, INT8
 from vtp.bench.compare import peer, peers, worker
 from vtp.bench.compare.peer import Spec, Stopwatch
 from vtp.calib.quantize.layers import load_graph
 from vtp.engines import UsageError, VtpError
 from vtp.export.exporter import Request, export
 from vtp.runtime.bundle.folder import open_bundle
-from vtp.runtime.commands.console import Progress
 
 from ..models.tiny import save_tiny
+from .planted import contest
 
 
 def test_spread_is_median_and_quartiles() -> None:
@@ -140,6 +141,26 @@ def test_a_worker_that_hangs_is_ended(
         worker.Worker("vtp-decoder", spec(exported("vispruner"), picture_file, tmp_path), tmp_path / "log")
 
 
+def test_an_interrupt_waits_for_no_limit(
+    exported: Any, picture_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with worker.Worker(
+        "vtp-decoder", spec(exported("vispruner"), picture_file, tmp_path), tmp_path / "log"
+    ) as one:
+
+        class Interrupted:
+            def readline(self) -> str:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(one._process, "stdout", Interrupted())
+        with pytest.raises(KeyboardInterrupt):
+            one._read()
+        timers = [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)]
+        for timer in timers:
+            timer.join(timeout=30)  # of 900 seconds
+        assert not any(timer.is_alive() for timer in timers)
+
+
 class Planted:
     """A peer that answers in planted times; each call is one turn."""
 
@@ -167,19 +188,61 @@ def test_a_later_pair_does_not_change_what_an_earlier_one_found(tmp_path: Path) 
     assert first["times"]["openvino"]["ttft"] == [100, 110]
 
 
-def contest(tmp_path: Path, **changes: Any) -> peers.Contest:
-    flags = {"model": str(tmp_path), "shape": "x", "also": [], "peers": "all", "keep": "3", "rounds": "2"}
-    flags |= {"int8": False, "int4": False, "tokens": "5", "threads": "1", "work": str(tmp_path), **changes}
-    return peers.Contest(argparse.Namespace(**flags), Progress())
-
-
 def test_fewer_bits_are_asked_for_by_flags(tmp_path: Path) -> None:
     one = contest(tmp_path, int8=True, int4=True)
-    assert one.fewer == {"vispruner int8": ("int8", "none"), "vispruner int8 int4": ("int8", "int4")}
+    assert one.precisions == (FLOAT, INT8, BOTH)
+    assert one.fewer["vtp vispruner int8"] == ("vtp vispruner", INT8)
+    assert one.fewer["vtp none int8 int4"] == ("vtp none", BOTH) and len(one.fewer) == 4
     assert one.extra["vtp vispruner int8"] == one.work / "vispruner-int8"
     assert one.chosen[-1] == "genai-int4" and one.results["flags"] == ["--int8", "--int4", "--rounds", "2"]
+    assert {*INT8.peers, *BOTH.peers} <= {*one.chosen} and len({*one.chosen}) == len(one.chosen)
     alone = contest(tmp_path, int4=True, peers="torch")
-    assert alone.fewer == {"vispruner int4": ("none", "int4")} and alone.chosen == ["torch"]
+    assert list(alone.fewer) == ["vtp vispruner int4", "vtp none int4"] and alone.chosen == ["torch"]
+    few = contest(tmp_path, int4=True, peers="llamacpp")
+    assert few.chosen == ["llamacpp", "llamacpp-f32-q4_0"]
+
+
+def test_another_bundle_is_held_against_peers_in_as_many_bits(
+    exported: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = exported("vispruner").folder
+    one = contest(tmp_path, also=[f"mine={folder}"])
+    assert one.also == {"vtp mine": (folder, FLOAT)}
+    record = SimpleNamespace(manifest=SimpleNamespace(quantization={"vision": "int8", "decoder": "int4"}))
+    monkeypatch.setattr(peers, "open_bundle", lambda _: record)
+    assert contest(tmp_path, int8=True, int4=True, also=[f"mine={folder}"]).also["vtp mine"][1] is BOTH
+    with pytest.raises(UsageError, match="no peers in as many bits: give --int8, --int4 or both"):
+        contest(tmp_path, int8=True, also=[f"mine={folder}"])
+
+
+def test_fewer_bits_are_alike_and_another_model_is_not(tmp_path: Path) -> None:
+    one, random = contest(tmp_path, int8=True, int4=True), np.random.default_rng(0)
+    logits = random.normal(size=2000).astype(np.float32)
+    rounded = (
+        logits + 0.3 * random.normal(size=2000).astype(np.float32) - 7
+    )  # less a constant: log-probabilities
+
+    class Told:
+        def __init__(self, found: np.ndarray) -> None:
+            self.found = found
+
+        def run(self) -> dict[str, Any]:
+            return {"tokens": [4, 5]}
+
+        def logits(self) -> np.ndarray:
+            return self.found
+
+    one._note_answer("torch", Told(logits))  # type: ignore[arg-type]
+    one._note_answer("openvino-int4", Told(rounded))  # type: ignore[arg-type]
+    equal = one.results["peers"]["openvino-int4"]["equal"]
+    assert equal["to"] == "torch" and 0.9 < equal["cosine"] < 0.99 and equal["tokens"] == 2
+    with pytest.raises(peers.Aside, match="another rounding of one model"):
+        one._note_answer("openvino-int8", Told(random.normal(size=2000)))  # type: ignore[arg-type]
+    one._note_answer("vtp adaptprune", Told(-logits))  # type: ignore[arg-type]  # keeps other tokens
+    assert "equal" not in one.results["peers"]["vtp adaptprune"]
+    one.answers[peers.LLAMACPP_ORDER] = ([4, 5], logits)
+    one._note_answer("llamacpp-q4_0", Told(rounded))  # type: ignore[arg-type]
+    assert one.results["peers"]["llamacpp-q4_0"]["equal"]["to"] == peers.LLAMACPP_ORDER
 
 
 def test_an_int4_bundle_of_a_tied_model_runs_with_its_head_in_int4(
@@ -213,11 +276,12 @@ def test_int8_and_int4_take_part_beside_the_peers(tmp_path: Path) -> None:
     results = json.loads((tmp_path / "docs/bench.json").read_text())
     assert results["failed"] == {}
     pairs = {(pair["theirs"], pair["ours"]) for pair in results["pairs"]}
-    wanted = {("torch", f"vtp vispruner {bits}") for bits in ("int8", "int8 int4")}
+    wanted = {(f"vtp none {bits}", f"vtp vispruner {bits}") for bits in ("int8", "int8 int4")}
     assert wanted | {("genai", "vtp decoder"), ("genai-int4", "vtp decoder int4")} <= pairs
     text = (tmp_path / "docs/bench.md").read_text()
-    assert "| vtp, vispruner, int8 encoder |" in text and "int4, the same weights" in text
-    assert "first token, int8 encoder, fastest unpruned peer | at least 2.5 times" in text
+    assert f"| {BOTH.name}: vtp, all tokens, int8 encoder, int4 decoder |" in text
+    assert "int4, the same weights" in text and "range of the turns" in text
+    assert f"first token, vtp with all tokens, {BOTH.name} | at least 4.2 times" in text
 
 
 def test_bad_flags_are_refused(tmp_path: Path) -> None:

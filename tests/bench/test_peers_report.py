@@ -1,97 +1,34 @@
-"""`vtp.bench.compare.peers_report`: pages, aims and the fastest peer, from planted figures."""
+"""The report of `make bench`: equal precision first, ratios that the milliseconds beside them bear out."""
 
 from __future__ import annotations
 
 import copy
 import json
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 
 from vtp.bench.common.figures import ratio, spread
-from vtp.bench.common.pairs import fastest_of, pair_of
-from vtp.bench.compare import peers_report
+from vtp.bench.common.pairs import BOTH, TURNS, between, fastest_of
+from vtp.bench.compare import cells, peers_aims, peers_report
 
-
-def figures(median: float) -> dict[str, Any]:
-    return {"median": median, "low": 0.9 * median, "high": 1.1 * median, "runs": 10}
-
-
-def turns(theirs: str, ours: str, ttft: tuple[float, float], tpot: tuple[float, float]) -> dict[str, Any]:
-    """A pair of planted times: around the given milliseconds, the machine's slow moments in both."""
-    slow = np.linspace(0.9, 1.1, 11)
-    noise = np.random.default_rng(0).permutation(np.linspace(0.98, 1.02, 11))
-    return pair_of(
-        theirs,
-        ours,
-        {
-            theirs: {"ttft": (ttft[0] * slow * noise).tolist(), "tpot": (tpot[0] * slow * noise).tolist()},
-            ours: {"ttft": (ttft[1] * slow).tolist(), "tpot": (tpot[1] * slow).tolist()},
-        },
-    )
-
-
-RESULTS: dict[str, Any] = {
-    "format": peers_report.FORMAT,
-    "model": "llava-ov-0.5b",
-    "keep": 64,
-    "rounds": 10,
-    "tokens": 16,
-    "threads": 2,
-    "decoder_tokens": 80,
-    "machine": {
-        "processor": "a processor",
-        "cores": 2,
-        "memory_gb": 24.0,
-        "system": "a system",
-        "python": "3.11",
-        "versions": {"onnxruntime": "1.31"},
-        "time": "2026-11-21 12:00 UTC",
-    },
-    "peers": {
-        "torch": {"peak": 4 * 10**9},
-        "transformers-onnx": {
-            "peak": 4 * 10**9,
-            "equal": {"to": "torch", "tokens": 16, "of": 16, "difference": 2e-6, "close": True},
-        },
-        "vtp vispruner": {"peak": 3 * 10**9},
-        "vtp vispruner int8": {"peak": 2 * 10**9},
-        "genai": {"peak": 2 * 10**9},
-        "vtp decoder": {"peak": 2 * 10**9},
-    },
-    # The machine was slower while torch ran, and slower still beside the int8 bundle.
-    "pairs": [
-        turns("torch", "vtp vispruner", (6000, 1200), (66, 60)),
-        turns("transformers-onnx", "vtp vispruner", (1700, 1000), (33, 30)),
-        turns("transformers-onnx", "vtp vispruner int8", (3400, 800), (66, 60)),
-        turns("genai", "vtp decoder", (170, 170), (66, 60)),
-    ],
-    "missing": {"openvino": "pip install 'vtp-edge[peers]'"},
-    "failed": {"torch-vispruner": "its process was killed by signal 9 (out of memory?)"},
-    "stages": {},
-}
+from .planted import RESULTS, figures, lines_of, number, turns
 
 
 def test_the_page_holds_peers_ratios_and_what_is_missing() -> None:
     text = peers_report.page(RESULTS)
     assert "`make bench`" in text and "a processor, 2 cores" in text
     assert 'BENCH="--rounds 5"' in peers_report.page({**RESULTS, "rounds": 5})
+    assert "llama.cpp, encoder f32, decoder f16, all tokens: not built; `make llamacpp`" in text
+    assert (
+        "Version 0.5.0-dev, from the source in llama-cpp-python 0.3.36" in text and "GGML_NATIVE=ON" in text
+    )
+    assert "torch: 3 of 16 tokens, logits 2e-01, cosine 0.980" in text
     assert "torch: 16 of 16 tokens, logits 2e-06" in text
     assert "## onnxruntime-genai" in text
     assert "not installed; `pip install 'vtp-edge[peers]'`" in text
     assert "PyTorch transformers with VisPruner: its process was killed by signal 9" in text
-
-
-def lines_of(text: str) -> list[list[str]]:
-    """The rows of every Markdown table, cell by cell."""
-    rows = [line for line in text.splitlines() if line.startswith("| ") and "---" not in line]
-    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
-
-
-def number(cell: str) -> float:
-    return float(cell.split()[0])
+    assert "It says that it uses AVX2, AVX512." in text
 
 
 @pytest.mark.parametrize("text", [peers_report.page(RESULTS), peers_report.summary(RESULTS)])
@@ -113,9 +50,7 @@ def test_the_fastest_is_the_fastest_that_is_shown() -> None:
     results["pairs"].insert(0, turns("openvino", "vtp vispruner", (1900, 1300), (33, 30)))
     assert fastest_of(results) == "transformers-onnx"
     beside = [row for row in lines_of(peers_report.summary(results)) if row[-1].endswith(")")]
-    names = [row[0] for row in beside if row[0].startswith(("PyTorch", "transformers"))]
-    times = [number(row[1]) for row in beside if row[0] in names]
-    assert times == sorted(times, reverse=True) and names[-1] == peers_report.WHAT["transformers-onnx"]
+    assert beside[1][0] == f"float32: {cells.NAMES['transformers-onnx']}"
     results["pairs"].append(turns("vtp none", "vtp vispruner", (1000, 900), (33, 30)))
     assert fastest_of(results) == "transformers-onnx"  # vtp itself is no peer
     assert fastest_of({"pairs": []}) is None
@@ -129,11 +64,14 @@ def test_a_pair_keeps_its_turns() -> None:
 
 
 def test_an_aim_is_met_by_the_lower_bound_alone() -> None:
-    found = {what: met for what, _, _, met in peers_report.aims(RESULTS)}
+    found = {what: met for what, _, _, met in peers_aims.aims(RESULTS)}
     assert found == {
-        "first token, fastest unpruned peer": False,  # its lower bound is below 1.75
-        "first token, PyTorch unpruned": True,
-        "first token, int8 encoder, fastest unpruned peer": True,
+        "first token, fastest unpruned peer, float32": False,  # its lower bound is below 1.75
+        "first token, PyTorch unpruned, float32": True,
+        "first token, vtp with all tokens, int8 encoder, int4 decoder": False,
+        "first token, llama.cpp q8_0 and q4_0, as few bits": False,
+        "first token, fastest other peer in as few bits": True,  # OpenVINO's, for llama.cpp is slower
+        "each further token, llama.cpp q4_0": True,
         "each further token, onnxruntime-genai": True,
     }
     assert "**missed**" in peers_report.page(RESULTS)
@@ -153,12 +91,12 @@ def test_aims_of_stages_are_read_from_the_bundles_own_figures() -> None:
         "host_ms": {"request": figures(1.5), "token": figures(0.3)},
         "memory": {"over": 0.1},
     }
-    found = {what: met for what, _, _, met in peers_report.aims(results)}
+    found = {what: met for what, _, _, met in peers_aims.aims(results)}
     assert found["pruner, vtp vispruner"] is False and found["peak memory"] is True
     assert (found["encoder"], found["prefill"], found["decoding"]) == (True, False, True)
     assert (found["host, each request"], found["host, each token"]) == (True, False)
     stages[0]["share"] = 1.72  # of what the machine gives at most: the most was measured wrong
-    found = {what: met for what, _, _, met in peers_report.aims(results)}
+    found = {what: met for what, _, _, met in peers_aims.aims(results)}
     assert found["encoder"] is None and found["prefill"] is False
 
 
@@ -167,7 +105,10 @@ def test_the_report_is_written_between_the_readmes_marks(tmp_path: Path) -> None
     table = peers_report.write_report(RESULTS, tmp_path)
     text = (tmp_path / "README.md").read_text()
     assert text == f"above\n<!-- bench: begin -->\n{table}\n<!-- bench: end -->\nbelow\n"
-    assert "genai" not in table and "vtp, vispruner, int8 encoder | 3" in table
+    assert (
+        "genai" not in table
+        and "float32: transformers' OnnxExporter on ONNX Runtime, all tokens | 1" in table
+    )
     assert (tmp_path / "docs/bench.md").read_text() == peers_report.page(RESULTS)
     assert peers_report.with_table("no marks", table) == "no marks"
 
@@ -185,6 +126,36 @@ def test_figures_of_an_older_format_are_not_written_again(
     file.write_text(json.dumps(RESULTS))
     assert peers_report.main() == 0
     assert (tmp_path / "docs/bench.md").read_text() == peers_report.page(RESULTS)
+
+
+def test_few_turns_have_a_range_and_no_interval() -> None:
+    """Its bounds are those of single turns, and every table says so."""
+    theirs, ours = [2.0, 6.0, 9.0], [1.0, 2.0, 3.0]
+    assert between(theirs, ours) == {"ratio": 3.0, "low": 2.0, "high": 3.0}
+    text = peers_report.page({**RESULTS, "rounds": TURNS - 1})
+    assert "95 %" not in text and "times (range of the turns)" in text and "too few for an interval" in text
+    assert "times (95 %)" in peers_report.page(RESULTS) and "range of" not in peers_report.page(RESULTS)
+
+
+def test_the_headline_is_at_equal_precision() -> None:
+    """A pruned bundle in few bits stands beside peers in as many, and nowhere beside one in float32."""
+    few = [row for row in lines_of(peers_report.summary(RESULTS)) if row[0].startswith(BOTH.name)]
+    assert [row[0].removeprefix(f"{BOTH.name}: ") for row in few] == [
+        cells.NAMES["openvino-int4"],
+        cells.NAMES["vtp none int8 int4"],
+    ]
+    text = peers_report.page(RESULTS)
+    assert (
+        text.index("## At equal precision") < text.index("## In float32") < text.index(f"## In {BOTH.name}")
+    )
+    for pair in RESULTS["pairs"]:
+        assert (pair["ours"] == BOTH.ours) == (pair["theirs"] in BOTH.all_tokens)
+
+
+def test_encoder_and_prompt_are_told_by_those_who_measure_them() -> None:
+    rows = {row[0]: row[1:] for row in lines_of(peers_report.page(RESULTS).split("## Encoder and prompt")[1])}
+    assert rows[cells.NAMES["llamacpp-q4_0"]] == ["2500 (2500 to 2500)", "1900 (1900 to 1900)"]
+    assert rows[cells.NAMES["vtp none"]] == ["910 (905 to 930)", ""]
 
 
 def test_the_page_and_the_readme_are_those_of_the_committed_figures() -> None:

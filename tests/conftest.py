@@ -7,6 +7,8 @@ import gc
 import os
 import re
 import shutil
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,13 @@ from PIL import Image
 import vtp.engines  # noqa: F401  (turns ONNX Runtime's telemetry off before any test imports it)
 
 from .once import Once
+
+if (
+    threading.current_thread() is threading.main_thread()
+    and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+):
+    # A shell has what it starts in the background ignore Ctrl-C, and the commands under test inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 MAX_LENGTH = 128
 

@@ -24,7 +24,7 @@ def check_added_tokens(folder: Path) -> None:
         path = folder / name
         if not path.is_file():
             continue
-        held = read_json(path, TEXT_BYTES)
+        held = _read(path)
         for token in _tokens({key: held.get(key) for key in under} if under else held):
             unknown = next((key for key in token if key not in _KEYS), None)
             if unknown is not None:
@@ -32,6 +32,13 @@ def check_added_tokens(folder: Path) -> None:
                     f"{path}: an added token has the key {quoted(unknown)}, which is not served; "
                     f"take it out (keys: {', '.join(sorted(_KEYS - {'__type'}))})"
                 )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return read_json(path, TEXT_BYTES)
+    except VtpError as error:
+        raise VtpError(f"cannot load the tokenizer in {path.parent}: {error}") from error
 
 
 def _tokens(held: Any) -> Iterator[dict[str, Any]]:

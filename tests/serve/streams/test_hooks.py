@@ -197,6 +197,7 @@ def test_what_hangs_is_ended_at_the_end() -> None:
     assert told == ["--on-alert is not done, and is ended; 2 more alerts are left out"]
 
 
+@pytest.mark.slow  # it interrupts the process that it runs in: beside others, only by itself
 def test_ctrl_c_amid_the_last_wait_ends_the_command(tmp_path: Path) -> None:
     """Nothing is left running, nor started for the alerts that waited."""
     log = tmp_path / "log"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
+from collections.abc import Mapping
 from importlib.resources import files
 
 from starlette.requests import Request
@@ -12,14 +13,15 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 _INLINE = re.compile(r"<(script|style)>(.*?)</\1>", re.DOTALL)
+_CAMERA = {"Permissions-Policy": "camera=(self)"}
 
 
-def page_route() -> Route:
-    """`GET /` and `HEAD /`."""
-    html = files("vtp.serve").joinpath("page", "index.html").read_text(encoding="utf-8")
+def page_route(name: str = "index.html", headers: Mapping[str, str] = _CAMERA) -> Route:
+    """`GET /` and `HEAD /` for a file of `page/`, with `headers` beside those that every page has."""
+    html = files("vtp.serve").joinpath("page", name).read_text(encoding="utf-8")
     headers = {
+        **headers,
         "Content-Security-Policy": policy(html),
-        "Permissions-Policy": "camera=(self)",
         "Referrer-Policy": "no-referrer",
         "X-Content-Type-Options": "nosniff",
         "Cache-Control": "no-cache",

@@ -95,11 +95,13 @@ class Site:
 
 
 @contextmanager
-def serving(schedulers: Mapping[str, Scheduler] | Models, settings: Settings | None = None) -> Iterator[Site]:
-    """The real server, in a thread, until the block is left."""
+def serving(
+    schedulers: Mapping[str, Scheduler] | Models, settings: Settings | None = None, app: Any = None
+) -> Iterator[Site]:
+    """The real server, in a thread, until the block is left. `app` answers instead of its own."""
     models = schedulers if isinstance(schedulers, Models) else Models(schedulers)
     listener = listen("127.0.0.1", 0)
-    server = Server(models, settings or Settings(grace_seconds=5))
+    server = Server(models, settings or Settings(grace_seconds=5), app=app)
     thread = threading.Thread(target=server.run, args=([listener],))
     thread.start()
     try:

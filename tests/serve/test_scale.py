@@ -6,7 +6,7 @@ import asyncio
 import json
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,9 @@ from vtp.serve.scale.cluster import fitting, lost
 from vtp.serve.scale.front import Remote, make_front, model_of
 from vtp.serve.scale.replica import Plan, Replica
 from vtp.serve.scale.samples import merged
-from vtp.serve.server import Server, listen
 from vtp.serve.settings import Settings
 
-from .client import CHAT, PATIENCE, Site, data_url, shown, wait_until, words
+from .client import CHAT, PATIENCE, Site, data_url, serving, shown, wait_until, words
 
 OPTIONS = {"threads": 1, "slots": 1, "queue": 1}
 
@@ -96,18 +95,8 @@ def behind(plans: list[Plan], settings: Settings | None = None, arrival: float =
     models = Remote(Here(plans), [plan.name for plan in plans], arrival)  # type: ignore[arg-type]
     models.load("test")
     settings = settings or Settings(grace_seconds=5)
-    listener = listen("127.0.0.1", 0)
-    server = Server(models, settings, app=make_front(models, settings))
-    thread = threading.Thread(target=server.run, args=([listener],))
-    thread.start()
-    try:
-        wait_until(lambda: server.started)
-        yield Site(listener.getsockname()[1], models, server)
-    finally:
-        server.stop()
-        thread.join(PATIENCE)
-        models.close()
-        assert not thread.is_alive()
+    with closing(models), serving(models, settings, make_front(models, settings)) as site:
+        yield site
 
 
 @pytest.fixture(scope="module")

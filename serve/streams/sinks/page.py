@@ -12,7 +12,6 @@ import json
 import threading
 import time
 from collections.abc import AsyncIterator
-from importlib.resources import files
 from typing import Any
 
 import uvicorn
@@ -25,7 +24,7 @@ from starlette.types import ASGIApp
 from vtp.engines import VtpError
 from vtp.serve.http.admission import guarded
 from vtp.serve.http.errors import ApiError
-from vtp.serve.http.page import policy
+from vtp.serve.http.page import page_route
 from vtp.serve.http.responses import PING, error_response, event
 from vtp.serve.server import listen
 from vtp.serve.streams.answer import FrameAnswer
@@ -81,22 +80,12 @@ class Page:
     def app(self) -> ASGIApp:
         """What the server runs."""
         routes = [
-            Route("/", self._page),
+            page_route("watch.html", {}),
             Route("/frame.jpg", self._frame),
             Route("/events", self._events),
             Route("/prompt", self._prompt, methods=["POST"]),
         ]
         return guarded(Starlette(routes=routes), limit_bytes=_LARGEST_BODY)
-
-    async def _page(self, request: Request) -> Response:
-        html = files("vtp.serve").joinpath("page", "watch.html").read_text(encoding="utf-8")
-        headers = {
-            "Content-Security-Policy": policy(html),
-            "Referrer-Policy": "no-referrer",
-            "X-Content-Type-Options": "nosniff",
-            "Cache-Control": "no-cache",
-        }
-        return Response(html, media_type="text/html", headers=headers)
 
     async def _frame(self, request: Request) -> Response:
         """The frame of the latest answer as JPEG; 404 before there is one."""

@@ -20,7 +20,7 @@ class Trimmer:
         self._timer: asyncio.TimerHandle | None = None
 
     def note(self, pixels: int) -> None:
-        """A request with so many pixels is over."""
+        """A request whose pictures have this number of pixels is over."""
         if pixels >= _LARGE and self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(_SECONDS, self._go)
 

@@ -44,7 +44,7 @@ def called(name: str | None) -> str:
 
 
 def interval(turns: int) -> str:
-    """What stands in brackets behind a ratio of so many turns."""
+    """What stands in brackets behind a ratio, by the number of turns."""
     return "95 %" if turns >= TURNS else "range of the turns"
 
 

@@ -1,4 +1,4 @@
-"""Reaching a Ray cluster, or starting one on this machine, for whoever has work for it (the extra `ray`)."""
+"""Reaching a Ray cluster, or starting one on this machine (the extra `ray`)."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ class Call:
 async def answered(app: ASGIApp, call: Call, body: bytes) -> AsyncGenerator[list[Message], None]:
     """An application's answer, as it comes; what came meanwhile is together. Raises what it raises.
 
-    Whoever stops reading is a client that went away: the application is told.
+    A client that stops reading has gone away: the application gets a disconnect.
     """
     given = [body]
     del body
@@ -82,4 +82,4 @@ async def answered(app: ASGIApp, call: Call, body: bytes) -> AsyncGenerator[list
 def _ended(work: asyncio.Task[None]) -> None:
     _running.discard(work)
     if not work.cancelled():
-        work.exception()  # it was told to whoever read the answer, if anyone did
+        work.exception()  # the reader of the answer got it, if there was one

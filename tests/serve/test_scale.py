@@ -72,8 +72,11 @@ class Here:
 
 
 class Coming:
+    """An answer one message at a time: how many come together otherwise depends on the machine's speed."""
+
     def __init__(self, cluster: Here, messages: Any) -> None:
         self._cluster, self._messages = cluster, messages
+        self._here: list[Any] = []
 
     async def next(self) -> Any:
         if self._cluster.absent:
@@ -82,7 +85,13 @@ class Coming:
             if not self._cluster.lose:
                 raise lost()
             self._cluster.lose -= 1
-        return await anext(self._messages, None)
+        if not self._here:
+            some = await anext(self._messages, None)
+            if some is None:
+                return None
+            self._here = list(some)
+        first, self._here = self._here[:1], self._here[1:]
+        return first
 
     async def cancel(self) -> None:
         self._cluster.cancelled += 1

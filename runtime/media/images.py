@@ -6,11 +6,13 @@ be bit-exact; docs/pictures.md says where they depart. Knows nothing about model
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import logging
 import stat
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from io import BytesIO
 from os import PathLike, fspath
 from pathlib import Path
@@ -170,9 +172,24 @@ def identify(file: BinaryIO, name: str, formats: tuple[str, ...] | None = None) 
         raise VtpError(_not_an_image(name, header)) from error
     except Exception as error:  # a damaged header makes Pillow's plugins raise nearly anything
         raise VtpError(f"{name} is damaged: {reason(error)}; give another file") from error
+    if image.format == "TIFF":
+        _silence_libtiff()
     if image.format in _VECTOR_FORMATS:
         raise VtpError(f"{name} is {image.format}, a vector format; save it as PNG or JPEG first")
     return image
+
+
+@cache
+def _silence_libtiff() -> None:
+    """Keep libtiff from writing what it thinks of a damaged file to the process's stderr.
+
+    Pillow has no switch for it. Where its libtiff is linked in and not found, the lines stay.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        library = ctypes.CDLL(Image.core.__file__)
+        for handler in (library.TIFFSetErrorHandler, library.TIFFSetWarningHandler):
+            handler.argtypes, handler.restype = [ctypes.c_void_p], ctypes.c_void_p
+            handler(None)
 
 
 def _not_an_image(name: str, header: bytes) -> str:

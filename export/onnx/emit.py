@@ -22,6 +22,7 @@ from vtp.export.graphs.unfused import keep_transposes
 from vtp.export.onnx.external_data import Streamed, refuse_made_up, stream
 from vtp.export.onnx.lower import lower
 from vtp.export.onnx.optimize import optimize
+from vtp.export.onnx.shortcuts import shortcuts
 from vtp.export.pruners.ops import onnx_translations, translating
 
 OPSET = 23
@@ -139,7 +140,7 @@ def _own_errors() -> Iterator[None]:
 def _trace(spec: GraphSpec, opset: int) -> ir.Model:
     """torch.export and translate; VtpError in one line with the cause of what cannot be exported."""
     try:
-        with _quiet(), translating(opset), torch.no_grad():
+        with _quiet(), translating(opset), shortcuts(), torch.no_grad():
             program = torch.onnx.export(
                 spec.module.eval(),
                 # Clones: torch.export takes two inputs that share a tensor for one.

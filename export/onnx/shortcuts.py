@@ -1,0 +1,141 @@
+"""What `torch.onnx.export` does anew for every graph although the result is known: half of an export's time.
+
+It fills the table of translations with some 600 functions, and traces the exported program a second time to
+decompose operators. The table is the same each time, and the graphs of this package are nearly free of
+operators that want decomposing: the few there are can be replaced where they stand. A program with anything
+else in it (an operator that mutates, one that has no translation, a sub-graph) is traced again as ever.
+
+Both places are torch's own and not public. Where a version of torch lacks them, the exporter does all its
+work.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from vtp.export.patched import patched
+
+_EXPORTER = "torch.onnx._internal.exporter"
+_aten = torch.ops.aten
+_CONVERSIONS = (_aten.to.dtype, _aten.to.device, _aten.to.dtype_layout)
+_SAME = {_aten.__and__.Tensor: _aten.bitwise_and.Tensor, _aten.__or__.Tensor: _aten.bitwise_or.Tensor}
+_ASSERTIONS = (
+    _aten.sym_constrain_range_for_size.default,
+    _aten._assert_async.default,
+    _aten._assert_async.msg,
+    _aten._assert_scalar.default,
+    _aten._assert_tensor_metadata.default,
+)
+
+
+@contextmanager
+def shortcuts() -> Iterator[None]:
+    """Let `torch.onnx.export` take the table that it made before, and decompose only where it must."""
+    with ExitStack() as stack:
+        try:
+            registry = import_module(f"{_EXPORTER}._registration").ONNXRegistry
+            passes = import_module(f"{_EXPORTER}._fx_passes")
+            stack.enter_context(
+                patched(registry, "from_torchlib", staticmethod(_remembered(registry.from_torchlib)))
+            )
+            decompose = _unless_settled(passes.decompose_with_registry)
+            stack.enter_context(patched(passes, "decompose_with_registry", decompose))
+        except (ImportError, AttributeError):  # another torch: slower, not different
+            stack.close()
+        yield
+
+
+@cache
+def _table(build: Callable[..., Any], opset: int) -> Any:
+    return build(opset_version=opset)
+
+
+def _remembered(build: Callable[..., Any]) -> Callable[..., Any]:
+    """`build`, which is asked once for each opset; every caller gets a table of its own to add to."""
+
+    def from_torchlib(opset_version: int) -> Any:
+        made = copy.copy(_table(build, opset_version))
+        made.functions = {name: list(some) for name, some in made.functions.items()}
+        return made
+
+    return from_torchlib
+
+
+def _unless_settled(decompose: Callable[..., Any]) -> Callable[..., Any]:
+    def decompose_with_registry(exported_program: Any, registry: Any) -> Any:
+        if settle(exported_program, registry.functions):
+            return exported_program
+        return decompose(exported_program, registry)
+
+    return decompose_with_registry
+
+
+def settle(program: Any, translations: Any) -> bool:
+    """Replace in place what has no translation but a plain equal; whether nothing else is left.
+
+    program       a `torch.export.ExportedProgram`
+    translations  what has a translation: names of operators ("aten::add.Tensor") and Python functions
+    """
+    graph = program.graph_module.graph
+    for node in list(graph.nodes):
+        if node.op == "call_function":
+            _replace(graph, node)
+    graph.eliminate_dead_code()
+    program.graph_module.recompile()
+    if program.graph_signature.buffers_to_mutate or program.graph_signature.user_inputs_to_mutate:
+        return False
+    return all(_is_final(node, translations) for node in graph.nodes)
+
+
+def _replace(graph: Graph, node: Node) -> None:
+    if node.target in _ASSERTIONS:
+        graph.erase_node(node)
+    elif node.target in _SAME:
+        node.target = _SAME[node.target]
+    elif node.target in _CONVERSIONS:
+        _convert(graph, node)
+    elif node.target is _aten.conv2d.padding:
+        _pad_by_numbers(node)
+
+
+def _convert(graph: Graph, node: Node) -> None:
+    """A conversion: nothing where the dtype stays, else the operator that has a translation.
+
+    An output of the program stays where it is, since the program's signature has it by its name.
+    """
+    source = node.args[0]
+    assert isinstance(source, Node)
+    dtype = node.meta["val"].dtype
+    if source.meta["val"].dtype != dtype or any(user.op == "output" for user in node.users):
+        node.target, node.args, node.kwargs = _aten._to_copy.default, (source,), {"dtype": dtype}
+    else:
+        node.replace_all_uses_with(source)
+        graph.erase_node(node)
+
+
+def _pad_by_numbers(node: Node) -> None:
+    """conv2d(image, weight, bias, stride, "valid", dilation, groups): no padding, said in numbers."""
+    given = (*node.args, *([None], [1, 1], "valid", [1, 1], 1)[len(node.args) - 2 :])
+    if given[4] == "valid" and not node.kwargs:
+        node.target, node.args = _aten.conv2d.default, (*given[:4], [0, 0], *given[5:])
+
+
+def _is_final(node: Node, translations: Any) -> bool:
+    """Whether the translator takes this node as it is."""
+    if node.op != "call_function":
+        return node.op in ("placeholder", "output")
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        if target._schema.is_mutable:
+            return False
+        return target.name() in translations or target.namespace in ("onnx", "onnx_symbolic")
+    return getattr(target, "__module__", "") in (operator.__name__, "_operator", "math")

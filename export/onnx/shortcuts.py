@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from importlib import import_module
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.fx import Graph, Node
@@ -27,7 +27,10 @@ from vtp.export.patched import patched
 _EXPORTER = "torch.onnx._internal.exporter"
 _aten = torch.ops.aten
 _CONVERSIONS = (_aten.to.dtype, _aten.to.device, _aten.to.dtype_layout)
-_SAME = {_aten.__and__.Tensor: _aten.bitwise_and.Tensor, _aten.__or__.Tensor: _aten.bitwise_or.Tensor}
+_SAME = {
+    _aten.__and__.Tensor: _aten.bitwise_and.Tensor,
+    _aten.__or__.Tensor: _aten.bitwise_or.Tensor,
+}
 _ASSERTIONS = (
     _aten.sym_constrain_range_for_size.default,
     _aten._assert_async.default,
@@ -86,9 +89,12 @@ def settle(program: Any, translations: Any) -> bool:
     translations  what has a translation: names of operators ("aten::add.Tensor") and Python functions
     """
     graph = program.graph_module.graph
+    sizes: dict[Any, Node] = {}
     for node in list(graph.nodes):
         if node.op == "call_function":
-            _replace(graph, node)
+            _replace(graph, node, sizes)
+        if isinstance(value := node.meta.get("val"), torch.SymInt):
+            sizes.setdefault(value.node.expr, node)
     graph.eliminate_dead_code()
     program.graph_module.recompile()
     if program.graph_signature.buffers_to_mutate or program.graph_signature.user_inputs_to_mutate:
@@ -96,15 +102,23 @@ def settle(program: Any, translations: Any) -> bool:
     return all(_is_final(node, translations) for node in graph.nodes)
 
 
-def _replace(graph: Graph, node: Node) -> None:
+def _replace(graph: Graph, node: Node, sizes: Mapping[Any, Node]) -> None:
+    """Replace one node, where that is wanted; `sizes` are the numbers computed before it."""
     if node.target in _ASSERTIONS:
         graph.erase_node(node)
     elif node.target in _SAME:
         node.target = _SAME[node.target]
     elif node.target in _CONVERSIONS:
         _convert(graph, node)
+    elif node.target is _aten.flatten.using_ints:
+        _flatten(node, sizes)
     elif node.target is _aten.conv2d.padding:
         _pad_by_numbers(node)
+    elif node.target is _aten.chunk.default:
+        source, count, axis = _arguments(node, 0)
+        node.args = (source, count, axis % source.meta["val"].ndim)
+    if node.target is _aten.reshape.default:
+        _view(graph, node)
 
 
 def _convert(graph: Graph, node: Node) -> None:
@@ -112,8 +126,7 @@ def _convert(graph: Graph, node: Node) -> None:
 
     An output of the program stays where it is, since the program's signature has it by its name.
     """
-    source = node.args[0]
-    assert isinstance(source, Node)
+    source = _arguments(node)[0]
     dtype = node.meta["val"].dtype
     if source.meta["val"].dtype != dtype or any(user.op == "output" for user in node.users):
         node.target, node.args, node.kwargs = _aten._to_copy.default, (source,), {"dtype": dtype}
@@ -122,9 +135,49 @@ def _convert(graph: Graph, node: Node) -> None:
         graph.erase_node(node)
 
 
+def _flatten(node: Node, sizes: Mapping[Any, Node]) -> None:
+    """flatten(tensor, first, last) as a reshape, where the sizes that stay are known."""
+    source, first, last = _arguments(node, 0, -1)
+    shape, new = source.meta["val"].shape, node.meta["val"].shape
+    end = range(len(shape))[last] + 1
+    middle = new[first] if isinstance(new[first], int) else -1
+    wanted = [_known(size, sizes) for size in (*shape[:first], middle, *shape[end:])]
+    if None not in wanted:
+        node.target, node.args = _aten.reshape.default, (source, wanted)
+
+
+def _known(size: int | torch.SymInt, sizes: Mapping[Any, Node]) -> int | Node | None:
+    return size if isinstance(size, int) else sizes.get(size.node.expr)
+
+
+def _view(graph: Graph, node: Node) -> None:
+    """A reshape as the view that it is, or of a copy where the values do not lie in that order.
+
+    The translation of a view is the stricter one: a size of 0 means none, not "as before".
+    """
+    source, wanted = _arguments(node)
+    value = source.meta["val"]
+    try:
+        value.view([size.meta["val"] if isinstance(size, Node) else size for size in wanted])
+    except (RuntimeError, ValueError):
+        kept: dict[str, Any] = {"memory_format": torch.contiguous_format}
+        with graph.inserting_before(node):
+            source = graph.call_function(_aten.clone.default, (source,), kept)
+        source.meta["val"] = value.clone(**kept)
+        new = node.meta["val"].shape
+        wanted = [known if isinstance(known, int) else size for known, size in zip(new, wanted, strict=True)]
+    node.target, node.args = _aten.view.default, (source, wanted)
+
+
+def _arguments(node: Node, *defaults: Any) -> list[Any]:
+    """A node's arguments; those that were left out from `defaults`, which the operator's schema ends with."""
+    wanted = len(cast("Any", node.target)._schema.arguments)
+    return [*node.args, *defaults[len(defaults) + len(node.args) - wanted :]] if defaults else [*node.args]
+
+
 def _pad_by_numbers(node: Node) -> None:
     """conv2d(image, weight, bias, stride, "valid", dilation, groups): no padding, said in numbers."""
-    given = (*node.args, *([None], [1, 1], "valid", [1, 1], 1)[len(node.args) - 2 :])
+    given = _arguments(node, None, [1, 1], "valid", [1, 1], 1)
     if given[4] == "valid" and not node.kwargs:
         node.target, node.args = _aten.conv2d.default, (*given[:4], [0, 0], *given[5:])
 

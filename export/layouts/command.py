@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from vtp.engines import UsageError
 from vtp.engines.errors import shown
+from vtp.runtime.commands.arguments import take_bundle
 
 if TYPE_CHECKING:
     from vtp.export.layouts.transformers_js.folder import Written
@@ -63,9 +64,8 @@ def make(
 
     if args.from_bundle is None:
         return export_folder(request, progress, note)
-    written = lay_out(
-        Path(args.from_bundle), args.model, request.output, args.overwrite, progress, args.verify
-    )
+    source = take_bundle("vtp-export", args.from_bundle, args.json)
+    written = lay_out(source, args.model, request.output, args.overwrite, progress, args.verify)
     if not written.browsers:
         note("this bundle's pruner computes in float64, which browsers do not: the folder is for Node")
     return written

@@ -23,6 +23,8 @@ from vtp.runtime.shell import command_line
 MANIFEST = "manifest.json"
 _OURS = {"schema", "stages", "graphs", "files"}  # of a manifest of any version
 _OLD_ENGINES = "engines"
+# What `hf download --local-dir` lays beside a bundle: nothing of it is read.
+_OF_THE_HUB = ("README.md", ".gitattributes", ".cache", ".cache/huggingface")
 
 
 @dataclass(frozen=True)
@@ -95,12 +97,12 @@ def _check_file(folder: Path, name: str, info: FileInfo, check_hash: bool) -> No
 
 def _refuse_others(folder: Path, manifest: Manifest) -> None:
     """Refuse what lies in the folder and nobody vouches for."""
-    known = {MANIFEST, *manifest.files} | {
+    known = {MANIFEST, *manifest.files, *_OF_THE_HUB} | {
         str(parent) for name in manifest.files for parent in PurePosixPath(name).parents
     }
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if name not in known:
+        if name not in known and not name.startswith(".cache/huggingface/"):
             raise VtpError(f"{folder} holds {name}, which its manifest does not name: move it elsewhere")
 
 

@@ -119,7 +119,7 @@ def _bring(name: HubName, folder: Path, asked: bool, say: Say) -> None:
     manifest_file = _manifest_file(name, asked)
     try:
         manifest = parse_manifest(read_bounded(manifest_file, FILE_BYTES))
-        _check_names(manifest)
+        check_names(manifest)
     except VtpError as error:
         raise VtpError(f"{_short(name)} on the hub: {error}") from error
     files = {MANIFEST: manifest_file, **_download_all(name, manifest, asked, say)}
@@ -167,7 +167,7 @@ def _no_bundle(name: HubName, found: Mapping[str, RemoteFile]) -> str:
     return f"{_short(name)} on the hub is not a bundle: it has no {MANIFEST}"
 
 
-def _check_names(manifest: Manifest) -> None:
+def check_names(manifest: Manifest) -> None:
     """Refuse names that no file of a bundle has: folders, engines, scripts, hidden files."""
     if len(manifest.files) > _MOST_FILES:
         raise VtpError(f"its manifest names {len(manifest.files)} files; at most {_MOST_FILES} are fetched")
@@ -194,7 +194,7 @@ def _download_all(name: HubName, manifest: Manifest, asked: bool, say: Say) -> d
         _check_sizes(name, lacking, client.describe(name, list(lacking)))
         total = _to_fetch(name, lacking)
         _check_room(name, total)
-        say(f"{_short(name)} on the hub: {len(lacking)} files, {_size(total)} to fetch")
+        say(f"{_short(name)} on the hub: {len(lacking)} files, {size_of(total)} to fetch")
     return {path: file or client.download(name, path) for path, file in have.items()}
 
 
@@ -222,7 +222,7 @@ def _check_room(name: HubName, total: int) -> None:
     limit = _limit_gb()
     if total > limit * 1e9:
         raise VtpError(
-            f"{_short(name)} on the hub has {_size(total)} to fetch, and {_LIMIT} is {limit:g}; set it "
+            f"{_short(name)} on the hub has {size_of(total)} to fetch, and {_LIMIT} is {limit:g}; set it "
             "higher if you want that much"
         )
     folder = client.cache()
@@ -230,8 +230,8 @@ def _check_room(name: HubName, total: int) -> None:
     free = shutil.disk_usage(place).free
     if total + _SPARE > free:
         raise VtpError(
-            f"{_short(name)} on the hub has {_size(total)} to fetch, and {folder} has {_size(free)} free; "
-            "free some space, or set HF_HOME to another disk"
+            f"{_short(name)} on the hub has {size_of(total)} to fetch, and {folder} has {size_of(free)} "
+            "free; free some space, or set HF_HOME to another disk"
         )
 
 
@@ -261,7 +261,8 @@ def _short(name: HubName) -> str:
     return f"{name.repo}@{name.revision[:12]}"
 
 
-def _size(count: int) -> str:
+def size_of(count: int) -> str:
+    """Bytes in words."""
     for unit, step in (("GB", 1e9), ("MB", 1e6)):
         if count >= step:
             return f"{count / step:.1f} {unit}"

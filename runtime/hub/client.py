@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -56,10 +57,8 @@ def endpoint() -> str:
 
 @contextmanager
 def quiet(bars: bool) -> Iterator[None]:
-    """Keep the library's own warnings from the terminal, and with `bars` False its progress bars as well.
-
-    The bars show on a terminal only.
-    """
+    """Keep the library's own warnings from the terminal, and its bars unless `bars` is set on a terminal."""
+    bars = bars and sys.stderr is not None and sys.stderr.isatty()
     utils, logger = library().utils, logging.getLogger("huggingface_hub")
     level, hide = logger.level, not bars and not utils.are_progress_bars_disabled()
     logger.setLevel(logging.ERROR)
@@ -74,14 +73,14 @@ def quiet(bars: bool) -> Iterator[None]:
 
 
 @contextmanager
-def asking(name: HubName) -> Iterator[None]:
+def asking(name: HubName, sending: bool = False) -> Iterator[None]:
     """Turn what the library raises into one line about `name`: Unreached if no answer came, else VtpError."""
     try:
         yield
     except VtpError:
         raise
     except Exception as error:  # the hub library's errors share no base class
-        raise explained(error, name, endpoint()) from error
+        raise explained(error, name, endpoint(), sending) from error
 
 
 def commit_of(name: HubName) -> str:

@@ -19,8 +19,8 @@ class Unreached(VtpError):
     """The hub did not answer, or may not be asked: what is in its cache may still do."""
 
 
-def explained(error: Exception, name: HubName, endpoint: str) -> VtpError:
-    """One line about an error of the hub's library.
+def explained(error: Exception, name: HubName, endpoint: str, sending: bool = False) -> VtpError:
+    """One line about an error of the hub's library, while something is fetched or, with `sending`, pushed.
 
     The library's classes are told by their names, so that nothing is imported here.
     """
@@ -30,9 +30,10 @@ def explained(error: Exception, name: HubName, endpoint: str) -> VtpError:
     if "GatedRepoError" in kinds:
         return VtpError(f"{name.repo} is gated: ask for access at {page}, then {_LOGIN}")
     if "RepositoryNotFoundError" in kinds:
+        lead = "" if sending else "no such folder, and "
         return VtpError(
-            f"no such folder, and nothing on the hub that you may read: {name.repo}; check the name, and if "
-            f"it is private, {_LOGIN}"
+            f"{lead}nothing on the hub that you may read: {name.repo}; check the name, and if it is private, "
+            f"{_LOGIN}"
         )
     if "RevisionNotFoundError" in kinds:
         return VtpError(f"{name.repo} has no revision '{name.revision}'; {page}/tree/main lists them")
@@ -44,6 +45,10 @@ def explained(error: Exception, name: HubName, endpoint: str) -> VtpError:
         )
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or _says_full(error):
         return VtpError(f"the disk is full while {name} is fetched; free some space, or set HF_HOME")
+    if sending:
+        return VtpError(
+            f"the hub did not take {name.repo}: {_short(error)}; check the network, and try again"
+        )
     if "OfflineModeIsEnabled" in kinds or _unreached(error, status):
         return Unreached(
             f"no such folder, and the hub was not reached: {name} ({_short(error)}); check the network, or "

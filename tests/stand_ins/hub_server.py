@@ -106,9 +106,9 @@ def _entry(path: str, data: bytes) -> dict[str, Any]:
 
 
 class _Refused(Exception):
-    def __init__(self, status: int, code: str = "", message: str = "refused") -> None:
+    def __init__(self, status: int, code: str = "", message: str = "refused", url: str = "") -> None:
         super().__init__(message)
-        self.status, self.code, self.message = status, code, message
+        self.status, self.code, self.message, self.url = status, code, message, url
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -140,7 +140,8 @@ class _Handler(BaseHTTPRequestHandler):
             headers = {"X-Error-Message": refused.message}
             if refused.code:
                 headers["X-Error-Code"] = refused.code
-            self._send(refused.status, json.dumps({"error": refused.message}).encode(), headers)
+            body = {"error": refused.message, "url": refused.url}
+            self._send(refused.status, json.dumps(body).encode(), headers)
 
     def _read(self) -> bytes:
         if "chunked" not in self.headers.get("Transfer-Encoding", ""):
@@ -250,7 +251,7 @@ class _Handler(BaseHTTPRequestHandler):
                 403, "", f"You don't have the rights to create a model under {asked['organization']}"
             )
         if name in self.hub.repos:
-            raise _Refused(409, "", "You already created this model repo")
+            raise _Refused(409, "", "You already created this model repo", f"{self.hub.url}/{name}")
         private = asked.get("visibility") == "private" or bool(asked.get("private"))
         self.hub.repo(name, {".gitattributes": b"*.onnx filter=lfs\n"}, private=private)
         self._json({"url": f"{self.hub.url}/{name}", "name": name})

@@ -111,7 +111,8 @@ def _run(args: argparse.Namespace) -> None:
 
 def _about(task: Task, shape: str | None, **settings: Any) -> dict[str, Any]:
     """Which bundle was measured, how, and on what."""
-    manifest = open_bundle(task.bundle).manifest
+    bundle = open_bundle(Path(task.bundle))
+    manifest = bundle.manifest
     return {
         "bundle": {
             "name": display_name(task.bundle),
@@ -120,6 +121,7 @@ def _about(task: Task, shape: str | None, **settings: Any) -> dict[str, Any]:
             "method": manifest.method.name,
             "target": manifest.target,
             "dtype": manifest.dtype,
+            **bundle.stated_origin,
         },
         "settings": {"threads": task.threads or os.cpu_count(), **settings, "prompt": task.prompt},
         "machine": stamp(),

@@ -100,7 +100,7 @@ def _keep(args: argparse.Namespace) -> None:
     if not args.dry_run:
         set_calibration(folder, found.chosen.keep, record, manifest)
     if args.json:
-        say_json({**record, "keep": found.chosen.keep})
+        say_json({**record, "keep": found.chosen.keep, **bundle.stated_origin})
         return
     say(report.text(found, floor))
     chosen, done = found.chosen, "left as it is" if args.dry_run else "now the bundle's default"

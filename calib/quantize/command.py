@@ -103,7 +103,8 @@ def run(args: argparse.Namespace) -> None:
     progress.end()
     write_csv(out / "quantize.csv", quantizer, left)
     if args.json:
-        say_json({"bundle": str(output), **figures, "quantization": manifest.quantization})
+        made = {"bundle": str(output), **figures, "quantization": manifest.quantization}
+        say_json({**made, **bundle.stated_origin})
         return
     say(_text(quantizer, left, figures, metric))
     say(f"\nwritten: {shown(output)}; every layer: {shown(out / 'quantize.csv')}")

@@ -45,6 +45,11 @@ class Bundle:
         return None if name is None else str(name)
 
     @property
+    def stated_origin(self) -> dict[str, str]:
+        """The origin as JSON objects of commands have it; {}: none."""
+        return {} if self.origin is None else {"origin": self.origin}
+
+    @property
     def given(self) -> str:
         """What names this bundle on a command line: its origin, or its folder."""
         return self.origin or str(self.folder)

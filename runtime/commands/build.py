@@ -105,7 +105,7 @@ def _run(args: argparse.Namespace) -> None:
     rows = [_row(one) for one in made]
     checked = all(row["gate"] for row in rows)
     if args.json:
-        say_json({"engines": rows, "checked": checked})
+        say_json({"engines": rows, "checked": checked, **bundle.stated_origin})
     else:
         say(_report(rows, folder))
     failed = [row for row in rows if row["gate"] and not row["gate"]["passed"]]
@@ -130,7 +130,7 @@ def _write_triton(args: argparse.Namespace) -> None:
     bundle = open_bundle(take_bundle(PROG, args.bundle, args.json))
     models = write_repository(bundle, Path(args.triton))
     if args.json:
-        say_json({"repository": args.triton, "models": models})
+        say_json({"repository": args.triton, "models": models, **bundle.stated_origin})
     else:
         serve = command_line("tritonserver", "--model-repository", Path(args.triton))
         say(f"{shown(args.triton)}: {', '.join(models)}\nserve it with: {serve}")

@@ -78,6 +78,7 @@ def _bundle_report(machine: Machine, bundle: Bundle, engines: list[Decision]) ->
     fits = needs.total <= room if room else None
     return {
         "folder": str(bundle.folder),
+        **bundle.stated_origin,
         "method": bundle.manifest.method.name,
         "target": bundle.manifest.target,
         "dtype": bundle.manifest.dtype,

@@ -233,8 +233,8 @@ def _answer_lines(pipe: Pipeline, lines: Sequence[Line], args: argparse.Namespac
 
 
 def _as_data(result: Result, pipe: Pipeline) -> dict[str, Any]:
-    origin = {"bundle": pipe.bundle.origin} if pipe.bundle.origin else {}
-    return {**result.to_json(), "engine": pipe.engine, "engines": pipe.engines, **origin}
+    engines = {"engine": pipe.engine, "engines": pipe.engines}
+    return {**result.to_json(), **engines, **pipe.bundle.stated_origin}
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:

@@ -72,6 +72,7 @@ def _says_full(error: Exception) -> bool:
 
 
 def _short(error: Exception) -> str:
-    """What the library said, without addresses that carry keys, and without tokens."""
-    text = _TOKEN.sub("(token)", " ".join(str(error).split()))
+    """The first line of what the library said, without tokens, and without queries of addresses."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    text = _TOKEN.sub("(token)", " ".join("".join(lines[:1]).split()))
     return f"{type(error).__name__}: {shown(_QUERY.sub('', text), 160)}"

@@ -21,10 +21,10 @@ from vtp.runtime.commands.arguments import (
     add_json,
     add_keep_tokens,
     add_threads,
-    take_bundle,
 )
 from vtp.runtime.commands.console import Parser, note, real_number, run_command, whole_number
 from vtp.runtime.decisions.question import LABELS, LETTERS
+from vtp.runtime.hub.bundles import local_bundle
 from vtp.runtime.opening import NEVER_RUN, NEVER_TRIED
 from vtp.runtime.pipeline import DEFAULT_NEW_TOKENS, Pipeline
 from vtp.serve.streams.alerts import Alert, AlertReading
@@ -196,7 +196,7 @@ def _watch(watcher: Watcher, sinks: Sequence[Sink], most: int | None) -> None:
 def _pipeline(args: argparse.Namespace, questions: int) -> Pipeline:
     """The bundle; of several questions about a frame only the first runs the image stages."""
     return Pipeline.load(
-        take_bundle(PROG, args.bundle, args.json),
+        local_bundle(args.bundle, say=_tell, bars=not args.json),
         args.engine,
         None if args.threads is None else whole_number("threads", args.threads),
         vision_feature_cache=int(questions > 1),

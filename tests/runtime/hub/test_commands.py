@@ -45,7 +45,7 @@ def test_vtp_run(hub: Hub, tmp_path: Path, picture_file: Path, pipe: Pipeline) -
     again = asked(hub, tmp_path / "another", picture_file, "--json")
     assert again.returncode == 0 and again.stderr == ""
     said = json.loads(again.stdout)
-    assert said["bundle"] == f"org/name@{commit}"
+    assert said["origin"] == f"org/name@{commit}"
     wanted = pipe.generate(picture_file, "what is it ?", max_new_tokens=3)
     assert said["text"] == wanted.text == first.stdout.rstrip("\n")
     assert TOKEN not in first.stderr + first.stdout + again.stdout
@@ -65,7 +65,9 @@ def test_vtp_doctor(hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
     assert doctor.main(["org/name", "--json"]) == 0
     out, err = capsys.readouterr()
     assert err == ""
-    assert json.loads(out)["bundle"]["folder"] == str(local_bundle("org/name"))
+    bundle = json.loads(out)["bundle"]
+    assert bundle["folder"] == str(local_bundle("org/name"))
+    assert bundle["origin"] == f"org/name@{hub.repos['org/name'].refs['main']}"
 
 
 def test_vtp_serve_names_it_after_the_repository(hub: Hub, files: dict[str, bytes]) -> None:
@@ -83,7 +85,8 @@ def test_vtp_bench_names_it_after_the_repository(
     monkeypatch.setattr(bench, "in_child", lambda task: taken.append(task) or {})
     assert bench.main(["org/name", "--json"]) == 0
     assert taken[0].bundle == str(local_bundle("org/name"))
-    assert json.loads(capsys.readouterr().out)["bundle"]["name"] == "name"
+    bundle = json.loads(capsys.readouterr().out)["bundle"]
+    assert bundle["name"] == "name" and bundle["origin"].startswith("org/name@")
 
 
 def test_vtp_calib_changes_nothing_of_the_hub(

@@ -86,7 +86,7 @@ def _resolve(name: HubName, say: Say) -> tuple[str, bool]:
     except Unreached as error:
         if cached is None:
             raise
-        say(f"{error}; the cache's {name.repo}@{cached[:12]} is used")
+        say(f"the hub was not reached, so the cache's {name.repo}@{cached[:12]} is used ({error.why})")
         return cached, False
 
 

@@ -16,7 +16,11 @@ _LOGIN = "log in with hf auth login, or set HF_TOKEN"
 
 
 class Unreached(VtpError):
-    """The hub did not answer, or may not be asked: what is in its cache may still do."""
+    """The hub did not answer: what is in its cache may still do. `why` is what the library said."""
+
+    def __init__(self, message: str, why: str) -> None:
+        super().__init__(message)
+        self.why = why
 
 
 def explained(error: Exception, name: HubName, endpoint: str, sending: bool = False) -> VtpError:
@@ -53,7 +57,8 @@ def explained(error: Exception, name: HubName, endpoint: str, sending: bool = Fa
         return Unreached(
             f"no such folder, and the hub was not reached: {name} ({_short(error)}); check the network, or "
             f"if it is a model, make a bundle of it with: "
-            f"{command_line('vtp-export', '--model', name.repo, '-o', f'{name.name}-bundle')}"
+            f"{command_line('vtp-export', '--model', name.repo, '-o', f'{name.name}-bundle')}",
+            _short(error),
         )
     return VtpError(f"the hub did not give {name}: {_short(error)}")
 

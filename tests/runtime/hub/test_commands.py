@@ -17,6 +17,9 @@ from vtp.runtime import Pipeline
 from vtp.runtime.commands import doctor, run
 from vtp.runtime.hub.bundles import local_bundle
 from vtp.serve import cli as serve
+from vtp.serve.robots.model import Model
+from vtp.serve.robots.settings import Settings
+from vtp.serve.streams import cli as watch
 
 from ...stand_ins.hub_server import TOKEN, Hub, environment
 
@@ -102,3 +105,12 @@ def test_vtp_calib_changes_nothing_of_the_hub(
     opened = Namespace(folder=folder, origin="org/name@x")
     assert calib.beside(opened, "calib") == Path("name-calib")
     assert not Path("name-calib").exists()
+
+
+def test_vtp_watch_and_ros2(hub: Hub) -> None:
+    """Both open the pipeline themselves, before any frame comes."""
+    parsed = watch.build_parser().parse_args(["org/name", "frames", "--prompt", "x", "--threads", "1"])
+    with watch._pipeline(parsed, 1) as pipe:
+        assert pipe.bundle.folder == local_bundle("org/name")
+    with Model.load(Settings(bundle="org/name", prompt="what is it ?", threads=1)).pipeline as pipe:
+        assert pipe.bundle.folder == local_bundle("org/name")

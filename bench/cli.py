@@ -20,8 +20,17 @@ from vtp.engines import UsageError, choose_engine, engine_names
 from vtp.engines.errors import shown
 from vtp.engines.versions import installed_version
 from vtp.runtime.bundle.folder import open_bundle
-from vtp.runtime.commands.arguments import add_debug, add_engine, add_json, add_keep_tokens, add_threads
+from vtp.runtime.commands.arguments import (
+    A_BUNDLE,
+    add_debug,
+    add_engine,
+    add_json,
+    add_keep_tokens,
+    add_threads,
+    take_bundle,
+)
 from vtp.runtime.commands.console import Parser, Progress, run_command, say, say_json, table, whole_number
+from vtp.runtime.hub.names import display_name
 from vtp.runtime.machine.facts import look
 from vtp.runtime.measured_engines import remember
 from vtp.scenes import examples_dir
@@ -36,7 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The flags of vtp-bench."""
     parser = Parser(prog=PROG, description="Measure a bundle: stages, tokens, memory, operations, limits.")
     add = parser.add_argument
-    add("bundle", nargs="?", metavar="BUNDLE", help="a folder that vtp-export made")
+    add("bundle", nargs="?", metavar="BUNDLE", help=A_BUNDLE)
     add("--shape", metavar="NAME", help="instead: a full-size shape with random weights (made and kept)")
     add("--method", default="vispruner", help="of a --shape (default: %(default)s)")
     add("--dtype", default="float32", help="of a --shape: float32 or float16 (default: %(default)s)")
@@ -77,6 +86,8 @@ def _run(args: argparse.Namespace) -> None:
     if args.shape:
         wanted = Wanted(args.shape, args.method, task.keep, args.dtype, args.engine, _cache(args.cache))
         task = dataclasses.replace(task, bundle=str(make(wanted, progress.step)))
+    else:
+        task = dataclasses.replace(task, bundle=str(take_bundle(PROG, task.bundle, args.json)))
     if args.engines:
         _run_engines(task, args.json, progress)
         return
@@ -84,7 +95,7 @@ def _run(args: argparse.Namespace) -> None:
         _run_video(task, args, progress)
         return
     about = _about(task, args.shape, repeats=task.repeats)
-    progress.step(f"measure {Path(task.bundle).name}: {task.repeats} runs of {task.max_new_tokens} tokens")
+    progress.step(f"measure {display_name(task.bundle)}: {task.repeats} runs of {task.max_new_tokens} tokens")
     found = in_child(task)
     progress.end()
     results = {**about, **found}
@@ -100,15 +111,17 @@ def _run(args: argparse.Namespace) -> None:
 
 def _about(task: Task, shape: str | None, **settings: Any) -> dict[str, Any]:
     """Which bundle was measured, how, and on what."""
-    manifest = open_bundle(task.bundle).manifest
+    bundle = open_bundle(Path(task.bundle))
+    manifest = bundle.manifest
     return {
         "bundle": {
-            "name": Path(task.bundle).name,
+            "name": display_name(task.bundle),
             "model": manifest.model.name,
             "shape": shape,
             "method": manifest.method.name,
             "target": manifest.target,
             "dtype": manifest.dtype,
+            **bundle.stated_origin,
         },
         "settings": {"threads": task.threads or os.cpu_count(), **settings, "prompt": task.prompt},
         "machine": stamp(),

@@ -14,9 +14,19 @@ from vtp.calib.metrics import METRICS, choose_metric
 from vtp.calib.workers.cluster import Ray
 from vtp.calib.workers.local import Local, Workers
 from vtp.engines import UsageError
-from vtp.runtime.bundle.folder import open_bundle
-from vtp.runtime.commands.arguments import add_debug, add_engine, add_json, add_threads, whole
+from vtp.runtime.bundle.folder import Bundle, open_bundle
+from vtp.runtime.commands.arguments import (
+    add_debug,
+    add_engine,
+    add_json,
+    add_threads,
+    take_bundle,
+    whole,
+)
 from vtp.runtime.engine_choice import choose_engines
+from vtp.runtime.hub.names import display_name
+
+PROG = "vtp-calib"
 
 
 def shared_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,7 +78,7 @@ def open_examiner(
     progress: Callable[[str], None],
 ) -> Examiner:
     """A bundle to examine as the flags say."""
-    opened = open_bundle(bundle)
+    opened = open_bundle(take_bundle(PROG, bundle, args.json))
     engine = choose_engines(opened, args.engine, threads=threads_of(args)).label
     return Examiner(
         opened,
@@ -80,6 +90,12 @@ def open_examiner(
         max_new_tokens=args.max_new_tokens,
         progress=progress,
     )
+
+
+def beside(bundle: Bundle, ending: str) -> Path:
+    """A folder beside a bundle's, with its name and an ending; for one of the hub, in the current folder."""
+    name = f"{display_name(bundle.folder)}-{ending}"
+    return Path(name) if bundle.origin else bundle.folder.parent / name
 
 
 def threads_of(args: argparse.Namespace) -> int | None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vtp.calib import stats
-from vtp.calib.arguments import open_examiner, open_workers, read_samples, shared_arguments
+from vtp.calib.arguments import PROG, beside, open_examiner, open_workers, read_samples, shared_arguments
 from vtp.calib.keep import report, search
 from vtp.calib.keep.examiner import Examiner, Marks, score
 from vtp.calib.keep.journal import Answer, Journal
@@ -19,13 +19,13 @@ from vtp.calib.quantize import command as quantizing
 from vtp.calib.workers.local import Workers
 from vtp.engines import UsageError
 from vtp.engines.errors import shown
-from vtp.runtime.bundle.folder import set_calibration
+from vtp.runtime.bundle.folder import check_own, open_bundle, set_calibration
 from vtp.runtime.bundle.memory import bundle_memory
-from vtp.runtime.commands.arguments import real
+from vtp.runtime.commands.arguments import A_BUNDLE, real, take_bundle
 from vtp.runtime.commands.console import Parser, Progress, run_command, say, say_json, table
 from vtp.runtime.engine_choice import main_engine
+from vtp.runtime.hub.names import display_name
 
-PROG = "vtp-calib"
 _RESUMES = "every answer so far is written down, and the same command goes on from there"
 
 
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _keep_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("bundle", metavar="BUNDLE")
+    parser.add_argument("bundle", metavar="BUNDLE", help=A_BUNDLE)
     goal = parser.add_mutually_exclusive_group()
     goal.add_argument("--floor", type=real, metavar="R", help="share of the unpruned score to hold (0.97)")
     goal.add_argument("--budget-ms", type=real, metavar="MS", help="time to the first token, in the median")
@@ -72,13 +72,16 @@ def _keep(args: argparse.Namespace) -> None:
     goal = _goal(args)
     floor = goal.get("floor")
     samples, metric = read_samples(args)
-    folder, progress = Path(args.bundle), Progress()
-    out = Path(args.out) if args.out else folder.parent / f"{folder.name}-calib"
+    bundle, progress = open_bundle(take_bundle(PROG, args.bundle, args.json)), Progress()
+    folder = bundle.folder
+    if not args.dry_run:
+        check_own(bundle)
+    out = Path(args.out) if args.out else beside(bundle, "calib")
     with ExitStack() as stack:
         journal = Journal(out / "answers.jsonl")
         stack.callback(journal.close)
         workers = open_workers(stack, args)
-        examiner = open_examiner(args, args.bundle, samples, journal, workers, progress.step)
+        examiner = open_examiner(args, str(folder), samples, journal, workers, progress.step)
         unpruned = _unpruned(args, examiner, journal, workers, progress.step)
         reference = score(unpruned, samples, metric, unpruned)
         manifest = examiner.bundle.manifest
@@ -97,7 +100,7 @@ def _keep(args: argparse.Namespace) -> None:
     if not args.dry_run:
         set_calibration(folder, found.chosen.keep, record, manifest)
     if args.json:
-        say_json({**record, "keep": found.chosen.keep})
+        say_json({**record, "keep": found.chosen.keep, **bundle.stated_origin})
         return
     say(report.text(found, floor))
     chosen, done = found.chosen, "left as it is" if args.dry_run else "now the bundle's default"
@@ -202,7 +205,7 @@ def _score(args: argparse.Namespace) -> None:
             bundle, keep = _at(text)
             examiner = open_examiner(args, bundle, samples, journal, workers, progress.step)
             count = _keep_of(examiner, text, keep)
-            rows.append((f"{Path(bundle).name}:{count}", examiner.marks(count, metric)))
+            rows.append((f"{display_name(bundle)}:{count}", examiner.marks(count, metric)))
     progress.end()
     found = [_compared(name, marks, rows[0][1]) for name, marks in rows]
     if args.json:

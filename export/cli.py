@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from vtp.engines import UsageError, VtpError
 from vtp.engines.errors import shown
+from vtp.export.hub import command as hub
 from vtp.export.layouts import command as layouts
 from vtp.runtime.bundle.folder import Bundle
 from vtp.runtime.bundle.manifest import Manifest
@@ -28,6 +29,7 @@ from vtp.runtime.commands.console import (
 from vtp.runtime.shell import command_line
 
 if TYPE_CHECKING:
+    from vtp.export.hub.push import Pushed
     from vtp.export.request import Request
 
 PROG = "vtp-export"
@@ -94,6 +96,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: %(default)s)",
     )
     layouts.add_arguments(parser)
+    hub.add_arguments(parser)
     add("-o", "--output", metavar="DIR", help="folder to write (default: bundle-METHOD)")
     add_overwrite(parser)
     add("--list-methods", action="store_true", help="list the methods and exit")
@@ -139,6 +142,10 @@ def _list_or_export(args: argparse.Namespace) -> None:
 def _export(args: argparse.Namespace) -> None:
     """Make a Request of the flags, export it, and print the report; torch is imported here."""
     layouts.check(args)
+    hub.check(args)
+    if hub.is_push_alone(args):
+        _push_alone(args)
+        return
     try:
         Path.cwd()
     except FileNotFoundError as error:  # torch's libraries would end the process without a line of ours
@@ -156,11 +163,30 @@ def _export(args: argparse.Namespace) -> None:
         else:
             written = layouts.make(args, request, progress.step, notes.append)
             made = layouts.summary(written) if args.json else layouts.report(written)
+        if args.push_to_hub is not None:
+            pushed = hub.push_made(args, request.output, progress.step)
+            made = _joined(made, pushed, args)
     finally:
         progress.end()
     for line in notes:
         note(PROG, line)
     say(made) if isinstance(made, str) else say_json(made)
+
+
+def _push_alone(args: argparse.Namespace) -> None:
+    progress = Progress()
+    try:
+        pushed = hub.push_alone(args, progress.step)
+    finally:
+        progress.end()
+    say_json(pushed.to_json()) if args.json else say(hub.report(pushed, args))
+
+
+def _joined(made: str | dict[str, Any], pushed: Pushed, args: argparse.Namespace) -> str | dict[str, Any]:
+    """What is said of an export, with what is said of its push."""
+    if isinstance(made, str):
+        return f"{made}\n{hub.report(pushed, args)}"
+    return {**made, "hub": pushed.to_json()}
 
 
 def _bundle(

@@ -86,4 +86,4 @@ def engines_folder(bundle: Bundle, wanted: Path | None = None) -> Path:
 def build_command(bundle: Bundle, engine: str, folder: Path | None = None) -> str:
     """What a user types to build and compare a bundle's engines."""
     kept: list[str | Path] = ["-o", folder] if folder else []
-    return command_line("vtp-build", bundle.folder, "--engine", engine, *kept)
+    return command_line("vtp-build", bundle.origin or bundle.folder, "--engine", engine, *kept)

@@ -30,6 +30,7 @@ from vtp.runtime.generation.options import DEFAULT_NEW_TOKENS, GenerateOptions, 
 from vtp.runtime.generation.request import Request, RequestMaker
 from vtp.runtime.generation.stopping import Clock, StopSignal
 from vtp.runtime.generation.stream import Stream
+from vtp.runtime.hub.bundles import local_bundle
 from vtp.runtime.machine.conditions import Conditions, conditions
 from vtp.runtime.machine.room import memory_room
 from vtp.runtime.media.pictures import Images
@@ -100,11 +101,15 @@ class Pipeline:
         opening: Opening | None = None,
         *,
         check_memory: bool = True,
+        revision: str | None = None,
         image_cache: int = 0,
         reuse_prompt: bool = False,
     ) -> Pipeline:
-        """Open a bundle folder.
+        """Open a bundle folder, or one of the Hugging Face hub.
 
+        bundle        a folder; or, with huggingface_hub, "org/name", "org/name@revision" or "hf://org/name":
+                      fetched into the hub's cache unless it is there, and held against its manifest's
+                      sha256. A folder of that name wins. `bundle.origin` says which commit was opened
         engine        "auto" (the best that can run here), or one by name, such as "ort-cpu"; after it, each
                       behind a comma, stages that another engine runs:
                       "ort-cpu,vision_encoder=openvino-cpu". `engines` says who runs what
@@ -118,6 +123,7 @@ class Pipeline:
         opening       where TensorRT's engines lie, and what CUDA may do (see `Opening`)
         check_memory  refuse a bundle that takes more than this machine, or a limit of this process, leaves;
                       VTP_CHECK_MEMORY=0 turns it off as well
+        revision      branch, tag or commit of a bundle of the hub; None: main
         image_cache, reuse_prompt  the earlier names of `vision_feature_cache` and `prefix_caching`
 
         Both caches change timings, and the last bits of logits (the vision feature cache if several pictures
@@ -151,7 +157,9 @@ class Pipeline:
             except MemoryError as error:
                 raise VtpError(_NO_MEMORY) from error
 
-        return undisturbed(load)(bundle)  # one bundle, even while another takes its place
+        return undisturbed(load)(
+            local_bundle(bundle, revision)
+        )  # one bundle, even while another takes its place
 
     @takes_options
     def generate(
@@ -372,7 +380,7 @@ class Pipeline:
         """Refuse copies and pickles: graphs and locks belong to one process."""
         raise VtpError(
             "a Pipeline cannot be pickled or copied, since its graphs belong to this process; load the "
-            f"bundle again, in the other process: Pipeline.load({quoted(str(self.bundle.folder))})"
+            f"bundle again, in the other process: Pipeline.load({quoted(self.bundle.given)})"
         )
 
     def _request(

@@ -15,8 +15,17 @@ from typing import TYPE_CHECKING, Any
 
 from vtp.engines import UsageError, VtpError, capabilities
 from vtp.engines.errors import shown
-from vtp.runtime.commands.arguments import add_debug, add_engine, add_threads, real, whole
+from vtp.runtime.commands.arguments import (
+    A_BUNDLE,
+    add_debug,
+    add_engine,
+    add_threads,
+    real,
+    take_bundle,
+    whole,
+)
 from vtp.runtime.commands.console import Parser, note, real_number, run_command, say, whole_number
+from vtp.runtime.hub.names import display_name, hub_name
 from vtp.runtime.machine.room import memory_room
 from vtp.runtime.opening import NEVER_RUN
 from vtp.runtime.scheduler import Scheduler
@@ -49,7 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog=PROG, description="Answer OpenAI's chat completions from bundles, over HTTP, until told to stop."
     )
     add = parser.add_argument
-    add("bundle", nargs="+", metavar="BUNDLE", help="a folder that vtp-export made")
+    add("bundle", nargs="+", metavar="BUNDLE", help=A_BUNDLE)
     add(
         "--name",
         action="append",
@@ -128,9 +137,9 @@ def _run(args: argparse.Namespace) -> None:
 
     _check_shadow(args)
     _check_ray(args)
-    for bundle in filter(None, (*args.bundle, args.shadow)):
-        check_is_bundle(bundle)
     names, settings, options = names_of(args), settings_of(args), _scheduling(args)
+    args.shadow_log = str(_shadow_log(args))
+    _take_bundles(args)
     _set_logging(args.debug)
     if args.ray is not None:
         _run_on_ray(args, names, settings, options)
@@ -152,6 +161,15 @@ def _run(args: argparse.Namespace) -> None:
             _say_where(listener, settings)
 
     run(server, models, listener, load)
+
+
+def _take_bundles(args: argparse.Namespace) -> None:
+    """Fetch what is of the hub, once all of them are known to be bundles here or names there."""
+    for bundle in filter(None, (*args.bundle, args.shadow)):
+        if hub_name(bundle) is None:
+            check_is_bundle(bundle)
+    args.bundle = [str(take_bundle(PROG, bundle)) for bundle in args.bundle]
+    args.shadow = args.shadow and str(take_bundle(PROG, args.shadow))
 
 
 def _run_on_ray(
@@ -196,7 +214,7 @@ def _check_extra() -> None:
 
 def names_of(args: argparse.Namespace) -> list[str]:
     """A name for each bundle. UsageError where they are not as many, or two are alike."""
-    names = args.name or [Path(bundle).resolve().name for bundle in args.bundle]
+    names = args.name or [display_name(bundle) for bundle in args.bundle]
     if len(names) != len(args.bundle):
         raise UsageError(
             f"{len(names)} names are given for {len(args.bundle)} bundles; give one --name for each"
@@ -312,7 +330,7 @@ def _check_shadow(args: argparse.Namespace) -> None:
 
 
 def _shadow_log(args: argparse.Namespace) -> Path:
-    return Path(args.shadow_log or f"{Path(args.bundle[0]).resolve().name}-shadow.jsonl")
+    return Path(args.shadow_log or f"{display_name(args.bundle[0])}-shadow.jsonl")
 
 
 def _shadow(models: Models, args: argparse.Namespace) -> Shadow | None:

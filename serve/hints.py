@@ -49,7 +49,8 @@ def _absent(given: str, folder: Path) -> str:
         made = _bundle_name(folder)
         return (
             f"there is no folder {shown(given)}; if it is a model of the Hugging Face hub, make a bundle of "
-            f"it with: {command_line('vtp-export', '--model', given, '-o', made)}, then: vtp-serve {made}"
+            f"it with: {command_line('vtp-export', '--model', given, '-o', made)}, then: vtp-serve {made}; "
+            f"a bundle of the hub is hf://{shown(given)}"
         )
     return (
         f"there is no bundle {shown(given)}, and no such folder; make one with: "

@@ -31,6 +31,7 @@ HEAVY = {
 
 # What writes graphs: vtp-calib quantize loads these when it runs, and the rest of calib does without onnx.
 REWRITES = {f"vtp.calib.quantize.{name}" for name in ("layers", "observe", "quantizer", "weight_store")}
+HUB = "vtp.runtime.hub.client"  # the runtime's one place that asks the hub, and only when it is told to
 
 # What each room may import from the house.
 ALLOWED = {
@@ -199,8 +200,11 @@ def test_circles_are_found() -> None:
     "module", [name for name in MODULES if room(name) in ("engines", "runtime", "calib", "serve")]
 )
 def test_the_runtime_side_never_imports_torch(module: str) -> None:
-    refused = HEAVY - {"onnx"} if module in REWRITES else HEAVY
+    refused = (
+        HEAVY - {"onnx"} if module in REWRITES else HEAVY - {"huggingface_hub"} if module == HUB else HEAVY
+    )
     assert not {name.split(".")[0] for name, _ in imports(MODULES[module])} & refused
+    assert not [name for name, top in imports(MODULES[module]) if top and name.startswith("huggingface_hub")]
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vtp.calib import stats
-from vtp.calib.arguments import open_examiner, open_workers, read_samples, shared_arguments, threads_of
+from vtp.calib.arguments import (
+    PROG,
+    beside,
+    open_examiner,
+    open_workers,
+    read_samples,
+    shared_arguments,
+    threads_of,
+)
 from vtp.calib.data import Sample
 from vtp.calib.keep.examiner import score
 from vtp.calib.keep.journal import Answer, Journal
@@ -24,7 +32,7 @@ from vtp.engines.errors import shown
 from vtp.runtime import Pipeline
 from vtp.runtime.bundle.folder import MANIFEST, Bundle, check_output, open_bundle, whole_bundle
 from vtp.runtime.bundle.manifest import Manifest
-from vtp.runtime.commands.arguments import add_overwrite, real, whole
+from vtp.runtime.commands.arguments import A_BUNDLE, add_overwrite, real, take_bundle, whole
 from vtp.runtime.commands.console import Progress, say, say_json, table
 
 if TYPE_CHECKING:
@@ -42,7 +50,7 @@ _TIMED = 15  # questions by which both bundles are timed, in turn
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of vtp-calib quantize."""
     add = parser.add_argument
-    add("bundle", metavar="BUNDLE")
+    add("bundle", metavar="BUNDLE", help=A_BUNDLE)
     add("--vision", default="int8", help="vision encoder and projector: int8 or none (default: %(default)s)")
     add("--decoder", default="int4", help="the decoder's weights: int4 or none (default: %(default)s)")
     add("--output", metavar="DIR", help="the new bundle (default: BUNDLE-quantized)")
@@ -73,13 +81,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Do what the flags say."""
     _check_flags(args)
-    folder = Path(args.bundle)
-    output = Path(args.output) if args.output else folder.parent / f"{folder.name}-quantized"
-    bundle = open_bundle(folder)
+    bundle = open_bundle(take_bundle(PROG, args.bundle, args.json))
+    output = Path(args.output) if args.output else beside(bundle, "quantized")
     _check_bundle(bundle, output, args)
     samples, metric = read_samples(args)
     chosen, held_out = split(samples, args.samples)
-    out, progress = Path(args.out) if args.out else folder.parent / f"{folder.name}-calib", Progress()
+    out, progress = Path(args.out) if args.out else beside(bundle, "calib"), Progress()
     quantizer = _quantizer(bundle, args)
     with ExitStack() as stack:
         journal = Journal(out / "answers.jsonl")
@@ -96,7 +103,8 @@ def run(args: argparse.Namespace) -> None:
     progress.end()
     write_csv(out / "quantize.csv", quantizer, left)
     if args.json:
-        say_json({"bundle": str(output), **figures, "quantization": manifest.quantization})
+        made = {"bundle": str(output), **figures, "quantization": manifest.quantization}
+        say_json({**made, **bundle.stated_origin})
         return
     say(_text(quantizer, left, figures, metric))
     say(f"\nwritten: {shown(output)}; every layer: {shown(out / 'quantize.csv')}")

@@ -39,6 +39,15 @@ def resolve(model: str | None) -> Path:
     return _download(model)
 
 
+def model_name(folder: Path) -> str:
+    """What a model is called: its folder's name, or "org/name" for a snapshot in the hub's cache."""
+    real = folder.resolve()
+    kind, _, repo = real.parent.parent.name.partition("--")
+    repo = repo.replace("--", "/")
+    in_cache = real.parent.name == "snapshots" and kind == "models" and _HUB_ID.fullmatch(repo)
+    return repo if in_cache else real.name
+
+
 def _download(model: str) -> Path:
     """The newest snapshot from the hub; the cached one if the hub is not reached. It is asked once."""
     from huggingface_hub import HfApi, constants, snapshot_download

@@ -16,7 +16,7 @@ from vtp.export.checkpoint import settings
 from vtp.export.checkpoint.added_tokens import check_added_tokens
 from vtp.export.checkpoint.config_limits import check_numbers, check_size
 from vtp.export.checkpoint.generation import Generation, read_generation
-from vtp.export.checkpoint.hub import resolve
+from vtp.export.checkpoint.hub import model_name, resolve
 from vtp.export.checkpoint.model_folder import check_folder, read_json
 from vtp.export.checkpoint.processors import spec_from_processor
 from vtp.export.checkpoint.unsupported import refuse_unsupported
@@ -28,7 +28,7 @@ from vtp.runtime.preprocess import ImageSpec
 from vtp.runtime.preprocess.clip import ClipSpec
 from vtp.runtime.prompt.prompter import TextSpec
 
-__all__ = ["DTYPES", "Checkpoint", "about", "check", "load", "read_config", "resolve"]
+__all__ = ["DTYPES", "Checkpoint", "about", "check", "load", "model_name", "read_config", "resolve"]
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -153,7 +153,7 @@ def _load(
     generation = read_generation(folder, tokenizer, family.decoder.model.config.vocab_size)
     return Checkpoint(
         folder=folder,
-        name=folder.resolve().name,
+        name=model_name(folder),
         family=family,
         image=image,
         text=settings.read_text(folder, tokenizer, family, generation.eos_ids),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from vtp.engines import UsageError
 from vtp.engines.errors import shown
+from vtp.runtime.commands.arguments import take_bundle
 
 if TYPE_CHECKING:
     from vtp.export.layouts.transformers_js.folder import Written
@@ -33,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--from-bundle",
         metavar="BUNDLE",
         help="with --layout transformers.js: lay out this bundle of --model, such as one that vtp-calib "
-        "quantised, instead of exporting",
+        "quantised, instead of exporting; with --push-to-hub alone: push it",
     )
 
 
@@ -43,8 +44,10 @@ def check(args: argparse.Namespace) -> None:
         raise UsageError(f"unknown layout '{shown(args.layout)}'; choose one of {', '.join(LAYOUTS)}")
     if args.from_bundle is None:
         return
-    if args.layout == BUNDLE:
-        raise UsageError(f"--from-bundle goes with --layout {TRANSFORMERS_JS}: it is a bundle already")
+    if args.layout == BUNDLE and args.push_to_hub is None:
+        raise UsageError(
+            f"--from-bundle goes with --layout {TRANSFORMERS_JS} or --push-to-hub: it is a bundle already"
+        )
     given = [name for name in _DECIDED if getattr(args, name) is not None]
     given += [name for name in _DECIDED_LISTS if getattr(args, name)]
     if given:
@@ -63,9 +66,8 @@ def make(
 
     if args.from_bundle is None:
         return export_folder(request, progress, note)
-    written = lay_out(
-        Path(args.from_bundle), args.model, request.output, args.overwrite, progress, args.verify
-    )
+    source = take_bundle("vtp-export", args.from_bundle, args.json)
+    written = lay_out(source, args.model, request.output, args.overwrite, progress, args.verify)
     if not written.browsers:
         note("this bundle's pruner computes in float64, which browsers do not: the folder is for Node")
     return written

@@ -17,11 +17,14 @@ from vtp.engines.errors import shown
 from vtp.engines.graph.check import check_graph
 from vtp.engines.strict_json import FILE_BYTES, read_json
 from vtp.runtime.bundle.manifest import FileInfo, Manifest, parse_manifest
+from vtp.runtime.hub.names import is_repo, origin_of
 from vtp.runtime.shell import command_line
 
 MANIFEST = "manifest.json"
 _OURS = {"schema", "stages", "graphs", "files"}  # of a manifest of any version
 _OLD_ENGINES = "engines"
+# What `hf download --local-dir` lays beside a bundle: nothing of it is read.
+_OF_THE_HUB = ("README.md", ".gitattributes", ".cache", ".cache/huggingface")
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,22 @@ class Bundle:
         """Path of one of the bundle's files."""
         return self.folder / name
 
+    @property
+    def origin(self) -> str | None:
+        """Of a bundle of the hub "org/name@commit", with all 40 digits; None for any other."""
+        name = origin_of(self.folder)
+        return None if name is None else str(name)
+
+    @property
+    def stated_origin(self) -> dict[str, str]:
+        """The origin as JSON objects of commands have it; {}: none."""
+        return {} if self.origin is None else {"origin": self.origin}
+
+    @property
+    def given(self) -> str:
+        """What names this bundle on a command line: its origin, or its folder."""
+        return self.origin or str(self.folder)
+
 
 @undisturbed
 def open_bundle(folder: Path, check_hashes: bool = False) -> Bundle:
@@ -46,7 +65,8 @@ def open_bundle(folder: Path, check_hashes: bool = False) -> Bundle:
     """
     if not folder.is_dir():
         make = command_line("vtp-export", "-o", folder)
-        raise VtpError(f"no bundle at {folder}: no such folder; make one with: {make}")
+        hub = f", or give hf://{folder} if the hub's is meant" if is_repo(str(folder)) else ""
+        raise VtpError(f"no bundle at {folder}: no such folder; make one with: {make}{hub}")
     manifest_path = folder / MANIFEST
     if not manifest_path.is_file():
         raise VtpError(
@@ -82,12 +102,12 @@ def _check_file(folder: Path, name: str, info: FileInfo, check_hash: bool) -> No
 
 def _refuse_others(folder: Path, manifest: Manifest) -> None:
     """Refuse what lies in the folder and nobody vouches for."""
-    known = {MANIFEST, *manifest.files} | {
+    known = {MANIFEST, *manifest.files, *_OF_THE_HUB} | {
         str(parent) for name in manifest.files for parent in PurePosixPath(name).parents
     }
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if name not in known:
+        if name not in known and not name.startswith(".cache/huggingface/"):
             raise VtpError(f"{folder} holds {name}, which its manifest does not name: move it elsewhere")
 
 
@@ -111,9 +131,10 @@ def set_calibration(
     """Make `keep` the default keep-count of a bundle and note how it was found; returns the new manifest.
 
     The manifest is replaced whole; no graph changes. `measured` is the manifest of what was calibrated.
-    Raises VtpError where the folder cannot be written, or holds another bundle by now.
+    Raises VtpError where the folder cannot be written, or holds another bundle by now; UsageError for one in
+    the hub's cache, which stays what its commit says.
     """
-    open_bundle(folder)
+    check_own(open_bundle(folder))
     with whole_file(folder / MANIFEST, beside=_beside(folder)) as aside:
         manifest = open_bundle(folder).manifest  # of the folder that is held now
         if measured is not None and measured.files != manifest.files:
@@ -123,6 +144,16 @@ def set_calibration(
         parse_manifest(changed.to_json())  # what the next reader would refuse is never written
         aside.write_text(changed.to_json(), encoding="utf-8")
     return changed
+
+
+def check_own(bundle: Bundle) -> None:
+    """Refuse to change a bundle of the hub's cache, which is of a commit."""
+    if bundle.origin is not None:
+        repo = bundle.origin.partition("@")[0]
+        copy = command_line("hf", "download", repo, "--local-dir", repo.partition("/")[2])
+        raise UsageError(
+            f"{bundle.origin} lies in the hub's cache, where bundles are not changed; copy it with: {copy}"
+        )
 
 
 def _beside(folder: Path) -> Path:

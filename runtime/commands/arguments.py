@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 from vtp.engines import AUTO, UsageError, engine_names
-from vtp.runtime.commands.console import real_number, whole_number
+from vtp.runtime.commands.console import note, real_number, whole_number
+from vtp.runtime.hub.bundles import local_bundle
 
 _Number = TypeVar("_Number", int, float)
+A_BUNDLE = "a folder that vtp-export made, or ORG/NAME[@REVISION] of the Hugging Face hub"
+
+
+def take_bundle(prog: str, given: str, as_json: bool = False) -> Path:
+    """The folder of a BUNDLE: of the hub's it is fetched, with notes and progress bars unless `as_json`."""
+    return local_bundle(
+        given, say=(lambda _: None) if as_json else lambda line: note(prog, line), bars=not as_json
+    )
 
 
 def whole(text: str) -> int:

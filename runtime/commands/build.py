@@ -20,7 +20,7 @@ from vtp.engines.tensorrt.library import LIBRARIES, BuildOptions, Profile, load_
 from vtp.runtime.bundle.folder import Bundle, open_bundle
 from vtp.runtime.bundle.manifest import SINGLE, GraphInfo
 from vtp.runtime.bundle.memory import bundle_memory
-from vtp.runtime.commands.arguments import add_debug, add_json
+from vtp.runtime.commands.arguments import add_debug, add_json, take_bundle
 from vtp.runtime.commands.console import Parser, Progress, run_command, say, say_json, table, whole_number
 from vtp.runtime.example_input import PROMPT
 from vtp.runtime.machine.facts import Machine, look
@@ -32,6 +32,7 @@ from vtp.runtime.triton.repository import write_repository
 
 PROG = "vtp-build"
 TARGETS = capabilities("tensorrt").targets
+_A_BUNDLE = f"a folder that vtp-export --target {' or '.join(TARGETS)} made, or such a one of the hub"
 _QUIET = 2.0  # seconds between two lines about one build
 
 
@@ -53,7 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The flags of vtp-build."""
     parser = Parser(prog=PROG, description="Build a bundle's graphs with TensorRT, on the device itself.")
     add = parser.add_argument
-    add("bundle", metavar="BUNDLE", help=f"a folder that vtp-export --target {' or '.join(TARGETS)} made")
+    add("bundle", metavar="BUNDLE", help=_A_BUNDLE)
     add("--engine", metavar="NAME", help=f"one of {', '.join(LIBRARIES)}")
     add("--triton", metavar="DIR", help="write a model repository for NVIDIA's Triton server instead")
     add("-o", "--output", metavar="DIR", help="where engines are kept (default: in ~/.cache/vtp/engines)")
@@ -83,7 +84,7 @@ def _run(args: argparse.Namespace) -> None:
         raise UsageError(f"unknown engine '{args.engine}'; choose one of {', '.join(LIBRARIES)}")
     workspace = whole_number("workspace-mb", args.workspace_mb, least=0)
     options = BuildOptions(workspace=workspace << 20, plugin=_plugin(args))
-    bundle, machine = open_bundle(args.bundle), look()
+    bundle, machine = open_bundle(take_bundle(PROG, args.bundle, args.json)), look()
     if args.image and bundle.manifest.image.frames is not None:
         raise UsageError("this bundle answers about videos; leave out --image: a clip of its own will do")
     picture = load_image(args.image) if args.image else None
@@ -104,7 +105,7 @@ def _run(args: argparse.Namespace) -> None:
     rows = [_row(one) for one in made]
     checked = all(row["gate"] for row in rows)
     if args.json:
-        say_json({"engines": rows, "checked": checked})
+        say_json({"engines": rows, "checked": checked, **bundle.stated_origin})
     else:
         say(_report(rows, folder))
     failed = [row for row in rows if row["gate"] and not row["gate"]["passed"]]
@@ -126,9 +127,10 @@ def _plugin(args: argparse.Namespace) -> str:
 def _write_triton(args: argparse.Namespace) -> None:
     if args.engine:
         raise UsageError("a Triton repository runs on ONNX Runtime; leave out --engine")
-    models = write_repository(open_bundle(args.bundle), Path(args.triton))
+    bundle = open_bundle(take_bundle(PROG, args.bundle, args.json))
+    models = write_repository(bundle, Path(args.triton))
     if args.json:
-        say_json({"repository": args.triton, "models": models})
+        say_json({"repository": args.triton, "models": models, **bundle.stated_origin})
     else:
         serve = command_line("tritonserver", "--model-repository", Path(args.triton))
         say(f"{shown(args.triton)}: {', '.join(models)}\nserve it with: {serve}")

@@ -13,7 +13,7 @@ from vtp.engines.errors import shown
 from vtp.engines.versions import version_numbers
 from vtp.runtime.bundle.folder import Bundle, open_bundle
 from vtp.runtime.bundle.memory import BundleMemory, bundle_memory
-from vtp.runtime.commands.arguments import add_debug, add_json
+from vtp.runtime.commands.arguments import A_BUNDLE, add_debug, add_json, take_bundle
 from vtp.runtime.commands.console import Parser, run_command, say, say_json, table
 from vtp.runtime.machine.engine_trial import tried
 from vtp.runtime.machine.facts import Machine, look
@@ -27,7 +27,7 @@ NEW_OPERATORS = (10, 15)  # the TensorRT from which target tensorrt's operators 
 def build_parser() -> argparse.ArgumentParser:
     """The flags of vtp-doctor."""
     parser = Parser(prog=PROG, description="Tell what this machine can run, and what a bundle needs.")
-    parser.add_argument("bundle", nargs="?", metavar="BUNDLE", help="a folder that vtp-export made")
+    parser.add_argument("bundle", nargs="?", metavar="BUNDLE", help=A_BUNDLE)
     add_json(parser)
     add_debug(parser)
     return parser
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
-    bundle = open_bundle(args.bundle) if args.bundle else None
+    bundle = open_bundle(take_bundle(PROG, args.bundle, args.json)) if args.bundle else None
     report = examine(look(), bundle)
     if args.json:
         say_json(report)
@@ -78,6 +78,7 @@ def _bundle_report(machine: Machine, bundle: Bundle, engines: list[Decision]) ->
     fits = needs.total <= room if room else None
     return {
         "folder": str(bundle.folder),
+        **bundle.stated_origin,
         "method": bundle.manifest.method.name,
         "target": bundle.manifest.target,
         "dtype": bundle.manifest.dtype,

@@ -14,7 +14,15 @@ from vtp.engines import UsageError, capabilities
 from vtp.engines.errors import shown
 from vtp.runtime.bundle.folder import check_outside
 from vtp.runtime.bundle.manifest import Manifest
-from vtp.runtime.commands.arguments import add_debug, add_engine, add_json, add_keep_tokens, add_threads
+from vtp.runtime.commands.arguments import (
+    A_BUNDLE,
+    add_debug,
+    add_engine,
+    add_json,
+    add_keep_tokens,
+    add_threads,
+    take_bundle,
+)
 from vtp.runtime.commands.batch_file import Line, read_lines
 from vtp.runtime.commands.console import (
     Parser,
@@ -48,7 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The flags of vtp-run."""
     parser = Parser(prog=PROG, description="Answer a prompt about a picture or a video with a bundle.")
     add = parser.add_argument
-    add("bundle", metavar="BUNDLE", help="a folder that vtp-export made")
+    add("bundle", metavar="BUNDLE", help=A_BUNDLE)
     add(
         "--image",
         action="append",
@@ -132,7 +140,8 @@ def _run(args: argparse.Namespace) -> None:
     threads = None if args.threads is None else whole_number("threads", args.threads)
     opening = Opening(Path(args.engines) if args.engines else None, args.allow_cpu_nodes, args.cuda_graph)
     checks = {"check_hashes": args.check_hashes, "check_memory": not args.no_memory_check}
-    with Pipeline.load(args.bundle, args.engine, threads, opening=opening, **checks) as pipe:
+    bundle = take_bundle(PROG, args.bundle, args.json)
+    with Pipeline.load(bundle, args.engine, threads, opening=opening, **checks) as pipe:
         for engine in dict.fromkeys(pipe.engines.values()):
             if not capabilities(engine).proven:
                 note(PROG, NEVER_RUN if capabilities(engine).built else NEVER_TRIED.format(engine=engine))
@@ -224,7 +233,8 @@ def _answer_lines(pipe: Pipeline, lines: Sequence[Line], args: argparse.Namespac
 
 
 def _as_data(result: Result, pipe: Pipeline) -> dict[str, Any]:
-    return {**result.to_json(), "engine": pipe.engine, "engines": pipe.engines}
+    engines = {"engine": pipe.engine, "engines": pipe.engines}
+    return {**result.to_json(), **engines, **pipe.bundle.stated_origin}
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:

@@ -14,9 +14,17 @@ from PIL import Image
 
 from vtp.engines import UsageError, VtpError, capabilities
 from vtp.engines.errors import shown
-from vtp.runtime.commands.arguments import add_debug, add_engine, add_json, add_keep_tokens, add_threads
+from vtp.runtime.commands.arguments import (
+    A_BUNDLE,
+    add_debug,
+    add_engine,
+    add_json,
+    add_keep_tokens,
+    add_threads,
+)
 from vtp.runtime.commands.console import Parser, note, real_number, run_command, whole_number
 from vtp.runtime.decisions.question import LABELS, LETTERS
+from vtp.runtime.hub.bundles import local_bundle
 from vtp.runtime.opening import NEVER_RUN, NEVER_TRIED
 from vtp.runtime.pipeline import DEFAULT_NEW_TOKENS, Pipeline
 from vtp.serve.streams.alerts import Alert, AlertReading
@@ -50,7 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The flags of vtp-watch."""
     parser = _Parser(prog=PROG, description="Ask about the newest frame of a stream, again and again.")
     add = parser.add_argument
-    add("bundle", metavar="BUNDLE", help="a folder that vtp-export made")
+    add("bundle", metavar="BUNDLE", help=A_BUNDLE)
     add(
         "source",
         metavar="SOURCE",
@@ -188,7 +196,7 @@ def _watch(watcher: Watcher, sinks: Sequence[Sink], most: int | None) -> None:
 def _pipeline(args: argparse.Namespace, questions: int) -> Pipeline:
     """The bundle; of several questions about a frame only the first runs the image stages."""
     return Pipeline.load(
-        args.bundle,
+        local_bundle(args.bundle, say=_tell, bars=not args.json),
         args.engine,
         None if args.threads is None else whole_number("threads", args.threads),
         vision_feature_cache=int(questions > 1),

@@ -53,7 +53,10 @@ def test_other_things_that_are_no_bundle(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model.onnx").write_bytes(b"x")
     assert refusal(capsys, "model.onnx").startswith("model.onnx is a file; a bundle is a folder")
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
     assert "vtp-export --model org/name -o name-bundle" in refusal(capsys, "org/name")
+    (tmp_path / "org").mkdir()
+    assert "a bundle of the hub is hf://org/name" in refusal(capsys, "org/name")
     (tmp_path / "empty").mkdir()
     assert refusal(capsys, "empty").startswith(
         "empty is not a bundle: it has no manifest.json; make one with"

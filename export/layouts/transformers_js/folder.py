@@ -78,7 +78,7 @@ def lay_out(
     bundle = open_bundle(source)
     check_manifest(bundle.manifest, source)
     folder = checkpoint.resolve(model)
-    if folder.resolve().name != bundle.manifest.model.name:
+    if checkpoint.model_name(folder) != bundle.manifest.model.name:
         raise UsageError(
             f"the bundle {source} was made from the model {shown(bundle.manifest.model.name)}, not from "
             f"{folder}; give that one with --model"

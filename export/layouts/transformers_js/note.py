@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vtp.engines.disk.files import sha256
+from vtp.export.hub.card import front_matter
 from vtp.export.layouts.transformers_js.clients import Client
 from vtp.runtime.bundle.folder import Bundle
 from vtp.runtime.bundle.manifest import Manifest
@@ -52,10 +53,7 @@ def readme(bundle: Bundle, client: Client, dtypes: Mapping[str, str], browsers: 
     """The text of README.md; `browsers` says whether the graphs run there."""
     manifest = bundle.manifest
     height, width = manifest.image.fixed_size
-    return f"""---
-library_name: transformers.js
-pipeline_tag: image-text-to-text
----
+    return f"""{front_matter(manifest, LAYOUT)}
 
 # {manifest.model.name}, {_short(manifest)}
 

@@ -51,7 +51,7 @@ def test_a_cached_snapshot_is_used(
     refs.mkdir()
     (refs / "main").write_text("0123abc")
     assert checkpoint.resolve("org/name") == hub / "models--org--name" / "snapshots" / "0123abc"
-    checkpoint.load(checkpoint.resolve("org/name"), "float32")
+    assert checkpoint.load(checkpoint.resolve("org/name"), "float32").name == "org/name"
 
 
 def test_a_hub_that_never_answers(tmp_path: Path) -> None:

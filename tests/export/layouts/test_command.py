@@ -75,7 +75,8 @@ def test_unknown_layouts_are_refused(tmp_path: Path, capfd: pytest.CaptureFixtur
     code, line = refused(["--layout", "gguf", "-o", str(tmp_path / "out")], capfd)
     assert (code, line) == (2, "unknown layout 'gguf'; choose one of bundle, transformers.js")
     code, line = refused(["--from-bundle", "b", "-o", str(tmp_path / "out")], capfd)
-    assert (code, line) == (2, "--from-bundle goes with --layout transformers.js: it is a bundle already")
+    said = "--from-bundle goes with --layout transformers.js or --push-to-hub: it is a bundle already"
+    assert (code, line) == (2, said)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""Bundles of the Hugging Face hub: named, fetched into its cache, checked, and found there again."""

@@ -6,9 +6,11 @@ This folder is the import root: the rooms lie beside it, and a relative link for
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+TYPE_CHECKING = False  # as type checkers read it; typing itself takes longer to import than this module
 
 if TYPE_CHECKING:
+    from typing import Any
+
     from vtp.runtime import Pipeline
 
 __version__ = "0.1.0"

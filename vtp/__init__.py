@@ -11,16 +11,16 @@ TYPE_CHECKING = False  # as type checkers read it; typing itself takes longer to
 if TYPE_CHECKING:
     from typing import Any
 
-    from vtp.runtime import Pipeline
+    from vtp.runtime import Pipeline, VtpForImageTextToText
 
 __version__ = "0.1.0"
-__all__ = ["Pipeline", "__version__"]
+__all__ = ["Pipeline", "VtpForImageTextToText", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import `Pipeline` when it is first used."""
-    if name == "Pipeline":
-        from vtp.runtime import Pipeline
+    """Import what is asked for when it is first used."""
+    if name in ("Pipeline", "VtpForImageTextToText"):
+        import vtp.runtime
 
-        return Pipeline
+        return getattr(vtp.runtime, name)
     raise AttributeError(f"module 'vtp' has no attribute {name!r}")

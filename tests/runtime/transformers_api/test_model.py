@@ -86,7 +86,7 @@ FAMILIES: dict[str, tuple[Callable[..., Any], dict[str, Any], tuple[int, int]]] 
     ),
     "smolvlm": (lambda saved: saved(save_idefics3, kind="smolvlm")[0], {"image_size": (56, 56)}, (56, 56)),
 }
-SLOW = ("paligemma", "smolvlm")
+SLOW = ("gemma3", "paligemma", "smolvlm")  # the others share their bundles, or stand for several runs
 NAMES = ["llava", *(pytest.param(one, marks=pytest.mark.slow) if one in SLOW else one for one in FAMILIES)]
 
 

@@ -19,6 +19,7 @@ from vtp.bench.shapes.cached_bundle import Wanted, make
 from vtp.engines import UsageError, choose_engine, engine_names
 from vtp.engines.errors import shown
 from vtp.engines.versions import installed_version
+from vtp.export.method_files import method_names
 from vtp.runtime.bundle.folder import open_bundle
 from vtp.runtime.commands.arguments import (
     A_BUNDLE,
@@ -27,6 +28,7 @@ from vtp.runtime.commands.arguments import (
     add_json,
     add_keep_tokens,
     add_threads,
+    suggest,
     take_bundle,
 )
 from vtp.runtime.commands.console import Parser, Progress, run_command, say, say_json, table, whole_number
@@ -47,8 +49,10 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("bundle", nargs="?", metavar="BUNDLE", help=A_BUNDLE)
     add("--shape", metavar="NAME", help="instead: a full-size shape with random weights (made and kept)")
-    add("--method", default="vispruner", help="of a --shape (default: %(default)s)")
-    add("--dtype", default="float32", help="of a --shape: float32 or float16 (default: %(default)s)")
+    method = add("--method", default="vispruner", help="of a --shape (default: %(default)s)")
+    suggest(method, method_names())
+    dtype = add("--dtype", default="float32", help="of a --shape: float32 or float16 (default: %(default)s)")
+    suggest(dtype, ["float32", "float16"])
     add("--cache", metavar="DIR", help=f"where shapes are kept (default: ${CACHE} or ~/.cache/vtp-edge)")
     add_keep_tokens(parser, "one of the bundle's keep-counts; of a --shape: any")
     add("--image", metavar="FILE", help="the picture (default: one of the built-in examples)")

@@ -20,6 +20,7 @@ from vtp.runtime.commands.arguments import (
     add_engine,
     add_json,
     add_threads,
+    suggest,
     take_bundle,
     whole,
 )
@@ -33,11 +34,12 @@ def shared_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of data, metric, engine and report."""
     add = parser.add_argument
     add("--data", required=True, metavar="FILE", help="questions: JSONL, or a VQA set's file")
-    add("--format", default="auto", help=f"{', '.join(FORMATS)} (default: %(default)s)")
+    suggest(add("--format", default="auto", help=f"{', '.join(FORMATS)} (default: %(default)s)"), FORMATS)
     add("--images", metavar="DIR", help="folder of the pictures (default: beside the data)")
     add("--annotations", metavar="FILE", help="VQAv2's second file")
     add("--limit", type=whole, metavar="N", help="use the first N questions")
-    add("--metric", default="auto", help=f"{', '.join(METRICS)} (default: %(default)s)")
+    metric = add("--metric", default="auto", help=f"{', '.join(METRICS)} (default: %(default)s)")
+    suggest(metric, METRICS)
     add("--max-new-tokens", type=whole, default=NEW_TOKENS, metavar="N", help="default: %(default)s")
     add_engine(parser)
     add_threads(parser, "CPU threads of one operator (all cores; 1 on Ray)", type=whole)

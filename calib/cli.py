@@ -29,8 +29,8 @@ from vtp.runtime.hub.names import display_name
 _RESUMES = "every answer so far is written down, and the same command goes on from there"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of vtp-calib; returns the exit code."""
+def build_parser() -> argparse.ArgumentParser:
+    """The flags of vtp-calib and its commands."""
     parser = Parser(
         prog=PROG,
         description="Choose how many visual tokens to keep and how few bits to use, on your own data.",
@@ -41,7 +41,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     quantizing.add_arguments(
         commands.add_parser("quantize", help="a bundle in fewer bits, and what it costs")
     )
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of vtp-calib; returns the exit code."""
+    args = build_parser().parse_args(argv)
     work = {"keep": _keep, "score": _score, "quantize": quantizing.run}[args.command]
     return run_command(f"{PROG} {args.command}", lambda: work(args), args.debug, _RESUMES)
 

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import re
-from importlib import metadata
+from importlib import import_module, metadata
+
+
+def own_version() -> str:
+    """The version of vtp itself, which its import root says, installed or not."""
+    return str(import_module("vtp").__version__)
 
 
 def version_numbers(version: str) -> tuple[int, ...]:

@@ -13,9 +13,10 @@ from vtp.engines import UsageError, VtpError
 from vtp.engines.errors import shown
 from vtp.export.hub import command as hub
 from vtp.export.layouts import command as layouts
+from vtp.export.method_files import NONE, method_names, reduction_names
 from vtp.runtime.bundle.folder import Bundle
 from vtp.runtime.bundle.manifest import Manifest
-from vtp.runtime.commands.arguments import add_debug, add_json, add_overwrite
+from vtp.runtime.commands.arguments import add_debug, add_json, add_overwrite, suggest
 from vtp.runtime.commands.console import (
     Parser,
     Progress,
@@ -46,55 +47,61 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR|HUB_ID",
         help="model folder in Hugging Face layout (default: the built-in one)",
     )
-    add(
+    method = add(
         "--method",
         default="adaptprune",
         metavar="NAME|FILE.py:CLASS",
         help="pruning method (default: %(default)s)",
     )
+    suggest(method, method_names())
     add(
         "--keep-tokens", metavar="K[,K...|A:B:STEP]", help="visual tokens to keep (default: the method's own)"
     )
     add("--prune-ratio", metavar="R", help="fraction of visual tokens to drop, instead of --keep-tokens")
-    add(
+    tower = add(
         "--tower",
         default="none",
         metavar="NAME[:VALUE]",
         help="less work in the vision tower: ipcv[:KEEP], tome[:MERGE], downsample[:SIZE] or none (default: "
         "%(default)s)",
     )
+    suggest(tower, [NONE, *reduction_names()])
     add(
         "--tower-option", action="append", default=[], metavar="NAME=VALUE", help="an option of the reduction"
     )
     add("--method-option", action="append", default=[], metavar="NAME=VALUE", help="an option of the method")
-    add(
+    target = add(
         "--target",
         default="ort",
         help="what the bundle is for: ort, tensorrt or jetpack6 (default: %(default)s)",
     )
-    add("--dtype", help="float32 (default for target ort) or float16 (default for target tensorrt)")
+    suggest(target, ["ort", "tensorrt", "jetpack6"])
+    dtype = add("--dtype", help="float32 (default for target ort) or float16 (default for target tensorrt)")
+    suggest(dtype, ["float32", "float16"])
     add("--max-length", metavar="N", help="positions of one conversation: text + visual tokens + answer")
     add(
         "--image-size",
         metavar="WIDTHxHEIGHT",
         help="picture size that the bundle is made for, where the model takes several (one number: a square)",
     )
-    add(
+    fit = add(
         "--image-fit",
         default="letterbox",
         help="pictures of another shape: letterbox, stretch or refuse (default: %(default)s)",
     )
+    suggest(fit, ["letterbox", "stretch", "refuse"])
     add(
         "--frames",
         metavar="N",
         help="make a bundle for videos instead of pictures: N frames of each video are used",
     )
-    add(
+    verify = add(
         "--verify",
         default="full",
         help="compare the bundle with torch: full; layers, for a model larger than the memory; none "
         "(default: %(default)s)",
     )
+    suggest(verify, ["full", "layers", "none"])
     layouts.add_arguments(parser)
     hub.add_arguments(parser)
     add("-o", "--output", metavar="DIR", help="folder to write (default: bundle-METHOD)")
@@ -106,11 +113,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_debug(parser)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of vtp-export; returns the exit code."""
+def build_parser() -> argparse.ArgumentParser:
+    """The flags of vtp-export."""
     parser = Parser(prog=PROG, description=_DESCRIPTION)
     add_arguments(parser)
-    return run(parser.parse_args(argv))
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of vtp-export; returns the exit code."""
+    return run(build_parser().parse_args(argv))
 
 
 def run(args: argparse.Namespace) -> int:

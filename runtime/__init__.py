@@ -7,6 +7,7 @@ from vtp.runtime.decisions.decision import Decision
 from vtp.runtime.media.pictures import NO_PICTURE
 from vtp.runtime.pipeline import Pipeline, Stream
 from vtp.runtime.result import Result, Timings, TokenLogprob, VisualTokens
+from vtp.runtime.transformers_api.model import VtpForImageTextToText
 
 __all__ = [
     "NO_PICTURE",
@@ -21,5 +22,6 @@ __all__ = [
     "UsageError",
     "VisualTokens",
     "VtpError",
+    "VtpForImageTextToText",
     "open_bundle",
 ]

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from PIL import Image
 
@@ -33,6 +33,7 @@ from vtp.runtime.generation.stream import Stream
 from vtp.runtime.hub.bundles import local_bundle
 from vtp.runtime.machine.conditions import Conditions, conditions
 from vtp.runtime.machine.room import memory_room
+from vtp.runtime.media.given import instead_of
 from vtp.runtime.media.pictures import Images
 from vtp.runtime.opening import Opening
 from vtp.runtime.prompt.messages import Messages
@@ -164,10 +165,12 @@ class Pipeline:
     @takes_options
     def generate(
         self,
-        image: Images,
+        image: Images | None = None,
         prompt: str | None = None,
         *,
         messages: Messages | None = None,
+        image_features: Any = None,
+        image_embeds: Any = None,
         **options: Unpack[OptionKeywords],
     ) -> Result:
         """Answer a prompt about a picture, or about several; with a bundle made for videos, about one.
@@ -180,13 +183,20 @@ class Pipeline:
         messages        several turns, as chat templates take them: {"role": ..., "content": str or a list of
                         {"type": "image"} (or "video") and {"type": "text", "text": ...}}; without an image
                         entry the pictures join the first user turn
+        image_features, image_embeds  instead of `image`, what an encoder elsewhere made of it: the tensor
+                        of that name, as the vision encoder's graph or the projector's gives it (an array
+                        [pictures,rows,width], or [rows,width] of one). image_features are all N rows before
+                        any pruning; image_embeds are in the decoder's width: K rows where the method prunes
+                        before the projector, else N. If the method needs more there (attention scores), a
+                        dict of tensors by name; a refusal names them and their shapes
         options         see `GenerateOptions`: max_new_tokens, keep_tokens or budget_ms, temperature, top_p,
                         seed, repetition_penalty, stop, skip_special_tokens, allow_special_tokens, timeout_ms,
                         logprobs, response_format
 
         Raises UsageError for a bad argument and VtpError for a picture or prompt that cannot be served.
         """
-        stream = self.stream(image, prompt, messages=messages, **options)
+        given = {"image_features": image_features, "image_embeds": image_embeds}
+        stream = self.stream(image, prompt, messages=messages, **given, **options)
         for _ in stream:
             pass
         return stream.result
@@ -194,17 +204,20 @@ class Pipeline:
     @takes_options
     def stream(
         self,
-        image: Images,
+        image: Images | None = None,
         prompt: str | None = None,
         *,
         messages: Messages | None = None,
+        image_features: Any = None,
+        image_embeds: Any = None,
         **options: Unpack[OptionKeywords],
     ) -> Stream:
         """Like `generate`, piece by piece: iterate for text, then read `.result`; `.cancel()` ends it.
 
         The time between this call and the first `next()` is counted neither in timings nor in `timeout_ms`.
         """
-        answer = self.prepare(image, prompt, messages, GenerateOptions(**options))
+        pictures = instead_of(image, image_features, image_embeds)
+        answer = self.prepare(pictures, prompt, messages, GenerateOptions(**options))
         answer.request.pictures.load(answer.request.timings)
         answer.request.clock.pause()
         return Stream(answer, self._write(answer))

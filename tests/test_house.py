@@ -17,6 +17,7 @@ from setuptools import find_namespace_packages
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 FIND = PROJECT["tool"]["setuptools"]["packages"]["find"]
+ROOT_FILES = [ROOT / "vtp" / name for name in ("__init__.py", "__main__.py", "entry.py")]
 ROOMS = ("engines", "runtime", "export", "calib", "serve", "scenes", "bench")
 HEAVY = {
     "torch",
@@ -95,11 +96,11 @@ def room(module: str) -> str:
 
 
 def test_the_import_root_links_to_every_room() -> None:
-    """`vtp/` holds its own two files and a relative link for each room: nothing more, nothing less."""
+    """`vtp/` holds its own files and a relative link for each room: nothing more, nothing less."""
     links = {path.name: path.readlink() for path in (ROOT / "vtp").iterdir() if path.is_symlink()}
     assert links == {name: Path("..") / name for name in ROOMS if (ROOT / name).is_dir()}
     plain = {path.name for path in (ROOT / "vtp").iterdir() if not path.is_symlink()} - {"__pycache__"}
-    assert plain == {"__init__.py", "py.typed"}
+    assert plain == {"py.typed", *(path.name for path in ROOT_FILES)}
 
 
 def test_every_folder_of_sources_is_a_package() -> None:
@@ -135,7 +136,7 @@ def test_the_wheel_holds_every_module_once_and_no_study() -> None:
     found = [path.resolve() for path in shipped()]
     apart = ("bench/studies/", "scenes/training/")
     wanted = [path for path in MODULES.values() if not str(path.relative_to(ROOT)).startswith(apart)]
-    assert sorted(found) == sorted([*wanted, ROOT / "vtp/__init__.py"])
+    assert sorted(found) == sorted([*wanted, *ROOT_FILES])
 
 
 def test_nothing_that_is_shipped_writes_beside_itself() -> None:

@@ -6,19 +6,21 @@ This folder is the import root: the rooms lie beside it, and a relative link for
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+TYPE_CHECKING = False  # as type checkers read it; typing itself takes longer to import than this module
 
 if TYPE_CHECKING:
-    from vtp.runtime import Pipeline
+    from typing import Any
+
+    from vtp.runtime import Pipeline, VtpForImageTextToText
 
 __version__ = "0.1.0"
-__all__ = ["Pipeline", "__version__"]
+__all__ = ["Pipeline", "VtpForImageTextToText", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import `Pipeline` when it is first used."""
-    if name == "Pipeline":
-        from vtp.runtime import Pipeline
+    """Import what is asked for when it is first used."""
+    if name in ("Pipeline", "VtpForImageTextToText"):
+        import vtp.runtime
 
-        return Pipeline
+        return getattr(vtp.runtime, name)
     raise AttributeError(f"module 'vtp' has no attribute {name!r}")

@@ -32,7 +32,7 @@ from vtp.engines.errors import shown
 from vtp.runtime import Pipeline
 from vtp.runtime.bundle.folder import MANIFEST, Bundle, check_output, open_bundle, whole_bundle
 from vtp.runtime.bundle.manifest import Manifest
-from vtp.runtime.commands.arguments import A_BUNDLE, add_overwrite, real, take_bundle, whole
+from vtp.runtime.commands.arguments import A_BUNDLE, add_overwrite, real, suggest, take_bundle, whole
 from vtp.runtime.commands.console import Progress, say, say_json, table
 
 if TYPE_CHECKING:
@@ -51,8 +51,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of vtp-calib quantize."""
     add = parser.add_argument
     add("bundle", metavar="BUNDLE", help=A_BUNDLE)
-    add("--vision", default="int8", help="vision encoder and projector: int8 or none (default: %(default)s)")
-    add("--decoder", default="int4", help="the decoder's weights: int4 or none (default: %(default)s)")
+    vision = add(
+        "--vision", default="int8", help="vision encoder and projector: int8 or none (default: %(default)s)"
+    )
+    suggest(vision, _VISION)
+    decoder = add(
+        "--decoder", default="int4", help="the decoder's weights: int4 or none (default: %(default)s)"
+    )
+    suggest(decoder, _DECODER)
     add("--output", metavar="DIR", help="the new bundle (default: BUNDLE-quantized)")
     add_overwrite(parser)
     add(
@@ -70,11 +76,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="points of accuracy that it may lose (default: %(default)s)",
     )
     add("--force", action="store_true", help="write the bundle even if it loses more")
-    add("--block", type=whole, default=32, help="int4 weights that share a scale (default: %(default)s)")
-    add(
+    block = add(
+        "--block", type=whole, default=32, help="int4 weights that share a scale (default: %(default)s)"
+    )
+    suggest(block, map(str, _BLOCKS))
+    activations = add(
         "--activations", default="auto", help="auto, uint8 or int8: how int8 is stored (default: %(default)s)"
     )
-    add("--head", default="float", help="a head tied to the embedding: float, or int4 (default: %(default)s)")
+    suggest(activations, _ACTIVATIONS)
+    head = add(
+        "--head", default="float", help="a head tied to the embedding: float, or int4 (default: %(default)s)"
+    )
+    suggest(head, _HEADS)
     shared_arguments(parser)
 
 

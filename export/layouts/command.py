@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from vtp.engines import UsageError
 from vtp.engines.errors import shown
-from vtp.runtime.commands.arguments import take_bundle
+from vtp.runtime.commands.arguments import suggest, take_bundle
 
 if TYPE_CHECKING:
     from vtp.export.layouts.transformers_js.folder import Written
@@ -24,12 +24,13 @@ _DECIDED_LISTS = ("method_option", "tower_option")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags to a parser."""
-    parser.add_argument(
+    layout = parser.add_argument(
         "--layout",
         default=BUNDLE,
         help="what the folder is for: bundle (vtp's own commands) or transformers.js, which npm's "
         "@huggingface/transformers loads in Node and in browsers (default: %(default)s)",
     )
+    suggest(layout, LAYOUTS)
     parser.add_argument(
         "--from-bundle",
         metavar="BUNDLE",

@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
-import pkgutil
 import re
 import sys
 from collections.abc import Iterable
@@ -18,14 +17,11 @@ from types import ModuleType
 from typing import Any
 
 from vtp.engines.errors import UsageError, nearest
+from vtp.export.method_files import NONE, method_names
 from vtp.export.named_options import read_options
 from vtp.export.pruners.base import Pruner
 from vtp.export.pruners.site import Site
 
-NONE = "none"
-
-# Modules of this package that are no methods.
-_SUPPORT = {"base", "greedy", "merge", "ops", "registry", "site"}
 _PACKAGE = __name__.rpartition(".")[0]
 
 # What a pruner may ask for, by the kind of its site.
@@ -47,12 +43,6 @@ CUES: dict[str, tuple[str, ...]] = {
 POSITIONS = ("compact", "original")
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
-
-
-def method_names() -> list[str]:
-    """Every method the command line knows: "none", then the files of this package, sorted."""
-    files = (module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)]))
-    return [NONE, *sorted(name for name in files if name not in _SUPPORT and not name.startswith("_"))]
 
 
 def find_method(name: str) -> type[Pruner]:

@@ -3,24 +3,14 @@
 from __future__ import annotations
 
 import importlib
-import pkgutil
 from collections.abc import Sequence
-from pathlib import Path
 
 from vtp.engines.errors import UsageError, nearest, quoted
+from vtp.export.method_files import NONE, reduction_names
 from vtp.export.named_options import read_options
 from vtp.export.towers.base import TowerReduction
 
-NONE = "none"
-
-_SUPPORT = {"base", "blocks", "registry"}
 _PACKAGE = __name__.rpartition(".")[0]
-
-
-def reduction_names() -> list[str]:
-    """Every reduction: the files of this package, sorted."""
-    files = (module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)]))
-    return sorted(name for name in files if name not in _SUPPORT)
 
 
 def find_reduction(name: str) -> type[TowerReduction]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,6 +32,11 @@ def real(text: str) -> float:
     return _read(real_number, text)
 
 
+def suggest(action: argparse.Action, names: Iterable[str]) -> None:
+    """Have a shell's completion offer these values of a flag, which takes others as well."""
+    action.suggestions = tuple(names)  # type: ignore[attr-defined]
+
+
 def add_debug(parser: argparse.ArgumentParser) -> None:
     """`--debug`, which every command has: see `run_command`."""
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
@@ -44,13 +49,14 @@ def add_json(parser: argparse.ArgumentParser, what: str = "print one JSON object
 
 def add_engine(parser: argparse.ArgumentParser) -> None:
     """`--engine`, by name or "auto"."""
-    names = ", ".join(engine_names())
-    parser.add_argument(
+    names = engine_names()
+    engine = parser.add_argument(
         "--engine",
         default=AUTO,
         metavar="ENGINE[,STAGE=ENGINE...]",
-        help=f"one of {names} (default: %(default)s); stages that another one runs behind it",
+        help=f"one of {', '.join(names)} (default: %(default)s); stages that another one runs behind it",
     )
+    suggest(engine, [AUTO, *(name for name in names if name != AUTO)])
 
 
 def add_threads(

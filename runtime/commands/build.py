@@ -20,7 +20,7 @@ from vtp.engines.tensorrt.library import LIBRARIES, BuildOptions, Profile, load_
 from vtp.runtime.bundle.folder import Bundle, open_bundle
 from vtp.runtime.bundle.manifest import SINGLE, GraphInfo
 from vtp.runtime.bundle.memory import bundle_memory
-from vtp.runtime.commands.arguments import add_debug, add_json, take_bundle
+from vtp.runtime.commands.arguments import add_debug, add_json, suggest, take_bundle
 from vtp.runtime.commands.console import Parser, Progress, run_command, say, say_json, table, whole_number
 from vtp.runtime.example_input import PROMPT
 from vtp.runtime.machine.facts import Machine, look
@@ -55,11 +55,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog=PROG, description="Build a bundle's graphs with TensorRT, on the device itself.")
     add = parser.add_argument
     add("bundle", metavar="BUNDLE", help=_A_BUNDLE)
-    add("--engine", metavar="NAME", help=f"one of {', '.join(LIBRARIES)}")
+    suggest(add("--engine", metavar="NAME", help=f"one of {', '.join(LIBRARIES)}"), LIBRARIES)
     add("--triton", metavar="DIR", help="write a model repository for NVIDIA's Triton server instead")
     add("-o", "--output", metavar="DIR", help="where engines are kept (default: in ~/.cache/vtp/engines)")
     add("--workspace-mb", metavar="N", default="1024", help="memory for one layer (default: %(default)s)")
-    add("--plugin", metavar="NAME", help=f"kernel to use where it answers as ONNX Runtime: {PLUGINS[0]}")
+    plugin = add(
+        "--plugin", metavar="NAME", help=f"kernel to use where it answers as ONNX Runtime: {PLUGINS[0]}"
+    )
+    suggest(plugin, PLUGINS)
     add("--image", metavar="FILE", help="picture to compare engines on (default: a generated one)")
     add("--prompt", metavar="TEXT", default=PROMPT, help="prompt to compare engines on")
     add("--again", action="store_true", help="compare engines again that were compared on this GPU")

@@ -20,6 +20,7 @@ from typing import Any, NoReturn, TextIO
 
 from vtp.engines import UsageError, VtpError
 from vtp.engines.errors import MESSAGE_LENGTH, UNSAFE, escape, one_line, shown
+from vtp.engines.versions import own_version
 
 DONE, FAILED, BAD_USAGE, INTERRUPTED = 0, 1, 2, 130
 LEFT = "nothing was left behind"
@@ -39,7 +40,16 @@ class Terminated(KeyboardInterrupt):
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose complaints are one line, like every other error of these commands."""
+    """An argument parser whose complaints are one line, like every other error of these commands.
+
+    It has `--version`.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        """Make the parser with argparse's own keyword arguments."""
+        super().__init__(**settings)
+        version = f"{(self.prog or '').partition(' ')[0]} {own_version()}"
+        self.add_argument("--version", action="version", version=version, help="show the version and exit")
 
     def error(self, message: str) -> NoReturn:
         """Print one line and leave with exit code 2."""

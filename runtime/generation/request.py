@@ -14,6 +14,7 @@ from vtp.runtime.generation.logprobs import alternatives
 from vtp.runtime.generation.options import GenerateOptions
 from vtp.runtime.generation.sampling import Sampler
 from vtp.runtime.generation.stopping import Clock, StopSignal
+from vtp.runtime.media.given import Encoded, encoded_pictures
 from vtp.runtime.media.pictures import Images, Pictures
 from vtp.runtime.prompt.messages import Messages, with_media
 from vtp.runtime.prompt.prompter import Prompt, Prompter, PromptTooLong, StopStrings
@@ -61,19 +62,23 @@ class RequestMaker:
 
     def make(
         self,
-        image: Images,
-        prompt: str | None,
+        image: Images | Encoded | Pictures,
+        prompt: str | Prompt | None,
         messages: Messages | None,
         options: GenerateOptions,
         keep: int,
         clock: Clock,
         stop_signal: StopSignal,
     ) -> Request:
-        """Everything but the pixels, checked; errors that show without them come before any is decoded."""
+        """Everything but the pixels, checked; errors that show without them come before any is decoded.
+
+        image   also what was made of the pictures elsewhere, or pictures that are ready
+        prompt  also one that is tokenized
+        """
         timings, sampler = Timings(), options.sampler()
         skip = flag("skip_special_tokens", options.skip_special_tokens)
         special = flag("allow_special_tokens", options.allow_special_tokens)
-        pictures = self._pictures(image, timings)
+        pictures = self._pictures(image, keep, timings)
         request = Request(
             pictures=pictures,
             prompt=self._encode(prompt, messages, len(pictures), special, timings),
@@ -92,9 +97,12 @@ class RequestMaker:
         self._check_room(request)
         return request
 
-    def _pictures(self, image: Images, timings: Timings) -> Pictures:
+    def _pictures(self, image: Images | Encoded | Pictures, keep: int, timings: Timings) -> Pictures:
         """The pictures of one prompt, or its video, checked and not yet decoded."""
-        pictures = Pictures(image, self._manifest.image)
+        if isinstance(image, Encoded):
+            pictures: Pictures = encoded_pictures(image, self._manifest, keep)
+        else:
+            pictures = image if isinstance(image, Pictures) else Pictures(image, self._manifest.image)
         if len(pictures) > 1:
             self._check_several(len(pictures))
         pictures.check(timings)
@@ -121,10 +129,18 @@ class RequestMaker:
             )
 
     def _encode(
-        self, prompt: str | None, messages: Messages | None, pictures: int, special: bool, timings: Timings
+        self,
+        prompt: str | Prompt | None,
+        messages: Messages | None,
+        pictures: int,
+        special: bool,
+        timings: Timings,
     ) -> Prompt:
         if (prompt is None) == (messages is None):
             raise UsageError("give either a prompt or messages, not both and not neither")
+        if isinstance(prompt, Prompt):
+            self._check_ids(prompt)
+            return prompt
         with timings.measure("tokenize"):
             if prompt is not None:
                 turns: Messages = self._prompter.messages_for(prompt, pictures)

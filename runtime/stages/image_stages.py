@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
-from vtp.engines import Binding, Value, capabilities
+from vtp.engines import Binding, UsageError, Value, capabilities
 from vtp.runtime.opening import Opening
 from vtp.runtime.result import Timings
+from vtp.runtime.stages.boundary import EMBEDS, FEATURES, find_boundary
 from vtp.runtime.stages.opened import OpenedStages
 from vtp.runtime.stages.stage import Check, Stage, run_stages
 from vtp.runtime.stages.vision_feature_cache import (
@@ -87,6 +88,27 @@ class PlainImages:
         """pixel_values of several pictures, as the graphs want them."""
         pixels = pictures[0] if len(pictures) == 1 else np.concatenate(pictures)
         return pixels.astype(self._opened.dtype_of("pixel_values"), copy=False)
+
+
+class EncodedImages(PlainImages):
+    """Image stages from a boundary on: what the earlier ones give was made elsewhere.
+
+    A picture is then a dict of its tensors by the pipeline's names, as `vtp.runtime.media.given` checks them.
+    """
+
+    def _run_one_group(
+        self, keep: int, pixels: Any, places: Sequence[int], timings: Timings, check: Check
+    ) -> dict[str, Value]:
+        values = {name: self._opened.put(array) for name, array in pixels.items()}
+        stages = self._opened.stages("image", keep)
+        entered = find_boundary(self._opened.manifest, keep, EMBEDS if EMBEDS in values else FEATURES)
+        run_stages(stages[entered.after :], values, timings, check=check)
+        return values
+
+    def _stacked(self, pictures: Sequence[Any]) -> Any:
+        if any(not isinstance(one, dict) or set(one) != set(pictures[0]) for one in pictures):
+            raise UsageError("the prompts of one batch were given different tensors; ask them one by one")
+        return {name: np.concatenate([one[name] for one in pictures]) for name in pictures[0]}
 
 
 class DelegatedImages(PlainImages):

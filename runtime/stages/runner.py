@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -13,7 +14,7 @@ from vtp.engines import Binding, Engine, Value, VtpError
 from vtp.runtime.bundle.folder import Bundle
 from vtp.runtime.opening import Opening, open_stage
 from vtp.runtime.result import Timings
-from vtp.runtime.stages.image_stages import choose_image_stages
+from vtp.runtime.stages.image_stages import EncodedImages, choose_image_stages
 from vtp.runtime.stages.kv_cache import KvCache
 from vtp.runtime.stages.opened import OpenedStages
 from vtp.runtime.stages.prefix_cache import Prefix
@@ -57,6 +58,7 @@ class StageRunner:
         skip = None if opening.image is None else "image"
         self._opened = OpenedStages(bundle, engine, open_engine, prefix, skip)
         self.images = choose_image_stages(self._opened, opening, engine, features)
+        self._encoded = EncodedImages(self._opened)
         self._manifest = bundle.manifest
         self._prefix = prefix
         self._batch = 1
@@ -157,7 +159,7 @@ class StageRunner:
     def prefill_rows(
         self,
         keep: int,
-        pictures: Sequence[np.ndarray],
+        pictures: Sequence[Any],
         rows: Sequence[Row],
         timings: Timings,
         check: Check = never_interrupt,
@@ -165,7 +167,8 @@ class StageRunner:
         """Start new conversations: image stages on every picture, then prompt stages on all rows together.
 
         pictures  pixel_values of one picture each, in the order of the rows and of the places within them;
-                  every row has the same number of them, which may be 0
+                  every row has the same number of them, which may be 0. Or a dict each of what earlier
+                  stages would give (see `EncodedImages`)
         check     is called before each stage, and may raise to end the run there
 
         Rows of unequal length are padded on the right. Returns every tensor that flowed, by the pipeline's
@@ -176,7 +179,8 @@ class StageRunner:
         lengths = np.array([len(row.ids) for row in rows], np.int32)
         padding = lengths.max() - lengths
         ids = [[*row.ids, *[_PADDING] * int(short)] for row, short in zip(rows, padding, strict=True)]
-        values = self.images.run(keep, pictures, len(rows), timings, check) if pictures else {}
+        images = self._encoded if any(isinstance(one, dict) for one in pictures) else self.images
+        values = images.run(keep, pictures, len(rows), timings, check) if pictures else {}
         values["input_ids"] = put(np.array(ids, np.int64))
         values["text_length"] = put(lengths.astype(np.int64))
         if pictures:

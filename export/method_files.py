@@ -1,0 +1,29 @@
+"""Names of the methods and tower reductions: their files are listed, and nothing is imported."""
+
+from __future__ import annotations
+
+import pkgutil
+from pathlib import Path
+
+NONE = "none"
+
+# Modules of their packages that are not methods, or not reductions.
+_SUPPORT = {
+    "pruners": {"base", "greedy", "merge", "ops", "registry", "site"},
+    "towers": {"base", "blocks", "registry"},
+}
+
+
+def method_names() -> list[str]:
+    """Every method the command line knows: "none", then the files of `pruners/`, sorted."""
+    return [NONE, *_files_of("pruners")]
+
+
+def reduction_names() -> list[str]:
+    """Every tower reduction: the files of `towers/`, sorted."""
+    return _files_of("towers")
+
+
+def _files_of(package: str) -> list[str]:
+    files = (module.name for module in pkgutil.iter_modules([str(Path(__file__).parent / package)]))
+    return sorted(name for name in files if name not in _SUPPORT[package] and not name.startswith("_"))

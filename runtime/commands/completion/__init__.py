@@ -1,0 +1,1 @@
+"""Completion of the commands in shells: scripts made of the commands' own parsers."""

@@ -160,7 +160,7 @@ def test_another_torch_is_left_to_itself(name: str, monkeypatch: pytest.MonkeyPa
 FAMILIES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "llava": (save_tiny, "adaptprune"),
     "next": (lambda path: save_anyres(path, "llava_next"), "vispruner"),
-    "onevision": (lambda path: save_anyres(path, "llava_onevision"), "sparsevlm"),
+    "onevision": (lambda path: save_anyres(path, "llava_onevision"), "focal"),
     "qwen2": (lambda path: save_qwen(path, "qwen2_vl"), "visionzip"),
     "qwen3": (lambda path: save_qwen(path, "qwen3_vl"), "fastv"),
     "internvl": (save_internvl, "dart"),

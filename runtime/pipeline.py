@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -30,6 +29,7 @@ from vtp.runtime.generation.options import DEFAULT_NEW_TOKENS, GenerateOptions, 
 from vtp.runtime.generation.request import Request, RequestMaker
 from vtp.runtime.generation.stopping import Clock, StopSignal
 from vtp.runtime.generation.stream import Stream
+from vtp.runtime.generation.turn import Turn, seconds_to_wait
 from vtp.runtime.machine.conditions import Conditions, conditions
 from vtp.runtime.machine.room import memory_room
 from vtp.runtime.media.pictures import Images
@@ -53,8 +53,8 @@ class Pipeline:
     """Answers prompts about pictures from one bundle.
 
     One Pipeline serves one thread and one generation at a time: a second call while one runs (or while a
-    stream is open) raises VtpError. Use one Pipeline per thread. A context manager; `close()` frees the
-    graphs.
+    stream is open) raises `Busy`, at once or after `wait=` seconds. Use one Pipeline per thread. A context
+    manager; `close()` frees the graphs.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class Pipeline:
         self._runner: StageRunner | None = StageRunner(
             bundle, self.engine, threads, chosen.opening(opening), prefix, self._features
         )
-        self._busy = threading.Lock()
+        self._turn = Turn()
         self._threads = threads
 
     @classmethod
@@ -160,6 +160,7 @@ class Pipeline:
         prompt: str | None = None,
         *,
         messages: Messages | None = None,
+        wait: bool | float = False,
         **options: Unpack[OptionKeywords],
     ) -> Result:
         """Answer a prompt about a picture, or about several; with a bundle made for videos, about one.
@@ -172,13 +173,16 @@ class Pipeline:
         messages        several turns, as chat templates take them: {"role": ..., "content": str or a list of
                         {"type": "image"} (or "video") and {"type": "text", "text": ...}}; without an image
                         entry the pictures join the first user turn
+        wait            while the pipeline answers another thread: seconds to wait for its turn, True for as
+                        long as it takes; `timeout_ms` counts meanwhile, and bounds it
         options         see `GenerateOptions`: max_new_tokens, keep_tokens or budget_ms, temperature, top_p,
                         seed, repetition_penalty, stop, skip_special_tokens, allow_special_tokens, timeout_ms,
                         logprobs, response_format
 
-        Raises UsageError for a bad argument and VtpError for a picture or prompt that cannot be served.
+        Raises UsageError for a bad argument, VtpError for a picture or prompt that cannot be served, and
+        `Busy` while the pipeline answers somebody else.
         """
-        stream = self.stream(image, prompt, messages=messages, **options)
+        stream = self.stream(image, prompt, messages=messages, wait=wait, **options)
         for _ in stream:
             pass
         return stream.result
@@ -190,16 +194,21 @@ class Pipeline:
         prompt: str | None = None,
         *,
         messages: Messages | None = None,
+        wait: bool | float = False,
         **options: Unpack[OptionKeywords],
     ) -> Stream:
         """Like `generate`, piece by piece: iterate for text, then read `.result`; `.cancel()` ends it.
 
         The time between this call and the first `next()` is counted neither in timings nor in `timeout_ms`.
         """
-        answer = self.prepare(image, prompt, messages, GenerateOptions(**options))
+        asked = GenerateOptions(**options)
+        answer, seconds = (
+            self.prepare(image, prompt, messages, asked),
+            seconds_to_wait(wait, asked.timeout_ms),
+        )
         answer.request.pictures.load(answer.request.timings)
         answer.request.clock.pause()
-        return Stream(answer, self._write(answer))
+        return Stream(answer, self._write(answer, seconds))
 
     def prepare_format(self, options: GenerateOptions) -> None:
         """Compile the form that answers are to have, as far as it is not known; safe from any thread.
@@ -230,6 +239,7 @@ class Pipeline:
         budget_ms: float | None = None,
         allow_special_tokens: bool = False,
         timeout_ms: float | None = None,
+        wait: bool | float = False,
     ) -> Decision:
         """How likely each of a few answers is, from one prefill: no token is generated.
 
@@ -241,7 +251,7 @@ class Pipeline:
                     score by its number). "texts": the prompt is the question alone, and the answers' own
                     first tokens are compared, which must differ
         temperature of the answers among each other; 1: the model's own probabilities
-        keep_tokens, budget_ms, allow_special_tokens, timeout_ms  as in `generate`
+        keep_tokens, budget_ms, allow_special_tokens, timeout_ms, wait  as in `generate`
 
         The model's rules about logits (penalties, bans) are not applied. Raises as `generate` does, and
         VtpError if the time is over before it is decided.
@@ -258,7 +268,7 @@ class Pipeline:
             ),
             temperature,
         )
-        with self.claimed() as runner:
+        with self.claimed(seconds_to_wait(wait, timeout_ms)) as runner:
             return decide(runner, answer)
 
     def prepare_decision(
@@ -277,6 +287,7 @@ class Pipeline:
         *,
         messages: Sequence[Messages] | None = None,
         batch_size: int | None = None,
+        wait: bool | float = False,
         **options: Unpack[OptionKeywords],
     ) -> list[Result]:
         """Answer several prompts, each about its own picture (or list of pictures), in batches.
@@ -298,6 +309,7 @@ class Pipeline:
         asked, clock = GenerateOptions(**options), Clock()
         count = check_lists(images, prompts, messages)
         stop_signal = StopSignal(clock, asked.timeout_ms)
+        seconds = seconds_to_wait(wait, asked.timeout_ms)
         most = self.batch_size
         together = most if batch_size is None else min(most, whole("batch_size", batch_size))
         keep = self._keep(asked)
@@ -314,7 +326,7 @@ class Pipeline:
             ),
         )
         answers = [self._answer(request) for request in requests]
-        with self.claimed() as runner:
+        with self.claimed(seconds) as runner:
             for places in batches(requests, together):
                 for place in places:
                     with about(place, count):
@@ -323,6 +335,11 @@ class Pipeline:
                 for place in places:
                     requests[place].pictures.release()
         return [answer.result for answer in answers]
+
+    @property
+    def keep_counts(self) -> tuple[int, ...]:
+        """What `keep_tokens` may be, ascending; `manifest.visual.default_keep` is taken without it."""
+        return tuple(sorted(self.manifest.visual.keep))
 
     @property
     def batch_size(self) -> int:
@@ -360,6 +377,12 @@ class Pipeline:
             if self._features:
                 self._features.clear()
 
+    def __repr__(self) -> str:
+        visual, keeps = self.manifest.visual, ", ".join(map(str, self.keep_counts))
+        runs = f"on {self._chosen.label}" if self._runner else "closed"
+        tokens = f"{visual.count} → {visual.default_keep} visual tokens (keep_counts {keeps})"
+        return f"<Pipeline {quoted(str(self.bundle.folder))} {runs}: {self.manifest.method.name}, {tokens}>"
+
     def __enter__(self) -> Pipeline:
         return self
 
@@ -386,10 +409,10 @@ class Pipeline:
     def _answer(self, request: Request) -> Answer:
         return Answer(request, self.manifest, self._prompter)
 
-    def _write(self, answer: Answer) -> Generator[str, None, None]:
+    def _write(self, answer: Answer, seconds: float) -> Generator[str, None, None]:
         """The pieces of an answer; leaving the generator by any door frees the pipeline."""
         answer.request.clock.go_on()
-        with self.claimed() as runner:
+        with self.claimed(seconds) as runner:
             yield from write(runner, answer)
 
     def measured_times(self, what: str = "this") -> dict[int, float]:
@@ -408,18 +431,11 @@ class Pipeline:
         return conditions(self._chosen.label, self._threads)
 
     @contextmanager
-    def claimed(self) -> Iterator[StageRunner]:
-        """The stages, for one generation (or one scheduler) alone; VtpError while another has them."""
-        runner = self._open_runner()
-        if not self._busy.acquire(blocking=False):
-            raise VtpError(
-                "this pipeline is busy: it serves one generation at a time; finish or cancel the open "
-                "stream, close the scheduler that has it, or load one Pipeline per thread"
-            )
-        try:
-            yield runner
-        finally:
-            self._busy.release()
+    def claimed(self, seconds: float = 0) -> Iterator[StageRunner]:
+        """The stages, for one generation (or one scheduler) alone; `Busy` unless free within `seconds`."""
+        self._open_runner()
+        with self._turn.taken(seconds):
+            yield self._open_runner()  # it may have been closed meanwhile
 
     def _open_runner(self) -> StageRunner:
         if self._runner is None:

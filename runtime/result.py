@@ -53,8 +53,9 @@ class TokenLogprob:
 
     token    its text; the sign U+FFFD stands for parts of characters
     id       its number
-    bytes    what it is in UTF-8: joined, those of an answer are its text, also where a character has several
-             tokens (a first word's leading space and hidden special tokens are not part of the text)
+    bytes    what it is in UTF-8: joined, those of an answer are its raw_text, also where a character has
+             several tokens (hidden special tokens are not part of it, nor, with some tokenizers, a first
+             word's leading space)
     logprob  natural logarithm of its probability: see `vtp.runtime.generation.logprobs`
     top      the most likely tokens at its place, most likely first, if they were asked for
     """
@@ -77,7 +78,7 @@ class TokenLogprob:
 class Result:
     """One answer.
 
-    text            the answer, without special tokens
+    raw_text        the answer, without special tokens: what the pieces of its stream join to
     token_ids       the generated ids, an end-of-sequence id included
     visual_tokens   (before, after), of all pictures together
     kept            indices of the kept visual tokens, raster order, within 0 .. before - 1; of a prompt with
@@ -91,7 +92,7 @@ class Result:
                     not for the one that ended it, nor for what a stop string cut off
     """
 
-    text: str
+    raw_text: str
     token_ids: list[int]
     visual_tokens: VisualTokens
     kept: list[Any]
@@ -101,11 +102,17 @@ class Result:
     tower: dict[str, Any] | None = None
     logprobs: list[TokenLogprob] | None = None
 
+    @property
+    def text(self) -> str:
+        """The answer without the space that many models begin their first word with; `raw_text` has it."""
+        return self.raw_text.removeprefix(" ")
+
     def to_json(self) -> dict[str, Any]:
         """The object that `vtp-run --json` prints."""
         logprobs = {} if self.logprobs is None else {"logprobs": [one.to_json() for one in self.logprobs]}
         return {
             "text": self.text,
+            "raw_text": self.raw_text,
             "token_ids": self.token_ids,
             "visual_tokens": self.visual_tokens._asdict(),
             "tower": self.tower,

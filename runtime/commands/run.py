@@ -190,9 +190,9 @@ def _answer_one(pipe: Pipeline, args: argparse.Namespace) -> None:
     else:
         images = [load_image(image) for image in args.image]
     stream = pipe.stream(images or NO_PICTURE, args.prompt, **_options(args))
-    for piece in stream:
+    for number, piece in enumerate(stream):
         if not args.json:
-            say_piece(piece)
+            say_piece(piece if number else piece.removeprefix(" "))  # together `Result.text`
     if args.show_kept:
         save_picture(_shown(images, pipe.manifest, stream.result.kept), args.show_kept)
     if args.json:

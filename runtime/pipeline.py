@@ -165,9 +165,9 @@ class Pipeline:
     ) -> Result:
         """Answer a prompt about a picture, or about several; with a bundle made for videos, about one.
 
-        image           path, bytes, PIL image or uint8 RGB array [H,W,3]; or a list of such. A video is a
-                        list of frames, a uint8 array [frames,H,W,3], a folder of pictures or a file (see
-                        `vtp.runtime.media.videos`); of more frames than the bundle takes, a sample is used.
+        image           path, bytes, PIL image, uint8 array [H,W,3] or torch tensor; or a list of such. A
+                        video is a list of frames, a uint8 array [frames,H,W,3], a folder of pictures or a
+                        file (see `vtp.runtime.media.videos`); of more frames than needed, a sample is used.
                         NO_PICTURE: the prompt has none
         prompt          the user's words; or
         messages        several turns, as chat templates take them: {"role": ..., "content": str or a list of
@@ -177,7 +177,7 @@ class Pipeline:
                         long as it takes; `timeout_ms` counts meanwhile, and bounds it
         options         see `GenerateOptions`: max_new_tokens, keep_tokens or budget_ms, temperature, top_p,
                         seed, repetition_penalty, stop, skip_special_tokens, allow_special_tokens, timeout_ms,
-                        logprobs, response_format
+                        logprobs, response_format, color ("bgr": arrays of OpenCV)
 
         Raises UsageError for a bad argument, VtpError for a picture or prompt that cannot be served, and
         `Busy` while the pipeline answers somebody else.
@@ -239,6 +239,7 @@ class Pipeline:
         budget_ms: float | None = None,
         allow_special_tokens: bool = False,
         timeout_ms: float | None = None,
+        color: str = "rgb",
         wait: bool | float = False,
     ) -> Decision:
         """How likely each of a few answers is, from one prefill: no token is generated.
@@ -251,7 +252,7 @@ class Pipeline:
                     score by its number). "texts": the prompt is the question alone, and the answers' own
                     first tokens are compared, which must differ
         temperature of the answers among each other; 1: the model's own probabilities
-        keep_tokens, budget_ms, allow_special_tokens, timeout_ms, wait  as in `generate`
+        keep_tokens, budget_ms, allow_special_tokens, timeout_ms, color, wait  as in `generate`
 
         The model's rules about logits (penalties, bans) are not applied. Raises as `generate` does, and
         VtpError if the time is over before it is decided.
@@ -265,6 +266,7 @@ class Pipeline:
                 budget_ms=budget_ms,
                 allow_special_tokens=allow_special_tokens,
                 timeout_ms=timeout_ms,
+                color=color,
             ),
             temperature,
         )

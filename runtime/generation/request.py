@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vtp.engines import UsageError, capabilities
+from vtp.engines.errors import quoted_argument
 from vtp.runtime.bundle.manifest import GenerationInfo, Manifest
 from vtp.runtime.constrained.constraint import Constraint
 from vtp.runtime.constrained.formats import Formats
@@ -14,6 +15,7 @@ from vtp.runtime.generation.logprobs import alternatives
 from vtp.runtime.generation.options import GenerateOptions
 from vtp.runtime.generation.sampling import Sampler
 from vtp.runtime.generation.stopping import Clock, StopSignal
+from vtp.runtime.media.images import COLORS
 from vtp.runtime.media.pictures import Images, Pictures
 from vtp.runtime.prompt.messages import Messages, with_media
 from vtp.runtime.prompt.prompter import Prompt, Prompter, PromptTooLong, StopStrings
@@ -73,7 +75,7 @@ class RequestMaker:
         timings, sampler = Timings(), options.sampler()
         skip = flag("skip_special_tokens", options.skip_special_tokens)
         special = flag("allow_special_tokens", options.allow_special_tokens)
-        pictures = self._pictures(image, timings)
+        pictures = self._pictures(image, options.color, timings)
         request = Request(
             pictures=pictures,
             prompt=self._encode(prompt, messages, len(pictures), special, timings),
@@ -92,9 +94,11 @@ class RequestMaker:
         self._check_room(request)
         return request
 
-    def _pictures(self, image: Images, timings: Timings) -> Pictures:
+    def _pictures(self, image: Images, color: str, timings: Timings) -> Pictures:
         """The pictures of one prompt, or its video, checked and not yet decoded."""
-        pictures = Pictures(image, self._manifest.image)
+        if color not in COLORS:
+            raise UsageError(f"color {quoted_argument(color)} is not known; choose {' or '.join(COLORS)}")
+        pictures = Pictures(image, self._manifest.image, color)
         if len(pictures) > 1:
             self._check_several(len(pictures))
         pictures.check(timings)

@@ -74,6 +74,14 @@ class TokenLogprob:
         return {"token": self.token, "id": self.id, "bytes": list(self.bytes), "logprob": self.logprob}
 
 
+# Why an answer has no text, by its finish_reason.
+_EARLY = {
+    "stop": "a stop string came first; leave it out, or give another",
+    "timeout": "the time was over before the first word; give a larger timeout_ms",
+    "cancelled": "it was cancelled before the first word",
+}
+
+
 @dataclass
 class Result:
     """One answer.
@@ -106,6 +114,19 @@ class Result:
     def text(self) -> str:
         """The answer without the space that many models begin their first word with; `raw_text` has it."""
         return self.raw_text.removeprefix(" ")
+
+    @property
+    def why_empty(self) -> str | None:
+        """In a few words, if the text is empty or all spaces: why, and what to do; else None."""
+        if self.raw_text.strip():
+            return None
+        count = len(self.token_ids)
+        if self.finish_reason == "eos" and count == 1:
+            return "the model ended its answer with its first token; ask in other words, or keep more tokens"
+        if self.finish_reason in ("eos", "length"):
+            tokens = "token has" if count == 1 else "tokens have"
+            return f"its {count} {tokens} no text that is shown; skip_special_tokens=False shows special ones"
+        return _EARLY.get(self.finish_reason, self.finish_reason)
 
     def to_json(self) -> dict[str, Any]:
         """The object that `vtp-run --json` prints."""

@@ -223,6 +223,8 @@ def _answer_one(pipe: Pipeline, args: argparse.Namespace) -> None:
     else:
         print()
         say(_report(stream.result, args.show_kept), sys.stderr)
+    if why := stream.result.why_empty:
+        note(PROG, f"the answer is empty: {why}")
 
 
 def _shown(images: Sequence[Image.Image], manifest: Manifest, kept: Sequence[int]) -> Image.Image:

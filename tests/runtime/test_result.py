@@ -62,3 +62,32 @@ def test_vtp_run_prints_the_text(
     folder = str(exported("vispruner").folder)
     assert main([folder, "--image", str(picture_file), "--prompt", PROMPT, "--max-new-tokens", "9"]) == 0
     assert capsys.readouterr().out == wanted + "\n"
+
+
+# -- nothing to read -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "why"),
+    [
+        ({"finish_reason": "eos"}, "with its first token"),
+        ({"finish_reason": "eos", "token_ids": [5, 6, 2]}, "its 3 tokens have no text that is shown"),
+        ({"finish_reason": "length", "token_ids": [5]}, "its 1 token has no text"),
+        ({"finish_reason": "stop"}, "a stop string came first"),
+        ({"finish_reason": "timeout", "token_ids": []}, "larger timeout_ms"),
+        ({"finish_reason": "cancelled", "token_ids": []}, "cancelled"),
+    ],
+)
+def test_an_empty_answer_says_why(fields: dict[str, Any], why: str) -> None:
+    for raw_text in ("", " ", "\n"):
+        assert why in str(answer(raw_text, **fields).why_empty)
+    assert answer(" x", **fields).why_empty is None
+
+
+def test_vtp_run_says_why_it_printed_nothing(
+    exported: Callable[[str], Any], picture_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ask = [str(exported("vispruner").folder), "--image", str(picture_file), "--prompt", PROMPT]
+    for json in ([], ["--json"]):
+        assert main([*ask, "--timeout-ms", "1e-6", *json]) == 0
+        assert "the answer is empty: the time was over" in capsys.readouterr().err

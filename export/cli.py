@@ -79,8 +79,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--image-fit",
-        default="letterbox",
-        help="pictures of another shape: letterbox, stretch or refuse (default: %(default)s)",
+        metavar="FIT",
+        help="pictures of another shape: letterbox (padded, all of it is seen), stretch, crop (the sides are "
+        "cut off) or refuse (default: as the model's image processor does, else letterbox)",
     )
     add(
         "--frames",

@@ -40,6 +40,7 @@ from vtp.runtime.media.show_kept import (
 from vtp.runtime.media.videos import load_video
 from vtp.runtime.opening import NEVER_RUN, NEVER_TRIED, Opening
 from vtp.runtime.pipeline import DEFAULT_NEW_TOKENS, Pipeline
+from vtp.runtime.preprocess.cut_off import cut_off_line
 from vtp.runtime.result import Result
 
 PROG = "vtp-run"
@@ -212,6 +213,9 @@ def _answer_one(pipe: Pipeline, args: argparse.Namespace) -> None:
         images = load_video(args.video, spec.frames)
     else:
         images = [load_image(image) for image in args.image]
+    for line in dict.fromkeys(cut_off_line(spec, *image.size) for image in images):
+        if line:
+            note(PROG, line)
     stream = pipe.stream(images or NO_PICTURE, args.prompt, **_options(args))
     for number, piece in enumerate(stream):
         if not args.json:

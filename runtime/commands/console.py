@@ -12,14 +12,15 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from io import TextIOWrapper
 from types import FrameType
 from typing import Any, NoReturn, TextIO
 
 from vtp.engines import UsageError, VtpError
-from vtp.engines.errors import MESSAGE_LENGTH, UNSAFE, escape, one_line, shown
+from vtp.engines.errors import UNSAFE, escape, one_line, shown
+from vtp.runtime.commands.tables import table as table  # for every command, from one place
 
 DONE, FAILED, BAD_USAGE, INTERRUPTED = 0, 1, 2, 130
 LEFT = "nothing was left behind"
@@ -262,7 +263,7 @@ def real_number(name: str, text: str) -> float:
     return float(text)
 
 
-# -- progress and tables -------------------------------------------------------------------------------------
+# -- progress ------------------------------------------------------------------------------------------------
 
 
 class Progress:
@@ -287,25 +288,3 @@ class Progress:
     def _print(self, text: str) -> None:
         with suppress(OSError, ValueError):  # standard error that is full or closed stops no work
             print(text, end="", file=sys.stderr, flush=True)
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns aligned: the first to the left, the others to the right when all their cells are numbers."""
-    cells = [list(header), *[[shown(cell, MESSAGE_LENGTH) for cell in row] for row in rows]]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
-    numeric = [
-        column > 0 and all(_is_number(row[column]) for row in cells[1:]) for column in range(len(header))
-    ]
-    lines = [
-        "  ".join(
-            cell.rjust(width) if right else cell.ljust(width)
-            for cell, width, right in zip(row, widths, numeric, strict=True)
-        ).rstrip()
-        for row in cells
-    ]
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(lines)
-
-
-def _is_number(cell: str) -> bool:
-    return bool(cell) and cell[0] in "0123456789-"

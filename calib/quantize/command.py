@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("bundle", metavar="BUNDLE")
     add("--vision", default="int8", help="vision encoder and projector: int8 or none (default: %(default)s)")
     add("--decoder", default="int4", help="the decoder's weights: int4 or none (default: %(default)s)")
-    add("--output", metavar="DIR", help="the new bundle (default: BUNDLE-quantized)")
+    add("-o", "--output", metavar="DIR", help="the new bundle (default: BUNDLE-quantized)")
     add_overwrite(parser)
     add(
         "--samples",

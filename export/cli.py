@@ -131,7 +131,7 @@ def _list_or_export(args: argparse.Namespace) -> None:
     if args.list_methods or args.list_families:
         from vtp.export import listing
 
-        rows = listing.methods() if args.list_methods else listing.families()
+        rows = listing.rows("methods" if args.list_methods else "families")
         say(listing.render(rows, "json" if args.json else "markdown" if args.markdown else "text"))
     else:
         _export(args)

@@ -13,13 +13,14 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from io import TextIOWrapper
 from types import FrameType
 from typing import Any, NoReturn, TextIO
 
 from vtp.engines import UsageError, VtpError
 from vtp.engines.errors import UNSAFE, escape, one_line, shown
+from vtp.runtime.commands.stopping import saying_so
 from vtp.runtime.commands.tables import table as table  # for every command, from one place
 
 DONE, FAILED, BAD_USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -69,16 +70,24 @@ def _texts(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def run_command(name: str, work: Callable[[], None], debug: bool = False, interrupted: str = LEFT) -> int:
+def run_command(
+    name: str,
+    work: Callable[[], None],
+    debug: bool = False,
+    interrupted: str = LEFT,
+    says_stopping: bool = True,
+) -> int:
     """Run a command's work and turn what goes wrong into one line and an exit code.
 
     0 done, 1 failed, 2 bad usage, 130 interrupted (128 + the signal's number where another signal than
     Ctrl-C's asked it to end). With `debug` the traceback comes through. `interrupted` ends the line that
-    tells of an interruption: what is left and how to go on.
+    tells of an interruption: what is left and how to go on. One that takes longer than a second to end says
+    "stopping…" meanwhile; without `says_stopping` not, where answers that run are ended in peace.
     """
     _accept_all_text(sys.stdout)
     try:
-        with _signals_raise(), _without_warnings(debug):
+        stopping = saying_so(lambda: note(name, "stopping…")) if says_stopping else nullcontext()
+        with stopping, _signals_raise(), _without_warnings(debug):
             work()
             _write("")
     except (SystemExit, GeneratorExit):

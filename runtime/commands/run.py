@@ -213,9 +213,6 @@ def _answer_one(pipe: Pipeline, args: argparse.Namespace) -> None:
         images = load_video(args.video, spec.frames)
     else:
         images = [load_image(image) for image in args.image]
-    for line in dict.fromkeys(cut_off_line(spec, *image.size) for image in images):
-        if line:
-            note(PROG, line)
     stream = pipe.stream(images or NO_PICTURE, args.prompt, **_options(args))
     for number, piece in enumerate(stream):
         if not args.json:
@@ -224,11 +221,14 @@ def _answer_one(pipe: Pipeline, args: argparse.Namespace) -> None:
         save_picture(_shown(images, pipe.manifest, stream.result.kept), args.show_kept)
     if args.json:
         say_json(_as_data(stream.result, pipe), indent=None)
-    else:
-        print()
-        say(_report(stream.result, args.show_kept), sys.stderr)
+        return
+    print()
+    say(_report(stream.result, args.show_kept), sys.stderr)
     if why := stream.result.why_empty:
         note(PROG, f"the answer is empty: {why}")
+    for line in dict.fromkeys(cut_off_line(spec, *image.size) for image in images):
+        if line:
+            note(PROG, line)
 
 
 def _shown(images: Sequence[Image.Image], manifest: Manifest, kept: Sequence[int]) -> Image.Image:

@@ -81,7 +81,7 @@ def test_vtp_run_says_so(
 ) -> None:
     Image.fromarray(np.zeros((50, 50, 3), np.uint8)).save(tmp_path / "square.png")
     for image, told in ((picture_file, True), (tmp_path / "square.png", False)):
-        ask = ["--image", str(image), "--prompt", "how ?", "--max-new-tokens", "1", "--json"]
+        ask = ["--image", str(image), "--prompt", "how ?", "--max-new-tokens", "1"]
         assert main([str(exported("vispruner").folder), *ask]) == 0
         assert ("of a picture of 120x90 is cut off" in capsys.readouterr().err) == told
 

@@ -45,7 +45,13 @@ def shared_arguments(parser: argparse.ArgumentParser) -> None:
     add_threads(parser, "CPU threads of one operator (all cores; 1 on Ray)", type=whole)
     add("--ray", metavar="ADDRESS", help="work on a Ray cluster: HOST:PORT of its head, auto, or local")
     add("--workers", type=whole, metavar="N", help="workers on Ray at most (default: by the cluster's cores)")
-    add("--out", metavar="DIR", help="folder of the journal and the report (default: beside the bundle)")
+    add(
+        *("--journal", "--out"),  # the earlier name stays
+        dest="out",
+        metavar="DIR",
+        help="folder of the journal of answers, from which a run goes on, and of the report (default: beside "
+        "the bundle; --out is the same)",
+    )
     add_json(parser, "print the result as JSON")
     add_debug(parser)
 

@@ -86,8 +86,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     fit = add(
         "--image-fit",
-        default="letterbox",
-        help="pictures of another shape: letterbox, stretch or refuse (default: %(default)s)",
+        metavar="FIT",
+        help="pictures of another shape: letterbox (padded, all of it is seen), stretch, crop (the sides are "
+        "cut off) or refuse (default: as the model's image processor does, else letterbox)",
     )
     suggest(fit, ["letterbox", "stretch", "refuse"])
     add(
@@ -145,7 +146,7 @@ def _list_or_export(args: argparse.Namespace) -> None:
     if args.list_methods or args.list_families:
         from vtp.export import listing
 
-        rows = listing.methods() if args.list_methods else listing.families()
+        rows = listing.rows("methods" if args.list_methods else "families")
         say(listing.render(rows, "json" if args.json else "markdown" if args.markdown else "text"))
     else:
         _export(args)

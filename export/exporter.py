@@ -13,6 +13,7 @@ from vtp.export.manifest import describe
 from vtp.export.onnx.emit import WeightStore, emit
 from vtp.export.plan.plan import Plan, make_plan
 from vtp.export.request import Job, Request
+from vtp.export.verify.opening import open_each
 from vtp.export.verify.parity import PROMPT, verify
 from vtp.runtime.bundle.folder import MANIFEST, Bundle, open_bundle, whole_bundle
 from vtp.runtime.bundle.manifest import TOKENIZER, Manifest
@@ -43,8 +44,11 @@ def export(
     plan = _make_plan(job)
     with whole_bundle(request.output, request.overwrite) as folder:
         _write_tokenizer(job.model, folder)
-        _emit_graphs(job, plan, store(folder), progress)
+        weights = store(folder)
+        _emit_graphs(job, plan, weights, progress)
         _verify(folder, describe(folder, job, plan), job, plan, request.verify, progress)
+        if request.verify == "none" and weights.filled:
+            _open_graphs(folder, progress, note)
     return open_bundle(request.output)
 
 
@@ -89,6 +93,13 @@ def _emit_graphs(job: Job, plan: Plan, store: WeightStore, progress: Progress) -
         for spec in plan.graphs:
             progress(f"export {spec.name}")
             emit(spec, store, job.target.opset)
+
+
+def _open_graphs(folder: Path, progress: Progress, note: Callable[[str], None]) -> None:
+    """Refuse a bundle whose graphs do not open, the least that is held where nothing is verified."""
+    progress("open every graph")
+    if left := open_each(open_bundle(folder)):
+        note(f"{', '.join(left)} {'were' if len(left) > 1 else 'was'} not opened here: see vtp-doctor")
 
 
 def _verify(folder: Path, manifest: Manifest, job: Job, plan: Plan, mode: str, progress: Progress) -> None:

@@ -18,7 +18,7 @@ from vtp.export.pruners.base import Pruner
 from vtp.export.targets import TARGETS, Target
 from vtp.export.towers import TowerReduction, parse_reduction
 from vtp.runtime.bundle.folder import check_output
-from vtp.runtime.preprocess import FITS
+from vtp.runtime.preprocess import CLIP_FITS, FITS
 
 VERIFY = ("full", "layers", "none")
 MOST_FRAMES = 4096
@@ -91,7 +91,7 @@ class Request:
     dtype: str | None = None  # the target's
     max_length: int | None = None
     image_size: tuple[int, int] | None = None  # (height, width)
-    image_fit: str = "letterbox"
+    image_fit: str | None = None  # the model's own way, or letterbox
     frames: int | None = None  # of the videos that the bundle is for; None: pictures
     tower: str = "none"
     tower_options: Sequence[str] = ()
@@ -144,7 +144,7 @@ def _check_words(request: Request) -> None:
     for name, value, known in (
         ("target", request.target, tuple(TARGETS)),
         ("verify", request.verify, VERIFY),
-        ("image-fit", request.image_fit, FITS),
+        ("image-fit", request.image_fit, (None, *dict.fromkeys((*FITS, *CLIP_FITS)))),
         ("dtype", request.dtype, (None, *DTYPES)),
     ):
         if value not in known:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -12,9 +11,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from PIL import Image
 
-from vtp.engines import AUTO, Choice, UsageError, VtpError
+from vtp.engines import AUTO, Choice, VtpError
 from vtp.engines.disk.whole import undisturbed
-from vtp.engines.errors import quoted, quoted_argument
+from vtp.engines.errors import quoted
 from vtp.runtime.bundle.fit import check_fits, switched_off
 from vtp.runtime.bundle.folder import Bundle, open_bundle
 from vtp.runtime.decisions.answer import DecisionAnswer, decide
@@ -22,14 +21,15 @@ from vtp.runtime.decisions.decision import Decision, checked_heat
 from vtp.runtime.decisions.question import Question
 from vtp.runtime.engine_choice import StageEngines, choose_engines
 from vtp.runtime.generation.answer import Answer
-from vtp.runtime.generation.arguments import flag, is_whole, thread_count, whole
-from vtp.runtime.generation.batch import about, batches, check_lists, each_prompt, write_together
+from vtp.runtime.generation.arguments import flag, prompts_kept, thread_count, whole
+from vtp.runtime.generation.batch import check_lists, each_prompt, write_in_batches
 from vtp.runtime.generation.keep_count import choose_keep, measured_times
 from vtp.runtime.generation.loop import write
 from vtp.runtime.generation.options import DEFAULT_NEW_TOKENS, GenerateOptions, OptionKeywords, takes_options
 from vtp.runtime.generation.request import Request, RequestMaker
 from vtp.runtime.generation.stopping import Clock, StopSignal
 from vtp.runtime.generation.stream import Stream
+from vtp.runtime.generation.turn import Turn, seconds_to_wait
 from vtp.runtime.hub.bundles import local_bundle
 from vtp.runtime.machine.conditions import Conditions, conditions
 from vtp.runtime.machine.room import memory_room
@@ -55,8 +55,8 @@ class Pipeline:
     """Answers prompts about pictures from one bundle.
 
     One Pipeline serves one thread and one generation at a time: a second call while one runs (or while a
-    stream is open) raises VtpError. Use one Pipeline per thread. A context manager; `close()` frees the
-    graphs.
+    stream is open) raises `Busy`, at once or after `wait=` seconds. Use one Pipeline per thread. A context
+    manager; `close()` frees the graphs.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Pipeline:
         self._runner: StageRunner | None = StageRunner(
             bundle, self.engine, threads, chosen.opening(opening), prefix, self._features
         )
-        self._busy = threading.Lock()
+        self._turn = Turn()
         self._threads = threads
 
     @classmethod
@@ -133,12 +133,10 @@ class Pipeline:
         Raises VtpError for a bundle that is damaged or cannot run here, UsageError for a bad argument.
         """
         threads = thread_count(threads)
-        for name, prompts in (("vision_feature_cache", vision_feature_cache), ("image_cache", image_cache)):
-            if not is_whole(prompts) or prompts < 0:
-                raise UsageError(
-                    f"{name} {quoted_argument(prompts)} is not a number of prompts; give 0 (off) or more"
-                )
-        most = max(vision_feature_cache, image_cache)
+        most = max(
+            prompts_kept("vision_feature_cache", vision_feature_cache),
+            prompts_kept("image_cache", image_cache),
+        )
         hashed = flag("check_hashes", check_hashes)
         checked = flag("check_memory", check_memory) and not switched_off()
         caching, earlier = flag("prefix_caching", prefix_caching), flag("reuse_prompt", reuse_prompt)
@@ -158,9 +156,8 @@ class Pipeline:
             except MemoryError as error:
                 raise VtpError(_NO_MEMORY) from error
 
-        return undisturbed(load)(
-            local_bundle(bundle, revision)
-        )  # one bundle, even while another takes its place
+        # One bundle, even while another takes its place.
+        return undisturbed(load)(local_bundle(bundle, revision))
 
     @takes_options
     def generate(
@@ -171,13 +168,14 @@ class Pipeline:
         messages: Messages | None = None,
         image_features: Any = None,
         image_embeds: Any = None,
+        wait: bool | float = False,
         **options: Unpack[OptionKeywords],
     ) -> Result:
         """Answer a prompt about a picture, or about several; with a bundle made for videos, about one.
 
-        image           path, bytes, PIL image or uint8 RGB array [H,W,3]; or a list of such. A video is a
-                        list of frames, a uint8 array [frames,H,W,3], a folder of pictures or a file (see
-                        `vtp.runtime.media.videos`); of more frames than the bundle takes, a sample is used.
+        image           path, bytes, PIL image, uint8 array [H,W,3] or torch tensor; or a list of such. A
+                        video is a list of frames, a uint8 array [frames,H,W,3], a folder of pictures or a
+                        file (see `vtp.runtime.media.videos`); of more frames than needed, a sample is used.
                         NO_PICTURE: the prompt has none
         prompt          the user's words; or
         messages        several turns, as chat templates take them: {"role": ..., "content": str or a list of
@@ -189,14 +187,17 @@ class Pipeline:
                         any pruning; image_embeds are in the decoder's width: K rows where the method prunes
                         before the projector, else N. If the method needs more there (attention scores), a
                         dict of tensors by name; a refusal names them and their shapes
+        wait            while the pipeline answers another thread: seconds to wait for its turn, True for as
+                        long as it takes; `timeout_ms` counts meanwhile, and bounds it
         options         see `GenerateOptions`: max_new_tokens, keep_tokens or budget_ms, temperature, top_p,
                         seed, repetition_penalty, stop, skip_special_tokens, allow_special_tokens, timeout_ms,
-                        logprobs, response_format
+                        logprobs, response_format, color ("bgr": arrays of OpenCV)
 
-        Raises UsageError for a bad argument and VtpError for a picture or prompt that cannot be served.
+        Raises UsageError for a bad argument, VtpError for a picture or prompt that cannot be served, and
+        `Busy` while the pipeline answers somebody else.
         """
         given = {"image_features": image_features, "image_embeds": image_embeds}
-        stream = self.stream(image, prompt, messages=messages, **given, **options)
+        stream = self.stream(image, prompt, messages=messages, wait=wait, **given, **options)
         for _ in stream:
             pass
         return stream.result
@@ -210,6 +211,7 @@ class Pipeline:
         messages: Messages | None = None,
         image_features: Any = None,
         image_embeds: Any = None,
+        wait: bool | float = False,
         **options: Unpack[OptionKeywords],
     ) -> Stream:
         """Like `generate`, piece by piece: iterate for text, then read `.result`; `.cancel()` ends it.
@@ -217,10 +219,12 @@ class Pipeline:
         The time between this call and the first `next()` is counted neither in timings nor in `timeout_ms`.
         """
         pictures = instead_of(image, image_features, image_embeds)
-        answer = self.prepare(pictures, prompt, messages, GenerateOptions(**options))
+        asked = GenerateOptions(**options)
+        seconds = seconds_to_wait(wait, asked.timeout_ms)
+        answer = self.prepare(pictures, prompt, messages, asked)
         answer.request.pictures.load(answer.request.timings)
         answer.request.clock.pause()
-        return Stream(answer, self._write(answer))
+        return Stream(answer, self._write(answer, seconds))
 
     def prepare_format(self, options: GenerateOptions) -> None:
         """Compile the form that answers are to have, as far as it is not known; safe from any thread.
@@ -251,6 +255,8 @@ class Pipeline:
         budget_ms: float | None = None,
         allow_special_tokens: bool = False,
         timeout_ms: float | None = None,
+        color: str = "rgb",
+        wait: bool | float = False,
     ) -> Decision:
         """How likely each of a few answers is, from one prefill: no token is generated.
 
@@ -262,7 +268,7 @@ class Pipeline:
                     score by its number). "texts": the prompt is the question alone, and the answers' own
                     first tokens are compared, which must differ
         temperature of the answers among each other; 1: the model's own probabilities
-        keep_tokens, budget_ms, allow_special_tokens, timeout_ms  as in `generate`
+        keep_tokens, budget_ms, allow_special_tokens, timeout_ms, color, wait  as in `generate`
 
         The model's rules about logits (penalties, bans) are not applied. Raises as `generate` does, and
         VtpError if the time is over before it is decided.
@@ -276,10 +282,11 @@ class Pipeline:
                 budget_ms=budget_ms,
                 allow_special_tokens=allow_special_tokens,
                 timeout_ms=timeout_ms,
+                color=color,
             ),
             temperature,
         )
-        with self.claimed() as runner:
+        with self.claimed(seconds_to_wait(wait, timeout_ms)) as runner:
             return decide(runner, answer)
 
     def prepare_decision(
@@ -298,6 +305,7 @@ class Pipeline:
         *,
         messages: Sequence[Messages] | None = None,
         batch_size: int | None = None,
+        wait: bool | float = False,
         **options: Unpack[OptionKeywords],
     ) -> list[Result]:
         """Answer several prompts, each about its own picture (or list of pictures), in batches.
@@ -319,6 +327,7 @@ class Pipeline:
         asked, clock = GenerateOptions(**options), Clock()
         count = check_lists(images, prompts, messages)
         stop_signal = StopSignal(clock, asked.timeout_ms)
+        seconds = seconds_to_wait(wait, asked.timeout_ms)
         most = self.batch_size
         together = most if batch_size is None else min(most, whole("batch_size", batch_size))
         keep = self._keep(asked)
@@ -335,15 +344,14 @@ class Pipeline:
             ),
         )
         answers = [self._answer(request) for request in requests]
-        with self.claimed() as runner:
-            for places in batches(requests, together):
-                for place in places:
-                    with about(place, count):
-                        requests[place].load()
-                write_together(runner, keep, [answers[place] for place in places])
-                for place in places:
-                    requests[place].pictures.release()
+        with self.claimed(seconds) as runner:
+            write_in_batches(runner, keep, answers, together)
         return [answer.result for answer in answers]
+
+    @property
+    def keep_counts(self) -> tuple[int, ...]:
+        """What `keep_tokens` may be, ascending; `manifest.visual.default_keep` is taken without it."""
+        return tuple(sorted(self.manifest.visual.keep))
 
     @property
     def batch_size(self) -> int:
@@ -381,6 +389,12 @@ class Pipeline:
             if self._features:
                 self._features.clear()
 
+    def __repr__(self) -> str:
+        visual, keeps = self.manifest.visual, ", ".join(map(str, self.keep_counts))
+        runs = f"on {self._chosen.label}" if self._runner else "closed"
+        tokens = f"{visual.count} → {visual.default_keep} visual tokens (keep_counts {keeps})"
+        return f"<Pipeline {quoted(str(self.bundle.folder))} {runs}: {self.manifest.method.name}, {tokens}>"
+
     def __enter__(self) -> Pipeline:
         return self
 
@@ -407,10 +421,10 @@ class Pipeline:
     def _answer(self, request: Request) -> Answer:
         return Answer(request, self.manifest, self._prompter)
 
-    def _write(self, answer: Answer) -> Generator[str, None, None]:
+    def _write(self, answer: Answer, seconds: float) -> Generator[str, None, None]:
         """The pieces of an answer; leaving the generator by any door frees the pipeline."""
         answer.request.clock.go_on()
-        with self.claimed() as runner:
+        with self.claimed(seconds) as runner:
             yield from write(runner, answer)
 
     def measured_times(self, what: str = "this") -> dict[int, float]:
@@ -429,18 +443,11 @@ class Pipeline:
         return conditions(self._chosen.label, self._threads)
 
     @contextmanager
-    def claimed(self) -> Iterator[StageRunner]:
-        """The stages, for one generation (or one scheduler) alone; VtpError while another has them."""
-        runner = self._open_runner()
-        if not self._busy.acquire(blocking=False):
-            raise VtpError(
-                "this pipeline is busy: it serves one generation at a time; finish or cancel the open "
-                "stream, close the scheduler that has it, or load one Pipeline per thread"
-            )
-        try:
-            yield runner
-        finally:
-            self._busy.release()
+    def claimed(self, seconds: float = 0) -> Iterator[StageRunner]:
+        """The stages, for one generation (or one scheduler) alone; `Busy` unless free within `seconds`."""
+        self._open_runner()
+        with self._turn.taken(seconds):
+            yield self._open_runner()  # it may have been closed meanwhile
 
     def _open_runner(self) -> StageRunner:
         if self._runner is None:

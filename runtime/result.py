@@ -53,8 +53,9 @@ class TokenLogprob:
 
     token    its text; the sign U+FFFD stands for parts of characters
     id       its number
-    bytes    what it is in UTF-8: joined, those of an answer are its text, also where a character has several
-             tokens (a first word's leading space and hidden special tokens are not part of the text)
+    bytes    what it is in UTF-8: joined, those of an answer are its raw_text, also where a character has
+             several tokens (hidden special tokens are not part of it, nor, with some tokenizers, a first
+             word's leading space)
     logprob  natural logarithm of its probability: see `vtp.runtime.generation.logprobs`
     top      the most likely tokens at its place, most likely first, if they were asked for
     """
@@ -73,11 +74,19 @@ class TokenLogprob:
         return {"token": self.token, "id": self.id, "bytes": list(self.bytes), "logprob": self.logprob}
 
 
+# Why an answer has no text, by its finish_reason.
+_EARLY = {
+    "stop": "a stop string came first; leave it out, or give another",
+    "timeout": "the time was over before the first word; give a larger timeout_ms",
+    "cancelled": "it was cancelled before the first word",
+}
+
+
 @dataclass
 class Result:
     """One answer.
 
-    text            the answer, without special tokens
+    raw_text        the answer, without special tokens: what the pieces of its stream join to
     token_ids       the generated ids, an end-of-sequence id included
     visual_tokens   (before, after), of all pictures together
     kept            indices of the kept visual tokens, raster order, within 0 .. before - 1; of a prompt with
@@ -91,7 +100,7 @@ class Result:
                     not for the one that ended it, nor for what a stop string cut off
     """
 
-    text: str
+    raw_text: str
     token_ids: list[int]
     visual_tokens: VisualTokens
     kept: list[Any]
@@ -101,11 +110,30 @@ class Result:
     tower: dict[str, Any] | None = None
     logprobs: list[TokenLogprob] | None = None
 
+    @property
+    def text(self) -> str:
+        """The answer without the space that many models begin their first word with; `raw_text` has it."""
+        return self.raw_text.removeprefix(" ")
+
+    @property
+    def why_empty(self) -> str | None:
+        """In a few words, if the text is empty or all spaces: why, and what to do; else None."""
+        if self.raw_text.strip():
+            return None
+        count = len(self.token_ids)
+        if self.finish_reason == "eos" and count == 1:
+            return "the model ended its answer with its first token; ask in other words, or keep more tokens"
+        if self.finish_reason in ("eos", "length"):
+            tokens = "token has" if count == 1 else "tokens have"
+            return f"its {count} {tokens} no text that is shown; skip_special_tokens=False shows special ones"
+        return _EARLY.get(self.finish_reason, self.finish_reason)
+
     def to_json(self) -> dict[str, Any]:
         """The object that `vtp-run --json` prints."""
         logprobs = {} if self.logprobs is None else {"logprobs": [one.to_json() for one in self.logprobs]}
         return {
             "text": self.text,
+            "raw_text": self.raw_text,
             "token_ids": self.token_ids,
             "visual_tokens": self.visual_tokens._asdict(),
             "tower": self.tower,

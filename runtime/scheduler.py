@@ -135,6 +135,7 @@ class Scheduler:
         budget_ms: float | None = None,
         allow_special_tokens: bool = False,
         timeout_ms: float | None = None,
+        color: str = "rgb",
     ) -> DecisionTicket:
         """Queue a question, with the arguments of `Pipeline.decide`; returns at once, and raises as `submit`.
 
@@ -149,6 +150,7 @@ class Scheduler:
             budget_ms=budget_ms,
             allow_special_tokens=allow_special_tokens,
             timeout_ms=timeout_ms,
+            color=color,
         )
         with self._making:
             answer = self._pipeline.prepare_decision(image, asked, how, temperature)

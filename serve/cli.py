@@ -127,7 +127,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of vtp-serve; returns the exit code."""
     args = build_parser().parse_args(argv)
-    return run_command(PROG, lambda: _run(args), args.debug, interrupted=_STOPPED)
+    return run_command(PROG, lambda: _run(args), args.debug, _STOPPED, says_stopping=False)
 
 
 def _run(args: argparse.Namespace) -> None:

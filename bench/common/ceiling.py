@@ -11,17 +11,16 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from vtp.bench.common.plain_graph import write_graph
 from vtp.engines import Engine, Value, open_graph
 
 # Rows, inner size, columns.
 PRODUCTS = ((576, 1024, 4096), (576, 4096, 1024), (1024, 2048, 2048))
 MATRICES, WIDTH = 4, 4096  # 268 MB of float32: more than a cache holds
 _SUMMED = (64, 1 << 20)
-_OPSET, _IR = 21, 10
 
 
 @dataclass
@@ -81,42 +80,17 @@ def _opened(
 
 def _matmuls(path: Path, shapes: Sequence[tuple[int, int]], dtype: str) -> Path:
     """x times one constant matrix after another."""
-    import onnx
-    from onnx import helper, numpy_helper
-
-    random, nodes, weights = np.random.default_rng(0), [], []
-    for number, shape in enumerate(shapes):
-        value = (random.random(shape, np.float32) - 0.5).astype(dtype)
-        weights.append(numpy_helper.from_array(value, f"w{number}"))
-        source = "x" if number == 0 else f"x{number}"
-        target = "y" if number + 1 == len(shapes) else f"x{number + 1}"
-        nodes.append(helper.make_node("MatMul", [source, f"w{number}"], [target]))
-    graph = helper.make_graph(nodes, "matmuls", *_ends(dtype), weights)
-    onnx.save(_model(graph), path, save_as_external_data=True, location=f"{path.name}.data")
-    return path
+    random = np.random.default_rng(0)
+    weights = {
+        f"w{number}": (random.random(shape, np.float32) - 0.5).astype(dtype)
+        for number, shape in enumerate(shapes)
+    }
+    values = ["x", *(f"x{number}" for number in range(1, len(shapes))), "y"]
+    nodes = [("MatMul", [values[number], name], [values[number + 1]]) for number, name in enumerate(weights)]
+    return write_graph(path, nodes, weights, dtype, ("rows", "inner", "columns"))
 
 
 def _sum(path: Path, dtype: str) -> Path:
-    import onnx
-    from onnx import helper
-
-    axes = onnx.numpy_helper.from_array(np.array([1]), "axes")
-    node = helper.make_node("ReduceSum", ["x", "axes"], ["y"])
-    onnx.save(_model(helper.make_graph([node], "sum", *_ends(dtype), [axes])), path)
-    return path
-
-
-def _ends(dtype: str) -> tuple[list[Any], list[Any]]:
-    """Input x and output y, both [rows, columns]."""
-    from onnx import helper
-
-    kind = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
-    return [helper.make_tensor_value_info("x", kind, ["rows", "inner"])], [
-        helper.make_tensor_value_info("y", kind, ["rows", "columns"])
-    ]
-
-
-def _model(graph: Any) -> Any:
-    from onnx import helper
-
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", _OPSET)], ir_version=_IR)
+    """The sum of each row of x."""
+    axes = {"axes": np.array([1])}
+    return write_graph(path, [("ReduceSum", ["x", "axes"], ["y"])], axes, dtype, ("rows", "inner", "columns"))

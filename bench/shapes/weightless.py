@@ -31,6 +31,8 @@ from vtp.runtime.bundle.folder import Bundle
 class WeightlessStore(WeightStore):
     """Gives every weight its place in a file that is one hole; other constants stay in the graph files."""
 
+    filled = False
+
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         self.pieces: list[Piece] = []

@@ -69,7 +69,7 @@ def _write(pipe: Pipeline, paper: Paper) -> list[Answer]:
         pipe.generate(image, prompt, keep_tokens=paper.keep, max_new_tokens=paper.max_new_tokens)
         for image, prompt in paper.questions
     ]
-    return [Answer(one.text, one.token_ids, round(one.timings.ttft, 3)) for one in results]
+    return [Answer(one.raw_text, one.token_ids, round(one.timings.ttft, 3)) for one in results]
 
 
 class Examiner:

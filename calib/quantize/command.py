@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--decoder", default="int4", help="the decoder's weights: int4 or none (default: %(default)s)"
     )
     suggest(decoder, _DECODER)
-    add("--output", metavar="DIR", help="the new bundle (default: BUNDLE-quantized)")
+    add("-o", "--output", metavar="DIR", help="the new bundle (default: BUNDLE-quantized)")
     add_overwrite(parser)
     add(
         "--samples",

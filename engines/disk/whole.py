@@ -278,6 +278,18 @@ def _remove_parts(folder: Path, name: str) -> None:
 # -- the disk ------------------------------------------------------------------------------------------------
 
 
+def try_writing(target: Path) -> None:
+    """Write a file without a name where `target` will be, and leave nothing; OSError where that is refused.
+
+    So that a disk or folder that is read-only is found before the work, not after it.
+    """
+    above = next(path for path in target.resolve().parents if path.exists())
+    if not above.is_dir():
+        return  # whoever makes the folder is told so
+    with tempfile.TemporaryFile(dir=above) as file:
+        file.write(b"0")
+
+
 def sync(folder: Path) -> None:
     """Wait until a folder and all that is in it is on the disk, so that a power cut cannot take it."""
     for root, _, names in os.walk(folder, topdown=False):

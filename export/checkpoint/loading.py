@@ -99,7 +99,7 @@ def load(
     folder: Path,
     dtype: str,
     image_size: tuple[int, int] | None = None,
-    fit: str = "letterbox",
+    fit: str | None = None,
     frames: int | None = None,
     tower: TowerReduction | None = None,
 ) -> Checkpoint:
@@ -123,7 +123,7 @@ def _load(
     folder: Path,
     dtype: str,
     image_size: tuple[int, int] | None,
-    fit: str,
+    fit: str | None,
     frames: int | None,
     tower: TowerReduction | None,
 ) -> Checkpoint:

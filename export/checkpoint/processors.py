@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from vtp.engines.errors import UsageError, VtpError
 from vtp.runtime.preprocess import anyres, idefics3, internvl, qwen
 from vtp.runtime.preprocess.base import CLIP_MEAN, CLIP_STD, ImageSpec, Size, is_int
-from vtp.runtime.preprocess.clip import ClipSpec
+from vtp.runtime.preprocess.clip import CLIP_FITS, ClipSpec
 from vtp.runtime.preprocess.fit import FITS, FittedSpec
 
 _HALF = (0.5, 0.5, 0.5)
@@ -16,14 +16,15 @@ Settings = dict[str, Any]
 
 
 def spec_from_processor(
-    config: Mapping[str, Any], image_size: Size | None = None, fit: str = "letterbox"
+    config: Mapping[str, Any], image_size: Size | None = None, fit: str | None = None
 ) -> ImageSpec:
     """Read the dictionary of preprocessor_config.json, or processor_config.json's with "image_processor".
 
     config      keys left out or null take the default of the processor class that the file names.
     image_size  (height, width) that the bundle is to be made for; None: the processor's only size, or for
                 processors that adapt to each picture a moderate square. See docs of the kinds' modules.
-    fit         what becomes of pictures that the processor would lay out otherwise; see `FittedSpec`.
+    fit         what becomes of pictures of another shape; None: the processor's own way where it takes every
+                picture, else letterbox. See `FittedSpec` and `ClipSpec.fitted`.
 
     Raises `VtpError`, by name, for a processor class, key or size that is not known here, and `UsageError`
     for an image size that the processor does not give.
@@ -33,15 +34,16 @@ def spec_from_processor(
     processor = _find_processor(config)
     values = _settings(config, processor)
     values["processor_class"] = config.get("processor_class") or owner
-    if fit not in FITS:
-        raise UsageError(f"unknown fit '{fit}'; choose one of {', '.join(FITS)}")
-    spec = processor.read(values, _Asked(image_size, fit))
+    if fit not in (None, *FITS, *CLIP_FITS):
+        known = ", ".join(dict.fromkeys((*FITS, *CLIP_FITS)))
+        raise UsageError(f"unknown fit '{fit}'; choose one of {known}")
+    spec = processor.read(values, _Asked(image_size, fit or "letterbox"))
     if isinstance(spec, ClipSpec) and image_size not in (None, spec.fixed_size):
         raise UsageError(
             f"image size {_words(image_size)} is not supported: this model's image processor makes "
             f"{_words(spec.fixed_size)} only"
         )
-    return spec
+    return spec.fitted(fit) if isinstance(spec, ClipSpec) and fit is not None else spec
 
 
 def _words(size: Size) -> str:
@@ -71,6 +73,11 @@ def _shared(values: Settings) -> Settings:
 
 def _fitted(kind: type[FittedSpec], values: Settings, asked: _Asked, size: Size, **own: Any) -> FittedSpec:
     """A spec for the image size `size`; what is wrong with one that was asked for is a `UsageError`."""
+    if asked.fit not in FITS:
+        raise UsageError(
+            f"image-fit {asked.fit} is not supported by this model's image processor, which lays out "
+            f"pictures by their shape; choose {', '.join(FITS)}"
+        )
     image: Settings = {"image_height": size[0], "image_width": size[1], "fit": asked.fit}
     try:
         return kind(**_shared(values), **image, **own)

@@ -59,8 +59,11 @@ class WeightStore:
     """External data of one bundle: every distinct tensor is written once, whichever graphs use it.
 
     A graph's own tensors go to `<graph>.onnx.data`; a tensor that an earlier graph wrote (tied embeddings, a
-    projection that two graphs read) is referenced where it lies.
+    projection that two graphs read) is referenced where it lies. `filled` says whether the files hold
+    numbers.
     """
+
+    filled = True
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -12,7 +12,7 @@ from typing import Any
 
 from vtp.engines import UsageError, VtpError
 from vtp.engines.disk.files import is_file, read_bounded, sha256
-from vtp.engines.disk.whole import recover, undisturbed, whole_file, whole_folder
+from vtp.engines.disk.whole import recover, try_writing, undisturbed, whole_file, whole_folder
 from vtp.engines.errors import shown
 from vtp.engines.graph.check import check_graph
 from vtp.engines.strict_json import FILE_BYTES, read_json
@@ -196,6 +196,7 @@ def check_output(folder: Path, overwrite: bool) -> None:
             raise UsageError(f"output {folder} is a file; choose a folder that does not exist")
         if Path.cwd().is_relative_to(folder.resolve()):
             raise UsageError(f"output {folder} holds the folder you are in; choose another one")
+        try_writing(folder)
         if not folder.exists() or not any(folder.iterdir()):
             return
     except OSError as error:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vtp.engines import capabilities, choose_engine, open_graph
+from vtp.engines.disk.whole import try_writing
 from vtp.engines.errors import UsageError, VtpError, shown
 from vtp.engines.plugins import PLUGINS
 from vtp.engines.plugins.greedy import check_plugin
@@ -92,6 +93,7 @@ def _run(args: argparse.Namespace) -> None:
         raise UsageError("this bundle answers about videos; leave out --image: a clip of its own will do")
     picture = load_image(args.image) if args.image else None
     folder = engines_folder(bundle, Path(args.output) if args.output else None)
+    _check_writable(folder)
     room, progress = _room(machine), Progress()
 
     def compare(made: list[BuiltGraph]) -> list[BuiltGraph]:
@@ -276,6 +278,14 @@ def compare_bundle(
         for one in made
         if (gate := verdicts[one.file].to_gate(device))
     ]
+
+
+def _check_writable(folder: Path) -> None:
+    """Refuse a folder that nothing can be written to, before minutes are spent on building."""
+    try:
+        try_writing(folder / "engine")
+    except OSError as error:
+        raise UsageError(f"output {folder} cannot be used: {error.strerror or error}") from error
 
 
 def _check_oracle(bundle: Bundle, machine: Machine) -> None:

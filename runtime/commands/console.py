@@ -12,15 +12,17 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from io import TextIOWrapper
 from types import FrameType
 from typing import Any, NoReturn, TextIO
 
 from vtp.engines import UsageError, VtpError
-from vtp.engines.errors import MESSAGE_LENGTH, UNSAFE, escape, one_line, shown
+from vtp.engines.errors import UNSAFE, escape, one_line, shown
 from vtp.engines.versions import own_version
+from vtp.runtime.commands.stopping import saying_so
+from vtp.runtime.commands.tables import table as table  # for every command, from one place
 
 DONE, FAILED, BAD_USAGE, INTERRUPTED = 0, 1, 2, 130
 LEFT = "nothing was left behind"
@@ -78,16 +80,24 @@ def _texts(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def run_command(name: str, work: Callable[[], None], debug: bool = False, interrupted: str = LEFT) -> int:
+def run_command(
+    name: str,
+    work: Callable[[], None],
+    debug: bool = False,
+    interrupted: str = LEFT,
+    says_stopping: bool = True,
+) -> int:
     """Run a command's work and turn what goes wrong into one line and an exit code.
 
     0 done, 1 failed, 2 bad usage, 130 interrupted (128 + the signal's number where another signal than
     Ctrl-C's asked it to end). With `debug` the traceback comes through. `interrupted` ends the line that
-    tells of an interruption: what is left and how to go on.
+    tells of an interruption: what is left and how to go on. One that takes longer than a second to end says
+    "stopping…" meanwhile; without `says_stopping` not, where answers that run are ended in peace.
     """
     _accept_all_text(sys.stdout)
     try:
-        with _signals_raise(), _without_warnings(debug):
+        stopping = saying_so(lambda: note(name, "stopping…")) if says_stopping else nullcontext()
+        with stopping, _signals_raise(), _without_warnings(debug):
             work()
             _write("")
     except (SystemExit, GeneratorExit):
@@ -272,7 +282,7 @@ def real_number(name: str, text: str) -> float:
     return float(text)
 
 
-# -- progress and tables -------------------------------------------------------------------------------------
+# -- progress ------------------------------------------------------------------------------------------------
 
 
 class Progress:
@@ -297,25 +307,3 @@ class Progress:
     def _print(self, text: str) -> None:
         with suppress(OSError, ValueError):  # standard error that is full or closed stops no work
             print(text, end="", file=sys.stderr, flush=True)
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns aligned: the first to the left, the others to the right when all their cells are numbers."""
-    cells = [list(header), *[[shown(cell, MESSAGE_LENGTH) for cell in row] for row in rows]]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
-    numeric = [
-        column > 0 and all(_is_number(row[column]) for row in cells[1:]) for column in range(len(header))
-    ]
-    lines = [
-        "  ".join(
-            cell.rjust(width) if right else cell.ljust(width)
-            for cell, width, right in zip(row, widths, numeric, strict=True)
-        ).rstrip()
-        for row in cells
-    ]
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(lines)
-
-
-def _is_number(cell: str) -> bool:
-    return bool(cell) and cell[0] in "0123456789-"

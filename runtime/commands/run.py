@@ -36,6 +36,7 @@ from vtp.runtime.commands.console import (
     whole_number,
 )
 from vtp.runtime.media.images import load_image
+from vtp.runtime.media.own_picture import OWN_PICTURE, OWN_QUESTION
 from vtp.runtime.media.pictures import NO_PICTURE
 from vtp.runtime.media.show_kept import (
     check_one_view,
@@ -47,6 +48,7 @@ from vtp.runtime.media.show_kept import (
 from vtp.runtime.media.videos import load_video
 from vtp.runtime.opening import NEVER_RUN, NEVER_TRIED, Opening
 from vtp.runtime.pipeline import DEFAULT_NEW_TOKENS, Pipeline
+from vtp.runtime.preprocess.cut_off import cut_off_line
 from vtp.runtime.result import Result
 
 PROG = "vtp-run"
@@ -54,7 +56,11 @@ PROG = "vtp-run"
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags of vtp-run."""
-    parser = Parser(prog=PROG, description="Answer a prompt about a picture or a video with a bundle.")
+    parser = Parser(
+        prog=PROG,
+        description="Answer a prompt about a picture or a video with a bundle. BUNDLE alone: a question "
+        "about a picture that comes with vtp.",
+    )
     add = parser.add_argument
     add("bundle", metavar="BUNDLE", help=A_BUNDLE)
     add(
@@ -132,6 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
+    own = _take_own_picture(args)
     _check_flags(args)
     lines = read_lines(Path(args.batch)) if args.batch else []
     if args.show_kept:
@@ -145,13 +152,21 @@ def _run(args: argparse.Namespace) -> None:
         for engine in dict.fromkeys(pipe.engines.values()):
             if not capabilities(engine).proven:
                 note(PROG, NEVER_RUN if capabilities(engine).built else NEVER_TRIED.format(engine=engine))
-        _check_media(pipe.manifest.image.frames, args)
+        _check_media(pipe.manifest.image.frames, args, own)
         if args.batch:
             _answer_lines(pipe, lines, args)
         else:
             _answer_one(pipe, args)
         for line in pipe.notes:
             note(PROG, line)
+
+
+def _take_own_picture(args: argparse.Namespace) -> bool:
+    """Ask about vtp's own picture if neither a picture nor a prompt is given; whether that is so."""
+    own = not (args.image or args.video or args.batch or args.prompt is not None)
+    if own:
+        args.image, args.prompt = [str(OWN_PICTURE)], OWN_QUESTION
+    return own
 
 
 def _check_flags(args: argparse.Namespace) -> None:
@@ -174,7 +189,7 @@ def _check_flags(args: argparse.Namespace) -> None:
         raise UsageError("--show-kept shows one picture; give one --image")
 
 
-def _check_media(frames: int | None, args: argparse.Namespace) -> None:
+def _check_media(frames: int | None, args: argparse.Namespace, own: bool) -> None:
     """Refuse pictures for a bundle that answers about videos of `frames` frames, and the other way round."""
     if frames is None and args.video:
         raise UsageError(
@@ -182,12 +197,21 @@ def _check_media(frames: int | None, args: argparse.Namespace) -> None:
             "--frames"
         )
     if frames is not None and not args.video:
-        given = "--batch, which names pictures" if args.batch else "--image" if args.image else "no picture"
+        given = _given(args, own)
         raise UsageError(
             f"this bundle answers about videos of {frames} frames: give --video instead of {given}"
         )
+    if own:
+        note(PROG, f'asked "{OWN_QUESTION}" about a picture of vtp\'s; --image and --prompt ask about yours')
     if not (args.image or args.video or args.batch):
         note(PROG, "no picture was given, so the prompt is answered as text alone; --image FILE gives one")
+
+
+def _given(args: argparse.Namespace, own: bool) -> str:
+    """What was given in place of a video."""
+    if args.batch:
+        return "--batch, which names pictures"
+    return "--image" if args.image and not own else "no picture"
 
 
 def _answer_one(pipe: Pipeline, args: argparse.Namespace) -> None:
@@ -199,16 +223,21 @@ def _answer_one(pipe: Pipeline, args: argparse.Namespace) -> None:
     else:
         images = [load_image(image) for image in args.image]
     stream = pipe.stream(images or NO_PICTURE, args.prompt, **_options(args))
-    for piece in stream:
+    for number, piece in enumerate(stream):
         if not args.json:
-            say_piece(piece)
+            say_piece(piece if number else piece.removeprefix(" "))  # together `Result.text`
     if args.show_kept:
         save_picture(_shown(images, pipe.manifest, stream.result.kept), args.show_kept)
     if args.json:
         say_json(_as_data(stream.result, pipe), indent=None)
-    else:
-        print()
-        say(_report(stream.result, args.show_kept), sys.stderr)
+        return
+    print()
+    say(_report(stream.result, args.show_kept), sys.stderr)
+    if why := stream.result.why_empty:
+        note(PROG, f"the answer is empty: {why}")
+    for line in dict.fromkeys(cut_off_line(spec, *image.size) for image in images):
+        if line:
+            note(PROG, line)
 
 
 def _shown(images: Sequence[Image.Image], manifest: Manifest, kept: Sequence[int]) -> Image.Image:

@@ -128,9 +128,9 @@ class Answer:
         return piece
 
     def _write(self, piece: str) -> str:
-        self.result.text += piece
+        self.result.raw_text += piece
         if self._logprobs is not None:
-            self._logprobs.show(len(self.result.text))
+            self._logprobs.show(len(self.result.raw_text))
         return piece
 
     def _count(self, token: int) -> None:
@@ -157,7 +157,7 @@ def _empty(request: Request, manifest: Manifest) -> Result:
     visual, pictures = manifest.visual, len(request.pictures)
     kept: list[Any] = list(range(visual.count)) if request.keep == visual.count else []
     return Result(
-        text="",
+        raw_text="",
         token_ids=[],
         visual_tokens=VisualTokens(pictures * visual.count, pictures * request.keep),
         kept=kept if pictures == 1 else [list(kept) for _ in range(pictures)],

@@ -50,6 +50,13 @@ def flag(name: str, value: object) -> bool:
     return bool(value)
 
 
+def prompts_kept(name: str, value: object) -> int:
+    """How many prompts a cache holds; UsageError unless it is a whole number, 0 for none."""
+    if not is_whole(value) or value < 0:
+        raise UsageError(f"{name} {quoted_argument(value)} is not a number of prompts; give 0 (off) or more")
+    return int(value)
+
+
 def thread_count(value: object) -> int | None:
     """CPU threads of one operator; None: as many as the engine takes by itself.
 

@@ -30,6 +30,18 @@ def batches(requests: Sequence[Request], together: int) -> Iterator[list[int]]:
         yield from (places[first : first + size] for first in range(0, len(places), size))
 
 
+def write_in_batches(runner: StageRunner, keep: int, answers: Sequence[Answer], together: int) -> None:
+    """Write all answers, so many pictures `together`; a batch's pictures are decoded when its turn comes."""
+    requests = [answer.request for answer in answers]
+    for places in batches(requests, together):
+        for place in places:
+            with about(place, len(requests)):
+                requests[place].load()
+        write_together(runner, keep, [answers[place] for place in places])
+        for place in places:
+            requests[place].pictures.release()
+
+
 def write_together(runner: StageRunner, keep: int, answers: Sequence[Answer]) -> None:
     """Write the answers of one batch to their ends, which their stop signal, one for all, may bring early.
 

@@ -38,6 +38,8 @@ class GenerateOptions:
     timeout_ms      end the answer this number of milliseconds after the call, with the text so far and
                     finish_reason "timeout"; checked before each stage and each token, so that a stage that
                     has begun ends first
+    color           the order of channels in pictures given as arrays or tensors: "rgb" (or RGBA), or "bgr"
+                    (BGRA), as OpenCV's frames have it; files and PIL images say theirs themselves
     """
 
     max_new_tokens: int = DEFAULT_NEW_TOKENS
@@ -53,6 +55,7 @@ class GenerateOptions:
     timeout_ms: float | None = None
     logprobs: int | None = None
     response_format: Mapping[str, Any] | str | None = None
+    color: str = "rgb"
 
     def for_prompt(self, place: int) -> GenerateOptions:
         """The options of prompt number `place` of a batch, which samples with its own seed."""
@@ -81,6 +84,7 @@ class OptionKeywords(TypedDict, total=False):
     timeout_ms: float | None
     logprobs: int | None
     response_format: Mapping[str, Any] | str | None
+    color: str
 
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])

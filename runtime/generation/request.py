@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vtp.engines import UsageError, capabilities
+from vtp.engines.errors import quoted_argument
 from vtp.runtime.bundle.manifest import GenerationInfo, Manifest
 from vtp.runtime.constrained.constraint import Constraint
 from vtp.runtime.constrained.formats import Formats
@@ -15,6 +16,7 @@ from vtp.runtime.generation.options import GenerateOptions
 from vtp.runtime.generation.sampling import Sampler
 from vtp.runtime.generation.stopping import Clock, StopSignal
 from vtp.runtime.media.given import Encoded, encoded_pictures
+from vtp.runtime.media.images import COLORS
 from vtp.runtime.media.pictures import Images, Pictures
 from vtp.runtime.prompt.messages import Messages, with_media
 from vtp.runtime.prompt.prompter import Prompt, Prompter, PromptTooLong, StopStrings
@@ -78,7 +80,7 @@ class RequestMaker:
         timings, sampler = Timings(), options.sampler()
         skip = flag("skip_special_tokens", options.skip_special_tokens)
         special = flag("allow_special_tokens", options.allow_special_tokens)
-        pictures = self._pictures(image, keep, timings)
+        pictures = self._pictures(image, keep, options.color, timings)
         request = Request(
             pictures=pictures,
             prompt=self._encode(prompt, messages, len(pictures), special, timings),
@@ -97,12 +99,16 @@ class RequestMaker:
         self._check_room(request)
         return request
 
-    def _pictures(self, image: Images | Encoded | Pictures, keep: int, timings: Timings) -> Pictures:
+    def _pictures(
+        self, image: Images | Encoded | Pictures, keep: int, color: str, timings: Timings
+    ) -> Pictures:
         """The pictures of one prompt, or its video, checked and not yet decoded."""
+        if color not in COLORS:
+            raise UsageError(f"color {quoted_argument(color)} is not known; choose {' or '.join(COLORS)}")
         if isinstance(image, Encoded):
             pictures: Pictures = encoded_pictures(image, self._manifest, keep)
         else:
-            pictures = image if isinstance(image, Pictures) else Pictures(image, self._manifest.image)
+            pictures = image if isinstance(image, Pictures) else Pictures(image, self._manifest.image, color)
         if len(pictures) > 1:
             self._check_several(len(pictures))
         pictures.check(timings)

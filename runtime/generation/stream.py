@@ -12,6 +12,8 @@ from vtp.runtime.result import Result, TokenLogprob
 class Stream:
     """The pieces of one answer, as they become certain. Iterate it once, then read `result`.
 
+    Joined, they are the result's `raw_text`: the first may begin with the space that `text` is without.
+
     `pieces` must not know the stream: without such a cycle, a stream that is abandoned ends the generator,
     and with it frees the pipeline, as soon as its last reference goes.
     """

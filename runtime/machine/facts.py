@@ -21,6 +21,7 @@ from vtp.runtime.machine.cgroup import cgroup_left
 
 # Distributions whose presence decides what runs, in the order in which they are shown.
 DISTRIBUTIONS = (
+    "vtp-edge",
     "onnxruntime",
     "onnxruntime-gpu",
     "openvino",

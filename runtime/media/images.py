@@ -10,7 +10,7 @@ import contextlib
 import ctypes
 import logging
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from io import BytesIO
@@ -24,8 +24,10 @@ from PIL import Image, UnidentifiedImageError
 from vtp.engines.disk.files import open_checked
 from vtp.engines.errors import UsageError, VtpError, shown
 from vtp.runtime.media.rgb import to_rgb
+from vtp.runtime.media.tensors import Tensor, extent_of, is_tensor, pixels_of
 
 __all__ = [
+    "COLORS",
     "MAX_PIXELS",
     "EncodedImage",
     "ImageSource",
@@ -54,10 +56,11 @@ class EncodedImage:
 
 
 #: What `load_image` takes: a path, a file's bytes, a Pillow image, a uint8 array [H, W, 3] (RGB), [H, W, 4]
-#: (RGBA) or [H, W].
+#: (RGBA) or [H, W], or a torch tensor (see `tensors`).
 ImageSource: TypeAlias = (
-    "str | PathLike[str] | bytes | bytearray | memoryview | EncodedImage | Image.Image | np.ndarray"
+    "str | PathLike[str] | bytes | bytearray | memoryview | EncodedImage | Image.Image | np.ndarray | Tensor"
 )
+COLORS = ("rgb", "bgr")  # orders of channels in arrays and tensors; BGR is OpenCV's
 
 T = TypeVar("T")
 
@@ -68,31 +71,39 @@ logging.getLogger("PIL").addHandler(logging.NullHandler())
 _VECTOR_FORMATS = frozenset({"EPS"})
 
 
-def load_image(source: ImageSource) -> Image.Image:
+def load_image(source: ImageSource, color: str = "rgb") -> Image.Image:
     """Return `source` as a new, upright RGB image, transparent parts on white; of an animation, the first
     frame.
+
+    color  order of an array's or a tensor's channels, "rgb" (RGBA) or "bgr" (BGRA); files and Pillow images
+           say theirs themselves
 
     A URL is not fetched. Raises `UsageError` for a source of the wrong kind, shape or dtype or a file that is
     not there, and `VtpError` for a picture that cannot be decoded, is too large, or has pixels of unknown
     range.
     """
-    return _with_image(source, _to_rgb)
+    return _with_image(source, _to_rgb, color)
 
 
 def check_image(source: ImageSource) -> None:
     """Raise what `load_image` would, as far as that shows without decoding: kind, file, header and size."""
     if isinstance(source, np.ndarray):
         _checked(source)  # and not copied
+    elif is_tensor(source):
+        _check_extent(source.shape, *extent_of(source))
     else:
         _with_image(source, _check_size)
 
 
-def _with_image(source: ImageSource, act: Callable[[Image.Image, str], T]) -> T:
+def _with_image(source: ImageSource, act: Callable[[Image.Image, str], T], color: str = "rgb") -> T:
     """What `act` makes of the picture, opened and not yet decoded, and of its name in messages."""
     if isinstance(source, Image.Image):
         return act(source, "the picture")
     if isinstance(source, np.ndarray):
-        return act(_from_array(source), "the image array")
+        return act(_from_array(source, color), "the image array")
+    if is_tensor(source):
+        _check_extent(source.shape, *extent_of(source))
+        return act(_from_array(pixels_of(source), color), "the image tensor")
     if isinstance(source, EncodedImage):
         return act(identify(BytesIO(source.data), "the picture", source.formats), "the picture")
     if isinstance(source, bytes | bytearray | memoryview):
@@ -102,7 +113,8 @@ def _with_image(source: ImageSource, act: Callable[[Image.Image, str], T]) -> T:
     if isinstance(source, str | PathLike):
         return _from_path(path_of(source), act)
     raise UsageError(
-        f"a picture may be a path, bytes, a PIL image or a uint8 array [H, W, 3], not {type(source).__name__}"
+        f"a picture may be a path, bytes, a PIL image, a uint8 array [H, W, 3] or a torch tensor, not "
+        f"{type(source).__name__}"
     )
 
 
@@ -261,8 +273,11 @@ def plain_array(array: np.ndarray) -> np.ndarray:
     return np.asarray(array)
 
 
-def _from_array(array: np.ndarray) -> Image.Image:
-    return Image.fromarray(np.ascontiguousarray(_checked(array)))
+def _from_array(array: np.ndarray, color: str) -> Image.Image:
+    array = _checked(array)
+    if color == "bgr" and array.ndim == 3:
+        array = array[:, :, [2, 1, 0, 3][: array.shape[2]]]
+    return Image.fromarray(np.ascontiguousarray(array))
 
 
 def _checked(array: np.ndarray) -> np.ndarray:
@@ -280,13 +295,18 @@ def _checked(array: np.ndarray) -> np.ndarray:
             f"an image array must be [height, width, 3] in RGB, [height, width, 4] in RGBA or "
             f"[height, width], not {shape}{hint}"
         )
-    if 0 in shape:
-        raise VtpError(f"the image array is {shape}: there is nothing to see; give another one")
-    if shape[0] * shape[1] > MAX_PIXELS:  # an array of strides 0 takes no memory until it is copied
-        raise VtpError(
-            f"the image array is {shape}; at most {MAX_PIXELS:,} pixels are taken: shrink it first"
-        )
+    _check_extent(array.shape, *array.shape[:2])
     return array
+
+
+def _check_extent(shape: Sequence[int], height: int, width: int) -> None:
+    """Refuse an array or tensor of no pixels, or of too many: with strides of 0 it takes no memory yet."""
+    if 0 in shape:
+        raise VtpError(f"the image array is {list(shape)}: there is nothing to see; give another one")
+    if height * width > MAX_PIXELS:
+        raise VtpError(
+            f"the image array is {list(shape)}; at most {MAX_PIXELS:,} pixels are taken: shrink it first"
+        )
 
 
 def reason(error: BaseException) -> str:

@@ -42,10 +42,10 @@ class Pictures:
     `pixels` holds pixel_values of one picture each, between `load` and `release`.
     """
 
-    def __init__(self, image: Any, spec: ImageSpec) -> None:
+    def __init__(self, image: Any, spec: ImageSpec, color: str = "rgb") -> None:
         several = spec.frames is None and isinstance(image, list | tuple)
         self._sources: Sequence[Any] = image if several else [] if image is NO_PICTURE else [image]
-        self._spec = spec
+        self._spec, self._color = spec, color
         self.pixels: list[np.ndarray] = []
         if not self._sources and image is not NO_PICTURE:
             raise UsageError("no picture is given; give one, a list of at least one, or NO_PICTURE")
@@ -72,7 +72,9 @@ class Pictures:
 
     def _load_one(self, source: Any) -> Any:
         frames = self._spec.frames
-        return load_image(source) if frames is None else load_video(source, frames)
+        if frames is None:
+            return load_image(source, self._color)
+        return load_video(source, frames, self._color)
 
     def release(self) -> None:
         """Give the memory of `pixels` back."""

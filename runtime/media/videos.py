@@ -31,26 +31,33 @@ from vtp.runtime.media.images import (
     plain_array,
     reason,
 )
+from vtp.runtime.media.tensors import Tensor, frames_of, is_tensor
 
 __all__ = ["VideoSource", "check_video", "load_video", "picture_files", "sample_frames"]
 
 #: What `load_video` takes: a path, a file's bytes, an animated Pillow image, frames as a list of what
-#: `load_image` takes or as one uint8 array [frames, H, W, 3] (RGB) or [frames, H, W, 4] (RGBA).
+#: `load_image` takes or as one uint8 array [frames, H, W, 3] (RGB) or [frames, H, W, 4] (RGBA), or a torch
+#: tensor of frames.
 VideoSource: TypeAlias = (
-    "str | PathLike[str] | bytes | bytearray | memoryview | Image.Image | np.ndarray | Sequence[ImageSource]"
+    "str | PathLike[str] | bytes | bytearray | memoryview | Image.Image | np.ndarray | Tensor | "
+    "Sequence[ImageSource]"
 )
 
 _PICTURES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"))
 
 
-def load_video(source: VideoSource, frames: int) -> list[Image.Image]:
+def load_video(source: VideoSource, frames: int, color: str = "rgb") -> list[Image.Image]:
     """Return `frames` upright RGB images of a video; only these are decoded, where the format allows that.
+
+    color  order of the channels of arrays and tensors, as `load_image` takes it
 
     The pictures of a folder follow one another by name, numbers in it by their value. Raises `UsageError`
     for anything that is not a video or has fewer frames, and `VtpError` for one that cannot be decoded.
     """
     if isinstance(source, np.ndarray):
-        return _from_array(source, frames)
+        return _from_array(source, frames, color)
+    if is_tensor(source):
+        source = frames_of(source)
     if isinstance(source, Image.Image):
         return _from_animation(source, "the picture", frames)
     if isinstance(source, bytes | bytearray | memoryview):
@@ -59,13 +66,14 @@ def load_video(source: VideoSource, frames: int) -> list[Image.Image]:
     if isinstance(source, str | PathLike):
         return _from_path(path_of(source), frames)
     if isinstance(source, list | tuple):
-        return [load_image(source[place]) for place in sample_frames(len(source), frames, "the video")]
+        return [load_image(source[place], color) for place in sample_frames(len(source), frames, "the video")]
     raise _not_a_video(source)
 
 
 def check_video(source: VideoSource, frames: int) -> None:
     """Raise what `load_video` would, as far as that shows without decoding: of a list every frame that is
     looked at is checked, of a file its kind, and of a folder its pictures."""
+    source = frames_of(source) if is_tensor(source) else source
     if isinstance(source, np.ndarray):
         _places_in(source, frames)
     elif isinstance(source, list | tuple):
@@ -97,8 +105,8 @@ def sample_frames(total: int, frames: int, name: str = "the video") -> list[int]
     return [place * total // frames for place in range(frames)]
 
 
-def _from_array(array: np.ndarray, frames: int) -> list[Image.Image]:
-    return [load_image(array[place]) for place in _places_in(array, frames)]
+def _from_array(array: np.ndarray, frames: int, color: str) -> list[Image.Image]:
+    return [load_image(array[place], color) for place in _places_in(array, frames)]
 
 
 def _places_in(array: np.ndarray, frames: int) -> list[int]:

@@ -19,10 +19,12 @@ from PIL import Image
 
 from vtp.engines.errors import VtpError
 from vtp.runtime.preprocess.base import Box, ImageSpec
+from vtp.runtime.preprocess.clip import CLIP_FITS
 from vtp.runtime.preprocess.fit import FITS
 from vtp.runtime.preprocess.kinds import ImageSection, spec_from_json, spec_to_json
 
 __all__ = [
+    "CLIP_FITS",
     "FITS",
     "Box",
     "ImageSection",

@@ -6,15 +6,18 @@ InternVL at one tile.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from vtp.engines.errors import VtpError
+from vtp.engines.errors import UsageError, VtpError
 from vtp.runtime.preprocess.base import Box, ImageSpec, Size
 from vtp.runtime.preprocess.pixels import check_area, mean_colour, paste, resize, values_of
+
+CLIP_FITS = ("crop", "letterbox", "stretch")
+_SIZES = ("shortest_edge", "height", "width", "crop_height", "crop_width")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +43,7 @@ class ClipSpec(ImageSpec):
     def check(self) -> None:
         """Sizes for the steps that are switched on, and no others."""
         super().check()
-        self.require_lengths("shortest_edge", "height", "width", "crop_height", "crop_width", "frames")
+        self.require_lengths(*_SIZES, "frames")
         sizes = tuple(size is not None for size in (self.shortest_edge, self.height, self.width))
         self.require(
             not self.do_resize or sizes in ((True, False, False), (False, True, True)),
@@ -50,6 +53,31 @@ class ClipSpec(ImageSpec):
             not self.do_center_crop or (self.crop_height is not None and self.crop_width is not None),
             "center cropping needs crop_height and crop_width",
         )
+
+    def fitted(self, fit: str) -> ClipSpec:
+        """The same for pictures that are no squares: what becomes of their sides.
+
+        crop       the middle square is seen, and the longer sides are cut off, as CLIP's processor does
+        letterbox  the whole picture is seen, padded to a square in the mean colour
+        stretch    the whole picture is seen, resized as it is, as SigLIP's processor does
+
+        UsageError for another word, and for a model whose input is no square.
+        """
+        height, width = self.fixed_size
+        if fit not in CLIP_FITS:
+            raise UsageError(
+                f"image-fit {fit} is not supported by this model's image processor, which takes pictures of "
+                f"any shape; choose {', '.join(CLIP_FITS)}, or leave it out"
+            )
+        if height != width:
+            raise UsageError(f"image-fit needs a model of square input, not {width}x{height}; leave it out")
+        one: dict[str, Any] = {"do_resize": True, "do_pad": fit == "letterbox", **dict.fromkeys(_SIZES)}
+        if fit != "crop":
+            return replace(self, **{**one, "do_center_crop": False, "height": height, "width": width})
+        if self.do_center_crop and not self.do_pad:  # the processor's own way, to the pixel
+            return self
+        crop = {"do_center_crop": True, "crop_height": height, "crop_width": width}
+        return replace(self, **{**one, "shortest_edge": height, **crop})
 
     @property
     def fixed_size(self) -> Size:

@@ -27,7 +27,10 @@ from vtp.runtime.decisions.question import LABELS, LETTERS
 from vtp.runtime.hub.bundles import local_bundle
 from vtp.runtime.opening import NEVER_RUN, NEVER_TRIED
 from vtp.runtime.pipeline import DEFAULT_NEW_TOKENS, Pipeline
+from vtp.runtime.preprocess import ImageSpec
+from vtp.runtime.preprocess.cut_off import cut_off_line
 from vtp.serve.streams.alerts import Alert, AlertReading
+from vtp.serve.streams.answer import FrameAnswer
 from vtp.serve.streams.frames import Frame, Source
 from vtp.serve.streams.gate import DEFAULT_CHANGE, Gate
 from vtp.serve.streams.sinks.hooks import Command, Hook, Webhook
@@ -219,7 +222,19 @@ def _sinks(args: argparse.Namespace, pipe: Pipeline, source: Source) -> list[Sin
     sinks: list[Sink] = [json_lines(source.name, pipe.engine) if args.json else say_answer]
     if args.show_kept:
         sinks.append(KeptPictures(Path(args.show_kept), pipe.manifest))
-    return sinks
+    return [_sides_note(pipe.manifest.image), *sinks]
+
+
+def _sides_note(spec: ImageSpec) -> Sink:
+    """Says once, of the first frame that is answered, how much of its sides the model does not see."""
+    told: list[bool] = []
+
+    def note_sides(answer: FrameAnswer) -> None:
+        if not told and (line := cut_off_line(spec, *answer.frame.load().size)):
+            _tell(line)
+        told.append(True)
+
+    return note_sides
 
 
 def _page(watcher: Watcher, port: str, source: Source) -> Any:

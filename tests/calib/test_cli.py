@@ -209,7 +209,7 @@ def test_a_keep_count_that_the_bundle_lacks_is_never_written(bundle) -> None:
 
 def test_score_compares_bundles_on_the_same_questions(exported, data, tmp_path, capsys) -> None:
     none, pruned = exported("none").folder, exported("vispruner").folder
-    arguments = [none, f"{pruned}:3", f"{pruned}:6", "--data", data, "--out", tmp_path / "s"]
+    arguments = [none, f"{pruned}:3", f"{pruned}:6", "--data", data, "--journal", tmp_path / "s"]
     assert calib("score", *arguments, "--json") == 0
     rows = json.loads(capsys.readouterr().out)["bundles"]
     assert [row["bundle"] for row in rows] == ["none:16", "vispruner:3", "vispruner:6"]

@@ -214,7 +214,7 @@ def test_layers_go_back_to_float_until_the_drop_is_allowed(
     monkeypatch.setattr(Quantizer, "write", spy)
     monkeypatch.setattr(quantize._Trial, "compare", compare)
     enough, source, out = 3, exported("vispruner").folder, tmp_path / "out"
-    assert calib(source, "--data", data, "--vision", "none", "--output", out) == 0
+    assert calib(source, "--data", data, "--vision", "none", "-o", out) == 0
     assert [len(left) for left in tried] == [0, 2, 6]  # of 22 layers
     record = open_bundle(out, check_hashes=True).manifest.quantization
     assert set(record["left_in_float"]) == tried[-1]

@@ -68,7 +68,7 @@ def answers_of(bundle: Path) -> dict[str, Any]:
         alone = pipeline.generate(NO_PICTURE, PROMPT, max_new_tokens=MOST)
         held = pipeline.generate([PICTURE], PROMPT, max_new_tokens=MOST_OF_FORM, response_format=SCHEMA)
         visual, length = pipeline.manifest.visual, pipeline.manifest.model.max_length
-    texts = {"text first": after.text, "text only": alone.text}
+    texts = {"text": result["raw_text"], "text first": after.raw_text, "text only": alone.raw_text}
     context = length - visual.count + max(visual.keep)
     found = {"object": json.loads(held.text), "context": context, "least kept": min(visual.keep)}
     return {**result, **texts, **found}

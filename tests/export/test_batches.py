@@ -70,7 +70,7 @@ def pipe(exported: Callable[[str], Any]) -> Iterator[Pipeline]:
 
 
 def said(result: Result) -> tuple[Any, ...]:
-    return result.token_ids, result.text, result.kept, result.finish_reason, result.prompt_tokens
+    return result.token_ids, result.raw_text, result.kept, result.finish_reason, result.prompt_tokens
 
 
 # -- batches -------------------------------------------------------------------------------------------------
@@ -94,7 +94,7 @@ def test_a_batch_says_what_single_prompts_say(folder: Callable[[str], Path], nam
         for keep in pipe.manifest.visual.keep:
             pairs = list(zip(PICTURES, PROMPTS, strict=True))
             alone = [pipe.generate(image, words, keep_tokens=keep, **options) for image, words in pairs]
-            stop = next(piece for piece in alone[1].text[1:] if piece.isascii())
+            stop = next(piece for piece in alone[1].raw_text[1:] if piece.isascii())
             wanted = [
                 pipe.generate(image, words, keep_tokens=keep, stop=stop, **options) for image, words in pairs
             ]

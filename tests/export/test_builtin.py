@@ -16,6 +16,7 @@ from vtp.export.pruners import Site, find_method
 from vtp.export.verify.parity import Chosen
 from vtp.export.verify.reference import reference_generate
 from vtp.runtime import Pipeline, Timings, open_bundle
+from vtp.runtime.media.own_picture import OWN_PICTURE, OWN_QUESTION
 from vtp.runtime.preprocess import preprocess
 from vtp.runtime.prompt.prompter import Prompter
 from vtp.runtime.stages.runner import StageRunner
@@ -72,7 +73,8 @@ def test_unpruned_tokens_equal_transformers_on_held_out_questions(
             wanted_ids = wanted[0, inputs.input_ids.shape[1] :].tolist()
             answer = pipe.generate(item.image, item.prompt, max_new_tokens=NEW_TOKENS)
             assert answer.token_ids == wanted_ids, item.prompt
-            assert answer.text == processor.decode(wanted_ids, skip_special_tokens=True)
+            assert answer.raw_text == processor.decode(wanted_ids, skip_special_tokens=True)
+        assert pipe.generate(OWN_PICTURE, OWN_QUESTION).text == "blue"
 
 
 @pytest.mark.parametrize(("method", "keep"), [("vispruner", 64), ("adaptprune", 57)])

@@ -190,7 +190,8 @@ def test_an_export_that_is_stopped_half_way(
     if sign == signal.SIGINT:
         assert process.returncode == 130
         assert rest[-1] == "vtp-export: error: interrupted; nothing was left behind\n"
-        assert not [line for line in rest[:-1] if not PROGRESS.fullmatch(line.rstrip())]
+        said = [line for line in rest[:-1] if line != "vtp-export: note: stopping…\n"]  # of a slow machine
+        assert not [line for line in said if not PROGRESS.fullmatch(line.rstrip())]
     else:
         assert len(list(tmp_path.iterdir())) == 2
         (bundle / "decoder.onnx.data").write_bytes(b"")  # even a damaged bundle is replaced

@@ -33,16 +33,16 @@ def test_pieces_are_the_text(pipe: Pipeline) -> None:
     with Scheduler(pipe, slots=2) as scheduler:
         ticket = scheduler.submit(PICTURE, "how many ?", max_new_tokens=25)
         pieces = list(ticket)
-        assert len(pieces) > 1 and "".join(pieces) == wanted.text
+        assert len(pieces) > 1 and "".join(pieces) == wanted.raw_text
         assert list(ticket) == pieces and ticket.done
         result = ticket.result()
-    assert (result.text, result.token_ids) == (wanted.text, wanted.token_ids)
+    assert (result.raw_text, result.token_ids) == (wanted.raw_text, wanted.token_ids)
     assert 0 < result.timings.ttft <= result.timings.total
 
 
 def test_many_threads_submit_and_read(pipe: Pipeline) -> None:
     prompts = [f"how many {'red ' * count}?" for count in range(12)]
-    wanted = [pipe.generate(PICTURE, prompt, max_new_tokens=15).text for prompt in prompts]
+    wanted = [pipe.generate(PICTURE, prompt, max_new_tokens=15).raw_text for prompt in prompts]
     found: dict[int, str] = {}
     with Scheduler(pipe, slots=4) as scheduler:
 
@@ -58,7 +58,7 @@ def test_many_threads_submit_and_read(pipe: Pipeline) -> None:
 
 
 def test_an_event_loop_reads_several(pipe: Pipeline) -> None:
-    wanted = [pipe.generate(PICTURE, "how ?", max_new_tokens=count).text for count in (20, 5, 12)]
+    wanted = [pipe.generate(PICTURE, "how ?", max_new_tokens=count).raw_text for count in (20, 5, 12)]
 
     async def read(scheduler: Scheduler, count: int) -> str:
         return "".join([piece async for piece in scheduler.submit(PICTURE, "how ?", max_new_tokens=count)])
@@ -67,7 +67,7 @@ def test_an_event_loop_reads_several(pipe: Pipeline) -> None:
         with Scheduler(pipe, slots=2) as scheduler:
             texts = list(await asyncio.gather(*(read(scheduler, count) for count in (20, 5, 12))))
             whole = await scheduler.submit(PICTURE, "how ?", max_new_tokens=20)
-            return [*texts, whole.text]
+            return [*texts, whole.raw_text]
 
     assert asyncio.run(run()) == [*wanted, wanted[0]]
 
@@ -147,7 +147,7 @@ def test_pieces_that_wait_come_together(pipe: Pipeline) -> None:
             assert over and "".join(whole) == text
             return text
 
-        assert asyncio.run(read()) == wanted.text
+        assert asyncio.run(read()) == wanted.raw_text
 
 
 def test_a_wait_for_pieces_has_an_end() -> None:

@@ -42,7 +42,7 @@ def test_an_answer_is_the_pipelines(
     wanted = alone.generate(picture, "how many ?", **options)
     answer = site.chat(asked(picture), **fields)
     assert answer.status == 200, answer.content
-    assert answer.text == wanted.text
+    assert answer.text == wanted.raw_text
     body = answer.json
     assert body["object"] == "chat.completion" and body["model"] == "tiny"
     assert body["choices"][0]["message"]["role"] == "assistant"
@@ -72,7 +72,7 @@ def test_a_stream_is_the_same_answer(
     assert end is None
     deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
     assert deltas[0] == {"role": "assistant", "content": ""} and deltas[-1] == {}
-    assert "".join(delta["content"] for delta in deltas[1:-1]) == wanted.text
+    assert "".join(delta["content"] for delta in deltas[1:-1]) == wanted.raw_text
     assert all(delta.keys() == {"content"} for delta in deltas[1:-1])
     reasons = [chunk["choices"][0]["finish_reason"] for chunk in chunks]
     assert reasons[:-1] == [None] * (len(chunks) - 1) and reasons[-1] in ("stop", "length")
@@ -183,7 +183,7 @@ def test_conversations_are_asked_as_they_are(
     wanted = alone.generate(pictures, messages=messages, max_new_tokens=12)
     answer = site.send(CHAT, {"messages": openai_turns(turns, picture), "max_tokens": 12})
     assert answer.status == 200, answer.content
-    assert answer.text == wanted.text and answer.json["vtp"]["notes"] == []
+    assert answer.text == wanted.raw_text and answer.json["vtp"]["notes"] == []
 
 
 HARMLESS: list[dict[str, Any]] = [
@@ -207,7 +207,7 @@ def test_what_clients_add_changes_nothing(
     wanted = alone.generate(picture, "how many ?", max_new_tokens=5)
     answer = site.chat(asked(picture), **{"max_tokens": 5, **fields})
     assert answer.status == 200, answer.content
-    assert answer.text == wanted.text
+    assert answer.text == wanted.raw_text
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -218,7 +218,7 @@ def test_a_prompt_needs_no_picture(site: Site, alone: Pipeline, stream: bool) ->
     assert body["vtp"]["visual_tokens"] == {"before": 0, "after": 0} and body["vtp"]["keep_tokens"] == 0
     assert body["timings"]["prompt_n"] == wanted.prompt_tokens
     if not stream:
-        assert answer.text == wanted.text
+        assert answer.text == wanted.raw_text
 
 
 def test_headers_and_types_that_nobody_needs(site: Site, picture: Image.Image) -> None:

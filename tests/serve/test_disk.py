@@ -37,7 +37,8 @@ def test_a_bundle_whose_folder_goes_is_served_on(
         for keep in (3, 6):
             answer = site.chat([shown(picture), words("how many ?")], max_tokens=9, vtp={"keep_tokens": keep})
             assert (
-                answer.text == alone.generate(picture, "how many ?", max_new_tokens=9, keep_tokens=keep).text
+                answer.text
+                == alone.generate(picture, "how many ?", max_new_tokens=9, keep_tokens=keep).raw_text
             )
         form = {"type": "json_schema", "json_schema": {"schema": {"enum": [1, 2]}}}
         assert json.loads(site.chat("how many ?", max_tokens=9, response_format=form).text) in (1, 2)
@@ -74,7 +75,7 @@ def test_a_full_disk_is_said_and_nothing_else(
         idle = shadow.Shadow(other, lambda: True, 1.0, shadow.Files(tmp_path / "log.jsonl"))
         ticket = other.submit(Image.new("RGB", (40, 30)), prompt="how many ?", max_new_tokens=5, logprobs=0)
         result = ticket.result()
-        wrong = replace(result, text="something else")
+        wrong = replace(result, raw_text="something else")
         monkeypatch.setattr(shadow.os, "write", full)
         messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "how many ?"}]}]
         exchange = shadow.Exchange(

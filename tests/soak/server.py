@@ -67,7 +67,7 @@ class Asker:
         paths = sorted(examples_dir().glob("*.png"))
         with Pipeline.load(bundle, threads=1) as pipe:
             self._expected = {
-                (picture, prompt): pipe.generate(path, prompt, max_new_tokens=12).text
+                (picture, prompt): pipe.generate(path, prompt, max_new_tokens=12).raw_text
                 for picture, path in enumerate(paths)
                 for prompt in PROMPTS
             }

@@ -44,7 +44,7 @@ async def _answer(request: Request, read: Callable[[Fields], OllamaRequest], mes
     if asked_for.stream:
         return await LineStream.begun(_lines(asked, writer))
     result = await asked.whole()
-    return JsonResponse(writer.end(result, asked.notes, result.text))
+    return JsonResponse(writer.end(result, asked.notes, result.raw_text))
 
 
 async def _lines(asked: Asked, writer: Writer) -> AsyncGenerator[bytes, None]:

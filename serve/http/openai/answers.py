@@ -115,7 +115,7 @@ class Writer:
         """The body of an answer that is not streamed."""
         choice = {
             "index": 0,
-            "message": {"role": "assistant", "content": result.text},
+            "message": {"role": "assistant", "content": result.raw_text},
             "logprobs": self._told(result.logprobs or []),
             "finish_reason": finish_reason(result),
         }

@@ -138,7 +138,7 @@ def test_pipeline_equals_processor_and_generate(
             wanted = answer[0, inputs["input_ids"].shape[1] :].tolist()
             result = pipe.generate(picture, question, max_new_tokens=24)
             assert result.token_ids == wanted
-            assert result.text == processor.tokenizer.decode(wanted, skip_special_tokens=True)
+            assert result.raw_text == processor.tokenizer.decode(wanted, skip_special_tokens=True)
             assert result.prompt_tokens == inputs["input_ids"].shape[1] - N
 
 

@@ -147,7 +147,7 @@ def test_bad_requests_are_one_line(
     assert err.startswith("vtp-run: error: ") and message in err
 
 
-@pytest.mark.parametrize("argv", [[], ["bundle"], ["bundle", "--image", "x"]])
+@pytest.mark.parametrize("argv", [[], ["bundle", "--video", "x"], ["bundle", "--image", "x"]])
 def test_what_is_required(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert run(argv) == 2
     err = capsys.readouterr().err

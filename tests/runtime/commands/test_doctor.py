@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -291,7 +292,8 @@ def test_other_expressions_are_refused(text: str) -> None:
 
 def test_this_machine(capsys: pytest.CaptureFixture[str], exported: Callable[[str], Any]) -> None:
     assert doctor.main([]) == 0
-    assert "ort-cpu" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "ort-cpu" in out and f"vtp-edge {metadata.version('vtp-edge')}" in out
     assert doctor.main([str(exported("adaptprune").folder), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["bundle"]["total"] >= sum(stage["total"] for stage in report["bundle"]["stages"])

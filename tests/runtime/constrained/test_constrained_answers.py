@@ -41,7 +41,7 @@ def builtin(once: Once) -> Iterator[Pipeline]:
 
 
 def told(result: Result) -> tuple[Any, ...]:
-    return result.token_ids, result.text, result.finish_reason
+    return result.token_ids, result.raw_text, result.finish_reason
 
 
 def test_the_built_in_model_writes_what_was_asked_for(builtin: Pipeline) -> None:
@@ -56,7 +56,7 @@ def test_the_built_in_model_writes_what_was_asked_for(builtin: Pipeline) -> None
         }
         result = builtin.generate(item.image, item.prompt, max_new_tokens=90, response_format=schema)
         assert result.finish_reason in ("stop", "eos")
-        assert set(check(result.text, schema)) == {"answer"}
+        assert set(check(result.raw_text, schema)) == {"answer"}
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -68,7 +68,7 @@ def test_reviews_of_a_model_that_knows_none(builtin: Pipeline, seed: int) -> Non
     )
     assert result.finish_reason in ("stop", "eos", "length")
     if result.finish_reason != "length":
-        check(result.text, REVIEW)
+        check(result.raw_text, REVIEW)
 
 
 @pytest.mark.parametrize("name", ["vispruner", "adaptprune", "qwen2", "float16"])
@@ -77,8 +77,8 @@ def test_every_kind_of_bundle(exported: Callable[[str], Any], picture: Image.Ima
         for options in ({}, {"temperature": 1.5, "seed": 3}, {"repetition_penalty": 1.5}):
             plain = pipe.generate(picture, PROMPT, max_new_tokens=20, **options)
             result = pipe.generate(picture, PROMPT, max_new_tokens=90, response_format=JSON, **options)
-            assert result.finish_reason in ("stop", "eos"), result.text
-            check(result.text, SHORT)
+            assert result.finish_reason in ("stop", "eos"), result.raw_text
+            check(result.raw_text, SHORT)
             assert told(pipe.generate(picture, PROMPT, max_new_tokens=20, **options)) == told(plain)
 
 
@@ -93,7 +93,7 @@ def test_the_rules_of_the_model_give_way(endless: Pipeline, picture: Image.Image
         )
         result = endless.generate(picture, PROMPT, max_new_tokens=90, response_format=JSON)
         assert result.finish_reason == "stop"
-        check(result.text, SHORT)
+        check(result.raw_text, SHORT)
     finally:
         endless.manifest.__dict__["generation"] = info
 
@@ -101,12 +101,12 @@ def test_the_rules_of_the_model_give_way(endless: Pipeline, picture: Image.Image
 def test_every_way_to_ask_says_the_same(pipe: Pipeline, picture: Image.Image) -> None:
     options: dict[str, Any] = {"max_new_tokens": 90, "response_format": JSON, "logprobs": 2}
     wanted, plain = pipe.generate(picture, PROMPT, **options), pipe.generate(picture, PROMPT)
-    check(wanted.text, SHORT)
-    assert wanted.logprobs and "".join(entry.token for entry in wanted.logprobs) == wanted.text
+    check(wanted.raw_text, SHORT)
+    assert wanted.logprobs and "".join(entry.token for entry in wanted.logprobs) == wanted.raw_text
     stream = pipe.stream(picture, PROMPT, **options)
-    assert "".join(stream) == wanted.text and told(stream.result) == told(wanted)
+    assert "".join(stream) == wanted.raw_text and told(stream.result) == told(wanted)
     for result in pipe.generate_batch([picture] * 3, [PROMPT, "how many ?", PROMPT], **options):
-        check(result.text, SHORT)
+        check(result.raw_text, SHORT)
     with Scheduler(pipe, slots=3) as scheduler:
         tickets = [scheduler.submit(picture, PROMPT, **(options if place % 2 else {})) for place in range(8)]
         decision = scheduler.decide(picture, "which ?", ["red", "blue"])
@@ -117,7 +117,7 @@ def test_every_way_to_ask_says_the_same(pipe: Pipeline, picture: Image.Image) ->
 
 def test_cut_short(pipe: Pipeline, picture: Image.Image) -> None:
     result = pipe.generate(picture, PROMPT, max_new_tokens=4, response_format=JSON)
-    assert result.finish_reason == "length" and result.text.startswith("{")
+    assert result.finish_reason == "length" and result.raw_text.startswith("{")
 
 
 def test_a_form_that_breaks_ends_its_request_alone(
@@ -147,7 +147,7 @@ def test_a_form_that_breaks_ends_its_request_alone(
             held.result(60)
         assert [told(ticket.result(60)) for ticket in beside] == [told(plain)] * 2
         monkeypatch.undo()
-        check(scheduler.submit(picture, PROMPT, response_format=JSON).result(60).text, SHORT)
+        check(scheduler.submit(picture, PROMPT, response_format=JSON).result(60).raw_text, SHORT)
 
 
 def test_bad_schemas_are_refused_at_once(pipe: Pipeline, picture: Image.Image) -> None:

@@ -81,7 +81,7 @@ def test_answers_say_what_transformers_finds(builtin: Path, count: int) -> None:
                 )
                 likely = [other.id for other in entry.top if other.logprob > -8]  # below, ties are too close
                 assert likely == ids[: len(likely)].tolist()
-            assert b"".join(entry.bytes for entry in result.logprobs).decode() == result.text
+            assert b"".join(entry.bytes for entry in result.logprobs).decode() == result.raw_text
 
 
 # -- which tokens --------------------------------------------------------------------------------------------
@@ -150,10 +150,10 @@ def test_in_an_event_loop(endless: Pipeline, picture: Image.Image) -> None:
 
 def test_what_a_stop_string_cuts_off_has_no_entry(endless: Pipeline, picture: Image.Image) -> None:
     whole = endless.generate(picture, PROMPT, max_new_tokens=20, logprobs=0)
-    stop = whole.text[9:14]
-    at = whole.text.index(stop)
+    stop = whole.raw_text[9:14]
+    at = whole.raw_text.index(stop)
     result = endless.generate(picture, PROMPT, max_new_tokens=20, logprobs=0, stop=stop)
-    assert result.finish_reason == "stop" and result.text == whole.text[:at]
+    assert result.finish_reason == "stop" and result.raw_text == whole.raw_text[:at]
     assert 0 < len(shown(result)) < len(result.token_ids)
     assert shown(result) == result.token_ids[: len(shown(result))]
     decode = endless._prompter.tokenizer.decode
@@ -162,8 +162,8 @@ def test_what_a_stop_string_cuts_off_has_no_entry(endless: Pipeline, picture: Im
 
 def test_a_stop_string_that_stays_open_holds_nothing_back(endless: Pipeline, picture: Image.Image) -> None:
     whole = endless.generate(picture, PROMPT, max_new_tokens=6, logprobs=0)
-    result = endless.generate(picture, PROMPT, max_new_tokens=6, logprobs=0, stop=whole.text[-3:] + "~")
-    assert result.text == whole.text and result.logprobs == whole.logprobs
+    result = endless.generate(picture, PROMPT, max_new_tokens=6, logprobs=0, stop=whole.raw_text[-3:] + "~")
+    assert result.raw_text == whole.raw_text and result.logprobs == whole.logprobs
 
 
 def test_a_cancelled_answer_has_those_of_its_text(endless: Pipeline, picture: Image.Image) -> None:

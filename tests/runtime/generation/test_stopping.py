@@ -84,7 +84,7 @@ def test_no_stage_runs_after_a_cancel(
             assert list(stream) == []
         assert ran == names[: place + 1]
         assert stream.result.finish_reason == "cancelled"
-        assert (stream.result.text, stream.result.token_ids) == ("", [])
+        assert (stream.result.raw_text, stream.result.token_ids) == ("", [])
     assert pipe.generate(picture, PROMPT, max_new_tokens=1).token_ids  # and the pipeline is free
 
 
@@ -92,7 +92,7 @@ def test_no_piece_comes_after_a_cancel(
     pipe: Pipeline, picture: Image.Image, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neither a new one nor what was held back for a stop string; cancelled between pieces, or in a step."""
-    whole = pipe.generate(picture, PROMPT, max_new_tokens=30).text
+    whole = pipe.generate(picture, PROMPT, max_new_tokens=30).raw_text
     first = next(pipe.stream(picture, PROMPT, max_new_tokens=30))
     stop = whole[len(first) : len(first) + 3] + "never there"
     for options in ({}, {"stop": stop}):
@@ -100,19 +100,19 @@ def test_no_piece_comes_after_a_cancel(
         pieces, tokens = [next(stream)], list(stream.result.token_ids)
         stream.cancel()
         pieces += stream
-        assert pieces == [first] and stream.result.text == first
+        assert pieces == [first] and stream.result.raw_text == first
         assert stream.result.finish_reason == "cancelled"
         assert stream.result.token_ids == tokens
         stream = pipe.stream(picture, PROMPT, max_new_tokens=30, **options)
 
         def in_a_step(_: object, stream: Any = stream) -> None:
-            if stream._answer.result.text:
+            if stream._answer.result.raw_text:
                 in_a_thread(stream.cancel)
 
         with monkeypatch.context() as patch:
             before_each(patch, StageRunner, "step", in_a_step)
             assert list(stream) == [first]
-        assert stream.result.text == first and stream.result.token_ids == tokens
+        assert stream.result.raw_text == first and stream.result.token_ids == tokens
 
 
 def test_several_pictures_stop_between_their_runs(
@@ -145,7 +145,7 @@ def test_time_that_is_up_ends_the_prompts_stages(
         ran.clear()
         result = pipe.generate(picture, PROMPT, timeout_ms=seconds * 1000)
         assert ran == names[:seconds]
-        assert (result.finish_reason, result.text, result.token_ids) == ("timeout", "", [])
+        assert (result.finish_reason, result.raw_text, result.token_ids) == ("timeout", "", [])
         assert result.timings.total == pytest.approx(seconds * 1000) and result.timings.ttft == 0
     assert pipe.generate(picture, PROMPT, max_new_tokens=3, timeout_ms=1e9).finish_reason == "length"
 
@@ -161,7 +161,7 @@ def test_time_that_is_up_keeps_the_text_so_far(
     pieces = list(stream)
     assert stream.result.finish_reason == "timeout"
     assert stream.result.token_ids == wanted.token_ids
-    assert "".join(pieces) == stream.result.text == wanted.text
+    assert "".join(pieces) == stream.result.raw_text == wanted.raw_text
 
 
 def test_a_text_that_ends_in_time_has_its_own_reason(
@@ -193,7 +193,7 @@ def test_batches_end_with_what_there_is(
             done = len(one.token_ids) == 6
             assert one.finish_reason == (wanted.finish_reason if done else "timeout")
             assert one.token_ids == wanted.token_ids[: len(one.token_ids)]
-            assert wanted.text.startswith(one.text.rstrip("\ufffd"))
+            assert wanted.raw_text.startswith(one.raw_text.rstrip("\ufffd"))
 
 
 def test_a_stream_that_waits_for_its_reader_takes_no_time(

@@ -202,6 +202,7 @@ def test_loss_and_return_are_told_in_a_line_each(tiny: Path) -> None:
         while watch.answer()["frame"]["number"] <= last + 5:
             pass
         left, said = watch.end(signal.SIGINT)
+    said = [line for line in said if "stopping…" not in line]  # of a slow machine
     assert left == 130
     assert [line for line in said if "lost" in line or "is back" in line] == said[:2] and len(said) == 4
     assert "secret" not in "".join(said)

@@ -24,6 +24,7 @@ from vtp.export import pruners
 from vtp.export.graphs.unfused import keep_transposes
 from vtp.export.pruners import ops
 from vtp.export.pruners.base import Pruner
+from vtp.export.tower_cues import SCORES
 
 from ...oracles import numpy_merging, numpy_pruners_more, numpy_text, text_cues
 from ...oracles.fusing import fused_in_float64
@@ -316,7 +317,8 @@ def typed(
     """Every cue by name: scores are float32 always, the rest in the model's dtype."""
     rows = dict.fromkeys(("image_features", "image_embeds", "hidden_states"), features.astype(case.dtype))
     rows |= {"keys": keys.astype(case.dtype), "vision_keys": vision_keys.astype(case.dtype)}
-    return {**rows, "attention_scores": scores.astype(np.float32)}
+    turned = {name: np.roll(scores, place, axis=1) for place, name in enumerate(SCORES)}
+    return {**rows, **{name: given.astype(np.float32) for name, given in turned.items()}}
 
 
 # -- the three agree -----------------------------------------------------------------------------------------

@@ -140,6 +140,28 @@ def dart(
     return sorted(chosen), margin
 
 
+def hiprune(
+    grid: tuple[int, int],
+    keep: int,
+    middle_received: np.ndarray,
+    received_scores: np.ndarray,
+    alpha: float = 0.1,
+) -> Chosen:
+    """Anchors of the middle block, the tokens one step from them, and the most attended of the rest."""
+    height, width = grid
+    middle, last = [[float(score) for score in scores] for scores in (middle_received, received_scores)]
+    anchors = descending(middle)[: round(keep * alpha / 5)]
+    buffers = []
+    for place in range(height * width):
+        y, x = divmod(place, width)
+        steps = [abs(y - anchor // width) + abs(x - anchor % width) for anchor in anchors]
+        if 1 in steps and place not in anchors:
+            buffers.append(place)
+    order = [*anchors, *buffers]
+    order += [place for place in descending(last) if place not in order]
+    return sorted(order[:keep]), min(gap(middle), gap(last))
+
+
 REFERENCES: dict[str, Callable[..., Chosen]] = {
     **numpy_pruners.REFERENCES,
     "fastervlm": fastervlm,
@@ -148,6 +170,7 @@ REFERENCES: dict[str, Callable[..., Chosen]] = {
     "scope": scope,
     "holov": holov,
     "dart": dart,
+    "hiprune": hiprune,
 }
 
 # Below these margins engines' rounding may decide on arbitrary floats.

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from vtp.engines import UsageError
 from vtp.export.checkpoint import loading
 from vtp.export.checkpoint.weights import fill
+from vtp.export.exporter import Request, export
 from vtp.export.graphs.attention.operators import emitting
 from vtp.export.tower_cues import SCORES, TOWER_CUES, block_of
 
@@ -42,3 +45,12 @@ def test_cues_of_every_block_equal_the_reference(kind: str, tmp_path: Path) -> N
 def test_earlier_cues_come_from_llavas_sixth_and_ninth_block(blocks: int, places: tuple[int, ...]) -> None:
     assert tuple(block_of(cue, blocks) for cue in SCORES) == places
     assert block_of("vision_keys", blocks) == blocks - 1
+
+
+def test_a_reduced_tower_refuses_what_it_cannot_give(tmp_path: Path, model_folder: Any) -> None:
+    wish = Request(tmp_path / "bundle", str(model_folder("four")), "hiprune", "3", tower="tome:1")
+    with pytest.raises(
+        UsageError, match="middle_received, which a tower with fewer rows does not give"
+    ) as why:
+        export(wish)
+    assert "\n" not in str(why.value) and not (tmp_path / "bundle").exists()

@@ -126,6 +126,7 @@ CASES = {
     "scope": [*ANY, Case((5, 6), 7, {"alpha": 2.0})],
     "holov": [*ANY, Case((5, 5), 20, {"crops": 8, "alpha": 2.0})],  # quotas above a crop's length
     "focal": [*ANY, Case((12, 13), 40), Case((1, 9), 4), Case((6, 5), 12, {"reach": 0.4})],
+    "hiprune": [*ANY, Case((6, 5), 12, {"alpha": 0.9}), Case((4, 5), 3, {"alpha": 1.0})],
     "dart": [*ANY, Case((3, 7), 9, {"pivots": 4})],
     "cdpruner": [*ANY, Case((5, 6), 12, {"relevance": "unlike"})],
     "sparsevlm": [*ANY, Case((4, 5), 8, {"heads": 5})],

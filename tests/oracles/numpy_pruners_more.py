@@ -13,6 +13,7 @@ import numpy as np
 from . import numpy_pruners
 from .numpy_focal import focal
 from .numpy_pruners import Chosen, cosines, descending, gap
+from .numpy_prunesid import prunesid
 
 
 def fastervlm(grid: tuple[int, int], keep: int, attention_scores: np.ndarray) -> Chosen:
@@ -171,7 +172,8 @@ REFERENCES: dict[str, Callable[..., Chosen]] = {
     "holov": holov,
     "dart": dart,
     "hiprune": hiprune,
+    "prunesid": prunesid,
 }
 
 # Below these margins engines' rounding may decide on arbitrary floats.
-MARGINS = {"divprune": 2e-6, "scope": 4e-6, "dart": 1e-6, "focal": 2e-6}
+MARGINS = {"prunesid": 2e-6, "divprune": 2e-6, "scope": 4e-6, "dart": 1e-6, "focal": 2e-6}

@@ -45,6 +45,7 @@ CLOSE = {"float32": 1e-5, "float16": 2e-3}
 ALLOWED = [
     "Abs",
     "Add",
+    "And",
     "ArgMax",
     "ArgMin",
     "Cast",
@@ -63,6 +64,7 @@ ALLOWED = [
     "Less",
     "MatMul",
     "Max",
+    "Min",
     "Mul",
     "Neg",
     "Pad",
@@ -76,6 +78,7 @@ ALLOWED = [
     "Relu",
     "Reshape",
     "Round",
+    "Sigmoid",
     "ScatterElements",
     "Shape",
     "Slice",
@@ -127,6 +130,7 @@ CASES = {
     "holov": [*ANY, Case((5, 5), 20, {"crops": 8, "alpha": 2.0})],  # quotas above a crop's length
     "focal": [*ANY, Case((12, 13), 40), Case((1, 9), 4), Case((6, 5), 12, {"reach": 0.4})],
     "hiprune": [*ANY, Case((6, 5), 12, {"alpha": 0.9}), Case((4, 5), 3, {"alpha": 1.0})],
+    "prunesid": [*ANY, Case((6, 6), 20, {"group": 3})],
     "dart": [*ANY, Case((3, 7), 9, {"pivots": 4})],
     "cdpruner": [*ANY, Case((5, 6), 12, {"relevance": "unlike"})],
     "sparsevlm": [*ANY, Case((4, 5), 8, {"heads": 5})],

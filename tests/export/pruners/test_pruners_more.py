@@ -13,7 +13,7 @@ from vtp.export.tower_cues import SCORES
 
 from .test_pruners import MARGIN, Case, Graph, continuous, lattice
 
-SELECTING = ["fastervlm", "divprune", "scope", "holov", "dart", "hiprune"]
+SELECTING = ["fastervlm", "divprune", "scope", "holov", "dart", "hiprune", "prunesid"]
 
 
 def chosen(
@@ -114,6 +114,7 @@ def test_dart_deals_the_rest_to_its_pivots_in_the_order_of_their_norms():
         ("holov", {"crops": 17}, "crops 17 is outside"),
         ("holov", {"alpha": -0.1}, "alpha -0.1 is outside"),
         ("hiprune", {"alpha": 1.5}, "alpha 1.5 is outside 0 to 1"),
+        ("prunesid", {"group": 0}, "group 0 is below 1"),
         ("dart", {"pivots": 0}, "pivots 0 is outside 1 to 16"),
         ("dart", {"keys": "rotated"}, "choose normed or plain"),
         ("divprune", {"r": 1}, "no option 'r'; its options: none"),

@@ -131,6 +131,7 @@ CASES = {
     "focal": [*ANY, Case((12, 13), 40), Case((1, 9), 4), Case((6, 5), 12, {"reach": 0.4})],
     "hiprune": [*ANY, Case((6, 5), 12, {"alpha": 0.9}), Case((4, 5), 3, {"alpha": 1.0})],
     "prunesid": [*ANY, Case((6, 6), 20, {"group": 3})],
+    "otprune": [*ANY, Case((5, 6), 12, {"gamma": 3.0})],
     "dart": [*ANY, Case((3, 7), 9, {"pivots": 4})],
     "cdpruner": [*ANY, Case((5, 6), 12, {"relevance": "unlike"})],
     "sparsevlm": [*ANY, Case((4, 5), 8, {"heads": 5})],

@@ -13,7 +13,7 @@ from vtp.export.tower_cues import SCORES
 
 from .test_pruners import MARGIN, Case, Graph, continuous, lattice
 
-SELECTING = ["fastervlm", "divprune", "scope", "holov", "dart", "hiprune", "prunesid"]
+SELECTING = ["fastervlm", "divprune", "scope", "holov", "dart", "hiprune", "otprune", "prunesid"]
 
 
 def chosen(
@@ -93,6 +93,11 @@ def test_hiprune_keeps_the_cross_around_an_anchor():
     assert chosen("hiprune", (5, 5), 2, cues) == [23, 24]
 
 
+def test_otprune_keeps_one_of_each_kind_and_the_longest_first():
+    rows = torch.eye(4)[[0, 0, 1, 1, 2, 3]] * torch.tensor([1.0, 3, 1, 2, 1, 1]).unsqueeze(1)
+    assert chosen("otprune", (1, 6), 4, cues_of(rows, torch.ones(6))) == [1, 3, 4, 5]
+
+
 @pytest.mark.parametrize(("keep", "crops"), [(64, 16), (192, 5), (128, 8), (32, 32), (576, 1), (1, 576)])
 def test_holov_takes_fewer_crops_the_more_it_keeps(keep, crops):
     assert pruners.find_method("holov")((24, 24), keep).crops == crops
@@ -114,6 +119,7 @@ def test_dart_deals_the_rest_to_its_pivots_in_the_order_of_their_norms():
         ("holov", {"crops": 17}, "crops 17 is outside"),
         ("holov", {"alpha": -0.1}, "alpha -0.1 is outside"),
         ("hiprune", {"alpha": 1.5}, "alpha 1.5 is outside 0 to 1"),
+        ("otprune", {"gamma": 0.0}, "gamma 0.0 is outside 0 to 1000"),
         ("prunesid", {"group": 0}, "group 0 is below 1"),
         ("dart", {"pivots": 0}, "pivots 0 is outside 1 to 16"),
         ("dart", {"keys": "rotated"}, "choose normed or plain"),

@@ -132,6 +132,12 @@ CASES = {
     "hiprune": [*ANY, Case((6, 5), 12, {"alpha": 0.9}), Case((4, 5), 3, {"alpha": 1.0})],
     "prunesid": [*ANY, Case((6, 6), 20, {"group": 3})],
     "otprune": [*ANY, Case((5, 6), 12, {"gamma": 3.0})],
+    "apet": [*ANY, Case((6, 7), 15, {"basis": 4}), Case((5, 5), 20, {"basis": 8}, dtype="float16")],
+    "vscan": [
+        *ANY,
+        Case((6, 7), 20, {"window": 3}),
+        Case((5, 5), 9, {"window": 2, "local": 1.0}, dtype="float16"),
+    ],
     "dart": [*ANY, Case((3, 7), 9, {"pivots": 4})],
     "cdpruner": [*ANY, Case((5, 6), 12, {"relevance": "unlike"})],
     "sparsevlm": [*ANY, Case((4, 5), 8, {"heads": 5})],

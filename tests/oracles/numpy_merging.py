@@ -94,17 +94,13 @@ def apet(grid: tuple[int, int], keep: int, image_features: np.ndarray, basis: in
     """The basis, the tokens farthest from what it makes of them, and the rest averaged into these."""
     features = image_features.astype(np.float64)
     count, picks, margin = len(features), [0], math.inf
+    near = dict.fromkeys(range(1, count), math.inf)  # of the free places, the distance to the nearest pick
     while len(picks) < min(basis, keep):
-        near = {
-            place: min(
-                float((features[place] - features[pick]) @ (features[place] - features[pick]))
-                for pick in picks
-            )
-            for place in range(count)
-            if place not in picks
-        }
+        for place, before in near.items():
+            away = features[place] - features[picks[-1]]
+            near[place] = min(before, float(away @ away))
         best, by = lead(near)
-        margin = min(margin, by / max(near[best], 1e-30))
+        margin = min(margin, by / max(near.pop(best), 1e-30))
         picks.append(best)
     seeds = features[picks]
     shares = np.linalg.solve(seeds @ seeds.T + 1e-5 * np.eye(len(picks)), seeds @ features.T)

@@ -135,7 +135,7 @@ LONG_TAIL = re.compile(
             r"test_target.*test_every_graph_of_a_bundle_builds\[(none-tensorrt|vispruner-)",
             r"pruners/test_trtrtx.*test_pruner_and_splice_graphs_build"
             r"\[(none|random|uniform|fastv|fastervlm|divprune|scope|dart|visionzip|holov|vispruner|pyramiddrop"
-            r"|hiprune|otprune|vscan|apet)-f",
+            r"|hiprune|otprune|vscan|apet|prunesid)-f",
             r"test_gpu\.py.*test_tensorrt_engines_are_built_compared_and_then_measured",  # test_target
             # Scripts and commands that run whole in a process of their own.
             r"test_gpu_shape.*test_the_whole_run_on_the_cpu",  # its parts, beside it

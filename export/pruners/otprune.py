@@ -8,6 +8,10 @@ identity. Default K: 64 of 576.
    largest. The paper derives that from the distance (optimal transport) between the kept tokens and all of
    them, both taken for Gaussian.
 
+G grows with D: the published gamma is for embeddings 4,096 wide, and on narrow ones L is nearly the identity,
+so that the choice is by the diagonal alone, which is largest on plain ground. gamma = 0.01·(4096 / D)² undoes
+that (10 for the built-in model's 128); docs/methods.md has figures.
+
 Written as cdpruner's loop: with d the diagonal of L, the likenesses are L / sqrt(d·d) and the weights d.
 
 Departures from the published code: a column of zeros stays zero instead of NaN. Products and steps are

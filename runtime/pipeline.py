@@ -6,7 +6,6 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from PIL import Image
@@ -145,12 +144,8 @@ class Pipeline:
             opened = open_bundle(folder, hashed)
             choice = choose_engines(opened, engine, threads=threads)
             if checked:
-                check_fits(
-                    opened,
-                    choice.choice.engine,
-                    memory_room(),
-                    "image" if opening is not None and opening.image is not None else None,
-                )
+                image = "image" if opening is not None and opening.image is not None else None
+                check_fits(opened, choice.choice.engine, memory_room(), image)
             try:
                 return cls(opened, choice, threads, most, caching or earlier, opening)
             except MemoryError as error:
@@ -398,9 +393,7 @@ class Pipeline:
     def __enter__(self) -> Pipeline:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         self.close()
 
     def __reduce__(self) -> NoReturn:
@@ -413,9 +406,8 @@ class Pipeline:
     def _request(
         self, image: Images, prompt: str | None, messages: Messages | None, options: GenerateOptions
     ) -> Request:
-        clock = Clock()
+        keep, clock = self._keep(options), Clock()
         stop_signal = StopSignal(clock, options.timeout_ms)
-        keep = self._keep(options)
         return self._requests.make(image, prompt, messages, options, keep, clock, stop_signal)
 
     def _answer(self, request: Request) -> Answer:

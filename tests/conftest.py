@@ -113,6 +113,9 @@ LONG_TAIL = re.compile(
             # vispruner's float16 stays. At the edges (one token, every token) vispruner's graph, focal's
             # (greedy), prumerge's and sparsevlm's stay; with options one or two of each method that has some.
             r"test_pruners\.py.*_graph_.*\[(random|uniform|fastv|fastervlm)-4x6-9-float",
+            # One graph of each method of 2026; vispruner's and prumerge's stay for continuous cues.
+            r"test_pruners\.py.*_graph_.*\[(hiprune|otprune|vscan|apet|prunesid)-(?!6x5-12|5x6-12|6x7-|6x6-20)",
+            r"test_pruners\.py.*_graph_.*_continuous_cues\[(hiprune|otprune|vscan|apet|prunesid)-",
             r"test_pruners\.py.*_graph_.*\[(?!vispruner|focal|prumerge|sparsevlm)\w+-(4x4-1|3x5-15|1x9-4)-f",
             r"test_pruners\.py.*_graph_.*\[adaptprune-12x13",  # focal's has two bands as well, and 24x24
             r"test_pruners\.py.*_graph_.*\[vispruner-(5x5-4|3x4-5|3x3-2)",  # 7x7-10-r=0.3, 6x6-16
@@ -131,7 +134,8 @@ LONG_TAIL = re.compile(
             r"test_target.*test_jetpack6_writes_what_tensorrt_10_3_takes\[vispruner\]",  # adaptprune
             r"test_target.*test_every_graph_of_a_bundle_builds\[(none-tensorrt|vispruner-)",
             r"pruners/test_trtrtx.*test_pruner_and_splice_graphs_build"
-            r"\[(none|random|uniform|fastv|fastervlm|divprune|scope|dart|visionzip|holov|vispruner|pyramiddrop)-f",
+            r"\[(none|random|uniform|fastv|fastervlm|divprune|scope|dart|visionzip|holov|vispruner|pyramiddrop"
+            r"|hiprune|otprune|vscan|apet|prunesid)-f",
             r"test_gpu\.py.*test_tensorrt_engines_are_built_compared_and_then_measured",  # test_target
             # Scripts and commands that run whole in a process of their own.
             r"test_gpu_shape.*test_the_whole_run_on_the_cpu",  # its parts, beside it

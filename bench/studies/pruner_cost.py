@@ -27,6 +27,7 @@ from vtp.engines.ort.library import load_onnxruntime
 from vtp.export.cli import quiet_libraries
 from vtp.export.pruners import find_method, ops
 from vtp.export.pruners.base import Pruner
+from vtp.export.tower_cues import SCORES
 from vtp.runtime.commands.arguments import add_debug, whole
 from vtp.runtime.commands.console import Parser, run_command
 
@@ -109,7 +110,7 @@ def random_cues(count: int, width: int) -> dict[str, Tensor]:
     rows = ("image_features", "vision_keys", "image_embeds", "hidden_states", "keys")
     return {
         **{name: normal(count, width) + normal(1, width) for name in rows},
-        "attention_scores": normal(count).softmax(dim=1),
+        **{name: normal(count).softmax(dim=1) for name in SCORES},
         "next_scores": normal(count).softmax(dim=1),
         "text_embeds": normal(TEXT, width),
         "text_mask": torch.ones(1, TEXT),

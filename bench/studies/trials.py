@@ -99,6 +99,12 @@ def _variants() -> dict[str, Rule]:
         ),
         "likeness of projected tokens": dimmed(attention, lambda cues: half(cues, "image_embeds")),
         "space left out": lambda cues, keep: dim(attention(cues), cosines(cues).clamp_min(0), keep),
+        "likeness: exp(-20 (1 - cos)), not centred, space left out": lambda cues, keep: dim(
+            attention(cues), decayed(cosines(cues, centred=False)), keep
+        ),
+        "likeness: exp(-20 (1 - cos)), space left out": lambda cues, keep: dim(
+            attention(cues), decayed(cosines(cues)), keep
+        ),
         "width fixed at 2 patches": lambda cues, keep: dim(attention(cues), half(cues) * near(2), keep),
         "width fixed at 4 patches": lambda cues, keep: dim(attention(cues), half(cues) * near(4), keep),
         "attention to the power 1/2": dimmed(lambda cues: attention(cues).sqrt()),
@@ -143,6 +149,14 @@ def cosines(cues: Cues, cue: str = "image_features", centred: bool = True) -> Te
 def half(cues: Cues, cue: str = "image_features") -> Tensor:
     """Focal's likeness, 0 to 1."""
     return (1 + cosines(cues, cue)) / 2
+
+
+def decayed(likeness: Tensor) -> Tensor:
+    """Cosines as a likeness that decays with a rate of 20, as ID-Selection's (arXiv 2604.05601) is said to.
+
+    After its abstract and a summary; its formula and code were not read.
+    """
+    return torch.exp(-20 * (1 - likeness))
 
 
 def norms(cues: Cues, cue: str = "image_features") -> Tensor:

@@ -14,6 +14,14 @@ import torch
 from torch import Tensor
 
 from vtp.engines.errors import VtpError
+from vtp.export.tower_cues import SCORES, block_of, reads_cls
+
+
+def looked_at(name: str, weights: Tensor, has_cls: bool) -> Tensor:
+    """The cue `name` of a tower's attention weights [1,H,P,P], with a row and a column more for CLS."""
+    mean = weights.float().mean(dim=1)
+    rows = mean[:, 0] if reads_cls(name, has_cls) else mean.mean(dim=1)
+    return rows[:, int(has_cls) :]
 
 
 class Reference:
@@ -59,7 +67,9 @@ class Reference:
 
         attention_scores  float32 [1,P]: mean over heads of the CLS query's row, in the encoder layer that
                           makes the features; without CLS the attention received, mean over heads and rows.
-        vision_keys       [1,P,C]: k_proj of that layer.
+        received_scores   the attention received, with CLS as well.
+        middle_received   the same of an earlier layer, and early_scores what attention_scores are there.
+        vision_keys       [1,P,C]: k_proj of the layer that makes the features.
         Needs eager attention. Raises VtpError for cues that the tower cannot give.
         """
         tower, layer = self.tower, self.model.config.vision_feature_layer
@@ -85,9 +95,8 @@ class Reference:
         cues = {"image_features": states[:, 1:] if cropped else states}
         if wanted and (number < 0 or cropped != has_cls):
             raise VtpError("the tower's cues need patch features that an encoder layer made, without CLS")
-        if "attention_scores" in wanted:
-            weights = out.attentions[number].float().mean(dim=1)
-            cues["attention_scores"] = weights[:, 0, 1:] if has_cls else weights.mean(dim=1)
+        for name in set(SCORES) & set(wanted):
+            cues[name] = looked_at(name, out.attentions[block_of(name, number + 1)], has_cls)
         if "vision_keys" in wanted:
             cues["vision_keys"] = keys[0][:, 1:] if has_cls else keys[0]
         return cues

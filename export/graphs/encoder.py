@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from vtp.export.graphs.attention.operators import TowerProbe, active
+from vtp.export.tower_cues import by_block
 from vtp.export.towers.base import RowReduction
 from vtp.export.towers.blocks import Block
 
@@ -16,8 +17,8 @@ class VisionEncoder(nn.Module):
     """pixel_values [B,3,H,W] -> image_features [B,N,C], then the cues asked for, in their order.
 
     `embed` turns pixels into the first hidden states; `layers` are only those that the features need, `norm`
-    what follows them in some towers. Cues: attention_scores float32 [B,N] and vision_keys [B,N,C], both of
-    the last of those layers. With a `reduction` the layers work on fewer rows, see `vtp.export.towers`.
+    what follows them in some towers. Cues are those of `vtp.export.tower_cues`. With a
+    `reduction` the layers work on fewer rows, see `vtp.export.towers`.
     """
 
     def __init__(
@@ -45,17 +46,17 @@ class VisionEncoder(nn.Module):
         return (features, *(read[name] for name in self.cues))
 
     def _run(self, hidden: Tensor) -> tuple[Tensor, dict[str, Any]]:
-        probed = self.layers[-1].self_attn if self.cues else None
-        probe = TowerProbe(probed, self.has_cls)  # type: ignore[arg-type]
+        wanted = by_block(self.cues, len(self.layers))
+        probe = TowerProbe(self.has_cls, {self.layers[at].self_attn: cues for at, cues in wanted.items()})  # type: ignore[misc]
         with active(probe):
             for layer in self.layers:
                 hidden = layer(hidden, None)
-        return hidden, {"attention_scores": probe.scores, "vision_keys": probe.keys}
+        return hidden, probe.read
 
     def _run_reduced(self, hidden: Tensor) -> tuple[Tensor, dict[str, Any]]:
         assert self.reduction is not None
         blocks = [Block(getattr(layer, "layer", layer)) for layer in self.layers]
-        with active(TowerProbe(None, self.has_cls)):
+        with active(TowerProbe(self.has_cls)):
             made = self.reduction.encode(blocks, hidden, self.has_cls, bool(self.cues))
         return made.hidden, {"attention_scores": made.scores, "vision_keys": made.keys}
 

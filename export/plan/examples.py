@@ -19,6 +19,7 @@ from vtp.export.plan.names import (
     axes,
     cache_names,
 )
+from vtp.export.tower_cues import SCORES
 
 _B, _I, _T, _R = 2, 2, 5, 4  # prompts, pictures of one, its tokens, its text tokens
 _CAPACITY = 8
@@ -48,7 +49,7 @@ def feature_cues(layout: BundleLayout) -> dict[str, Tensor]:
         "image_features": zeros(layout, _B, layout.patches, layout.features),
         "vision_keys": zeros(layout, _B, layout.patches, layout.family.feature_width),
         "image_embeds": zeros(layout, _B, layout.patches, layout.family.decoder.wide(0)),
-        "attention_scores": torch.rand(_B, layout.patches),
+        **{name: torch.rand(_B, layout.patches) for name in SCORES},
         **_text(layout),
     }
 

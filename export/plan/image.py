@@ -9,10 +9,8 @@ from vtp.export.onnx.emit import GraphInput, GraphSpec
 from vtp.export.plan import examples
 from vtp.export.plan.bundle_layout import BundleLayout
 from vtp.export.plan.names import axes, stage
+from vtp.export.tower_cues import TOWER_CUES
 from vtp.runtime.bundle.manifest import StageInfo
-
-# What the tower says beside its features, by the kind of site.
-_TOWER_CUES = {"vision": ("attention_scores", "vision_keys"), "projector": ("attention_scores",)}
 
 
 def image_stages(layout: BundleLayout) -> Iterator[GraphSpec | StageInfo]:
@@ -27,7 +25,7 @@ def image_stages(layout: BundleLayout) -> Iterator[GraphSpec | StageInfo]:
 
 def _vision_encoder(layout: BundleLayout) -> Iterator[GraphSpec | StageInfo]:
     family = layout.family
-    cues = [name for name in _TOWER_CUES.get(layout.kind, ()) if name in layout.needs]
+    cues = [name for name in TOWER_CUES if name in layout.needs] if layout.on_features else []
     outputs = ["image_features", *cues]
     encoder = family.vision_encoder(cues) if layout.on_features else family.whole_encoder()
     yield GraphSpec("vision_encoder", encoder, [examples.pixels(layout)], outputs)

@@ -14,6 +14,7 @@ from vtp.engines import UsageError, VtpError
 from vtp.export.families.base import Family
 from vtp.export.pruners import Site, find_method, method_names
 from vtp.export.pruners.base import Pruner
+from vtp.export.tower_cues import SCORES, of_whole_tower
 
 # The pruners of one keep-count, in the order of their sites: one, but for methods that prune repeatedly.
 Schedule = tuple[Pruner, ...]
@@ -64,6 +65,12 @@ def _check_served(method: type[Pruner], family: Family) -> None:
                 f"method {method.name} needs {cue}, which family {family.name} does not have: "
                 f"{family.lacks[cue]}{_instead(method, family)}"
             )
+    early, reduction = of_whole_tower(method.needs), family.row_reduction
+    if early and reduction:
+        raise UsageError(
+            f"method {method.name} needs {early[0]}, which a tower with fewer rows does not give; leave out "
+            f"--tower {reduction.name}, or choose a method that reads the last block alone"
+        )
     layers, last = len(family.decoder.layers), max(site.layers, default=0)
     if last >= layers:
         raise UsageError(
@@ -182,7 +189,7 @@ def cue_shapes(pruner: Pruner, family: Family, batch: int, text: int) -> dict[st
     return {
         "image_features": (batch, count, family.feature_width),
         "vision_keys": (batch, count, family.feature_width),
-        "attention_scores": (batch, count),
+        **dict.fromkeys(SCORES, (batch, count)),
         "next_scores": (batch, count),
         "image_embeds": (batch, count, decoder.width),
         "hidden_states": (batch, count, decoder.width),

@@ -34,10 +34,13 @@ class Pruner(nn.Module):
     Cues at site vision:
         image_features    [B,N,C]  before the projector
         attention_scores  float32 [B,N]  mean over heads of the CLS query's row, or of the attention received
+        received_scores   float32 [B,N]  mean over heads and rows of the attention received, with CLS as well
+        middle_received   float32 [B,N]  the same of a block at three eighths of the tower's depth
+        early_scores      float32 [B,N]  attention_scores of a block at a quarter of the depth
         vision_keys       [B,N,C]  k_proj of the layer that makes the features, heads side by side
     at site projector (a method that takes text runs once a prompt, the others once a picture):
         image_embeds      [B,N,D]
-        attention_scores  as above
+        attention_scores, received_scores, middle_received, early_scores  as above
         text_embeds       [B,R,D]  the prompt's R text tokens, placeholders left out
         text_mask         float32 [B,R]  1 for text that follows the (first) picture, 0 for what precedes it
                           and for padding

@@ -54,3 +54,13 @@ def weighted_sums(weights: Tensor, rows: Tensor) -> Tensor:
 def means(assigned: Tensor, rows: Tensor) -> Tensor:
     """Mean float32 [B,T,C] of the rows [B,R,C] assigned (1 or 0, [B,T,R]) to each centre; 0 where none is."""
     return weighted_sums(assigned, rows) / assigned.sum(dim=2, keepdim=True).clamp_min(1)
+
+
+def averaged(kept: Tensor, others: Tensor) -> Tensor:
+    """Rows [B,K,C] kept, each the mean of itself and of the others [B,R,C] most like it by cosine.
+
+    In the dtype of the kept rows. Of equal kept rows the first takes another in.
+    """
+    assigned = likest(ops.normalize(others), ops.normalize(kept))
+    sums = kept.float() + weighted_sums(assigned, others)
+    return (sums / (1 + assigned.sum(dim=2, keepdim=True))).to(kept.dtype)

@@ -21,13 +21,14 @@ from vtp.export.method_files import NONE, method_names
 from vtp.export.named_options import read_options
 from vtp.export.pruners.base import Pruner
 from vtp.export.pruners.site import Site
+from vtp.export.tower_cues import SCORES, TOWER_CUES
 
 _PACKAGE = __name__.rpartition(".")[0]
 
 # What a pruner may ask for, by the kind of its site.
 CUES: dict[str, tuple[str, ...]] = {
-    "vision": ("image_features", "attention_scores", "vision_keys"),
-    "projector": ("image_embeds", "attention_scores", "text_embeds", "text_mask"),
+    "vision": ("image_features", *TOWER_CUES),
+    "projector": ("image_embeds", *SCORES, "text_embeds", "text_mask"),
     "decoder": (
         "attention_scores",
         "next_scores",

@@ -24,6 +24,7 @@ from vtp.engines.errors import UsageError, VtpError
 from vtp.export.families.reference import Reference
 from vtp.export.pruners.base import Pruner
 from vtp.export.pruners.site import Site
+from vtp.export.tower_cues import TOWER_CUES
 from vtp.export.towers.base import RowReduction
 
 
@@ -100,16 +101,15 @@ def reference_generate(
     return ReferenceAnswer(tokens, decoder.kept, logits, decoder.cache_lengths())
 
 
-_TOWER_CUES = {"attention_scores", "vision_keys"}
-
-
 def _reduced(
     parts: Reference, reduction: RowReduction | None, first: Pruner | None
 ) -> AbstractContextManager[None]:
     """The tower's layers as the reduction has them; nothing changes without one."""
     if reduction is None:
         return nullcontext()
-    return reduction.reference(parts.blocks, parts.has_cls, bool(first and _TOWER_CUES & set(first.needs)))
+    return reduction.reference(
+        parts.blocks, parts.has_cls, bool(first and set(TOWER_CUES) & set(first.needs))
+    )
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class _Look:
 
 def _look(parts: Reference, pixel_values: Tensor, pruner: Pruner | None, text: dict[str, Tensor]) -> _Look:
     """Look at one picture, with the pruner of a vision or projector site if there is one."""
-    wanted = _TOWER_CUES & set(pruner.needs if pruner else ())
+    wanted = set(TOWER_CUES) & set(pruner.needs if pruner else ())
     cues = {**text, **parts.vision(pixel_values, wanted)}
     cues["image_embeds"] = parts.project(cues["image_features"])
     embeds, places = parts.tokens(pixel_values, cues["image_embeds"])

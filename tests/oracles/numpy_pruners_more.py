@@ -13,6 +13,7 @@ import numpy as np
 from . import numpy_pruners
 from .numpy_focal import focal
 from .numpy_pruners import Chosen, cosines, descending, gap
+from .numpy_prunesid import prunesid
 
 
 def fastervlm(grid: tuple[int, int], keep: int, attention_scores: np.ndarray) -> Chosen:
@@ -140,6 +141,53 @@ def dart(
     return sorted(chosen), margin
 
 
+def hiprune(
+    grid: tuple[int, int],
+    keep: int,
+    middle_received: np.ndarray,
+    received_scores: np.ndarray,
+    alpha: float = 0.1,
+) -> Chosen:
+    """Anchors of the middle block, the tokens one step from them, and the most attended of the rest."""
+    height, width = grid
+    middle, last = [[float(score) for score in scores] for scores in (middle_received, received_scores)]
+    anchors = descending(middle)[: round(keep * alpha / 5)]
+    buffers = []
+    for place in range(height * width):
+        y, x = divmod(place, width)
+        steps = [abs(y - anchor // width) + abs(x - anchor % width) for anchor in anchors]
+        if 1 in steps and place not in anchors:
+            buffers.append(place)
+    order = [*anchors, *buffers]
+    order += [place for place in descending(last) if place not in order]
+    return sorted(order[:keep]), min(gap(middle), gap(last))
+
+
+def otprune(grid: tuple[int, int], keep: int, image_embeds: np.ndarray, gamma: float = 0.01) -> Chosen:
+    """Determinants: after each pick the kernel is what it was, less the part that the pick explains."""
+    rows = image_embeds.astype(np.float64)
+    lengths = [math.sqrt(float(column @ column)) or 1.0 for column in rows.T]
+    rows = rows / np.array(lengths)
+    gram = np.array([[float(one @ two) for two in rows] for one in rows])
+    added = gamma * np.array([[float(one @ two) for two in gram] for one in gram])
+    diagonal = added.diagonal() + 1
+    kernel = np.rint(added / np.sqrt(np.outer(diagonal, diagonal)) * 2.0**40) / 2.0**40
+    np.fill_diagonal(kernel, 1.0)
+    worth, kept, margin = diagonal / diagonal.max(), list[int](), math.inf
+    while len(kept) < keep:
+        gains = {
+            place: float(np.rint(worth[place] * max(kernel[place, place], 2.0**-20) * 2.0**40))
+            for place in range(len(rows))
+            if place not in kept
+        }
+        best, by = lead(gains)
+        margin = min(margin, by / gains[best])
+        kept.append(best)
+        column = kernel[:, best] / math.sqrt(kernel[best, best])
+        kernel = kernel - np.outer(column, column)
+    return sorted(kept), margin
+
+
 REFERENCES: dict[str, Callable[..., Chosen]] = {
     **numpy_pruners.REFERENCES,
     "fastervlm": fastervlm,
@@ -148,7 +196,10 @@ REFERENCES: dict[str, Callable[..., Chosen]] = {
     "scope": scope,
     "holov": holov,
     "dart": dart,
+    "hiprune": hiprune,
+    "otprune": otprune,
+    "prunesid": prunesid,
 }
 
 # Below these margins engines' rounding may decide on arbitrary floats.
-MARGINS = {"divprune": 2e-6, "scope": 4e-6, "dart": 1e-6, "focal": 2e-6}
+MARGINS = {"otprune": 1e-9, "prunesid": 2e-6, "divprune": 2e-6, "scope": 4e-6, "dart": 1e-6, "focal": 2e-6}

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from vtp.export.pruners import CUES, ops
 from vtp.export.pruners.base import Pruner
+from vtp.export.tower_cues import SCORES
 
 
 def loudness(cues: Mapping[str, Tensor], rows: Tensor) -> Tensor:
     """A score [B,n] to which every cue adds: per-token ones by their means, text through a weighted sum."""
     total = torch.zeros(rows.shape[:2])
-    for name in ("attention_scores", "next_scores"):
-        total = total + 3 * cues.get(name, total * 0)
+    for weight, name in enumerate((*SCORES, "next_scores"), 2):
+        total = total + weight * cues.get(name, total * 0)
     for name in ("keys", "vision_keys", "hidden_states", "image_features"):
         if name in cues:
             total = total + cues[name].float().sin().mean(dim=2)

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtp.export.families.reference import Reference
+from vtp.export.families.reference import Reference, looked_at
+from vtp.export.tower_cues import SCORES, block_of
 
 
 class SiglipReference(Reference):
@@ -29,9 +30,9 @@ class SiglipReference(Reference):
         finally:
             hook.remove()
         cues = {"image_features": self.pooled(out.last_hidden_state)}
-        if "attention_scores" in wanted:
-            received = out.attentions[-1].float().mean(dim=(1, 2))
-            cues["attention_scores"] = self.pooled(received.unsqueeze(2)).squeeze(2)
+        for name in set(SCORES) & set(wanted):
+            received = looked_at(name, out.attentions[block_of(name, len(out.attentions))], has_cls=False)
+            cues[name] = self.pooled(received.unsqueeze(2)).squeeze(2)
         if "vision_keys" in wanted:
             cues["vision_keys"] = self.pooled(keys[0])
         return cues

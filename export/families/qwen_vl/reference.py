@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vtp.export.families.reference import Reference
 from vtp.export.patched import patched
+from vtp.export.tower_cues import SCORES, block_of
 
 
 class PatchReference(Reference):
@@ -40,16 +41,18 @@ class PatchReference(Reference):
     def vision(self, pixel_values: Tensor, wanted: Collection[str]) -> dict[str, Tensor]:
         """As `Reference.vision`: image_features [1,N,C] are what enters the merger's MLP.
 
-        Both cues are the last block's: attention_scores the mean over a token's patches of the attention they
-        receive, mean over heads and all rows (0 from other windows); vision_keys their keys side by side.
+        Scores are the mean over a token's patches of the attention they receive, mean over heads and all rows
+        (0 from other windows); vision_keys the last block's keys, those of its patches side by side.
         """
-        last, module = self.tower.blocks[-1].attn, sys.modules[type(self.tower).__module__]
-        eager, entering, rows, weights = module.eager_attention_forward, list[Tensor](), [], list[Tensor]()
+        blocks, module = list(self.tower.blocks), sys.modules[type(self.tower).__module__]
+        eager, entering, rows = module.eager_attention_forward, list[Tensor](), list[Tensor]()
+        last, scores = blocks[-1].attn, set(SCORES) & set(wanted)
+        weights: dict[Any, list[Tensor]] = {blocks[block_of(name, len(blocks))].attn: [] for name in scores}
 
         def watched(attention: Any, *args: Any, **kwargs: Any) -> Any:
             answer = eager(attention, *args, **kwargs)
-            if attention is last:
-                weights.append(answer[1][0])
+            if attention in weights:
+                weights[attention].append(answer[1][0])
             return answer
 
         hooks = [
@@ -63,12 +66,14 @@ class PatchReference(Reference):
             for hook in hooks:
                 hook.remove()
         order, width = self.order(), rows[0].shape[1] // 3
-        received = torch.cat([chunk.float().mean(dim=0).sum(dim=0) for chunk in weights]) / len(rows[0])
         cues = {
             "image_features": entering[0][order],
-            "attention_scores": received.view(len(order), -1).mean(dim=1)[order],
             "vision_keys": rows[0][:, width : 2 * width].reshape(len(order), -1)[order],
         }
+        for name in scores:
+            read = weights[blocks[block_of(name, len(blocks))].attn]
+            received = torch.cat([chunk.float().mean(dim=0).sum(dim=0) for chunk in read]) / len(rows[0])
+            cues[name] = received.view(len(order), -1).mean(dim=1)[order]
         return {name: cue[None] for name, cue in cues.items() if name in {"image_features", *wanted}}
 
     def project(self, image_features: Tensor) -> Tensor:

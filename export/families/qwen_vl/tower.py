@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vtp.export.graphs.attention.operators import attending, attention_received
+from vtp.export.tower_cues import KEYS, by_block
 
 
 @dataclass(frozen=True)
@@ -137,9 +138,9 @@ class PatchTower(nn.Module):
     """pixel_values [P,values] -> image_features [1,N,merge²·C], then the cues asked for, in their order.
 
     A visual token's features are those of its patches side by side, normed as the merger does it: what the
-    merger's MLP takes; then those of the blocks in `deep`, in the same way. attention_scores float32 [1,N]
-    are means over the token's patches of the attention received in the last block (mean over heads and rows);
-    vision_keys [1,N,merge²·C] are that block's keys before the rotary embedding, the patches side by side.
+    merger's MLP takes; then those of the blocks in `deep`, in the same way. Scores float32 [1,N] are means
+    over the token's patches of the attention received in a block (mean over heads and rows); vision_keys
+    [1,N,merge²·C] are the last block's keys before the rotary embedding, the patches side by side.
     """
 
     order: Tensor | None
@@ -153,6 +154,7 @@ class PatchTower(nn.Module):
         self.deep = nn.ModuleDict({str(number): norm for number, norm in parts.deep.items()})
         self.merged = grid.merge**2
         self.cues = tuple(cues)
+        self.reads = by_block(cues, len(visual.blocks))
         tokens = torch.tensor([token for window in parts.windows for token in window], dtype=torch.int64)
         tokens = tokens if parts.windows else torch.arange(grid.count // self.merged)
         order = (tokens.unsqueeze(1) * self.merged + torch.arange(self.merged)).flatten()
@@ -180,16 +182,15 @@ class PatchTower(nn.Module):
         return (features, *(cues[name] for name in self.cues))
 
     def _block(self, number: int, block: Any, hidden: Tensor, cues: dict[str, Tensor]) -> Tensor:
-        """What a block makes of `hidden` [P,C]; the last one leaves its cues."""
+        """What a block makes of `hidden` [P,C]; some leave cues."""
         rows, width = block.attn.qkv(block.norm1(hidden)), hidden.shape[1]
         attend = self.over_all if number in self.whole else self.in_windows
         added, query, key = attend(block.attn, rows)
-        if number == len(self.blocks) - 1:
-            if "attention_scores" in self.cues:
-                scores = self._tokens(attend.received(query, key, block.attn.scaling))
-                cues["attention_scores"] = scores.mean(dim=2)
-            if "vision_keys" in self.cues:
-                cues["vision_keys"] = self._tokens(rows[:, width : 2 * width])
+        for cue in self.reads.get(number, ()):
+            if cue == KEYS:
+                cues[cue] = self._tokens(rows[:, width : 2 * width])
+            else:
+                cues[cue] = self._tokens(attend.received(query, key, block.attn.scaling)).mean(dim=2)
         hidden = hidden + added
         return hidden + block.mlp(block.norm2(hidden))
 

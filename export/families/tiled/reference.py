@@ -12,18 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtp.export.families.reference import Reference
+from vtp.export.families.reference import Reference, looked_at
+from vtp.export.tower_cues import SCORES, block_of
 
 
 class ShuffledReference(Reference):
     """pixel_values [V,3,H,W] are the views of one picture."""
 
     def vision(self, pixel_values: Tensor, wanted: Collection[str]) -> dict[str, Tensor]:
-        views = [self._view(view.unsqueeze(0).to(self.model.dtype)) for view in pixel_values]
+        views = [self._view(view.unsqueeze(0).to(self.model.dtype), wanted) for view in pixel_values]
         cues = {"image_features": self._tokens_of([view["states"] for view in views])}
-        if "attention_scores" in wanted:
-            scores = self._tokens_of([view["scores"].unsqueeze(2) for view in views])
-            cues["attention_scores"] = scores.mean(dim=2)
+        for name in set(SCORES) & set(wanted):
+            cues[name] = self._tokens_of([view[name].unsqueeze(2) for view in views]).mean(dim=2)
         if "vision_keys" in wanted:
             cues["vision_keys"] = self._tokens_of([view["keys"] for view in views])
         return cues
@@ -32,8 +32,8 @@ class ShuffledReference(Reference):
         views = [self._features(view.unsqueeze(0)) for view in pixel_values]
         return torch.cat(views).unsqueeze(0), torch.arange(patches.shape[1])
 
-    def _view(self, pixel_values: Tensor) -> dict[str, Tensor]:
-        """Of one view [1,3,H,W]: states [1,n,C], scores float32 [1,n] and keys [1,n,C] of its patches."""
+    def _view(self, pixel_values: Tensor, wanted: Collection[str]) -> dict[str, Tensor]:
+        """Of one view [1,3,H,W]: states [1,n,C], keys [1,n,C] and scores float32 [1,n] of its patches."""
         raise NotImplementedError
 
     def _features(self, pixel_values: Tensor) -> Tensor:
@@ -47,19 +47,28 @@ class ShuffledReference(Reference):
     def _tokens_of(self, views: list[Tensor]) -> Tensor:
         return torch.cat([self._shuffle(view) for view in views]).unsqueeze(0)
 
-    def _watched(self, attention: Any, keys: Any, pixel_values: Tensor, **more: Any) -> tuple[Any, ...]:
-        """The tower's answer, and what one attention module gave: its weights [1,H,n,n], its keys [1,n,C]."""
+    def _watched(
+        self, attentions: list[Any], keys: Any, wanted: Collection[str], pixel_values: Tensor, **more: Any
+    ) -> tuple[Any, dict[str, Tensor]]:
+        """The tower's answer, and the cues `wanted` of what its attention modules gave, and keys [1,n,C].
+
+        `attentions` are those of the blocks that the features need.
+        """
         seen: dict[str, Tensor] = {}
-        hooks = [
-            attention.register_forward_hook(lambda _m, _i, output: seen.update(weights=output[1])),
-            keys.register_forward_hook(lambda _m, _i, output: seen.update(keys=output)),
-        ]
+
+        def look(name: str) -> Any:
+            return lambda _m, _i, output: seen.update({name: looked_at(name, output[1], self.has_cls)})
+
+        hooks = [keys.register_forward_hook(lambda _m, _i, output: seen.update(keys=output))]
+        for name in set(SCORES) & set(wanted):
+            read = attentions[block_of(name, len(attentions))]
+            hooks.append(read.register_forward_hook(look(name)))
         try:
             answer = self.tower(pixel_values, return_dict=True, **more)
         finally:
             for hook in hooks:
                 hook.remove()
-        return answer, seen["weights"].float().mean(dim=1), seen["keys"]
+        return answer, {**seen, "keys": seen["keys"][:, int(self.has_cls) :]}
 
 
 class InternVLReference(ShuffledReference):
@@ -72,14 +81,13 @@ class InternVLReference(ShuffledReference):
         layers, layer = list(self.tower.encoder.layer), self.model.config.vision_feature_layer
         return layers[: range(len(layers) + 1)[layer]]
 
-    def _view(self, pixel_values: Tensor) -> dict[str, Tensor]:
-        layers, layer = self.tower.encoder.layer, self.model.config.vision_feature_layer
-        attention = layers[range(len(layers) + 1)[layer] - 1].attention
-        out, weights, keys = self._watched(
-            attention, attention.k_norm, pixel_values, output_hidden_states=True
+    def _view(self, pixel_values: Tensor, wanted: Collection[str]) -> dict[str, Tensor]:
+        layer, attentions = self.model.config.vision_feature_layer, [one.attention for one in self.blocks]
+        out, seen = self._watched(
+            attentions, attentions[-1].k_norm, wanted, pixel_values, output_hidden_states=True
         )
         states = out.last_hidden_state if layer == -1 else out.hidden_states[layer]
-        return {"states": states[:, 1:], "scores": weights[:, 0, 1:], "keys": keys[:, 1:]}
+        return {"states": states[:, 1:], **seen}
 
     def _features(self, pixel_values: Tensor) -> Tensor:
         config = self.model.config
@@ -117,10 +125,10 @@ class Idefics3Reference(ShuffledReference):
     def project(self, image_features: Tensor) -> Tensor:
         return self.model.model.connector.modality_projection(image_features)
 
-    def _view(self, pixel_values: Tensor) -> dict[str, Tensor]:
-        last = self.tower.encoder.layers[-1].self_attn
-        out, weights, keys = self._watched(last, last.k_proj, pixel_values)
-        return {"states": out.last_hidden_state, "scores": weights.mean(dim=1), "keys": keys}
+    def _view(self, pixel_values: Tensor, wanted: Collection[str]) -> dict[str, Tensor]:
+        attentions = [one.self_attn for one in self.blocks]
+        out, seen = self._watched(attentions, attentions[-1].k_proj, wanted, pixel_values)
+        return {"states": out.last_hidden_state, **seen}
 
     def _features(self, pixel_values: Tensor) -> Tensor:
         answer = self.model.model.get_image_features(pixel_values.unsqueeze(0), return_dict=True)

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from vtp.export.tower_cues import SCORES
+
 
 def pixel_shuffle(rows: Tensor, factor: int) -> Tensor:
     """[V,n,C] of square views -> [V,n/factor²,factor²·C]."""
@@ -25,7 +27,7 @@ class ShuffledEncoder(nn.Module):
     encoder   gives image_features [V,n,C] and cues of n patches a view
     one_view  True: V is a batch of pictures. False: V views are the parts of one picture, whose tokens follow
               one another.
-    A token's attention_scores are the mean of its patches', its vision_keys theirs side by side.
+    A token's scores are the mean of its patches', its vision_keys theirs side by side.
     """
 
     def __init__(self, encoder: nn.Module, cues: Sequence[str], factor: int, one_view: bool) -> None:
@@ -37,7 +39,7 @@ class ShuffledEncoder(nn.Module):
         features, *read = self.encoder(pixel_values)
         tokens = [pixel_shuffle(features, self.factor)]
         for name, cue in zip(self.cues, read, strict=True):
-            if name == "attention_scores":
+            if name in SCORES:
                 tokens.append(pixel_shuffle(cue.unsqueeze(2), self.factor).mean(dim=2))
             else:
                 tokens.append(pixel_shuffle(cue, self.factor))

@@ -7,7 +7,7 @@ registered here instead of eager or SDPA attention, so one emitter serves every 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from vtp.engines.errors import VtpError
 from vtp.export.patched import patched
+from vtp.export.tower_cues import KEYS, reads_cls
 
 DECODER_ATTENTION = "vtp_decoder"
 TOWER_ATTENTION = "vtp_tower"
@@ -133,12 +134,11 @@ class Cache:
 
 @dataclass
 class TowerProbe:
-    """Which tower attention module to read; the scores [B,N] and the keys [B,N,C] it gave."""
+    """Which cues to read in which attention modules of a tower, and what they gave."""
 
-    module: nn.Module | None
     has_cls: bool
-    scores: Tensor | None = None
-    keys: Tensor | None = None
+    wanted: Mapping[nn.Module, Sequence[str]] = field(default_factory=dict)
+    read: dict[str, Tensor] = field(default_factory=dict)
 
 
 # How a target attends: query [B,H,S,d], key and value [B,G,S,d] (rotated), the layer's past key and value
@@ -294,14 +294,20 @@ def _tower_attention(
     scaling: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Fused attention for a vision tower; the probed module also leaves its scores with the probe."""
+    """Fused attention for a vision tower; probed modules also leave their cues with the probe."""
     probe: TowerProbe = _active.get()
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    if module is probe.module:
-        probe.scores = cls_row(query, key, scale) if probe.has_cls else attention_received(query, key, scale)
-        keys = _merge_heads(key)
-        probe.keys = keys[:, 1:] if probe.has_cls else keys
+    for cue in probe.wanted.get(module, ()):
+        probe.read[cue] = _tower_cue(cue, query, key, scale, probe.has_cls)
     return _attending.get().tower(query, key, value, attention_mask, scale).transpose(1, 2), None
+
+
+def _tower_cue(cue: str, query: Tensor, key: Tensor, scale: float, has_cls: bool) -> Tensor:
+    """One cue of `vtp.export.tower_cues` from a block's query and key [B,H,S,d], patches only."""
+    if cue != KEYS and reads_cls(cue, has_cls):
+        return cls_row(query, key, scale)
+    rows = _merge_heads(key) if cue == KEYS else attention_received(query, key, scale)
+    return rows[:, 1:] if has_cls else rows
 
 
 def fused_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -320,7 +326,7 @@ def cls_row(query: Tensor, key: Tensor, scale: float) -> Tensor:
 
 
 def attention_received(query: Tensor, key: Tensor, scale: float) -> Tensor:
-    """Attention that every patch receives, mean over heads and rows, float32 [B,N] (towers without CLS)."""
+    """Attention that every row receives, mean over heads and rows, float32 [B,S]."""
     views, heads, *_ = query.shape
     views = views if isinstance(views, int) else 1  # a batch, whose size is not known here
     if views * heads * query.shape[2] * key.shape[2] > _MOST_SCORES:  # a large tower's: head by head

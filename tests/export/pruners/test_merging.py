@@ -11,8 +11,11 @@ from hypothesis import strategies as st
 from vtp.engines.errors import UsageError
 from vtp.export import pruners
 from vtp.export.pruners import merge
+from vtp.export.pruners.apet import solve
 from vtp.export.pruners.prumerge import centres
 from vtp.export.pruners.visionzip import spaced
+from vtp.export.pruners.vscan import windows
+from vtp.export.tower_cues import SCORES
 
 from ...oracles.numpy_merging import REFERENCES
 from .test_pruners import MARGIN, Case, Graph, continuous, lattice, run_module
@@ -31,13 +34,12 @@ def merged(
 
 def cues_of(count: int, width: int = 6, seed: int = 0) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    rows = {
-        name: torch.randn(count, width, generator=generator) for name in ("image_features", "vision_keys")
-    }
-    return {**rows, "attention_scores": torch.rand(count, generator=generator)}
+    names = ("image_features", "vision_keys", "image_embeds")
+    rows = {name: torch.randn(count, width, generator=generator) for name in names}
+    return {**rows, **{name: torch.rand(count, generator=generator) for name in SCORES}}
 
 
-def test_both_methods_merge():
+def test_every_method_that_merges_has_loops():
     assert sorted(REFERENCES) == MERGING
 
 
@@ -74,7 +76,8 @@ def test_full_size_agrees(tmp_path, name, keep):
 @pytest.mark.parametrize("name", MERGING)
 def test_zero_and_equal_keys_give_finite_rows(name):
     for keys in (torch.zeros(20, 6), torch.ones(20, 6)):
-        cues = {**cues_of(20), "vision_keys": keys}
+        cues = {**cues_of(20), "vision_keys": keys, "image_embeds": keys}
+        cues |= {"image_features": keys} if name == "apet" else {}
         kept, rows = merged(name, (4, 5), 9, cues)
         assert len(set(kept)) == 9 and kept == sorted(kept)
         assert rows.isfinite().all()
@@ -82,7 +85,7 @@ def test_zero_and_equal_keys_give_finite_rows(name):
 
 @pytest.mark.parametrize("name", MERGING)
 def test_rows_have_the_dtype_of_the_features(name):
-    cues = {**cues_of(20), "image_features": torch.randn(20, 6).half()}
+    cues = {**cues_of(20), **dict.fromkeys(("image_features", "image_embeds"), torch.randn(20, 6).half())}
     assert merged(name, (4, 5), 9, cues)[1].dtype == torch.float16
 
 
@@ -169,6 +172,41 @@ def test_prumerge_keeps_a_quarter_by_default():
     assert pruners.find_method("prumerge").default_keep(576) == 144
 
 
+# -- ApET and VScan ------------------------------------------------------------------------------------------
+
+
+def test_apet_keeps_the_basis_and_what_it_cannot_make():
+    features = torch.tensor([[1.0, 0, 0], [4, 0, 0], [2, 0, 0], [3, 0, 0], [3, 0, 2.5]])
+    kept, rows = merged("apet", (1, 5), 3, {"image_features": features}, basis=2)
+    # The basis: 0, and 4, farther from it than 1. The others lie along 0, and join none: 1 has the error of
+    # 2 and 3 within rounding of the ridge, but is the longest.
+    assert kept == [0, 1, 4]
+    assert rows[[0, 2]].tolist() == features[[0, 4]].tolist()
+
+
+def test_the_basis_goes_on_where_tokens_are_equal():
+    kept, rows = merged("apet", (2, 3), 4, {"image_features": torch.ones(6, 2)}, basis=3)
+    assert kept == [0, 1, 2, 3] and rows.isfinite().all()
+
+
+def test_linear_equations_are_solved():
+    generator = torch.Generator().manual_seed(0)
+    half = torch.randn(2, 5, 7, generator=generator, dtype=torch.float64)
+    matrix, right = half @ half.transpose(1, 2), torch.randn(2, 5, 9, generator=generator).double()
+    torch.testing.assert_close(solve(matrix, right), torch.linalg.solve(matrix, right))
+
+
+def test_vscan_gives_every_window_its_share_and_averages_the_rest():
+    early, late = torch.zeros(16), torch.zeros(16)
+    early[[0, 3, 12, 15]], late[[5, 6]] = 1.0, torch.tensor([2.0, 1.0])
+    rows = torch.eye(6)[[0, 0, 1, 1, 0, 4, 5, 1, 2, 2, 3, 3, 2, 2, 3, 3]]
+    cues = {"image_embeds": rows, "early_scores": early, "attention_scores": late}
+    kept, made = merged("vscan", (4, 4), 6, cues, window=2, local=0.7)
+    assert kept == [0, 3, 5, 6, 12, 15]
+    torch.testing.assert_close(made, torch.eye(6)[[0, 1, 4, 5, 2, 3]])
+    assert windows((3, 2), 2) == [[0, 1, 2, 3], [4, 5]]
+
+
 # -- shared pieces -------------------------------------------------------------------------------------------
 
 
@@ -194,6 +232,9 @@ def test_of_equal_centres_the_first_takes_the_row():
     [
         ("visionzip", {"contextual": 1.0}, "contextual 1.0 is outside 0 to below 1"),
         ("visionzip", {"heads": -1}, "heads -1 is negative"),
+        ("apet", {"basis": 0}, "basis 0 is below 1"),
+        ("vscan", {"window": 0}, "window 0 is below 1"),
+        ("vscan", {"local": 1.5}, "local 1.5 is outside 0 to 1"),
         ("prumerge", {"sampled": 1.5}, "sampled 1.5 is outside 0 to 1"),
         ("prumerge", {"neighbours": -1}, "neighbours -1 is negative"),
     ],

@@ -24,6 +24,7 @@ from vtp.export import pruners
 from vtp.export.graphs.unfused import keep_transposes
 from vtp.export.pruners import ops
 from vtp.export.pruners.base import Pruner
+from vtp.export.tower_cues import SCORES
 
 from ...oracles import numpy_merging, numpy_pruners_more, numpy_text, text_cues
 from ...oracles.fusing import fused_in_float64
@@ -44,6 +45,7 @@ CLOSE = {"float32": 1e-5, "float16": 2e-3}
 ALLOWED = [
     "Abs",
     "Add",
+    "And",
     "ArgMax",
     "ArgMin",
     "Cast",
@@ -62,6 +64,7 @@ ALLOWED = [
     "Less",
     "MatMul",
     "Max",
+    "Min",
     "Mul",
     "Neg",
     "Pad",
@@ -75,6 +78,7 @@ ALLOWED = [
     "Relu",
     "Reshape",
     "Round",
+    "Sigmoid",
     "ScatterElements",
     "Shape",
     "Slice",
@@ -125,6 +129,15 @@ CASES = {
     "scope": [*ANY, Case((5, 6), 7, {"alpha": 2.0})],
     "holov": [*ANY, Case((5, 5), 20, {"crops": 8, "alpha": 2.0})],  # quotas above a crop's length
     "focal": [*ANY, Case((12, 13), 40), Case((1, 9), 4), Case((6, 5), 12, {"reach": 0.4})],
+    "hiprune": [*ANY, Case((6, 5), 12, {"alpha": 0.9}), Case((4, 5), 3, {"alpha": 1.0})],
+    "prunesid": [*ANY, Case((6, 6), 20, {"group": 3})],
+    "otprune": [*ANY, Case((5, 6), 12, {"gamma": 3.0})],
+    "apet": [*ANY, Case((6, 7), 15, {"basis": 4}), Case((5, 5), 20, {"basis": 8}, dtype="float16")],
+    "vscan": [
+        *ANY,
+        Case((6, 7), 20, {"window": 3}),
+        Case((5, 5), 9, {"window": 2, "local": 1.0}, dtype="float16"),
+    ],
     "dart": [*ANY, Case((3, 7), 9, {"pivots": 4})],
     "cdpruner": [*ANY, Case((5, 6), 12, {"relevance": "unlike"})],
     "sparsevlm": [*ANY, Case((4, 5), 8, {"heads": 5})],
@@ -316,7 +329,8 @@ def typed(
     """Every cue by name: scores are float32 always, the rest in the model's dtype."""
     rows = dict.fromkeys(("image_features", "image_embeds", "hidden_states"), features.astype(case.dtype))
     rows |= {"keys": keys.astype(case.dtype), "vision_keys": vision_keys.astype(case.dtype)}
-    return {**rows, "attention_scores": scores.astype(np.float32)}
+    turned = {name: np.roll(scores, place, axis=1) for place, name in enumerate(SCORES)}
+    return {**rows, **{name: given.astype(np.float32) for name, given in turned.items()}}
 
 
 # -- the three agree -----------------------------------------------------------------------------------------

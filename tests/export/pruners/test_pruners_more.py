@@ -9,10 +9,11 @@ import torch
 from vtp.engines.errors import UsageError
 from vtp.export import pruners
 from vtp.export.pruners import greedy, ops
+from vtp.export.tower_cues import SCORES
 
 from .test_pruners import MARGIN, Case, Graph, continuous, lattice
 
-SELECTING = ["fastervlm", "divprune", "scope", "holov", "dart"]
+SELECTING = ["fastervlm", "divprune", "scope", "holov", "dart", "hiprune", "otprune", "prunesid"]
 
 
 def chosen(
@@ -25,7 +26,7 @@ def chosen(
 def cues_of(rows: torch.Tensor, scores: torch.Tensor) -> dict[str, torch.Tensor]:
     """The same rows [N,C] under every name, for one picture."""
     names = ("image_features", "image_embeds", "hidden_states", "keys")
-    return {**dict.fromkeys(names, rows.unsqueeze(0)), "attention_scores": scores.unsqueeze(0)}
+    return {**dict.fromkeys(names, rows.unsqueeze(0)), **dict.fromkeys(SCORES, scores.unsqueeze(0))}
 
 
 @pytest.mark.parametrize(("name", "keep"), [("divprune", 32), ("holov", 64), ("dart", 64), ("scope", 3)])
@@ -83,6 +84,20 @@ def test_holov_deals_by_attention_and_fills_up_where_a_crop_is_full():
     assert chosen("holov", (3, 3), 3, cues_of(torch.zeros(9, 4), torch.ones(9)), crops=3) == [0, 3, 6]
 
 
+def test_hiprune_keeps_the_cross_around_an_anchor():
+    middle, last = torch.zeros(25), torch.linspace(0, 1, 25)
+    middle[[7, 24]] = torch.tensor([2.0, 1.0])
+    cues = {"middle_received": middle.unsqueeze(0), "received_scores": last.unsqueeze(0)}
+    assert chosen("hiprune", (5, 5), 6, cues, alpha=0.8) == [2, 6, 7, 8, 12, 24]
+    assert chosen("hiprune", (5, 5), 10, cues, alpha=1.0) == [2, 6, 7, 8, 12, 19, 21, 22, 23, 24]
+    assert chosen("hiprune", (5, 5), 2, cues) == [23, 24]
+
+
+def test_otprune_keeps_one_of_each_kind_and_the_longest_first():
+    rows = torch.eye(4)[[0, 0, 1, 1, 2, 3]] * torch.tensor([1.0, 3, 1, 2, 1, 1]).unsqueeze(1)
+    assert chosen("otprune", (1, 6), 4, cues_of(rows, torch.ones(6))) == [1, 3, 4, 5]
+
+
 @pytest.mark.parametrize(("keep", "crops"), [(64, 16), (192, 5), (128, 8), (32, 32), (576, 1), (1, 576)])
 def test_holov_takes_fewer_crops_the_more_it_keeps(keep, crops):
     assert pruners.find_method("holov")((24, 24), keep).crops == crops
@@ -103,6 +118,9 @@ def test_dart_deals_the_rest_to_its_pivots_in_the_order_of_their_norms():
         ("scope", {"alpha": -1.0}, "alpha -1.0 is outside 0 to 8"),
         ("holov", {"crops": 17}, "crops 17 is outside"),
         ("holov", {"alpha": -0.1}, "alpha -0.1 is outside"),
+        ("hiprune", {"alpha": 1.5}, "alpha 1.5 is outside 0 to 1"),
+        ("otprune", {"gamma": 0.0}, "gamma 0.0 is outside 0 to 1000"),
+        ("prunesid", {"group": 0}, "group 0 is below 1"),
         ("dart", {"pivots": 0}, "pivots 0 is outside 1 to 16"),
         ("dart", {"keys": "rotated"}, "choose normed or plain"),
         ("divprune", {"r": 1}, "no option 'r'; its options: none"),

@@ -69,7 +69,7 @@ class Named(nn.Module):
         return self.pruner(**dict(zip(self.pruner.needs, cues, strict=True)))
 
 
-@pytest.mark.parametrize("name", ["vispruner", "cdpruner"])
+@pytest.mark.parametrize("name", ["vispruner", "cdpruner", "otprune"])
 def test_products_in_parts_stay_apart_too(name: str, tmp_path: Path) -> None:
     """272 tokens: the rows are multiplied in two parts, as those of a full-size model are."""
     module, generator = Named(name), torch.Generator().manual_seed(1)

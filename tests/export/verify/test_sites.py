@@ -18,6 +18,7 @@ from vtp.export.checkpoint.weights import fill
 from vtp.export.exporter import Request, export
 from vtp.export.plan.schedule import make_schedules, site_of
 from vtp.export.pruners.base import Pruner
+from vtp.export.tower_cues import SCORES
 from vtp.export.verify import parity
 from vtp.export.verify.reference import reference_generate
 from vtp.runtime import Pipeline
@@ -44,7 +45,7 @@ class Recording(parity.Chosen):
 
 @pytest.fixture(scope="module")
 def model_path(saved: Callable[..., Any]) -> Path:
-    return saved(save_tiny, layers=5, vision_layers=2, seed=11)[0]
+    return saved(save_tiny, layers=5, vision_layers=7, seed=11)[0]
 
 
 @pytest.fixture(scope="module")
@@ -218,7 +219,7 @@ def test_sites_that_move_with_the_keep_count_are_refused(family):
 
 def test_a_cue_that_a_family_lacks_is_refused_with_what_can_be_had_instead(family, monkeypatch):
     monkeypatch.setattr(
-        type(family), "lacks", {"attention_scores": "its tower merges patches"}, raising=False
+        type(family), "lacks", dict.fromkeys(SCORES, "its tower merges patches"), raising=False
     )
     with pytest.raises(
         UsageError, match="its tower merges patches; nearest methods that it serves: "

@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 from ..kill.bundles import make_bundles
-from .growth import ask, grown
+from .growth import ask, course, grown
 from .requests import Asker
 
 
@@ -34,12 +34,10 @@ def main() -> int:
     bad = [*grown(samples), *asker.wrong]
     for line in bad[:20]:
         print(f"bad: {line}")
-    first, last = samples[len(samples) // 5], samples[-1]
     print(
         f"soak: {args.seconds:g} s, {sum(done.values())} requests "
         f"({', '.join(f'{often} {kind}' for kind, often in sorted(done.items()))}); "
-        f"resident {first.resident:.1f} to {last.resident:.1f} MB, descriptors {first.descriptors} to "
-        f"{last.descriptors}, threads {first.threads} to {last.threads}; {len(bad)} bad (seed {args.seed})"
+        f"{course(samples)}; {len(bad)} bad (seed {args.seed})"
     )
     return int(bool(bad))
 

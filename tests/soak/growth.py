@@ -61,6 +61,16 @@ def ask(
     return done, samples
 
 
+def course(samples: Sequence[Sample]) -> str:
+    """What a run's last line says of its samples, from a fifth of the run on: growth that ends is seen to."""
+    fifths = [samples[min(len(samples) * part // 5, len(samples) - 1)] for part in range(1, 6)]
+    first, last = fifths[0], fifths[-1]
+    return (
+        f"resident {', '.join(f'{one.resident:.1f}' for one in fifths)} MB at each fifth, "
+        f"descriptors {first.descriptors} to {last.descriptors}, threads {first.threads} to {last.threads}"
+    )
+
+
 def grown(samples: Sequence[Sample], pooled: int = 0) -> list[str]:
     """What grew from the second fifth of a run (the first is set-up) to its last; a line each.
 

@@ -34,7 +34,7 @@ from vtp.engines.child import python_command
 from vtp.scenes import examples_dir
 
 from ..kill.bundles import make_bundles
-from .growth import ask, grown, look
+from .growth import ask, course, grown, look
 
 CHAT, PATIENCE = "/v1/chat/completions", 120.0
 POOLED = min(32, (os.cpu_count() or 1) + 4)  # threads of asyncio's pool, in which pictures are decoded
@@ -213,12 +213,10 @@ def main() -> int:
     bad = [*grown(samples, POOLED), *asker.wrong]
     for line in bad[:20]:
         print(f"bad: {line}")
-    first, last = samples[len(samples) // 5], samples[-1]
     kinds = ", ".join(f"{often} {kind}" for kind, often in sorted(asker.done.items()))
     print(
-        f"soak of vtp-serve: {args.seconds:g} s, {sum(asker.done.values())} requests ({kinds}); resident "
-        f"{first.resident:.1f} to {last.resident:.1f} MB, descriptors {first.descriptors} to "
-        f"{last.descriptors}, threads {first.threads} to {last.threads}; {len(bad)} bad (seed {args.seed})"
+        f"soak of vtp-serve: {args.seconds:g} s, {sum(asker.done.values())} requests ({kinds}); "
+        f"{course(samples)}; {len(bad)} bad (seed {args.seed})"
     )
     return int(bool(bad))
 

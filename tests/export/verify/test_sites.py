@@ -18,6 +18,8 @@ from vtp.export.checkpoint.weights import fill
 from vtp.export.exporter import Request, export
 from vtp.export.plan.schedule import make_schedules, site_of
 from vtp.export.pruners.base import Pruner
+from vtp.export.pruners.registry import find_method
+from vtp.export.pruners.site import Site
 from vtp.export.tower_cues import SCORES
 from vtp.export.verify import parity
 from vtp.export.verify.reference import reference_generate
@@ -226,7 +228,8 @@ def test_a_cue_that_a_family_lacks_is_refused_with_what_can_be_had_instead(famil
     ) as caught:
         make_schedules(curious.CuriousVision, family, [3], {})
     nearest = str(caught.value).partition("serves: ")[2].split(", ")
-    assert nearest[0] in ("uniform", "random") and "vispruner" not in nearest
+    assert nearest and not any(set(find_method(name).needs) & set(SCORES) for name in nearest)
+    assert Site.parse(find_method(nearest[0]).site).kind == "vision"
 
 
 @pytest.mark.parametrize(

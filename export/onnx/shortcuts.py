@@ -110,6 +110,8 @@ def _replace(graph: Graph, node: Node, sizes: Mapping[Any, Node]) -> None:
         node.target = _SAME[node.target]
     elif node.target in _CONVERSIONS:
         _convert(graph, node)
+    elif node.target is _aten.rsub.Scalar and len(node.args) == 2:
+        node.target, node.args = _aten.sub.Tensor, node.args[::-1]
     elif node.target is _aten.flatten.using_ints:
         _flatten(node, sizes)
     elif node.target is _aten.conv2d.padding:

@@ -50,10 +50,17 @@ class Mask(nn.Module):
 
 
 class Reversed(nn.Module):
-    """1 - x has no translation of its own."""
+    """1 - x is an operator of its own, which has no translation; of integers too."""
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        return 1 - image, image + 1
+        return 1 - image, 3 - image.long()
+
+
+class Decomposed(nn.Module):
+    """An operator that is only known by what it is made of."""
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        return nn.functional.huber_loss(image, image * 2, reduction="none"), image + 1
 
 
 class InPlace(nn.Module):
@@ -76,7 +83,14 @@ class Autocast(nn.Module):
         return small, small + image
 
 
-MODULES = [(Patches, True), (Mask, True), (Reversed, False), (InPlace, False), (Autocast, False)]
+MODULES = [
+    (Patches, True),
+    (Mask, True),
+    (Reversed, True),
+    (Decomposed, False),
+    (InPlace, False),
+    (Autocast, False),
+]
 
 
 @pytest.fixture
@@ -160,7 +174,7 @@ def test_another_torch_is_left_to_itself(name: str, monkeypatch: pytest.MonkeyPa
 FAMILIES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "llava": (save_tiny, "adaptprune"),
     "next": (lambda path: save_anyres(path, "llava_next"), "vispruner"),
-    "onevision": (lambda path: save_anyres(path, "llava_onevision"), "focal"),
+    "onevision": (lambda path: save_anyres(path, "llava_onevision", vision="siglip"), "divprune"),
     "qwen2": (lambda path: save_qwen(path, "qwen2_vl"), "visionzip"),
     "qwen3": (lambda path: save_qwen(path, "qwen3_vl"), "fastv"),
     "internvl": (save_internvl, "dart"),

@@ -183,9 +183,9 @@ def test_pictures_are_decoded_batch_by_batch(pipe: Pipeline, monkeypatch: pytest
     events: list[str] = []
     load, run = pictures.load_image, StageRunner.prefill_rows
 
-    def loading(source: Any) -> Any:
+    def loading(*source: Any) -> Any:
         events.append("load")
-        return load(source)
+        return load(*source)
 
     def running(*args: Any, **options: Any) -> Any:
         events.append("run")
@@ -208,7 +208,7 @@ def test_what_shows_without_decoding_is_said_before_any_answer(
     options: dict[str, Any] = {"max_new_tokens": 1, "batch_size": 1}
     with pytest.raises(VtpError, match=r"^prompt 3 of 3: .*half\.png' is truncated or damaged"):
         pipe.generate_batch([whole, whole, tmp_path / "half.png"], PROMPTS, **options)
-    monkeypatch.setattr("vtp.runtime.media.pictures.load_image", lambda _: pytest.fail("decoded"))
+    monkeypatch.setattr("vtp.runtime.media.pictures.load_image", lambda *_: pytest.fail("decoded"))
     for bad, kind in ((tmp_path / "text.png", VtpError), (np.zeros((3, 3)), UsageError), (None, UsageError)):
         with pytest.raises(kind, match=r"^prompt 3 of 3: "):
             pipe.generate_batch([whole, whole, bad], PROMPTS, **options)

@@ -215,8 +215,8 @@ class Pipeline:
         """
         pictures = instead_of(image, image_features, image_embeds)
         asked = GenerateOptions(**options)
-        seconds = seconds_to_wait(wait, asked.timeout_ms)
         answer = self.prepare(pictures, prompt, messages, asked)
+        seconds = seconds_to_wait(wait, asked.timeout_ms)
         answer.request.pictures.load(answer.request.timings)
         answer.request.clock.pause()
         return Stream(answer, self._write(answer, seconds))

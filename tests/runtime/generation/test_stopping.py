@@ -180,7 +180,9 @@ def test_batches_end_with_what_there_is(
     before_each(monkeypatch, StageRunner, "step_rows", lambda _: now.__setitem__(0, now[0] + 1))
     loads: list[object] = []
     monkeypatch.setattr(
-        pictures, "load_image", lambda source, load=pictures.load_image: loads.append(source) or load(source)
+        pictures,
+        "load_image",
+        lambda *given, load=pictures.load_image: loads.append(given) or load(*given),
     )
     for seconds, second in ((7.5, 3), (5.5, 1), (2.5, 0)):
         now[0] = 0

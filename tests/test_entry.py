@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import subprocess
 import sys
 from importlib import import_module
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -83,6 +85,20 @@ def test_python_m_vtp_is_the_dispatcher() -> None:
         [sys.executable, "-m", "vtp", "--version"], capture_output=True, text=True, check=True, cwd=ROOT
     )
     assert done.stdout == f"vtp {vtp.__version__}\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a disk that is always full")
+def test_what_cannot_be_printed_is_one_line_and_a_reader_may_leave() -> None:
+    command = [sys.executable, "-m", "vtp"]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run([*command, "--help"], stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    said = "vtp: error: cannot write to standard output: No space left on device\n"
+    assert (done.returncode, done.stderr) == (1, said)
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([*command, "--version"], stdout=writer, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 # -- the same as the command itself --------------------------------------------------------------------------

@@ -44,7 +44,7 @@ COMMANDS = {
     ),
 }
 COMPLETION = ("vtp.runtime.commands.completion.cli", "Print what completes these commands in a shell.")
-_DONE, _BAD_USAGE, _INTERRUPTED = 0, 2, 130
+_DONE, _FAILED, _BAD_USAGE, _INTERRUPTED = 0, 1, 2, 130
 _ENDED = "interrupted; nothing was left behind"
 
 
@@ -57,12 +57,10 @@ def main(argv: list[str] | None = None) -> int:
     if first == "completion":
         return _begin("vtp completion", COMPLETION[0], words[1:], _parsers)
     if first in ("-h", "--help"):
-        print(_help())
+        return _print(_help())
     elif first == "--version":
-        print(f"vtp {__version__}")
-    else:
-        return _refuse(first)
-    return _DONE
+        return _print(f"vtp {__version__}")
+    return _refuse(first)
 
 
 def start(command: str, argv: list[str] | None = None) -> int:
@@ -115,6 +113,22 @@ def _say_ended(prog: str) -> int:
     with suppress(OSError):  # standard error is closed
         os.write(2, f"{prog}: error: {_ENDED}\n".encode())
     return _INTERRUPTED
+
+
+def _print(text: str) -> int:
+    """Print what was asked for; one line if that is impossible, nothing if the reader left."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        if (
+            sys.stdout is not None
+        ):  # what it still holds would be tried again, and complained about, at the end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            with suppress(OSError):
+                os.write(2, f"vtp: error: cannot write to standard output: {error.strerror}\n".encode())
+            return _FAILED
+    return _DONE
 
 
 def _help() -> str:

@@ -58,8 +58,8 @@ def build_parser() -> argparse.ArgumentParser:
     """The flags of vtp-run."""
     parser = Parser(
         prog=PROG,
-        description="Answer a prompt about a picture or a video with a bundle. BUNDLE alone: a question "
-        "about a picture that comes with vtp.",
+        description="Answer a prompt about a picture or a video with a bundle.",
+        epilog="BUNDLE alone: a question about a picture that comes with vtp.",
     )
     add = parser.add_argument
     add("bundle", metavar="BUNDLE", help=A_BUNDLE)

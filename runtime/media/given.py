@@ -77,6 +77,8 @@ def _named(given: Any, boundary: Boundary, manifest: Manifest) -> dict[str, Any]
         )
     if missing := [one for one in {name: None, **needs} if one not in named]:
         shapes = ", ".join(f"'{one}': {_shape(boundary.known[one])}" for one in {name: None, **needs})
+        if name in missing:
+            raise UsageError(f"{name} is a dict without '{name}'; give {name}={{{shapes}}}")
         raise UsageError(
             f"{name} alone is not enough: method {manifest.method.name} (positions "
             f"{manifest.method.positions}) also needs {', '.join(missing)}; give {name}={{{shapes}}}, or the "
@@ -105,12 +107,12 @@ def _checked(name: str, value: Any, info: TensorInfo) -> np.ndarray:
 
 def as_array(name: str, value: Any) -> np.ndarray:
     """numpy's array of an array or a torch tensor, wherever it lies; bfloat16 as float32."""
-    tensor = value.detach().cpu() if hasattr(value, "detach") else value
-    if str(getattr(tensor, "dtype", "")) == "torch.bfloat16":
-        tensor = tensor.float()
     try:
+        tensor = value.detach().cpu() if hasattr(value, "detach") else value
+        if str(getattr(tensor, "dtype", "")) == "torch.bfloat16":
+            tensor = tensor.float()
         array = np.asarray(tensor)
-    except (ValueError, TypeError):  # rows of unequal lengths
+    except (ValueError, TypeError, NotImplementedError):  # rows of unequal lengths; no data
         array = np.array(None)
     if array.dtype.kind not in "iufb":
         raise UsageError(f"{name} must be an array of numbers, not {quoted_argument(value)}")

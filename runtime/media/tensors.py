@@ -22,6 +22,8 @@ class Tensor(Protocol):
     """What type checkers hold a `torch.Tensor` against, since torch may not be installed."""
 
     shape: Any
+    is_meta: bool
+    layout: Any
 
     def detach(self) -> Any:
         """The same without its history."""
@@ -39,7 +41,7 @@ def pixels_of(tensor: Any) -> np.ndarray:
     """The same picture as a uint8 array, channels last. UsageError for what is none."""
     extent_of(tensor)
     tensor = tensor.detach().cpu()
-    array = np.asarray(tensor.numpy() if tensor.element_size() == 1 else _levels(tensor.float().numpy()))
+    array = np.asarray(_levels(tensor.float().numpy()) if tensor.is_floating_point() else tensor.numpy())
     return array.transpose(1, 2, 0) if _channels_first(array.shape) else array
 
 
@@ -66,6 +68,9 @@ def extent_of(tensor: Any) -> tuple[int, int]:
             f"an image tensor must be uint8 with values 0 to 255, or floating point with values 0 to 1, not "
             f"{dtype}; convert it first"
         )
+    if tensor.is_meta or str(tensor.layout) != "torch.strided":
+        kind = "on the device meta" if tensor.is_meta else str(tensor.layout).removeprefix("torch.")
+        raise UsageError(f"an image tensor must hold all of its values, and this one is {kind}; convert it")
     return shape[1:] if _channels_first(shape) else shape[:2]
 
 

@@ -27,10 +27,14 @@ def read_rows(
     tensors    by the names of `TENSORS`; None where the processor gave none
     """
     ids = _whole("input_ids", input_ids)
+    if as_array("input_ids", input_ids).dtype.itemsize < 4:
+        raise UsageError("input_ids are of fewer than 32 bits, too few for every id; give int32 or int64")
     mask = tensors.get("attention_mask")
     kept = np.ones_like(ids) if mask is None else _whole("attention_mask", mask)
     if kept.shape != ids.shape:
         raise UsageError(f"attention_mask has the shape {list(kept.shape)}, and input_ids {list(ids.shape)}")
+    if len(masked := np.flatnonzero(~kept.any(axis=1))):
+        raise UsageError(f"attention_mask leaves no token of row {masked[0]}; every row needs a prompt")
     prompts = [_prompt(row[own != 0].tolist(), manifest) for row, own in zip(ids, kept, strict=True)]
     counts = [len(prompt.image_starts) for prompt in prompts]
     pictures = _pictures(sum(counts), manifest, tensors)
@@ -42,12 +46,14 @@ def read_rows(
 
 
 def _whole(name: str, value: Any) -> np.ndarray:
-    """An array of integers [B,S], none of them negative."""
+    """An array of integers [B,S], none of them negative or of more than 32 bits."""
     array = as_array(name, value)
     if array.ndim != 2 or array.dtype.kind not in "iub" or not array.size:
         raise UsageError(f"{name} is {array.dtype}{list(array.shape)}; give integers [batch,sequence]")
-    if array.min() < 0:
-        raise UsageError(f"{name} holds {array.min()}; every id and mark is 0 or more")
+    least, most = int(array.min()), int(array.max())
+    if least < 0 or most >= 1 << 32:
+        odd = least if least < 0 else most
+        raise UsageError(f"{name} holds {odd}; every id and mark is 0 or more, and below 2 ** 32")
     return array.astype(np.int64)
 
 
@@ -103,7 +109,11 @@ def _pictures(count: int, manifest: Manifest, tensors: dict[str, Any]) -> list[n
             f"{count} pictures: {_cure(manifest)}"
         )
     _check_sizes(manifest, tensors)
-    return list(array.astype(np.float32, copy=False).reshape(count, *shape))
+    with np.errstate(over="ignore"):
+        array = array.astype(np.float32, copy=False)
+    if not np.isfinite(array).all():
+        raise UsageError("pixel_values hold values that are not finite in float32; what made them overflowed")
+    return list(array.reshape(count, *shape))
 
 
 def _check_sizes(manifest: Manifest, tensors: dict[str, Any]) -> None:
@@ -111,7 +121,7 @@ def _check_sizes(manifest: Manifest, tensors: dict[str, Any]) -> None:
     spec = manifest.image
     size = spec.image_size
     if (sizes := tensors.get("image_sizes")) is not None and size is not None:
-        found = as_array("image_sizes", sizes).reshape(-1, 2)
+        found = _in_groups("image_sizes", sizes, 2)
         if (found != np.array(size)).any():
             raise UsageError(f"image_sizes has {found.tolist()} (height, width): {_cure(manifest)}")
     if (grids := tensors.get("image_grid_thw")) is not None:
@@ -121,7 +131,7 @@ def _check_sizes(manifest: Manifest, tensors: dict[str, Any]) -> None:
                 "image_grid_thw belongs to Qwen-VL's processors, and this bundle is of another family"
             )
         wanted = [1, size[0] // patch, size[1] // patch]
-        found = as_array("image_grid_thw", grids).reshape(-1, 3)
+        found = _in_groups("image_grid_thw", grids, 3)
         if (found != np.array(wanted)).any():
             raise UsageError(
                 f"image_grid_thw has {found.tolist()}, and this bundle is for {wanted}: {_cure(manifest)}"
@@ -131,6 +141,14 @@ def _check_sizes(manifest: Manifest, tensors: dict[str, Any]) -> None:
         raise UsageError(
             f"pixel_attention_mask leaves pixels out, which this bundle does not: {_cure(manifest)}"
         )
+
+
+def _in_groups(name: str, value: Any, width: int) -> np.ndarray:
+    """Numbers [pictures,width]."""
+    array = as_array(name, value)
+    if array.size % width:
+        raise UsageError(f"{name} has the shape {list(array.shape)}; give [pictures, {width}]")
+    return array.reshape(-1, width)
 
 
 def _cure(manifest: Manifest) -> str:

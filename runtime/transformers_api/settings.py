@@ -79,7 +79,7 @@ def _sampling(given: dict[str, Any]) -> dict[str, Any]:
     if sampled:
         return {"temperature": 1.0 if heat is None else heat, "top_p": 1.0 if share is None else share}
     for name, value, plain in (("temperature", heat, (0, 1)), ("top_p", share, (1,))):
-        if value is not None and value not in plain:
+        if value is not None and not (isinstance(value, int | float) and value in plain):
             raise UsageError(f"{name} {quoted_argument(value)} is for sampling; give do_sample=True as well")
     return {}
 
@@ -96,7 +96,7 @@ def _left(longest: Any, prompt_length: int) -> int:
 def _check_ends(given: Any, eos: tuple[int, ...]) -> None:
     """Only the bundle's own end tokens are served."""
     ids = given if isinstance(given, list | tuple) else [given]
-    if given is not None and set(ids) != set(eos):
+    if given is not None and not (all(type(one) is int for one in ids) and set(ids) == set(eos)):
         raise UsageError(
             f"eos_token_id {quoted_argument(given)} is not the bundle's {list(eos)}; leave it out"
         )

@@ -155,6 +155,11 @@ ROWS = np.zeros((1, 16, 32), np.float32)
         ("none", {"image_features": ROWS.astype(np.int64)}, "image_features is int64; give float32"),
         ("none", {"image_features": ROWS * np.nan}, "values that are not finite in float32"),
         ("none", {"image_embeds": "rows"}, "image_embeds must be an array of numbers, not 'rows'"),
+        (
+            "none",
+            {"image_embeds": {}},
+            "image_embeds is a dict without 'image_embeds'; give image_embeds={'im",
+        ),
         ("none", {"image_embeds": [[1.0], [2.0, 3.0]]}, "image_embeds must be an array of numbers"),
         (
             "none",

@@ -24,11 +24,15 @@ _vtp() {
         else value="$(_vtp_value "$at" "")"; fi
     fi
     COMPREPLY=($(compgen -W "${value#* }" -- "$cur"))
-    local IFS=$'\n'
+    local how path
     case $value in
-        files\ *) compopt -o filenames 2>/dev/null; COMPREPLY+=($(compgen -f -- "$cur")) ;;
-        folders\ *) compopt -o filenames 2>/dev/null; COMPREPLY+=($(compgen -d -- "$cur")) ;;
+        files\ *) how=-f ;;
+        folders\ *) how=-d ;;
+        *) return ;;
     esac
+    compopt -o filenames 2>/dev/null
+    # line by line, since a file may be called "*"
+    while IFS= read -r path; do COMPREPLY+=("$path"); done < <(compgen $how -- "$cur")
 }
 """
 

@@ -98,6 +98,14 @@ def test_bash_takes_an_equals_sign_for_a_word(tree: Command, desk: Path) -> None
     assert {"auto", "ort-cpu"} <= offered("bash", script, ("vtp-run", "--engine", "="), desk)
 
 
+def test_bash_takes_a_file_by_its_name_whatever_that_is(tree: Command, tmp_path: Path) -> None:
+    desk = tmp_path / "desk"
+    desk.mkdir()
+    for name in ("*", "other.png"):
+        (desk / name).touch()
+    assert offered("bash", SHELLS["bash"](tree), ("vtp", "run", "--image", "*"), desk) == {"*"}
+
+
 def test_every_flag_of_every_command_is_known(tree: Command) -> None:
     known = {" ".join(one.path): {name for flag in one.flags for name in flag.names} for one in tree.walk()}
     parsers = {f"vtp {name}".strip(): parser for name, parser in _parsers().items()}

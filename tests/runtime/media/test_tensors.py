@@ -47,6 +47,8 @@ def test_half_precision_grey_and_alpha() -> None:
     levels = torch.arange(256, dtype=torch.uint8).reshape(16, 16)
     assert (shown((levels / 255).half())[..., 0] == levels.numpy()).all()
     assert (shown(levels) == levels.numpy()[..., None]).all()
+    eighth = (levels / 256).to(torch.float8_e4m3fn)
+    assert (shown(eighth) == shown(eighth.float())).all()
     clear = torch.cat([torch.from_numpy(RGB), torch.zeros(13, 21, 1, dtype=torch.uint8)], 2)
     assert (shown(clear) == 255).all() and (shown(clear.permute(2, 0, 1)) == 255).all()
 
@@ -67,6 +69,8 @@ def test_what_could_be_either_has_its_channels_first() -> None:
         (torch.full((3, 4, 4), 255.0), r"values 0 to 1, not 255 to 255; undo the normalisation"),
         (torch.full((3, 4, 4), float("nan")), r"values 0 to 1, not nan"),
         (torch.tensor([-0.1]).expand(3, 4, 4), r"not -0.1 to -0.1"),
+        (torch.zeros(3, 4, 4).to_sparse(), r"must hold all of its values, and this one is sparse_coo"),
+        (torch.zeros(3, 4, 4, device="meta"), r"must hold all of its values, and this one is on the device"),
         (torch.zeros(3, 0, 4), r"there is nothing to see"),
         (torch.zeros(1).expand(3, 2, MAX_PIXELS), r"at most [\d,]+ pixels are taken"),
     ],

@@ -246,6 +246,30 @@ IDS = torch.tensor([[5, 6, 7]])
         ({"input_ids": IDS[0]}, r"input_ids is int64\[3\]; give integers \[batch,sequence\]"),
         ({"input_ids": IDS.float()}, r"input_ids is float32\[1, 3\]; give integers"),
         ({"input_ids": IDS - 6}, r"input_ids holds -1; every id and mark is 0 or more"),
+        (
+            {"input_ids": IDS << 40},
+            r"input_ids holds 7696581394432; every id and mark is 0 or more, and below 2",
+        ),
+        ({"input_ids": IDS.byte()}, r"input_ids are of fewer than 32 bits, too few for every id; give int32"),
+        ({"input_ids": IDS.bool()}, r"input_ids are of fewer than 32 bits"),
+        (
+            {"input_ids": IDS, "attention_mask": IDS * 0},
+            r"attention_mask leaves no token of row 0; every row",
+        ),
+        ({"eos_token_id": [[2]]}, r"eos_token_id \[\[2\]\] is not the bundle's"),
+        ({"temperature": IDS}, r"temperature tensor.* is for sampling"),
+        (
+            {"pixel_values": torch.full((1, 3, 56, 56), torch.nan)},
+            r"pixel_values hold values that are not fin",
+        ),
+        (
+            {"pixel_values": torch.full((1, 3, 56, 56), 1e300, dtype=torch.double)},
+            r"pixel_values hold values that are no",
+        ),
+        (
+            {"pixel_values": torch.zeros(1, 3, 56, 56, device="meta")},
+            r"pixel_values must be an array of numb",
+        ),
         ({"input_ids": "text"}, r"input_ids must be an array of numbers, not 'text'"),
         ({"attention_mask": IDS}, r"attention_mask has the shape \[1, 3\], and input_ids \[1, "),
         ({"pixel_values": None}, r"pixel_values are missing, and input_ids have places for 1 pictures"),
@@ -297,6 +321,9 @@ def test_a_picture_of_another_size_is_refused(sides: Callable[[str], Side]) -> N
     picture = side.pictures(1)[0].resize((40, 40))
     with pytest.raises(UsageError, match=r"made for pictures of 56x40; resize them so before the processor"):
         side.own.generate(**side.tensors([picture], side.text(QUESTION)))
+    tensors = {**side.tensors(side.pictures(1), side.text(QUESTION)), "image_sizes": np.ones(3, int)}
+    with pytest.raises(UsageError, match=r"image_sizes has the shape \[3\]; give \[pictures, 2\]"):
+        side.own.generate(**tensors)
 
 
 def test_a_model_that_is_not_exported_is_one_line(exported: Any, tmp_path: Path) -> None:
@@ -305,6 +332,8 @@ def test_a_model_that_is_not_exported_is_one_line(exported: Any, tmp_path: Path)
         VtpForImageTextToText.from_pretrained(model)
     with pytest.raises(VtpError, match="no such folder"):
         VtpForImageTextToText.from_pretrained(tmp_path / "nowhere")
+    with pytest.raises(UsageError, match=r"device_map is not served: .*; leave it out"):
+        VtpForImageTextToText.from_pretrained(exported("none").folder, device_map="auto")
 
 
 def test_a_pipeline_can_be_given(exported: Any, llava: Side, tensors: Any) -> None:

@@ -34,6 +34,7 @@ class FeaturePruner(nn.Module):
         self.register_buffer("places", places, persistent=False)
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """What is kept, as indices [B,K] and rows [B,K,C]."""
         given = dict(zip(self.cues, inputs, strict=True))
         answer = self.pruner(**{name: narrowed(name, given[name], self.widths) for name in self.pruner.needs})
         keep, rows = answer if self.pruner.merges else (answer, gather_rows(inputs[0], answer))
@@ -68,6 +69,7 @@ class DecoderPruner(nn.Module):
     def forward(
         self, hidden_states: Tensor, position_ids: Tensor, image_start: Tensor, *others: Tensor
     ) -> tuple[Tensor, ...]:
+        """The prompt without what was dropped: see the class for the order."""
         start = image_start
         given = {**dict(zip(self.others, others, strict=True)), "hidden_states": hidden_states}
         previous = given.get("previous_indices")

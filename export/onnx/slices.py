@@ -52,6 +52,7 @@ class SlicedEngine(Engine):
         return self.put(np.zeros(shape, dtype))
 
     def run(self, feeds: Mapping[str, Value], into: Mapping[str, Value] | None = None) -> dict[str, Value]:
+        """Run slice after slice, each open only while it runs; `borders` keeps what passes between."""
         values, into = dict(feeds), dict(into or {})
         for file in self._files:
             engine = OrtEngine(file, threads=self._threads)

@@ -61,6 +61,7 @@ class Ipcv(RowReduction):
         return self._kept(shape.patches) + shape.has_cls
 
     def encode(self, blocks: Sequence[Block], hidden: Tensor, has_cls: bool, cues: bool) -> Encoded:
+        """All rows up to the cut, then the kept ones, which attend to all for some blocks more."""
         cut = self.settings["cut"]
         before = hidden
         for block in blocks[:cut]:

@@ -39,6 +39,7 @@ class Tome(RowReduction):
             raise self.wrong("merge", "choose 0 or more pairs of rows for every block")
 
     def check(self, shape: TowerShape) -> None:
+        """Refuse more merges than some block has pairs for."""
         left = shape.rows
         for _ in range(shape.blocks):
             most = (left + 1) // 2 - shape.has_cls
@@ -58,6 +59,7 @@ class Tome(RowReduction):
         return count * (self.rows(shape) - shape.has_cls) // shape.patches
 
     def encode(self, blocks: Sequence[Block], hidden: Tensor, has_cls: bool, cues: bool) -> Encoded:
+        """Every block merges pairs between attention and MLP; rows attend to others by their sizes."""
         merged = _Rows.of(hidden)
         read: tuple[Tensor | None, Tensor | None] = (None, None)
         for block in blocks:

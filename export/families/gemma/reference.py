@@ -20,6 +20,7 @@ class SiglipReference(Reference):
         return list(self.tower.encoder.layers)
 
     def vision(self, pixel_values: Tensor, wanted: Collection[str]) -> dict[str, Tensor]:
+        """Features and the cues `wanted` of a picture, from transformers' own tower."""
         tower = self.tower
         keys: list[Tensor] = []
         hook = tower.encoder.layers[-1].self_attn.k_proj.register_forward_hook(
@@ -83,6 +84,7 @@ class Gemma3Reference(SiglipReference):
         return self.text.rotary_emb(hidden, numbers.unsqueeze(0), kind)
 
     def mask(self, layer: int, hidden: Tensor, image: Tensor, past: int) -> Tensor | None:
+        """Rows see what is before them, in a sliding layer only its window, and a picture all of itself."""
         size = hidden.shape[1]
         place, column = torch.arange(past, past + size)[:, None], torch.arange(past + size)[None]
         seen = column <= place

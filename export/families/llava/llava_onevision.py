@@ -83,6 +83,7 @@ class LlavaOnevision(LlavaNext):
     clips = LlavaOnevisionClips
 
     def prepare(self, image: ImageSpec) -> None:
+        """Refuse settings other than "anyres_max_N", and sizes that transformers would resample."""
         super().prepare(image)
         named = re.fullmatch(r"anyres_max_(\d+)", self.model.config.vision_aspect_ratio)
         if named is None:

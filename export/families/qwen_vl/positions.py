@@ -41,6 +41,7 @@ class GridSplice(Splice):
         image_start: Tensor,
         keep_indices: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """The merged rows, their position ids in three axes, and the position that follows the prompt."""
         at, prompt = self._merged(inputs_embeds, image_embeds, image_start)
         visual, images = image_embeds.shape[1], image_start.shape[1]
         if keep_indices is None:

@@ -45,6 +45,7 @@ class Qwen2VL(Family):
         )  # what the family lacks shows in the loaded config alone: older files are laid out otherwise
 
     def prepare(self, image: ImageSpec) -> None:
+        """Check that the processor cuts patches as the tower takes them, and count them."""
         assert isinstance(image, QwenSpec)  # see image_kinds
         vision = self._vision
         for name, side in (

@@ -166,6 +166,7 @@ class PatchTower(nn.Module):
         self.in_windows = PatchAttention(*turned, sizes) if sizes else self.over_all
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+        """Features, then the cues asked for, in their order."""
         if self.order is not None:
             pixel_values = pixel_values.index_select(0, self.order)
         # A patch is as large as the convolution's kernel: one product for all of them.
@@ -239,6 +240,7 @@ class DeepProjector(nn.Module):
         self.mergers = nn.ModuleList(mergers)
 
     def forward(self, image_features: Tensor) -> Tensor:
+        """Project each part by its merger, side by side again."""
         parts = image_features.chunk(len(self.mergers), dim=-1)
         mergers: list[Any] = list(self.mergers)
         return torch.cat(

@@ -46,6 +46,7 @@ class InternVL(Family):
 
     @classmethod
     def check(cls, config: dict[str, Any]) -> None:
+        """VtpError for a decoder, feature layer or strategy that is not served."""
         cls.check_decoder((config.get("text_config") or {}).get("model_type", "qwen2"))
         layer = config.get("vision_feature_layer", -1)
         if not isinstance(layer, int):

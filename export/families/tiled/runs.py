@@ -192,6 +192,7 @@ class RunsTextCues(TextCues):
     def forward(
         self, inputs_embeds: Tensor, image_start: Tensor, text_length: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """The text's rows, which of them follow the picture, and where they lie in the merged prompt."""
         text, images, marked = inputs_embeds.shape[1], image_start.shape[1], self.order.marked
         length = text - images * self.runs
         at = lay_out(length, widened(image_start, -self.runs), marked)

@@ -20,7 +20,7 @@ from vtp.export.graphs.encoder import Projector, VisionEncoder
 from vtp.export.pruners import ops
 from vtp.export.pruners.base import Pruner
 
-from .export.pruners.test_pruners import Case, lattice, run_module
+from .export.pruners.compared import Case, lattice, run_module
 from .oracles.numpy_pruners import Chosen, descending, gap
 
 ROOT = Path(__file__).parents[1]

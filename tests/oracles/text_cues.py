@@ -1,4 +1,4 @@
-"""Cues about the prompt's text for the pruners' tests; see `lattice` and `continuous` in test_pruners.py.
+"""Cues about the prompt's text for the pruners' tests; see `lattice` and `continuous` in compared.py.
 
 R, the number of text tokens, changes with the seed: it is an axis that graphs leave free.
 """

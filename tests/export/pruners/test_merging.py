@@ -18,7 +18,7 @@ from vtp.export.pruners.vscan import windows
 from vtp.export.tower_cues import SCORES
 
 from ...oracles.numpy_merging import REFERENCES
-from .test_pruners import MARGIN, Case, Graph, continuous, lattice, run_module
+from .compared import MARGIN, Case, Graph, continuous, lattice, run_module
 
 MERGING = sorted(name for name in pruners.method_names()[1:] if pruners.find_method(name).merges)
 

@@ -18,7 +18,7 @@ from vtp.engines.tensorrt.library import INSTALL, library_log, load_library
 from vtp.export import pruners
 
 from ...stand_ins.greedy_host import needs_compiler, pick
-from .test_pruners import MARGIN, REFERENCES, Case, export, lattice
+from .compared import MARGIN, REFERENCES, Case, export, lattice
 
 ENGINE = "tensorrt-rtx"
 needs_rtx = [

@@ -11,7 +11,7 @@ from vtp.export import pruners
 from vtp.export.pruners import greedy, ops
 from vtp.export.tower_cues import SCORES
 
-from .test_pruners import MARGIN, Case, Graph, continuous, lattice
+from .compared import MARGIN, Case, Graph, continuous, lattice
 
 SELECTING = ["fastervlm", "divprune", "scope", "holov", "dart", "hiprune", "otprune", "prunesid"]
 

@@ -11,7 +11,7 @@ from vtp.engines.errors import UsageError
 from vtp.export import pruners
 from vtp.export.pruners.base import Pruner
 
-from .test_pruners import METHODS
+from .compared import METHODS
 
 
 @pytest.mark.parametrize("keep", [0, -1, 17])

@@ -11,7 +11,7 @@ from vtp.export import pruners
 from vtp.export.pruners import greedy
 
 from ...oracles import numpy_text
-from .test_pruners import MARGIN, Case, Graph, continuous, lattice
+from .compared import MARGIN, Case, Graph, continuous, lattice
 
 STAGED = ["pyramiddrop", "sparsevlm"]
 

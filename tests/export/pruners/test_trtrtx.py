@@ -19,7 +19,7 @@ from vtp.export.onnx.emit import GraphSpec, WeightStore, emit
 from vtp.export.targets import TARGETS
 
 from ...models.tiny import save_tiny
-from .test_pruners import Case, export
+from .compared import Case, export
 
 ENGINE, TARGET = "tensorrt-rtx", TARGETS["tensorrt"]
 MISSING = util.find_spec("tensorrt_rtx") is None

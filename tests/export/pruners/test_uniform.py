@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from .test_pruners import REFERENCES
+from .compared import REFERENCES
 
 
 @pytest.mark.parametrize("grid", [(24, 24), (5, 7), (1, 9), (9, 1), (2, 31), (16, 12)])

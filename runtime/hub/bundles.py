@@ -9,6 +9,7 @@ engines that refuse linked weights take them.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -55,9 +56,21 @@ def local_bundle(
     """
     name = hub_name(given, revision)
     if name is None:
-        return Path(given)
+        return _path(given)
     with client.quiet(bars):
         return _fetched(name, say)
+
+
+def _path(given: str | Path) -> Path:
+    """A path that the system takes, whether or not something lies there."""
+    try:
+        Path(given).stat()
+    except ValueError as error:
+        raise VtpError(f"no bundle at {shown(given, 60)}: no path is called so; give another") from error
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise VtpError(f"no bundle at {shown(given, 60)}: the name is too long for a path") from error
+    return Path(given)
 
 
 def _fetched(name: HubName, say: Say) -> Path:

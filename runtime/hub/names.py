@@ -5,11 +5,12 @@ A folder that is there wins over the hub's name, and so does a path into a folde
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from vtp.engines.errors import UsageError, shown
+from vtp.engines.errors import UsageError, quoted, quoted_argument, shown
 
 MAIN = "main"
 SCHEME = "hf://"
@@ -44,9 +45,11 @@ class HubName:
 def hub_name(given: str | Path, revision: str | None = None) -> HubName | None:
     """The name on the hub that `given` is; None for a path.
 
-    Raises UsageError for `hf://` with something else behind it, for a revision that no repository can have,
-    and for a revision beside a path or beside another one.
+    Raises UsageError for what is neither, for `hf://` with something else behind it, for a revision that no
+    repository can have, and for a revision beside a path or beside another one.
     """
+    if not isinstance(given, str | os.PathLike):
+        raise UsageError(f"a bundle is a path, or ORG/NAME of the hub, not {quoted_argument(given)}")
     text = given if isinstance(given, str) else ""
     explicit = text.startswith(SCHEME)
     repo, at, asked = text.removeprefix(SCHEME).partition("@")
@@ -69,9 +72,9 @@ def hub_name(given: str | Path, revision: str | None = None) -> HubName | None:
 
 def parse_repo(text: str) -> HubName:
     """A repository to write to, "org/name". Raises UsageError for anything else."""
-    repo = text.removeprefix(SCHEME)
+    repo = text.removeprefix(SCHEME) if isinstance(text, str) else ""
     if not is_repo(repo):
-        raise UsageError(f"'{shown(text, 100)}' is not a name on the Hugging Face hub; give ORG/NAME")
+        raise UsageError(f"{quoted(text, 100)} is not a name on the Hugging Face hub; give ORG/NAME")
     return HubName(repo)
 
 
@@ -121,10 +124,11 @@ def _refuse_revision(given: str | Path, revision: str | None) -> None:
 
 
 def _checked(revision: str) -> str:
-    fits = _REVISION.fullmatch(revision) is not None and ".." not in revision and "//" not in revision
+    known = isinstance(revision, str) and _REVISION.fullmatch(revision) is not None
+    fits = known and ".." not in revision and "//" not in revision
     if not fits or revision.endswith(("/", ".", ".lock")):
         raise UsageError(
-            f"'{shown(revision, 60)}' is not a revision; give a branch, a tag or a commit, as in ORG/NAME@v1"
+            f"{quoted(revision, 60)} is not a revision; give a branch, a tag or a commit, as in ORG/NAME@v1"
         )
     return revision
 

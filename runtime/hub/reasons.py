@@ -10,7 +10,7 @@ from vtp.runtime.hub.names import HubName
 from vtp.runtime.shell import command_line
 
 _NETWORK = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3", "hf_xet")
-_TOKEN = re.compile(r"hf_[A-Za-z0-9_-]+|(?i:bearer)\s+\S+")
+_TOKEN = re.compile(r"hf_[A-Za-z0-9_-]{20,}|(?i:bearer)\s+\S+")
 _QUERY = re.compile(r"[?]\S+")
 _LOGIN = "log in with hf auth login, or set HF_TOKEN"
 
@@ -41,6 +41,8 @@ def explained(error: Exception, name: HubName, endpoint: str, sending: bool = Fa
         )
     if "RevisionNotFoundError" in kinds:
         return VtpError(f"{name.repo} has no revision '{name.revision}'; {page}/tree/main lists them")
+    if "UnicodeEncodeError" in kinds:
+        return VtpError(f"the token for {name.repo} has a character that no token has: {_LOGIN}")
     if status == 401:
         return VtpError(f"the hub does not accept the token it was given for {name.repo}: {_LOGIN}")
     if status == 403:
@@ -66,7 +68,7 @@ def explained(error: Exception, name: HubName, endpoint: str, sending: bool = Fa
 def _unreached(error: Exception, status: int | None) -> bool:
     if status is not None:
         return status == 429 or status >= 500
-    if isinstance(error, ConnectionError | TimeoutError):
+    if isinstance(error, ConnectionError | TimeoutError) or type(error).__name__ == "JSONDecodeError":
         return True
     modules = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
     return bool(modules & set(_NETWORK)) or type(error).__name__ == "LocalEntryNotFoundError"
@@ -78,6 +80,8 @@ def _says_full(error: Exception) -> bool:
 
 def _short(error: Exception) -> str:
     """The first line of what the library said, without tokens, and without queries of addresses."""
+    if type(error).__name__ == "JSONDecodeError":
+        return "what answered sends no JSON, so it is not the hub; a proxy or a login page may be between"
     lines = [line for line in str(error).splitlines() if line.strip()]
     text = _TOKEN.sub("(token)", " ".join("".join(lines[:1]).split()))
     return f"{type(error).__name__}: {shown(_QUERY.sub('', text), 160)}"

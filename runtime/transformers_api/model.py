@@ -8,14 +8,20 @@ from typing import Any
 import numpy as np
 
 from vtp.engines import AUTO, UsageError, VtpError
+from vtp.engines.disk.files import is_file
 from vtp.engines.errors import quoted, shown
 from vtp.runtime.bundle.folder import MANIFEST
+from vtp.runtime.hub.names import hub_name
 from vtp.runtime.media.given import as_array
 from vtp.runtime.pipeline import Pipeline
 from vtp.runtime.result import Result
 from vtp.runtime.shell import command_line
 from vtp.runtime.transformers_api.inputs import IMPLIED, TENSORS, read_rows
 from vtp.runtime.transformers_api.settings import read_settings
+
+# What callers of transformers' from_pretrained often give.
+_OF_TORCH = ("device_map", "torch_dtype", "dtype", "attn_implementation", "quantization_config")
+_CHOSEN = "a bundle's numbers are chosen when it is exported, and its device by engine="
 
 
 class VtpForImageTextToText:
@@ -46,12 +52,15 @@ class VtpForImageTextToText:
 
         engine, threads, loading  as `Pipeline.load` takes them
 
-        Raises VtpError as `Pipeline.load` does, and for the folder of a model that is not exported.
+        Raises VtpError as `Pipeline.load` does, and for the folder of a model that is not exported;
+        UsageError for device_map and the like.
         """
-        folder = Path(bundle)
-        if (folder / "config.json").is_file() and not (folder / MANIFEST).exists():
-            line = command_line("vtp-export", "--model", folder, "-o", "bundle")
-            raise VtpError(f"{quoted(str(folder))} is a model, not a bundle; export it: {shown(line)}")
+        if odd := next((name for name in _OF_TORCH if name in loading), None):
+            raise UsageError(f"{odd} is not served: {_CHOSEN}; leave it out")
+        of_the_hub = hub_name(bundle) is not None
+        if not of_the_hub and is_file(Path(bundle, "config.json")) and not is_file(Path(bundle, MANIFEST)):
+            line = command_line("vtp-export", "--model", Path(bundle), "-o", "bundle")
+            raise VtpError(f"{quoted(str(bundle))} is a model, not a bundle; export it: {shown(line)}")
         return cls(Pipeline.load(bundle, engine, threads, **loading))
 
     def eval(self) -> VtpForImageTextToText:

@@ -77,7 +77,7 @@ class Hub:
 def serving() -> Iterator[Hub]:
     """A hub on a port of this machine, in threads."""
     hub = Hub()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("OfHub", (Handler,), {"hub": hub}))
     server.daemon_threads = True
     hub.url = f"http://127.0.0.1:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
@@ -111,7 +111,9 @@ class _Refused(Exception):
         self.status, self.code, self.message, self.url = status, code, message, url
 
 
-class _Handler(BaseHTTPRequestHandler):
+class Handler(BaseHTTPRequestHandler):
+    """Answers for the hub that its class names."""
+
     hub: Hub
     protocol_version = "HTTP/1.1"
 

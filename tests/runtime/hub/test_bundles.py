@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from vtp import VtpForImageTextToText
 from vtp.engines import UsageError, VtpError
 from vtp.runtime import Pipeline
 from vtp.runtime.hub.bundles import local_bundle
 from vtp.runtime.hub.names import HubName, hub_name, origin_of
 
-from ...stand_ins.hub_server import Hub
+from ...stand_ins.hub_server import Handler, Hub
 
 OFFLINE = "huggingface_hub.constants.HF_HUB_OFFLINE"
 
@@ -174,6 +175,9 @@ def test_paths_are_not_asked_about(hub: Hub, tmp_path: Path) -> None:
         ("org/name@", None, "'' is not a revision"),
         ("org/name@../../x", None, "is not a revision; give a branch"),
         ("org/name@refs//x", None, "is not a revision"),
+        ("org/name", 5, "5 is not a revision; give a branch"),
+        (5, None, "a bundle is a path, or ORG/NAME of the hub, not 5"),
+        (b"org/name", None, "a bundle is a path, or ORG/NAME of the hub, not b'org/name'"),
         ("org/name@v1", "v2", "has a revision, and revision= is another one"),
         (".", "v1", r"revision= belongs to a bundle of the hub, and \. is a path here"),
     ],
@@ -182,6 +186,25 @@ def test_names_that_are_none(hub: Hub, given: str, revision: str | None, message
     with pytest.raises(UsageError, match=message):
         local_bundle(given, revision)
     assert hub.asked == []
+
+
+@pytest.mark.parametrize("given", ["x" * 5000, f"{'x' * 300}/y", "a\0b", Path("x" * 5000)])
+def test_what_no_path_is_called_is_one_line(hub: Hub, given: str | Path) -> None:
+    for load in (Pipeline.load, VtpForImageTextToText.from_pretrained):
+        with pytest.raises(VtpError, match=r"^no bundle at ") as refused:
+            load(given)
+        assert len(str(refused.value)) < 140
+    assert hub.asked == []
+
+
+def test_a_login_page_is_not_the_hub(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network that answers everything with a page of its own: what the cache has is used."""
+    folder, _ = fetch("org/name")
+    page = b"<!doctype html><title>Welcome</title>"
+    monkeypatch.setattr(Handler, "_route", lambda handler, _: handler._send(200, page, {}))
+    again, said = fetch("org/name")
+    assert again == folder
+    assert "is used (what answered sends no JSON, so it is not the hub; a proxy or a login" in said[0]
 
 
 def test_without_the_library(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,6 +48,8 @@ def test_a_private_one_wants_a_token(hub: Hub, tmp_path: Path, monkeypatch: pyte
         "org/name", "does not accept the token it was given for org/name: log in", tmp_path / "home"
     )
     assert "yesterday" not in text
+    monkeypatch.setenv("HF_TOKEN", "hf_ä")
+    refused("org/name", "the token for org/name has a character that no token has: log", tmp_path / "home")
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     hub.asked.clear()
     assert local_bundle("org/name").is_dir()

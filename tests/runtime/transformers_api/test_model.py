@@ -332,6 +332,8 @@ def test_a_model_that_is_not_exported_is_one_line(exported: Any, tmp_path: Path)
         VtpForImageTextToText.from_pretrained(model)
     with pytest.raises(VtpError, match="no such folder"):
         VtpForImageTextToText.from_pretrained(tmp_path / "nowhere")
+    with pytest.raises(UsageError, match=r"device_map is not served: .*; leave it out"):
+        VtpForImageTextToText.from_pretrained(exported("none").folder, device_map="auto")
 
 
 def test_a_pipeline_can_be_given(exported: Any, llava: Side, tensors: Any) -> None:

@@ -57,11 +57,12 @@ def push(
     removed, all in one commit. Raises UsageError for a name that is none, VtpError for what cannot be sent.
     """
     with client.quiet(bars):
+        base = None if base_model is None else parse_repo(base_model).repo
         name = check_target(repo, MANIFEST, private)
         opened = open_bundle(Path(bundle), check_hashes=True)
         check_names(opened.manifest)
         files = {path: opened.path(path) for path in (MANIFEST, *opened.manifest.files)}
-        text = card(opened.manifest, name, base_model)
+        text = card(opened.manifest, name, base)
         return _send(name, private, {**files, CARD: text.encode()}, say)
 
 

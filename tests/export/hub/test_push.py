@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from vtp.engines import VtpError
+from vtp.engines import UsageError, VtpError
 from vtp.export import cli
 from vtp.export.hub.push import push, push_transformers_js
 from vtp.export.request import Request
@@ -117,6 +117,7 @@ def nothing(hub: Hub, patch: pytest.MonkeyPatch) -> None:
     [
         ("pruned", nothing, "'pruned' is not a name on the Hugging Face hub; give ORG/NAME"),
         ("org/a/b", nothing, "'org/a/b' is not a name"),
+        (5, nothing, "5 is not a name on the Hugging Face hub; give ORG/NAME"),
         ("org/pruned", no_token, "needs a token: log in with hf auth login, or set HF_TOKEN"),
         ("org/pruned", old_token, "does not accept the token it was given for org/pruned: log in"),
         ("org/pruned", offline, "HF_HUB_OFFLINE forbids to push org/pruned; unset it"),
@@ -142,6 +143,12 @@ def test_what_cannot_be_pushed(
     assert "\n" not in text and TOKEN not in text and "yesterday" not in text
     assert {one: repo.commits for one, repo in hub.repos.items()} == before
     assert not hub.sent
+
+
+def test_a_base_model_of_no_name_is_refused(hub: Hub, bundle: Path) -> None:
+    with pytest.raises(UsageError, match=r"'a\\nb: c' is not a name on the Hugging Face hub"):
+        push(bundle, "org/pruned", base_model="a\nb: c")
+    assert hub.asked == []
 
 
 def test_a_changed_bundle_is_not_pushed(hub: Hub, bundle: Path, tmp_path: Path) -> None:

@@ -79,6 +79,27 @@ def test_the_latest_frame_wins(camera: Any) -> None:
     assert found == [(1, "FRAME 1"), (5, "FRAME 5"), (6, "FRAME 6")]
 
 
+def test_a_camera_that_is_pulled_out_ends_the_loop(camera: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reader's thread shows its error, and nobody waits for its next frame."""
+    frames, shown, found = iter(["frame 1"]), list[Any](), list[Any]()
+    monkeypatch.setattr(threading, "excepthook", lambda args: shown.append(args.exc_type))
+    pipe = SimpleNamespace(generate=lambda frame, question, **options: frame)
+    loop = threading.Thread(
+        target=lambda: found.extend(camera.answers(pipe, lambda: (True, next(frames)), "what ?")), daemon=True
+    )
+    loop.start()
+    loop.join(30)
+    assert not loop.is_alive()
+    assert (found, shown) == ([(1, "frame 1")], [StopIteration])
+
+
+def test_a_camera_that_does_not_open_is_said(camera: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    capture = SimpleNamespace(isOpened=lambda: False, read=lambda: (False, None))
+    monkeypatch.setitem(sys.modules, "cv2", SimpleNamespace(VideoCapture=lambda _: capture))
+    with pytest.raises(SystemExit, match="camera 9 cannot be opened"):
+        camera.main("nowhere", "9")
+
+
 def test_the_whole_program_answers_about_bgr_frames(
     camera: Any, bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -89,7 +110,7 @@ def test_the_whole_program_answers_about_bgr_frames(
             for number, one in enumerate(frames, 1)
         }
     left = [*((True, frame) for frame in frames), (False, None)]
-    capture = SimpleNamespace(read=lambda: left.pop(0))
+    capture = SimpleNamespace(read=lambda: left.pop(0), isOpened=lambda: True)
     opened: list[Any] = []
     stand_in = SimpleNamespace(VideoCapture=lambda which: opened.append(which) or capture)
     monkeypatch.setitem(sys.modules, "cv2", stand_in)

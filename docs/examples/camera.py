@@ -22,15 +22,17 @@ class NewestFrame:
         threading.Thread(target=self._run, daemon=True).start()
 
     def _run(self):
-        good, frame = self._read()
-        while good:  # as fast as the camera: a frame that nobody asked about is replaced
-            with self._changed:
-                self._frame, self._number = frame, self._number + 1
-                self._changed.notify()
+        try:
             good, frame = self._read()
-        with self._changed:
-            self._over = True
-            self._changed.notify()
+            while good:  # as fast as the camera: a frame that nobody asked about is replaced
+                with self._changed:
+                    self._frame, self._number = frame, self._number + 1
+                    self._changed.notify()
+                good, frame = self._read()
+        finally:  # also if reading raised: nobody waits for a frame that does not come
+            with self._changed:
+                self._over = True
+                self._changed.notify()
 
     def take(self):
         """(frame, its number from 1), newer than any that was taken; (None, 0) after the last."""
@@ -56,6 +58,8 @@ def main(bundle, camera="0", question="what is ahead ?"):
     import cv2
 
     video = cv2.VideoCapture(int(camera) if camera.isdigit() else camera)
+    if not video.isOpened():
+        sys.exit(f"camera {camera} cannot be opened")
     with Pipeline.load(bundle) as pipe:
         pipe.warmup()
         for number, result in answers(pipe, video.read, question):
@@ -63,4 +67,6 @@ def main(bundle, camera="0", question="what is ahead ?"):
 
 
 if __name__ == "__main__":
+    if not 2 <= len(sys.argv) <= 4:
+        sys.exit("usage: camera.py BUNDLE [CAMERA [QUESTION]]")
     main(*sys.argv[1:])

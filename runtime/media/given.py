@@ -99,7 +99,7 @@ def _checked(name: str, value: Any, info: TensorInfo) -> np.ndarray:
     if not any(np.issubdtype(array.dtype, kind) for kind in kinds):
         raise UsageError(f"{name} is {array.dtype}; give {info.dtype}")
     with np.errstate(over="ignore"):
-        array = np.ascontiguousarray(array, info.dtype)
+        array = np.array(array, info.dtype, order="C")  # the caller's may change before a stream is read
     if not np.isfinite(array).all():
         raise UsageError(f"{name} holds values that are not finite in {info.dtype}; what made it overflowed")
     return array

@@ -123,6 +123,22 @@ def test_several_pictures_and_turns(pipes: Callable[[str], Pipeline], picture: I
     assert "".join(stream) == pipe.generate(pictures, PROMPT, **ASKED).text
 
 
+def test_a_stream_is_about_what_was_given_when_it_was_opened(
+    pipes: Callable[[str], Pipeline], picture: Image.Image
+) -> None:
+    """As with pictures: who fills one buffer again and again may fill it before the stream is read."""
+    pipe = pipes("none")
+    mine, others = (
+        Encoder(pipe).embeds(one, 16)["image_embeds"]
+        for one in (picture, picture.transpose(Image.Transpose.ROTATE_90))
+    )
+    wanted = [pipe.generate(prompt=PROMPT, image_embeds=one, **ASKED).raw_text for one in (mine, others)]
+    buffer = mine.copy()
+    stream = pipe.stream(prompt=PROMPT, image_embeds=buffer, **ASKED)
+    buffer[:] = others
+    assert "".join(stream) == wanted[0] != wanted[1]
+
+
 def test_caches_do_not_mix_them_up(exported: Callable[[str], Any], picture: Image.Image) -> None:
     """Neither what is kept of pictures nor of prompts answers for other embeddings."""
     other = picture.transpose(Image.Transpose.ROTATE_90)

@@ -110,7 +110,7 @@ LONG_TAIL = re.compile(
             # Folders for transformers.js: llava, gemma3 and half stay. A GPU's shape: test_gpu runs it whole.
             r"test_transformers_js.*test_answers_are_the_pipelines\[(pali2|smolvlm|tied|plain)",
             r"layouts/test_command.*test_a_float64_pruner_is_told",
-            r"test_gpu_shape.*test_(weights_lie_where|equal_files_lie|both_ways)",
+            r"test_gpu_shape.*test_(weights_lie_where|equal_files_lie|both_ways|what_cannot_be_filled)",
             r"scenes/test_reader.*test_a_bundle_of_it_answers",  # its torch model is asked
             r"test_video_llava.*test_a_video_is_refused_where_pictures",  # test_onevision_videos
             r"test_plugins.*test_the_graph_with_the_plugin_keeps_the_same_tokens\[adaptprune",  # focal

@@ -7,7 +7,8 @@ import importlib
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -63,9 +64,45 @@ def sources() -> Iterator[tuple[str, Path]]:
 MODULES = dict(sources())
 
 
+@cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def of_each(modules: Iterable[str]) -> Callable[[Callable[[str], None]], Callable[[], None]]:
+    """One test of many modules, which goes on to the last and names those that fail.
+
+    A test for each would be thousands, which take longer to tell apart than to run.
+    """
+
+    def decorate(check: Callable[[str], None]) -> Callable[[], None]:
+        def test() -> None:
+            failed = []
+            for module in modules:
+                try:
+                    check(module)
+                except Exception as error:  # whatever importing a module may raise
+                    failed.append(f"{module}: {type(error).__name__}: {error}")
+            assert not failed, "\n".join(failed)
+
+        test.__name__, test.__doc__ = check.__name__, check.__doc__
+        return test
+
+    return decorate
+
+
+def test_every_module_that_fails_is_named() -> None:
+    @of_each(["a", "b", "c"])
+    def check(module: str) -> None:
+        assert module == "b"
+
+    with pytest.raises(AssertionError, match=r"(?s)a: AssertionError.*c: AssertionError"):
+        check()
+
+
 def imports(path: Path) -> Iterator[tuple[str, bool]]:
     """Dotted names that a file imports, and whether at the top level (not inside a function)."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree = parsed(path)
     top = {id(node) for node in tree.body}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -78,7 +115,7 @@ def imports(path: Path) -> Iterator[tuple[str, bool]]:
 def modules_imported(path: Path) -> set[str]:
     """The house's own modules that a file imports, wherever it does: in functions and for types, too."""
     found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -142,7 +179,7 @@ def test_the_wheel_holds_every_module_once_and_no_study() -> None:
 def test_nothing_that_is_shipped_writes_beside_itself() -> None:
     """A module may read what lies in its own package; what it writes goes where the user says."""
     for path in shipped():
-        tree = ast.parse(path.read_text(encoding="utf-8"))
+        tree = parsed(path)
         for node in ast.walk(tree):
             text = ast.unparse(node) if isinstance(node, ast.expr) else ""
             assert "__file__" not in text or "parents" not in text, f"{path} leaves its own folder: {text}"
@@ -151,7 +188,7 @@ def test_nothing_that_is_shipped_writes_beside_itself() -> None:
 # -- who may import whom -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("module", MODULES)
+@of_each(MODULES)
 def test_a_room_imports_what_it_may(module: str) -> None:
     for name, _ in imports(MODULES[module]):
         if name == "vtp" or name.startswith("vtp."):
@@ -197,9 +234,7 @@ def test_circles_are_found() -> None:
     assert list(circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}})) == [["a", "b", "c"]]
 
 
-@pytest.mark.parametrize(
-    "module", [name for name in MODULES if room(name) in ("engines", "runtime", "calib", "serve")]
-)
+@of_each([name for name in MODULES if room(name) in ("engines", "runtime", "calib", "serve")])
 def test_the_runtime_side_never_imports_torch(module: str) -> None:
     refused = (
         HEAVY - {"onnx"} if module in REWRITES else HEAVY - {"huggingface_hub"} if module == HUB else HEAVY
@@ -208,9 +243,7 @@ def test_the_runtime_side_never_imports_torch(module: str) -> None:
     assert not [name for name, top in imports(MODULES[module]) if top and name.startswith("huggingface_hub")]
 
 
-@pytest.mark.parametrize(
-    "module", [name for name in MODULES if room(name) in ("engines", "runtime", "serve")]
-)
+@of_each([name for name in MODULES if room(name) in ("engines", "runtime", "serve")])
 def test_engines_are_imported_where_they_are_used(module: str) -> None:
     """Importing the runtime loads no engine: a machine without one still gets its one-line message."""
     assert not [name for name, top in imports(MODULES[module]) if top and name.split(".")[0] in LIBRARIES]
@@ -218,7 +251,7 @@ def test_engines_are_imported_where_they_are_used(module: str) -> None:
 
 def uses(path: Path) -> Iterator[str]:
     """Dotted names that a file reads, as `sys.executable`."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Attribute):
             yield ast.unparse(node)
         elif isinstance(node, ast.ImportFrom):
@@ -230,19 +263,30 @@ LIBRARIES = {"onnxruntime": "vtp.engines.ort.library", "openvino": "vtp.engines.
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
-@pytest.mark.parametrize("module", MODULES)
-def test_engine_libraries_are_imported_in_one_place(module: str, library: str) -> None:
+def test_engine_libraries_are_imported_in_one_place(library: str) -> None:
     """Where their telemetry is turned off."""
-    if module == LIBRARIES[library]:
-        return
-    assert not [name for name, _ in imports(MODULES[module]) if name.split(".")[0] == library]
-    loaders = {"import_module", "__import__"}
-    for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in loaders:
-            assert library not in ast.unparse(node), module
+    elsewhere = [module for module in MODULES if module != LIBRARIES[library]]
+    assert not [module for module in elsewhere if library in set(loaded(MODULES[module]))]
 
 
-@pytest.mark.parametrize("module", sorted(set(MODULES) - {"vtp.engines.child"}))
+def loaded(path: Path) -> Iterator[str]:
+    """Top packages that a module imports, and those whose names it hands to an import function."""
+    yield from (name.split(".")[0] for name, _ in imports(path))
+    for node in ast.walk(parsed(path)):
+        if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in LOADERS:
+            yield from (name for name in LIBRARIES if name in ast.unparse(node))
+
+
+LOADERS = {"import_module", "__import__"}
+
+
+def test_an_import_by_a_function_is_found(tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text("import_module('onnxruntime.capi')")
+    (tmp_path / "b.py").write_text("import openvino.runtime")
+    assert [list(loaded(tmp_path / name)) for name in ("a.py", "b.py")] == [["onnxruntime"], ["openvino"]]
+
+
+@of_each(sorted(set(MODULES) - {"vtp.engines.child"}))
 def test_python_children_are_started_in_one_place(module: str) -> None:
     """Where the current folder is kept off their import path."""
     found = {name.split(".")[0] for name, _ in imports(MODULES[module])}
@@ -256,7 +300,7 @@ def test_python_children_are_started_in_one_place(module: str) -> None:
     assert not used & {"os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput"}
 
 
-@pytest.mark.parametrize("module", MODULES)
+@of_each(MODULES)
 def test_nothing_is_mocked_outside_of_tests(module: str) -> None:
     assert not [name for name, _ in imports(MODULES[module]) if name.startswith(("unittest", "mock"))]
 
@@ -280,23 +324,23 @@ def test_files_stay_short() -> None:
 # -- each module by itself -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("module", [name for name in MODULES if "optimum_command" not in name])
+@of_each([name for name in MODULES if "optimum_command" not in name])
 def test_every_module_imports(module: str) -> None:
     importlib.import_module(module)
 
 
-@pytest.mark.parametrize("module", MODULES)
+@of_each(MODULES)
 def test_every_module_says_what_it_is_for(module: str) -> None:
-    text = MODULES[module].read_text(encoding="utf-8")
-    assert not text.strip() or ast.get_docstring(ast.parse(text)), f"{module} has no docstring"
+    tree = parsed(MODULES[module])
+    assert not tree.body or ast.get_docstring(tree), f"{module} has no docstring"
 
 
-@pytest.mark.parametrize("module", MODULES)
+@of_each(MODULES)
 def test_every_public_name_says_what_it_does(module: str) -> None:
     """Functions and classes of a module's top level."""
     public = [
         node
-        for node in ast.parse(MODULES[module].read_text(encoding="utf-8")).body
+        for node in parsed(MODULES[module]).body
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")
     ]
     assert not [node.name for node in public if not ast.get_docstring(node)]

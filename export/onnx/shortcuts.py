@@ -88,7 +88,9 @@ def settle(program: Any, translations: Any) -> bool:
     program       a `torch.export.ExportedProgram`
     translations  what has a translation: names of operators ("aten::add.Tensor") and Python functions
     """
-    graph = program.graph_module.graph
+    graph, signature = program.graph_module.graph, program.graph_signature
+    if signature.buffers_to_mutate or signature.user_inputs_to_mutate or any(map(_mutates, graph.nodes)):
+        return False  # and nothing is replaced: what is a copy and what is not makes a difference there
     sizes: dict[Any, Node] = {}
     for node in list(graph.nodes):
         if node.op == "call_function":
@@ -97,9 +99,11 @@ def settle(program: Any, translations: Any) -> bool:
             sizes.setdefault(value.node.expr, node)
     graph.eliminate_dead_code()
     program.graph_module.recompile()
-    if program.graph_signature.buffers_to_mutate or program.graph_signature.user_inputs_to_mutate:
-        return False
     return all(_is_final(node, translations) for node in graph.nodes)
+
+
+def _mutates(node: Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def _replace(graph: Graph, node: Node, sizes: Mapping[Any, Node]) -> None:
@@ -190,7 +194,5 @@ def _is_final(node: Node, translations: Any) -> bool:
         return node.op in ("placeholder", "output")
     target = node.target
     if isinstance(target, torch._ops.OpOverload):
-        if target._schema.is_mutable:
-            return False
         return target.name() in translations or target.namespace in ("onnx", "onnx_symbolic")
     return getattr(target, "__module__", "") in (operator.__name__, "_operator", "math")

@@ -74,6 +74,16 @@ class InPlace(nn.Module):
         return own, view.clone()
 
 
+class CopyInPlace(nn.Module):
+    """A conversion that changes nothing but makes a copy, which is written into."""
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        own = image * 2
+        copied = own.to(torch.float32, copy=True)
+        copied.add_(1)
+        return own, copied
+
+
 class Autocast(nn.Module):
     """Part of it is a program of its own inside the program."""
 
@@ -89,6 +99,7 @@ MODULES = [
     (Reversed, True),
     (Decomposed, False),
     (InPlace, False),
+    (CopyInPlace, False),
     (Autocast, False),
 ]
 

@@ -34,9 +34,10 @@ from vtp.bench.compare.peer import Spec, missing
 from vtp.bench.compare.peers_report import FORMAT, ROUNDS, write_report
 from vtp.bench.compare.worker import Worker, prepare
 from vtp.bench.measure import Task, in_child
-from vtp.bench.shapes.cached_bundle import Wanted, check, free_disk, run_export
+from vtp.bench.shapes.cached_bundle import Wanted, check, run_export
 from vtp.engines import UsageError, VtpError
 from vtp.engines.child import python_command
+from vtp.engines.disk.files import free_disk
 from vtp.engines.versions import installed_version
 from vtp.export.cli import quiet_libraries
 from vtp.runtime.bundle.folder import MANIFEST, open_bundle

@@ -25,8 +25,9 @@ from vtp.bench.common.checkout import place
 from vtp.bench.report import check_plot
 from vtp.bench.scaling.report import write_report
 from vtp.bench.scaling.run import ENGINE, Point, streams, together
-from vtp.bench.shapes.cached_bundle import BESIDE, Wanted, check, free_disk, run_export
+from vtp.bench.shapes.cached_bundle import BESIDE, Wanted, check, run_export
 from vtp.engines import UsageError
+from vtp.engines.disk.files import free_disk
 from vtp.runtime.bundle.folder import MANIFEST, Bundle, open_bundle
 from vtp.runtime.bundle.memory import PROCESS
 from vtp.runtime.commands.arguments import add_debug, add_threads

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 
 from vtp.engines import UsageError, VtpError
 from vtp.engines.child import python_command
+from vtp.engines.disk.files import free_disk
 from vtp.runtime.bundle.folder import MANIFEST
 from vtp.runtime.bundle.memory import PROCESS
 from vtp.runtime.machine.facts import look
@@ -103,9 +103,3 @@ def _needed(wanted: Wanted, dtype: str) -> int:
 
     widened = _WIDENED if dtype == "float16" and wanted.engine in ("auto", "ort-cpu") else 1
     return int(BESIDE * widened * find_shape(wanted.shape).bytes(dtype)) + PROCESS
-
-
-def free_disk(folder: Path) -> int:
-    """Free bytes of the disk that `folder` is or will be on."""
-    here = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    return shutil.disk_usage(here).free

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import shutil
 import stat
 from collections.abc import Callable
 from functools import partial
@@ -101,6 +102,16 @@ def sha256(path: Path) -> str:
         while piece := file.read(1 << 22):
             digest.update(piece)
     return digest.hexdigest()
+
+
+def existing(path: Path) -> Path:
+    """`path` itself, or the nearest folder above it that is there."""
+    return next(place for place in (path, *path.absolute().parents) if place.exists())
+
+
+def free_disk(folder: Path) -> int:
+    """Free bytes of the disk that `folder` is or will be on."""
+    return shutil.disk_usage(existing(folder)).free
 
 
 def _check_kind(path: Path, mode: int) -> None:

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Concatenate, ParamSpec, TypeVar
 
 from vtp.engines.disk.exchange import exchange
+from vtp.engines.disk.files import existing
 from vtp.engines.disk.locks import claim, is_same, locked_folder, try_lock
 from vtp.engines.errors import VtpError
 
@@ -283,9 +284,9 @@ def try_writing(target: Path) -> None:
 
     So that a disk or folder that is read-only is found before the work, not after it.
     """
-    above = next(path for path in target.resolve().parents if path.exists())
+    above = existing(target.resolve().parent)
     if not above.is_dir():
-        return  # whoever makes the folder is told so
+        return  # making the folder fails, and says so
     with tempfile.TemporaryFile(dir=above) as file:
         file.write(b"0")
 

@@ -18,7 +18,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from vtp.engines.disk.files import read_bounded
+from vtp.engines.disk.files import free_disk, read_bounded
 from vtp.engines.disk.whole import whole_file, whole_folder
 from vtp.engines.errors import VtpError, shown
 from vtp.engines.strict_json import FILE_BYTES
@@ -51,8 +51,8 @@ def local_bundle(
     bars      show huggingface_hub's progress bars on a terminal
 
     What the hub's cache holds of that commit is not fetched again; with HF_HUB_OFFLINE, or if the hub does
-    not answer, the newest that the cache holds of the revision is taken. Raises VtpError for what cannot be
-    had, and for what is not a bundle or is not what its manifest says; UsageError for a bad revision.
+    not answer, the newest that the cache holds of the revision is taken. Raises VtpError for what is not
+    available, and for what is not a bundle or is not what its manifest says; UsageError for a bad revision.
     """
     name = hub_name(given, revision)
     if name is None:
@@ -239,8 +239,7 @@ def _check_room(name: HubName, total: int) -> None:
             "higher if you want that much"
         )
     folder = client.cache()
-    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(place).free
+    free = free_disk(folder)
     if total + _SPARE > free:
         raise VtpError(
             f"{_short(name)} on the hub has {size_of(total)} to fetch, and {folder} has {size_of(free)} "

@@ -90,7 +90,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="pictures of another shape: letterbox (padded, all of it is seen), stretch, crop (the sides are "
         "cut off) or refuse (default: as the model's image processor does, else letterbox)",
     )
-    suggest(fit, ["letterbox", "stretch", "refuse"])
+    suggest(fit, ["letterbox", "stretch", "crop", "refuse"])
     add(
         "--frames",
         metavar="N",

@@ -31,7 +31,7 @@ def batches(requests: Sequence[Request], together: int) -> Iterator[list[int]]:
 
 
 def write_in_batches(runner: StageRunner, keep: int, answers: Sequence[Answer], together: int) -> None:
-    """Write all answers, so many pictures `together`; a batch's pictures are decoded when its turn comes."""
+    """Write all answers, at most `together` pictures at a time, which are decoded when their turn comes."""
     requests = [answer.request for answer in answers]
     for places in batches(requests, together):
         for place in places:

@@ -40,7 +40,7 @@ class Turn:
 
 
 def seconds_to_wait(wait: bool | float, timeout_ms: float | None) -> float:
-    """`wait=` of a caller for `Turn.taken`, within `timeout_ms`; UsageError for what is no time."""
+    """`wait=` of a caller for `Turn.taken`, within `timeout_ms`; UsageError for anything but a time."""
     if not (isinstance(wait, bool) or (is_number(wait) and 0 <= wait <= threading.TIMEOUT_MAX)):
         raise UsageError(
             f"wait {quoted_argument(wait)} is not a time; give seconds, True (until it is free) or False"

@@ -38,7 +38,7 @@ def is_tensor(source: object) -> TypeGuard[Tensor]:
 
 
 def pixels_of(tensor: Any) -> np.ndarray:
-    """The same picture as a uint8 array, channels last. UsageError for what is none."""
+    """The same picture as a uint8 array, channels last. UsageError for another tensor."""
     extent_of(tensor)
     tensor = tensor.detach().cpu()
     array = np.asarray(_levels(tensor.float().numpy()) if tensor.is_floating_point() else tensor.numpy())

@@ -213,10 +213,10 @@ def compare(name: str, bundle: Path, questions: list[dict[str, str]], told: list
         keep = pipe.manifest.visual.keep[0]
         for question, answer in zip(questions, told, strict=True):
             wanted = pipe.generate(question["picture"], question["prompt"], max_new_tokens=case.most)
-            same = answer["tokens"] == list(wanted.token_ids) and answer["text"] == wanted.text
+            same = answer["tokens"] == list(wanted.token_ids) and answer["text"] == wanted.raw_text
             equal += same and answer["image_tokens"] == keep
             if not same:
-                print(f"  {name}: {answer} where the pipeline has {wanted.token_ids} {wanted.text!r}")
+                print(f"  {name}: {answer} where the pipeline has {wanted.token_ids} {wanted.raw_text!r}")
     print(f"{name}: {equal} of {len(questions)} answers equal, {keep} image tokens", flush=True)
     return len(questions) - equal
 

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from vtp.export.listed import read_listed
-from vtp.runtime.commands.console import table
+from vtp.runtime.commands.tables import markdown_table, table
 
 __all__ = ["render", "rows"]
 
@@ -30,8 +30,7 @@ def render(rows: list[dict[str, Any]], form: str) -> str:
     cells = [[_cell(value) for value in row.values()] for row in rows]
     if form == "text":
         return table(header, cells)
-    lines = [header, ["---"] * len(header), *cells]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown_table(header, cells)
 
 
 def _cell(value: Any) -> str:

@@ -19,14 +19,12 @@ from starlette.types import ASGIApp
 from vtp.engines import UsageError, VtpError
 from vtp.engines.errors import shown
 from vtp.runtime.commands.console import Terminated
-from vtp.serve.connections import Connection
+from vtp.serve.connections import uvicorn_config
 from vtp.serve.http.app import make_app
 from vtp.serve.http.models import Models
 from vtp.serve.logs import SPARING
 from vtp.serve.settings import Settings
 
-_KEEP_ALIVE = 65  # seconds that an idle connection stays
-_LARGEST_HEADERS = 32 << 10  # bytes of a request's line and headers together
 _CLOSING = 5  # seconds for connections whose requests were ended
 _BACKLOG = 128
 
@@ -64,22 +62,8 @@ class Server(uvicorn.Server):
         self, models: Models, settings: Settings, access_log: bool = False, app: ASGIApp | None = None
     ) -> None:
         """app: what answers, where that is not `make_app(models, settings)`."""
-        super().__init__(
-            uvicorn.Config(
-                app or make_app(models, settings),
-                http=Connection,
-                ws="none",
-                loop="asyncio",
-                lifespan="off",
-                log_config=None,
-                access_log=access_log,
-                server_header=False,
-                proxy_headers=False,
-                timeout_keep_alive=_KEEP_ALIVE,
-                timeout_graceful_shutdown=_CLOSING,
-                h11_max_incomplete_event_size=_LARGEST_HEADERS,
-            )
-        )
+        answering = app or make_app(models, settings)
+        super().__init__(uvicorn_config(answering, access_log=access_log, closing_seconds=_CLOSING))
         logging.getLogger("uvicorn.error").addFilter(SPARING)
         self._models = models
         self.grace_seconds = settings.grace_seconds

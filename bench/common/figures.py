@@ -35,3 +35,8 @@ def ratio(
     drawn = np.median(one[picks], axis=1) / np.median(two[picks], axis=1)
     low, high = np.quantile(drawn, (0.025, 0.975))
     return {"ratio": float(np.median(one) / np.median(two)), "low": float(low), "high": float(high)}
+
+
+def milliseconds(ms: float) -> str:
+    """A time as reports show it, without its unit: "1234", "12.3", "0.12"."""
+    return f"{ms:.0f}" if ms >= 100 else f"{ms:.1f}" if ms >= 10 else f"{ms:.2f}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from vtp.bench.common.markdown import milliseconds
+from vtp.bench.common.figures import milliseconds
 from vtp.bench.common.pairs import TURNS
 
 NAMES = {

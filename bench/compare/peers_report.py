@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from vtp.bench.common.checkout import checkout
-from vtp.bench.common.markdown import markdown_table
 from vtp.bench.common.pairs import PRECISIONS, TURNS, Precision, beside_ours, fastest_of, find_pair, parts_of
 from vtp.bench.compare.cells import (
     both,
@@ -28,6 +27,7 @@ from vtp.bench.compare.cells import (
 from vtp.bench.compare.peers_aims import DECODERS, aims
 from vtp.engines import UsageError
 from vtp.runtime.commands.console import run_command
+from vtp.runtime.commands.tables import markdown_table
 
 table = partial(markdown_table, left=1)
 BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"

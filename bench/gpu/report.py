@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from vtp.bench.common.markdown import markdown_table
+from vtp.runtime.commands.tables import markdown_table
 
 
 def markdown(results: Mapping[str, Any]) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from vtp.bench.common.markdown import markdown_table
 from vtp.bench.gpu.report import outcomes
+from vtp.runtime.commands.tables import markdown_table
 
 _MET = {True: "met", False: "missed", None: "not measured"}
 

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 
 from vtp.bench.common.checkout import checkout
-from vtp.bench.common.figures import spread
-from vtp.bench.common.markdown import markdown_table, milliseconds
+from vtp.bench.common.figures import milliseconds, spread
 from vtp.runtime.commands.console import run_command
+from vtp.runtime.commands.tables import markdown_table
 
 BEGIN, END = "<!-- why: begin -->", "<!-- why: end -->"
 UNREAD = "Not written yet."

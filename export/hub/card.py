@@ -8,12 +8,13 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
 from vtp.engines.errors import shown
 from vtp.runtime.bundle.manifest import Manifest
+from vtp.runtime.commands.tables import markdown_table
 from vtp.runtime.hub.names import HubName, is_repo
 
 NONE = "none"
@@ -37,7 +38,7 @@ def card(manifest: Manifest, name: HubName, base_model: str | None = None) -> st
         "## Fidelity",
         "\n".join(_fidelity(manifest.parity)),
         "## Sizes",
-        "\n".join(_sizes(manifest)),
+        _sizes(manifest),
         _made(manifest),
     ]
     return "\n\n".join(parts) + "\n"
@@ -118,14 +119,14 @@ def _fidelity(parity: Mapping[str, Any]) -> Iterator[str]:
             "Greedy answers on ONNX Runtime's CPU provider, held against transformers with every token, or "
             "against the same pruning in torch:\n"
         )
-        yield from _table(["kept", "tokens equal", "logits within, of a row's length"], _compared(parity))
+        yield markdown_table(["kept", "tokens equal", "logits within, of a row's length"], _compared(parity))
     elif mode == "accuracy":
         rows = [[_number(_triple(parity, when)), when] for when in ("before", "after")]
         yield (
             f"Scores of vtp-calib quantize on {_number(parity.get('questions'))} questions (metric "
             f"{_words(parity.get('metric', ''))}), as shares of 1:\n"
         )
-        yield from _table(["score", "quantisation"], rows)
+        yield markdown_table(["score", "quantisation"], rows)
     else:
         yield "Not checked (`--verify none`)."
 
@@ -143,7 +144,7 @@ def _triple(parity: Mapping[str, Any], when: str) -> Any:
     return found[0] if isinstance(found, list) and found else None
 
 
-def _sizes(manifest: Manifest) -> Iterator[str]:
+def _sizes(manifest: Manifest) -> str:
     """Each graph with its weights, and all files together."""
     sizes: dict[str, int] = {}
     for path, info in manifest.files.items():
@@ -151,7 +152,7 @@ def _sizes(manifest: Manifest) -> Iterator[str]:
         sizes[graph] = sizes.get(graph, 0) + info.bytes
     rows = [[_words(path), f"{size / 1e6:.2f}"] for path, size in sizes.items()]
     total = sum(sizes.values())
-    return _table(["file, with its weights", "MB"], [*rows, ["all", f"{total / 1e6:.2f}"]])
+    return markdown_table(["file, with its weights", "MB"], [*rows, ["all", f"{total / 1e6:.2f}"]])
 
 
 def _made(manifest: Manifest) -> str:
@@ -167,12 +168,6 @@ def _made(manifest: Manifest) -> str:
         f"## Made with\n\n{versions}. {''.join(extra)}manifest.json has every option, size and sha256; vtp "
         "compares them when it fetches this bundle. The model's own licence holds for its weights."
     )
-
-
-def _table(header: Sequence[str], rows: Iterator[list[str]] | Sequence[list[str]]) -> Iterator[str]:
-    yield f"| {' | '.join(header)} |"
-    yield f"|{'---|' * len(header)}"
-    yield from (f"| {' | '.join(row)} |" for row in rows)
 
 
 def _number(value: Any) -> str:

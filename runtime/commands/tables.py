@@ -1,16 +1,16 @@
-"""Tables for people: columns aligned, and folded where the terminal is narrower than they are."""
+"""Tables: for people, in columns that fold where the terminal is narrower than they are; and in Markdown."""
 
 from __future__ import annotations
 
 import shutil
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import zip_longest
 
 from vtp.engines.errors import MESSAGE_LENGTH, shown
 
-__all__ = ["table"]
+__all__ = ["markdown_table", "table"]
 
 _GAP = "  "
 _NARROWEST = 8  # no column is folded to fewer characters
@@ -34,6 +34,16 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], width: int | Non
     heading = len(_lines(cells[0], widths, numeric))
     lines.insert(heading, _GAP.join("-" * width for width in widths))
     return "\n".join(lines)
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], left: int | None = None) -> str:
+    """A Markdown table of cells that are Markdown already.
+
+    left  columns, from the first, that are aligned left, the rest right; None: all left
+    """
+    words = len(header) if left is None else left
+    marks = ["---"] * words + ["---:"] * (len(header) - words)
+    return "\n".join(f"| {' | '.join(line)} |" for line in (header, marks, *rows))
 
 
 def _lines(row: Sequence[str], widths: Sequence[int], numeric: Sequence[bool]) -> list[str]:

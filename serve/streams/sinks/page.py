@@ -22,6 +22,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from vtp.engines import VtpError
+from vtp.serve.connections import uvicorn_config
 from vtp.serve.http.admission import guarded
 from vtp.serve.http.errors import ApiError
 from vtp.serve.http.page import page_route
@@ -47,18 +48,7 @@ class Page:
         self._over = False
         self._listener = listen(HOST, port)
         self.address = f"http://{HOST}:{self._listener.getsockname()[1]}"
-        self._server = uvicorn.Server(
-            uvicorn.Config(
-                self.app(),
-                ws="none",
-                lifespan="off",
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                proxy_headers=False,
-                timeout_graceful_shutdown=1,
-            )
-        )
+        self._server = uvicorn.Server(uvicorn_config(self.app(), access_log=False, closing_seconds=1))
         self._thread = threading.Thread(
             target=self._server.run, args=([self._listener],), name="vtp-page", daemon=True
         )

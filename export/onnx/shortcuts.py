@@ -1,11 +1,14 @@
 """What `torch.onnx.export` does anew for every graph although the result is known: half of an export's time.
 
 It fills the table of translations with some 600 functions, and traces the exported program a second time to
-decompose operators. The table is the same each time, and the graphs of this package are nearly free of
-operators that want decomposing: the few there are can be replaced where they stand. A program with anything
-else in it (an operator that mutates, one that has no translation, a sub-graph) is traced again as ever.
+decompose operators and a third time to convert operands of different types. The table is the same each time,
+and the graphs of this package are nearly free of operators that want decomposing: the few there are can be
+replaced where they stand. A program with anything else in it (an operator that mutates, one that has no
+translation, a sub-graph) is traced again as ever. For the conversions every operand's type is noted in the
+program already. And while it traces, torch keeps what each operator gives for each shape, which costs more
+than it saves where shapes are symbols.
 
-Both places are torch's own and not public. Where a version of torch lacks them, the exporter does all its
+These places are torch's own and not public. Where a version of torch lacks them, the exporter does all its
 work.
 """
 
@@ -42,9 +45,14 @@ _ASSERTIONS = (
 
 @contextmanager
 def shortcuts() -> Iterator[None]:
-    """Let `torch.onnx.export` take the table that it made before, and decompose only where it must."""
+    """Let `torch.onnx.export` take the table that it made before, and trace again only where it must."""
     with ExitStack() as stack:
         try:
+            stack.enter_context(torch._dynamo.config.patch("fake_tensor_cache_enabled", False))
+            promotion = import_module("torch.onnx._internal.fx.passes.type_promotion")
+            interpreter = promotion._TypePromotionInterpreter
+            run_node = _by_known_values(interpreter.run_node, promotion.get_type_promotion_rule)
+            stack.enter_context(patched(interpreter, "run_node", run_node))
             registry = import_module(f"{_EXPORTER}._registration").ONNXRegistry
             passes = import_module(f"{_EXPORTER}._fx_passes")
             stack.enter_context(
@@ -52,7 +60,7 @@ def shortcuts() -> Iterator[None]:
             )
             decompose = _unless_settled(passes.decompose_with_registry)
             stack.enter_context(patched(passes, "decompose_with_registry", decompose))
-        except (ImportError, AttributeError):  # another torch: slower, not different
+        except (ImportError, AttributeError, KeyError):  # another torch: slower, not different
             stack.close()
         yield
 
@@ -71,6 +79,22 @@ def _remembered(build: Callable[..., Any]) -> Callable[..., Any]:
         return made
 
     return from_torchlib
+
+
+def _by_known_values(
+    run_node: Callable[[Any, Node], Any], rule_of: Callable[..., Any]
+) -> Callable[[Any, Node], Any]:
+    """`run_node`, but for operators whose value the program has: their operands are converted, no more."""
+
+    def known(self: Any, node: Node) -> Any:
+        if node.op != "call_function" or "val" not in node.meta:
+            return run_node(self, node)
+        with self._set_current_node(node):
+            if rule := rule_of(node, self.type_promotion_table):
+                self._maybe_promote_node(node, rule)
+        return node.meta["val"]
+
+    return known
 
 
 def _unless_settled(decompose: Callable[..., Any]) -> Callable[..., Any]:

@@ -56,6 +56,18 @@ class Reversed(nn.Module):
         return 1 - image, 3 - image.long()
 
 
+class Mixed(nn.Module):
+    """Operands of different types, numbers of another type than the tensor, and results of a third one."""
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        whole = (image * 9).long()
+        parts = whole / 2 + image.half() * whole
+        near = torch.where(whole > 0.5, 1, image.double()) * whole.to(torch.int32) + (whole == parts)
+        return parts + torch.sqrt(whole.abs()), near.sum(-1) + (whole > 3).sum(-1) - torch.pow(
+            whole, 2.0
+        ).mean(-1)
+
+
 class Decomposed(nn.Module):
     """An operator that is only known by what it is made of."""
 
@@ -97,6 +109,7 @@ MODULES = [
     (Patches, True),
     (Mask, True),
     (Reversed, True),
+    (Mixed, True),
     (Decomposed, False),
     (InPlace, False),
     (CopyInPlace, False),

@@ -63,7 +63,13 @@ def test_a_hub_that_never_answers(tmp_path: Path) -> None:
         address = f"http://127.0.0.1:{silent.getsockname()[1]}"
         done = subprocess.run(
             [sys.executable, "-m", "vtp.export.cli", "--model", "org/name", "-o", str(tmp_path / "out")],
-            env={**os.environ, "HF_ENDPOINT": address, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"},
+            env={
+                **os.environ,
+                "HF_ENDPOINT": address,
+                "HF_HOME": str(tmp_path),
+                "HF_HUB_OFFLINE": "0",
+                "HF_HUB_ETAG_TIMEOUT": "2",  # ten seconds unless it is set
+            },
             capture_output=True,
             text=True,
             timeout=100,

@@ -69,7 +69,7 @@ test-triton: setup  ## a bundle on the real Triton server of nvidia-pytriton, in
 	build/triton/bin/python -m pip install --quiet --disable-pip-version-check nvidia-pytriton==0.7.0 \
 	  onnxruntime pillow tokenizers jinja2
 	build/triton/bin/python -m pip install --quiet --disable-pip-version-check --no-deps .
-	$(BIN)/vtp-export --verify none -o build/triton/bundle --overwrite
+	$(BIN)/vtp-export --method adaptprune --verify none -o build/triton/bundle --overwrite
 	build/triton/bin/python tests/triton_server.py build/triton/bundle
 
 test-ray: setup  ## calibration and vtp-serve on a local Ray, whose workers and replicas are killed, in build/ray

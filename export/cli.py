@@ -144,10 +144,10 @@ def _run(args: argparse.Namespace) -> None:
 
 def _list_or_export(args: argparse.Namespace) -> None:
     if args.list_methods or args.list_families:
-        from vtp.export import listing
+        from vtp.export import listed, listing
 
         rows = listing.rows("methods" if args.list_methods else "families")
-        say(listing.render(rows, "json" if args.json else "markdown" if args.markdown else "text"))
+        say(listed.render(rows, "json" if args.json else "markdown" if args.markdown else "text"))
     else:
         _export(args)
 

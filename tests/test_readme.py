@@ -241,7 +241,7 @@ def test_the_picture_is_what_its_command_makes(desk: Path) -> None:
 
 def test_the_readme_is_short_and_its_first_screen_is_one() -> None:
     first, found, _ = README.partition("**What is proven**")
-    assert found and len(first.splitlines()) <= 60 and len(README.splitlines()) <= 210
+    assert found and len(first.splitlines()) <= 60 and len(README.splitlines()) <= 215
     assert "vtp-export --method adaptprune" in first and "pip install 'vtp-edge[export,ort]'" in first
 
 
@@ -296,6 +296,18 @@ def test_links_and_named_files_exist(page: str) -> None:
             continue
         here = [ROOT / name, (ROOT / page).parent / name]
         assert any(path.exists() for path in here), f"{page} names {name}, which does not exist"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_into_a_page_meet_a_heading(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for name, anchor in re.findall(r"\]\(([\w./-]*)#([\w-]+)\)", text):
+        target = (ROOT / page).parent / name if name else ROOT / page
+        prose = re.sub(r"```.*?```", "", target.read_text(encoding="utf-8"), flags=re.DOTALL)
+        headings = [
+            re.sub(r"[^\w -]", "", line.lower()) for line in re.findall(r"^#+ (.*)$", prose, re.MULTILINE)
+        ]
+        assert anchor in {heading.replace(" ", "-") for heading in headings}, f"{page}: {name}#{anchor}"
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -69,7 +69,7 @@ test-triton: setup  ## a bundle on the real Triton server of nvidia-pytriton, in
 	build/triton/bin/python -m pip install --quiet --disable-pip-version-check nvidia-pytriton==0.7.0 \
 	  onnxruntime pillow tokenizers jinja2
 	build/triton/bin/python -m pip install --quiet --disable-pip-version-check --no-deps .
-	$(BIN)/vtp-export --verify none -o build/triton/bundle --overwrite
+	$(BIN)/vtp-export --method adaptprune --verify none -o build/triton/bundle --overwrite
 	build/triton/bin/python tests/triton_server.py build/triton/bundle
 
 test-ray: setup  ## calibration and vtp-serve on a local Ray, whose workers and replicas are killed, in build/ray
@@ -122,13 +122,13 @@ soak: setup  ## one process that answers for an hour: memory, descriptors and th
 accuracy: setup  ## exact match on 1,000 held-out questions, as a Markdown table
 	$(BIN)/python -m vtp.bench.studies.accuracy $(ACCURACY)
 
-methods: setup  ## every method side by side: docs/measured.md, the plot and the README's table (about an hour)
+methods: setup  ## every method side by side: docs/measured.md, the plot and the table of docs/methods.md (about an hour)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(EDITABLE) -e '.[$(EXTRAS),bench]'
 	$(BIN)/python -m vtp.bench.studies.methods --resume
 
 # Peers that cannot be installed are named in the page. BENCH takes flags, such as "--int8 --int4", which want
 # `make llamacpp` beforehand for llama.cpp to take part.
-bench: setup  ## vtp beside its peers on a full-size shape: docs/bench.md and the README's table (idle; half an hour)
+bench: setup  ## vtp beside its peers on a full-size shape: docs/bench.md and the README's figures (idle; half an hour)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(EDITABLE) -e '.[$(EXTRAS),bench]'
 	-$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(EDITABLE) -e '.[peers]'
 	$(BIN)/python -m vtp.bench.compare.peers $(BENCH)

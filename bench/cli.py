@@ -19,7 +19,7 @@ from vtp.bench.shapes.cached_bundle import Wanted, make
 from vtp.engines import UsageError, choose_engine, engine_names
 from vtp.engines.errors import shown
 from vtp.engines.versions import installed_version
-from vtp.export.method_files import method_names
+from vtp.export.method_files import DEFAULT, method_names
 from vtp.runtime.bundle.folder import open_bundle
 from vtp.runtime.commands.arguments import (
     A_BUNDLE,
@@ -49,7 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("bundle", nargs="?", metavar="BUNDLE", help=A_BUNDLE)
     add("--shape", metavar="NAME", help="instead: a full-size shape with random weights (made and kept)")
-    method = add("--method", default="vispruner", help="of a --shape (default: %(default)s)")
+    method = add("--method", default=DEFAULT, help="of a --shape (default: %(default)s)")
     suggest(method, method_names())
     dtype = add("--dtype", default="float32", help="of a --shape: float32 or float16 (default: %(default)s)")
     suggest(dtype, ["float32", "float16"])

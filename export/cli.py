@@ -13,7 +13,7 @@ from vtp.engines import UsageError, VtpError
 from vtp.engines.errors import shown
 from vtp.export.hub import command as hub
 from vtp.export.layouts import command as layouts
-from vtp.export.method_files import NONE, method_names, reduction_names
+from vtp.export.method_files import DEFAULT, NONE, method_names, reduction_names
 from vtp.runtime.bundle.folder import Bundle
 from vtp.runtime.bundle.manifest import Manifest
 from vtp.runtime.commands.arguments import add_debug, add_json, add_overwrite, suggest
@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     method = add(
         "--method",
-        default="adaptprune",
+        default=DEFAULT,
         metavar="NAME|FILE.py:CLASS",
         help="pruning method (default: %(default)s)",
     )
@@ -144,10 +144,10 @@ def _run(args: argparse.Namespace) -> None:
 
 def _list_or_export(args: argparse.Namespace) -> None:
     if args.list_methods or args.list_families:
-        from vtp.export import listing
+        from vtp.export import listed, listing
 
         rows = listing.rows("methods" if args.list_methods else "families")
-        say(listing.render(rows, "json" if args.json else "markdown" if args.markdown else "text"))
+        say(listed.render(rows, "json" if args.json else "markdown" if args.markdown else "text"))
     else:
         _export(args)
 

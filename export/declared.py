@@ -1,16 +1,21 @@
 """What methods, reductions and families declare of themselves, read from their classes; this loads torch.
 
-`python -m vtp.export.declared` writes it into listed.json, which `vtp-export --list-methods` shows at once.
+`python -m vtp.export.declared` writes it into listed.json, which `vtp-export --list-methods` shows at once,
+and in a checkout into the tables of docs/methods.md and docs/families.md.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from vtp.export import families as family_registry
 from vtp.export import pruners, towers
-from vtp.export.listed import LISTED, files, text_of
+from vtp.export.listed import LISTED, files, render, text_of
 from vtp.export.pruners.base import Pruner
+
+PAGES = ("methods", "families")  # of docs/, which hold the tables
+BEGIN, END = "<!-- listed: begin -->", "<!-- listed: end -->"
 
 
 def methods() -> list[dict[str, Any]]:
@@ -85,5 +90,23 @@ def listed() -> dict[str, Any]:
     return {"files": files(), "methods": methods(), "families": families()}
 
 
+def write(file: Path, docs: Path) -> None:
+    """Write listed.json, and the tables between the marks of `docs`/methods.md and families.md, if there."""
+    found = listed()
+    file.write_text(text_of(found), encoding="utf-8")
+    for kind in PAGES:
+        page = docs / f"{kind}.md"
+        if page.is_file():
+            table = render(found[kind], "markdown")
+            page.write_text(with_table(page.read_text(encoding="utf-8"), table), encoding="utf-8")
+
+
+def with_table(text: str, table: str) -> str:
+    """`text` with what stands between the marks replaced."""
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}\n{table}\n{END}{after}" if rest else text
+
+
 if __name__ == "__main__":
-    LISTED.write_text(text_of(listed()), encoding="utf-8")
+    write(LISTED, LISTED.resolve().parents[1] / "docs")

@@ -1,4 +1,4 @@
-"""listed.json: what methods, reductions and families declare, in a file, for who must not wait for torch."""
+"""listed.json: what methods, reductions and families declare, for who must not wait for torch; its tables."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-__all__ = ["LISTED", "files", "read_listed", "text_of"]
+from vtp.runtime.commands.tables import markdown_table, table
+
+__all__ = ["LISTED", "files", "read_listed", "render", "text_of"]
 
 LISTED = Path(__file__).with_name("listed.json")
 _FOLDERS = ("pruners", "towers", "families")
@@ -31,5 +33,24 @@ def text_of(listed: dict[str, Any]) -> str:
     return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
+def render(rows: list[dict[str, Any]], form: str) -> str:
+    """Rows as "json", "markdown" or "text"."""
+    if form == "json":
+        return json.dumps(rows, indent=1)
+    header = list(rows[0])
+    cells = [[_cell(value) for value in row.values()] for row in rows]
+    if form == "text":
+        return table(header, cells)
+    return markdown_table(header, cells)
+
+
 def _lines(values: list[Any]) -> str:
     return ",\n".join(f"  {json.dumps(value, ensure_ascii=False)}" for value in values)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key}={default}" for key, default in value.items()) or "-"
+    if isinstance(value, list):
+        return ", ".join(value) or "-"
+    return str(value) or "-"

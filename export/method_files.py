@@ -6,6 +6,7 @@ import pkgutil
 from pathlib import Path
 
 NONE = "none"
+DEFAULT = "vispruner"  # docs/methods.md says why
 
 # Modules of their packages that are not methods, or not reductions.
 _SUPPORT = {

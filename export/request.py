@@ -11,6 +11,7 @@ from typing import Any
 from vtp.engines import UsageError, VtpError
 from vtp.export.checkpoint.loading import DTYPES, Checkpoint
 from vtp.export.keep_counts import check_keep, keep_for_ratio, parse_keep
+from vtp.export.method_files import DEFAULT
 from vtp.export.plan.bundle_layout import BundleLayout
 from vtp.export.plan.schedule import Schedule, make_schedules
 from vtp.export.pruners import POSITIONS, Site, parse_options, resolve_method
@@ -83,7 +84,7 @@ class Request:
 
     output: Path
     model: str | None = None
-    method: str = "adaptprune"
+    method: str = DEFAULT
     keep_tokens: str | None = None
     prune_ratio: float | None = None
     method_options: Sequence[str] = ()

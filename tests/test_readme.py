@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+import venv
+from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
+
+from vtp.export import listing
+from vtp.export.cli import build_parser
+from vtp.runtime import Pipeline
+from vtp.runtime.media.own_picture import OWN_PICTURE
+from vtp.runtime.media.show_kept import show_kept
 
 from .once import Once
 
@@ -23,21 +34,25 @@ PAGES = [
     *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")),
 ]
 QUESTIONS = 60
-QUICK = ("vtp-build bundle --triton models", "vtp-doctor bundle")  # run by the default tests
+FIRST = "Three commands"
+# Run by the default tests, beside the first three.
+QUICK = ("vtp-build bundle --triton models", "vtp-doctor bundle")
+COUNTS = "How many tokens, how few bits"  # asks questions.jsonl
 # What cannot run in a test, and why; everything else in the README's command blocks is run as it stands.
 ELSEWHERE = {
+    "pip install 'vtp-edge[export,ort]'": "test_the_first_screen_from_a_wheel installs one",
     "make test": "it is this run",
     "vtp-export --model DIR --method fastv --image-size 672x672 -o DIR": "the built-in model has one size",
-    "vtp-export --model DIR --method vispruner --frames 8 -o DIR": "the built-in model has no videos",
+    "vtp-export --model DIR --method divprune --frames 8 -o DIR": "the built-in model has no videos",
     "vtp-bench --shape llava-ov-0.5b --keep-tokens 64": "minutes and 2 GB; tests/bench has a tiny one",
-    "vtp-serve bundle": "it serves until it is stopped; see tests/serve",
+    "vtp-serve bundle-vispruner": "it serves until it is stopped; see tests/serve",
     "vtp-build bundle-trt --engine tensorrt-rtx": "TensorRT-RTX; see test_trt_pipeline.py",
 }
 
 
-def blocks(language: str) -> list[str]:
+def blocks(language: str, page: Path = ROOT / "README.md") -> list[str]:
     """Fenced blocks of one language, in order."""
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
 
 
 def lines_of(heading: str) -> list[str]:
@@ -57,7 +72,12 @@ def run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=1200)
 
 
-def carry_out(line: str, folder: Path, number: int = 0) -> str:
+def everything() -> dict[str, list[str]]:
+    """The commands of every section that has some."""
+    return {heading: lines for heading in re.findall(r"\n## (.*)\n", README) if (lines := lines_of(heading))}
+
+
+def carry_out(line: str, folder: Path) -> str:
     """Run one of the README's lines in `folder`: DIR is the built-in model, or where a bundle goes."""
     words = shlex.split(line)
     if words[0] == "make":
@@ -66,13 +86,13 @@ def carry_out(line: str, folder: Path, number: int = 0) -> str:
         words[0] = str(BIN / words[0])
     elif words[0] == "optimum-cli":  # installed beside another Python: the same command
         words[:1] = [sys.executable, "-m", "optimum.commands.optimum_cli"]
+    made = len(list(folder.glob("made-*")))
     for place, word in enumerate(words):
         if word == "DIR":
-            named = words[place - 1]
-            words[place] = "scenes/model" if named == "--model" else f"made-{number}"
+            words[place] = "scenes/model" if words[place - 1] == "--model" else f"made-{made}"
     done = run(words, folder)
     assert done.returncode == 0, f"{line}: {done.stdout}{done.stderr}"
-    return done.stdout
+    return done.stdout + done.stderr
 
 
 def make_desk(folder: Path) -> Path:
@@ -86,38 +106,82 @@ def make_desk(folder: Path) -> Path:
 
 
 def tried(once: Once) -> Path:
-    """Where the README's first two commands have run, whose bundle other tests read as well."""
+    """Where the README's first three commands have run, whose bundles other tests read as well."""
 
     def run_first(folder: Path) -> None:
         folder.mkdir()
         make_desk(folder)
-        commands = [line for line in blocks("sh")[1].splitlines() if line.strip()]
-        for number, line in enumerate(commands):
-            (folder / f"{number}.out").write_text(carry_out(line, folder))
+        said = "\n".join(carry_out(line, folder) for line in lines_of(FIRST))
+        (folder / "said").write_text(said, encoding="utf-8")
 
     return once.folder("readme", run_first)
 
 
 @pytest.fixture(scope="module")
 def desk(once: Once, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of it, with what the README's plain program needs."""
-    folder = tmp_path_factory.mktemp("readme") / "desk"
-    shutil.copytree(tried(once), folder, symlinks=True)
-    carry_out("vtp-export --method vispruner -o bundle-vispruner", folder)
-    return folder
+    """A copy of it."""
+    return Path(shutil.copytree(tried(once), tmp_path_factory.mktemp("readme") / "desk", symlinks=True))
 
 
-def run_section(heading: str, folder: Path, done: set[str]) -> None:
-    """Run the commands of a section in their order, but for those that are done or cannot run here."""
-    lines = [line for line in lines_of(heading) if line not in done | {same(line) for line in ELSEWHERE}]
-    assert lines, heading
-    for number, line in enumerate(lines):
-        carry_out(line, folder, number)
+def check_shown(said: str) -> None:
+    """The lines that the README shows are among those that were said, in their order."""
+
+    def told(text: str) -> list[str]:  # digits of a difference are a machine's
+        return [re.sub(r"\d\.\de-\d\d", "~", line) for line in text.splitlines()]
+
+    lines = iter(told(said))
+    shown = [line for line in told(blocks("text")[0]) if line != "…"]
+    assert len(shown) > 5
+    for line in shown:
+        assert line in lines, (
+            f"{line} is not in, or is not behind the others of: {said}"
+        )  # it goes on from there
+
+
+def test_the_first_commands_print_what_is_shown(desk: Path) -> None:
+    check_shown((desk / "said").read_text(encoding="utf-8"))
+    assert lines_of(FIRST)[0] == "vtp-export --method adaptprune -o bundle"
+    with Image.open(desk / "kept.png") as kept, Image.open(OWN_PICTURE) as own:
+        assert kept.size == own.size
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    int(version("setuptools").partition(".")[0]) < 77,
+    reason="this setuptools does not read the licence in pyproject.toml: pip install 'setuptools>=77.0.3'",
+)
+def test_the_first_screen_from_a_wheel(tmp_path: Path) -> None:
+    """In a fresh environment with the wheel and what it needs, far from a clone, as a shell reads it."""
+    names = shutil.ignore_patterns(".git", ".venv", "build", "*.egg-info", "__pycache__")
+    source = shutil.copytree(ROOT, tmp_path / "source", symlinks=True, ignore=names)
+    pip, env, desk = [sys.executable, "-m", "pip", "--quiet"], tmp_path / "env", tmp_path / "desk"
+    made = run([*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", "dist", "."], source)
+    assert made.returncode == 0, made.stderr
+    (wheel,) = (source / "dist").glob("vtp_edge-*.whl")
+    venv.create(env)
+    installed = run([*pip, "--python", str(env / "bin/python"), "install", "--no-deps", str(wheel)], tmp_path)
+    assert installed.returncode == 0, installed.stderr
+    (packages,) = env.glob("lib/python*/site-packages")
+    here = [path for path in sys.path if path.endswith("site-packages")]
+    (packages / "here.pth").write_text("\n".join(here))  # its own .pth files, vtp's among them, are not read
+    shutil.rmtree(source)
+    desk.mkdir()
+    typed = next(block for block in blocks("sh") if "vtp-export" in block)
+    environ = {**os.environ, "PATH": f"{env / 'bin'}:{os.environ['PATH']}"}
+    shell = subprocess.run(
+        ["sh", "-ec", typed], cwd=desk, env=environ, capture_output=True, text=True, check=False
+    )
+    assert shell.returncode == 0, shell.stderr
+    where = run([str(env / "bin/python"), "-c", "import vtp; print(vtp.__file__)"], desk)
+    assert where.stdout.startswith(str(packages))
+    blue, progress = shell.stdout, shell.stderr
+    first, _, rest = blue.partition("blue\n")
+    check_shown(f"{first}blue\n{progress}{rest}")
 
 
 def test_a_bundle_is_described_and_served(desk: Path) -> None:
     for line in QUICK:
-        assert same(line) in lines_of("TensorRT, and other machines")
+        assert same(line) in lines_of("TensorRT, and a Jetson")
         assert carry_out(line, desk)
 
 
@@ -128,57 +192,95 @@ def test_make_demo_runs(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("heading", ["Commands", "TensorRT, and other machines"])
+@pytest.mark.parametrize("heading", [name for name in everything() if name not in (FIRST, "From a clone")])
 def test_every_other_command_runs(heading: str, desk: Path) -> None:
-    done = {*blocks("sh")[1].splitlines(), *QUICK}
-    run_section(heading, desk, {same(line) for line in done})
+    """A section's commands in their order, but for those that are run above or cannot run here."""
+    if heading == COUNTS:
+        asked = ["-m", "vtp.scenes.questions", "--count", str(QUESTIONS), "--seed", "5", "-o", "."]
+        assert run([sys.executable, *asked], desk).returncode == 0
+    for line in lines_of(heading):
+        if line not in {same(line) for line in (*QUICK, *ELSEWHERE)}:
+            carry_out(line, desk)
 
 
-@pytest.mark.slow
-def test_calibration_and_measuring_run(tmp_path: Path) -> None:
-    folder = make_desk(tmp_path)
-    asked = ["-m", "vtp.scenes.questions", "--count", str(QUESTIONS), "--seed", "5", "-o", "."]
-    assert run([sys.executable, *asked], folder).returncode == 0
-    for heading in ("How many tokens to keep", "How few bits", "How fast it is"):
-        run_section(heading, folder, set())
-
-
-def test_every_command_block_is_run_or_says_why_not() -> None:
-    """A new section with commands, or a changed line that cannot run, must be entered above."""
-    tested = {"Try it", "Commands", "Over HTTP", "How many tokens to keep", "How few bits", "How fast it is"}
-    tested.add("TensorRT, and other machines")
-    headings = re.findall(r"\n## (.*)\n", README)
-    assert {heading for heading in headings if lines_of(heading)} == tested
-    known = {line for heading in headings for line in lines_of(heading)}
-    assert {same(line) for line in ELSEWHERE} <= known
-
-
-def test_commands_print_what_is_promised(desk: Path) -> None:
-    exported, answered = (desk / "0.out").read_text(), (desk / "1.out").read_text()
-    assert "576 → 57" in exported
-    assert '"visual_tokens": {"before": 576, "after": 57}' in answered
+def test_what_cannot_run_is_there_and_says_why() -> None:
+    known = {line for lines in everything().values() for line in lines}
+    assert {same(line) for line in (*ELSEWHERE, *QUICK)} <= known
+    assert lines_of("From a clone") == ["make demo", "make test"]
 
 
 def test_python_example_runs(desk: Path) -> None:
     done = run([sys.executable, "-c", blocks("python")[0]], desk)
     assert done.returncode == 0, done.stderr
-    assert "VisualTokens(before=576, after=57)" in done.stdout
+    assert "VisualTokens(before=576, after=64)" in done.stdout
+    assert done.stdout.endswith("VisualTokens(before=1152, after=128)\n")
 
 
 def test_plain_onnxruntime_gives_the_pipelines_answer(desk: Path) -> None:
-    plain = run([sys.executable, "-c", blocks("python")[1]], desk)
+    (program,) = blocks("python", ROOT / "docs/plain.md")
+    plain = run([sys.executable, "-c", program], desk)
     assert plain.returncode == 0, plain.stderr
-    ask = ["bundle-vispruner", "--image", "scenes/examples/scene.png", "--prompt", "what color is the star ?"]
-    answer = run([str(BIN / "vtp-run"), *ask, "--max-new-tokens", "12"], desk)
-    assert plain.stdout.strip() == answer.stdout.strip()
-    assert answer.stdout.strip()
+    with Pipeline.load(desk / "bundle-vispruner") as pipe:
+        answer = pipe.generate(
+            ROOT / "scenes/examples/scene.png", "what color is the star ?", max_new_tokens=12
+        )
+    assert plain.stdout.strip() == answer.text and answer.text
+    assert program.count("\n") == 32 and "32 lines" in README
 
 
-@pytest.mark.parametrize("flag", ["--list-methods", "--list-families"])
-def test_tables_are_the_commands_own(flag: str) -> None:
-    done = run([str(BIN / "vtp-export"), flag, "--markdown"], ROOT)
+def test_the_picture_is_what_its_command_makes(desk: Path) -> None:
+    """The kept patches are the photograph's own; JPEG and a near-tie leave room for little."""
+    photo = Image.open(ROOT / "docs/photo.jpg")
+    with Pipeline.load(desk / "bundle-vispruner") as pipe:
+        kept = pipe.generate(photo, "what is it ?", max_new_tokens=1).kept
+        made = show_kept(photo, pipe.manifest.image, pipe.manifest.visual.grid, kept)
+    shown = np.asarray(Image.open(ROOT / "docs/kept.jpg"), float)
+    assert len(kept) == 64 and np.abs(np.asarray(made, float) - shown).mean() < 4
+    assert sum((ROOT / f"docs/{name}.jpg").stat().st_size for name in ("photo", "kept")) < 150_000
+
+
+def test_the_readme_is_short_and_its_first_screen_is_one() -> None:
+    first, found, _ = README.partition("**What is proven**")
+    assert found and len(first.splitlines()) <= 60 and len(README.splitlines()) <= 215
+    assert "vtp-export --method adaptprune" in first and "pip install 'vtp-edge[export,ort]'" in first
+
+
+def test_families_that_the_readme_names_are_served() -> None:
+    table = README.partition("| family | models |")[2].partition("\n\n")[0]
+    named = set(re.findall(r"`(\w+)`", table))
+    assert named and named <= {row["family"] for row in listing.rows("families")}
+
+
+def test_every_page_is_in_the_index() -> None:
+    index = (ROOT / "docs/README.md").read_text(encoding="utf-8")
+    pages = {path.name for path in (ROOT / "docs").glob("*.md")} - {"README.md"}
+    assert {page for page in pages if f"({page})" not in index} == set()
+
+
+@pytest.mark.parametrize("kind", ["methods", "families"])
+def test_tables_are_the_commands_own(kind: str) -> None:
+    done = run([str(BIN / "vtp-export"), f"--list-{kind}", "--markdown"], ROOT)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() in README, f"README.md lacks the output of vtp-export {flag} --markdown"
+    page = (ROOT / f"docs/{kind}.md").read_text(encoding="utf-8")
+    assert page.count(done.stdout.strip()) == 1, "run: python -m vtp.export.declared"
+
+
+def test_the_default_is_one_that_the_measured_table_supports() -> None:
+    """And every figure that docs/methods.md says of a method in words is the table's."""
+    page = (ROOT / "docs/methods.md").read_text(encoding="utf-8")
+    advice = page.partition("## Which method")[2].partition("\n## ")[0]
+    measured = page.partition("<!-- methods: begin -->")[2].partition("<!-- methods: end -->")[0]
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in measured.splitlines()]
+    columns = {name: place for place, name in enumerate(table[1])}
+    rates = {row[0]: row[2:-1] for row in table[4:] if len(row) > 2}
+    at_64 = {name: float(row[columns["K = 64"] - 2]) for name, row in rates.items()}
+    default = build_parser().get_default("method")
+    assert f"takes `{default}`" in advice and at_64[default] >= max(at_64.values()) - 2
+    said = re.findall(r"`(\w+)` (\d+\.\d) %", advice)
+    assert len(said) > 5 and all(rate in rates[name] for name, rate in said), said
+    times = {row[0]: row[-1] for row in table[4:] if row}
+    said = re.findall(r"`(\w+)` (\d+) ms", advice)
+    assert len(said) > 2 and all(ms == times[name] for name, ms in said), said
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -194,6 +296,18 @@ def test_links_and_named_files_exist(page: str) -> None:
             continue
         here = [ROOT / name, (ROOT / page).parent / name]
         assert any(path.exists() for path in here), f"{page} names {name}, which does not exist"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_into_a_page_meet_a_heading(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for name, anchor in re.findall(r"\]\(([\w./-]*)#([\w-]+)\)", text):
+        target = (ROOT / page).parent / name if name else ROOT / page
+        prose = re.sub(r"```.*?```", "", target.read_text(encoding="utf-8"), flags=re.DOTALL)
+        headings = [
+            re.sub(r"[^\w -]", "", line.lower()) for line in re.findall(r"^#+ (.*)$", prose, re.MULTILINE)
+        ]
+        assert anchor in {heading.replace(" ", "-") for heading in headings}, f"{page}: {name}#{anchor}"
 
 
 @pytest.mark.parametrize("page", PAGES)

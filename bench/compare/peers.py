@@ -7,7 +7,7 @@ Every peer has a process of its own. Its first logits and tokens are held agains
 is timed; then it and vtp answer in turns, so that a slow moment of the machine meets both, and milliseconds
 and ratio of the two come from these turns. With --int8 and --int4 everybody is held against vtp in as many
 bits. What is not installed is named, with the line that installs it.
-Writes docs/bench.json, docs/bench.md and the README's table.
+Writes docs/bench.json, docs/bench.md and the README's figures.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def _run(args: argparse.Namespace) -> None:
     contest.progress.end()
     text = write_report(contest.results, out)
     print(text)
-    print(f"\ndocs/bench.json, docs/bench.md and the README's table written in {out}")
+    print(f"\ndocs/bench.json, docs/bench.md and the README's figures written in {out}")
 
 
 class Contest:

@@ -1,6 +1,6 @@
-"""What `vtp.bench.compare.peers` found: docs/bench.json, docs/bench.md and the README's table.
+"""What `vtp.bench.compare.peers` found: docs/bench.json, docs/bench.md and the README's figures.
 
-python -m vtp.bench.compare.peers_report      writes the page and the table again from docs/bench.json
+python -m vtp.bench.compare.peers_report      writes the page and the figures again from docs/bench.json
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from vtp.runtime.commands.tables import markdown_table
 
 table = partial(markdown_table, left=1)
 BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
+WON = "<!-- won: begin -->", "<!-- won: end -->"  # the README's first lines
 COMMAND = "make bench"
 FORMAT = 3  # of docs/bench.json: pairs at equal precision, each with the figures of its own turns
 OUTDATED = (
@@ -55,6 +56,7 @@ _INTERVALS = {
     True: "the 95 % interval of a bootstrap over the turns",
     False: "the least and the greatest of a single turn, for there were too few for an interval",
 }
+_BRACKETS = {True: "95 % intervals", False: "the least and the greatest of a turn"}
 _LLAMACPP = """\
 Its weights are the same: our converter (`vtp.bench.compare.llamacpp`) writes them as GGUF, llama.cpp's own \
 quantiser makes q8_0 and q4_0 of them (`--pure`: embedding and head as well; it would otherwise keep them in \
@@ -66,21 +68,39 @@ computes differently: of CLIP it takes the class row for the last patch and leav
 
 
 def write_report(results: Mapping[str, Any], root: Path) -> str:
-    """Write docs/bench.json and docs/bench.md, and the table in the README; returns the table."""
+    """Write docs/bench.json and docs/bench.md, and sentence and table in the README; returns the table."""
     (root / "docs").mkdir(parents=True, exist_ok=True)
     (root / "docs/bench.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     (root / "docs/bench.md").write_text(page(results), encoding="utf-8")
     readme, short = root / "README.md", summary(results)
     if readme.exists():
-        readme.write_text(with_table(readme.read_text(encoding="utf-8"), short), encoding="utf-8")
+        text = with_table(readme.read_text(encoding="utf-8"), short)
+        readme.write_text(with_table(text, won(results), *WON), encoding="utf-8")
     return short
 
 
-def with_table(text: str, short: str) -> str:
+def with_table(text: str, short: str, begin: str = BEGIN, end: str = END) -> str:
     """`text` with what stands between the marks replaced."""
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n{short}\n{END}{after}" if rest else text
+    before, _, rest = text.partition(begin)
+    _, _, after = rest.partition(end)
+    return f"{before}{begin}\n{short}\n{end}{after}" if rest else text
+
+
+def won(results: Mapping[str, Any]) -> str:
+    """The README's first figures: how many times longer the fastest unpruned peer of a precision takes."""
+    pairs = [(at, find_pair(results, fastest_of(results, at), at.ours)) for at in PRECISIONS]
+    found = [
+        f"{ratio_cell(pair['ttft'])} times as long in {at.name} ({called(pair['theirs'])})"
+        for at, pair in pairs
+        if pair
+    ]
+    cpu, day = results["machine"]["processor"], results["machine"]["time"][:10]
+    on = f"`{results['model']}`, {results['threads']} threads of {cpu}, {day}"
+    return (
+        f"To the first token, the fastest peer that keeps every visual token takes {'; '.join(found)}, as "
+        f"vtp with {results['keep']} kept in the same precision (`{_command(results)}`: {on}; in brackets "
+        f"{_BRACKETS[results['rounds'] >= TURNS]}; [docs/bench.md](docs/bench.md))."
+    )
 
 
 def summary(results: Mapping[str, Any]) -> str:

@@ -4,7 +4,7 @@
     python -m vtp.bench.studies.accuracy --model scenes/reader --exam reader --count 1500
 
 Exports one bundle per method (all keep-counts in it) and answers the same questions through the pipeline.
-Prints a Markdown table; README.md quotes it. A picture is encoded once for its questions.
+Prints a Markdown table; scenes/README.md quotes one. A picture is encoded once for its questions.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@
 Each method becomes one bundle of the built-in model, with every keep-count in it, and answers the same
 questions through the pipeline (ONNX Runtime CPU, float32, greedy). Then all bundles are timed in turn, round
 after round, so that a slow moment of the machine meets all of them. Writes docs/methods.json, the page and
-the plot made from it, and the README's table. What a method answered is kept in the work folder: --resume
-goes on from there.
+the plot made from it, and the table in docs/methods.md. What a method answered is kept in the work folder:
+--resume goes on from there.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--work", default="build/methods", help="folder for bundles and answers (default: %(default)s)")
     add("--resume", action="store_true", help="keep bundles and answers that the work folder holds")
     add("--no-timing", action="store_true", help="stop after the questions and write no report")
-    add("--out", default=str(ROOT), help="checkout whose docs/ and README are written (default: this one)")
+    add("--out", default=str(ROOT), help="checkout whose docs/ are written (default: this one)")
     add_debug(parser)
     args = parser.parse_args(argv)
     return run_command("methods", lambda: _run(args), args.debug)
@@ -84,7 +84,7 @@ def _run(args: argparse.Namespace) -> None:
     progress.end()
     results = _results(args, names, items, answers, times)
     write_report(results, Path(args.out))
-    print(f"{len(names)} methods: docs/methods.json, docs/measured.md, docs/methods.png, README.md written")
+    print(f"{len(names)} methods: methods.json, measured.md, methods.md and methods.png of docs/ written")
 
 
 def _names(text: str) -> list[str]:

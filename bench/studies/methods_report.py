@@ -1,4 +1,4 @@
-"""docs/methods.json made readable: the tables in docs/measured.md and the README, and the plot.
+"""docs/methods.json made readable: the tables in docs/measured.md and docs/methods.md, and the plot.
 
 python -m vtp.bench.studies.methods_report      writes them again from docs/methods.json
 """
@@ -28,14 +28,15 @@ pruner's part. All tokens kept: {unpruned:.0f}."""
 
 
 def write_report(results: Mapping[str, Any], root: Path) -> None:
-    """Write docs/methods.json, docs/measured.md and docs/methods.png, and the table in the README."""
+    """Write docs/methods.json, docs/measured.md and docs/methods.png, and the table in docs/methods.md."""
     (root / "docs").mkdir(parents=True, exist_ok=True)
     (root / "docs/methods.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     (root / "docs/measured.md").write_text(page(results), encoding="utf-8")
     plot(results, root / "docs/methods.png")
-    readme = root / "README.md"
-    if readme.exists():
-        readme.write_text(with_table(readme.read_text(encoding="utf-8"), summary(results)), encoding="utf-8")
+    methods = root / "docs/methods.md"
+    if methods.exists():
+        text = with_table(methods.read_text(encoding="utf-8"), summary(results))
+        methods.write_text(text, encoding="utf-8")
 
 
 def with_table(text: str, table: str, begin: str = BEGIN, end: str = END) -> str:
@@ -46,7 +47,7 @@ def with_table(text: str, table: str, begin: str = BEGIN, end: str = END) -> str
 
 
 def summary(results: Mapping[str, Any]) -> str:
-    """The README's table: exact match in percent by keep-count, best first at the middle one."""
+    """The table of docs/methods.md: exact match in percent by keep-count, best first at the middle one."""
     methods, keeps = _methods(results), _keeps(results)
     cells = {(row["method"], row["keep"]): row for row in results["rows"]}
     lines = [

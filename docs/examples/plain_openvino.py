@@ -3,7 +3,7 @@
 Usage: python plain_openvino.py BUNDLE PICTURE QUESTION
 
 The bundle comes from `vtp-export --method fastervlm -o BUNDLE`: the built-in model, 576 visual tokens, of
-which the pruner keeps 64. What differs from the program for plain onnxruntime in README.md is marked with
+which the pruner keeps 64. What differs from the program for plain onnxruntime in docs/plain.md is marked with
 (1) to (4).
 """
 

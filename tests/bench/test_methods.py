@@ -35,11 +35,13 @@ def results(**changes: Any) -> dict[str, Any]:
 
 def test_the_report_ranks_and_counts(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install 'vtp-edge[bench]'")
-    (tmp_path / "README.md").write_text(f"a\n{methods_report.BEGIN}\nold\n{methods_report.END}\nz\n")
+    (tmp_path / "docs").mkdir()
+    page = tmp_path / "docs/methods.md"
+    page.write_text(f"a\n{methods_report.BEGIN}\nold\n{methods_report.END}\nz\n")
     methods_report.write_report(results(), tmp_path)
-    readme = (tmp_path / "README.md").read_text()
-    assert readme.startswith("a\n") and readme.endswith("\nz\n") and "old" not in readme
-    lines = [line for line in readme.splitlines() if line.startswith("|")]
+    text = page.read_text()
+    assert text.startswith("a\n") and text.endswith("\nz\n") and "old" not in text
+    lines = [line for line in text.splitlines() if line.startswith("|")]
     assert [line.split("|")[1].strip() for line in lines] == [
         "method",
         "---",
@@ -49,9 +51,9 @@ def test_the_report_ranks_and_counts(tmp_path: Path) -> None:
     ]
     assert "| better | vision | 87.5 | 75.0 | 50.0 | 46 |" in lines
     assert len({line.count("|") for line in lines}) == 1
-    page = (tmp_path / "docs/measured.md").read_text()
-    assert "| worse | 62.5 (30.6–86.3) | 37.5 (13.7–69.4) | 12.5 (2.2–47.1) |" in page
-    assert "a grey picture: 12.5" in page and "| better | 47 (1.2) | 46 (1.2) | 44 (1.2) |" in page
+    measured = (tmp_path / "docs/measured.md").read_text()
+    assert "| worse | 62.5 (30.6–86.3) | 37.5 (13.7–69.4) | 12.5 (2.2–47.1) |" in measured
+    assert "a grey picture: 12.5" in measured and "| better | 47 (1.2) | 46 (1.2) | 44 (1.2) |" in measured
     assert (tmp_path / "docs/methods.png").stat().st_size > 10_000
     assert json.loads((tmp_path / "docs/methods.json").read_text()) == results()
 
@@ -60,16 +62,16 @@ def test_the_report_ranks_and_counts(tmp_path: Path) -> None:
 WAITING = {"apet", "hiprune", "otprune", "prunesid", "vscan"}
 
 
-def test_a_readme_without_marks_is_left_alone() -> None:
+def test_a_page_without_marks_is_left_alone() -> None:
     assert methods_report.with_table("no marks", "| table |") == "no marks"
 
 
 def test_committed_tables_come_from_the_committed_figures() -> None:
     measured = json.loads((ROOT / "docs/methods.json").read_text(encoding="utf-8"))
     assert (ROOT / "docs/measured.md").read_text(encoding="utf-8") == methods_report.page(measured)
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert methods_report.with_table(readme, methods_report.summary(measured)) == readme
-    assert methods_report.BEGIN in readme
+    page = (ROOT / "docs/methods.md").read_text(encoding="utf-8")
+    assert methods_report.with_table(page, methods_report.summary(measured)) == page
+    assert methods_report.BEGIN in page
     assert measured["questions"] >= 500
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -101,10 +102,14 @@ def test_aims_of_stages_are_read_from_the_bundles_own_figures() -> None:
 
 
 def test_the_report_is_written_between_the_readmes_marks(tmp_path: Path) -> None:
-    (tmp_path / "README.md").write_text("above\n<!-- bench: begin -->\nold\n<!-- bench: end -->\nbelow\n")
+    won, marks = (
+        "<!-- won: begin -->\n{}\n<!-- won: end -->\n",
+        "<!-- bench: begin -->\n{}\n<!-- bench: end -->\n",
+    )
+    (tmp_path / "README.md").write_text(f"a\n{won.format('old')}b\n{marks.format('old')}c\n")
     table = peers_report.write_report(RESULTS, tmp_path)
     text = (tmp_path / "README.md").read_text()
-    assert text == f"above\n<!-- bench: begin -->\n{table}\n<!-- bench: end -->\nbelow\n"
+    assert text == f"a\n{won.format(peers_report.won(RESULTS))}b\n{marks.format(table)}c\n"
     assert (
         "genai" not in table
         and "float32: transformers' OnnxExporter on ONNX Runtime, all tokens | 1" in table
@@ -152,6 +157,17 @@ def test_the_headline_is_at_equal_precision() -> None:
         assert (pair["ours"] == BOTH.ours) == (pair["theirs"] in BOTH.all_tokens)
 
 
+def test_the_first_figures_are_the_tables_at_equal_precision() -> None:
+    said = peers_report.won(RESULTS)
+    rows = {row[0]: row[-1] for row in lines_of(peers_report.summary(RESULTS))}
+    for at, peer in (("float32", "transformers-onnx"), (BOTH.name, "openvino-int4")):
+        name = cells.NAMES[peer]
+        assert f"{rows[f'{at}: {name}']} times as long in {at} ({name})" in said
+    assert said.count("times as long") == 2 and "(`make bench`: `llava-ov-0.5b`, 2 threads" in said
+    assert "95 % intervals" in said
+    assert "least and the greatest" in peers_report.won({**RESULTS, "rounds": TURNS - 1})
+
+
 def test_encoder_and_prompt_are_told_by_those_who_measure_them() -> None:
     rows = {row[0]: row[1:] for row in lines_of(peers_report.page(RESULTS).split("## Encoder and prompt")[1])}
     assert rows[cells.NAMES["llamacpp-q4_0"]] == ["2500 (2500 to 2500)", "1900 (1900 to 1900)"]
@@ -162,6 +178,7 @@ def test_the_page_and_the_readme_are_those_of_the_committed_figures() -> None:
     """Written by one command; before it ever ran, the README says so."""
     root = Path(__file__).parents[2]
     figures_file, readme = root / "docs/bench.json", (root / "README.md").read_text(encoding="utf-8")
+    page = (root / "docs/bench.md").read_text(encoding="utf-8")
     _, found, rest = readme.partition(peers_report.BEGIN)
     assert found
     table = rest.partition(peers_report.END)[0].strip()
@@ -169,9 +186,16 @@ def test_the_page_and_the_readme_are_those_of_the_committed_figures() -> None:
         assert table == "Not measured yet: `make bench` writes this table."
         return
     results = json.loads(figures_file.read_text(encoding="utf-8"))
+    won = readme.partition(peers_report.WON[0])[2].partition(peers_report.WON[1])[0].strip()
     if results.get("format") != peers_report.FORMAT:  # cannot be written again, and both pages say so
         assert peers_report.OUTDATED in table
-        assert peers_report.OUTDATED in (root / "docs/bench.md").read_text(encoding="utf-8")
+        told = dict(
+            re.findall(r"(transformers' [\w ]+?)(?: takes)? (\d\.\d\d \(\d\.\d\d to \d\.\d\d\))", won)
+        )
+        rows = {row[0].removesuffix(", all tokens"): row[-1] for row in lines_of(table)}
+        fastest = cells.called(results["fastest"]).removesuffix(", all tokens")
+        assert fastest in told and told == {name: rows[name] for name in told}
+        assert peers_report.OUTDATED in page
         return
-    assert table == peers_report.summary(results)
-    assert (root / "docs/bench.md").read_text(encoding="utf-8") == peers_report.page(results)
+    assert (table, won) == (peers_report.summary(results), peers_report.won(results))
+    assert page == peers_report.page(results)

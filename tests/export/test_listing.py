@@ -43,3 +43,14 @@ def test_a_new_file_is_listed_before_the_list_is_written(
     monkeypatch.setattr(listed, "LISTED", old)
     monkeypatch.setattr(listed, "files", lambda: real)
     assert "adaptprune" in [row["method"] for row in listing.rows("methods")]
+
+
+def test_the_pages_tables_are_written_with_the_list(tmp_path: Path) -> None:
+    """docs/families.md is here, docs/methods.md is not: an installed vtp has neither."""
+    page = tmp_path / "families.md"
+    page.write_text(f"above\n{declared.BEGIN}\nold\n{declared.END}\nbelow\n")
+    declared.write(tmp_path / "listed.json", tmp_path)
+    assert (tmp_path / "listed.json").read_bytes() == listed.LISTED.read_bytes()
+    table = listed.render(declared.families(), "markdown")
+    assert page.read_text() == f"above\n{declared.BEGIN}\n{table}\n{declared.END}\nbelow\n"
+    assert not (tmp_path / "methods.md").exists()

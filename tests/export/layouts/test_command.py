@@ -33,7 +33,10 @@ def refused(argv: list[str], capfd: pytest.CaptureFixture[str]) -> tuple[int, st
     ("flags", "said"),
     [
         (["--method", "fastv"], ("method fastv drops tokens inside the decoder (decoder:2)", "vispruner")),
-        ([], ("method adaptprune drops tokens inside the decoder", "for example --method vispruner")),
+        (
+            ["--method", "adaptprune"],
+            ("method adaptprune drops tokens inside the decoder", "for example --method vispruner"),
+        ),
         (
             ["--method", "cdpruner"],
             ("method cdpruner reads the question", "methods that work: apet, "),
@@ -139,9 +142,9 @@ def test_a_bundle_with_several_keep_counts_or_a_decoder_site_is_refused(
 def test_an_export_says_what_it_made(
     model_folder: Callable[[str], Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Verified, as JSON, with a pruner in float32, and again over itself."""
+    """By the default method, verified, as JSON, with a pruner in float32, and again over itself."""
     output = tmp_path / "out"
-    argv = ["--model", str(model_folder("mha")), "--method", "vispruner", "--keep-tokens", "5", *JS]
+    argv = ["--model", str(model_folder("mha")), "--keep-tokens", "5", *JS]
     assert main([*argv, "-o", str(output), "--json"]) == 0
     told = json.loads(capfd.readouterr().out)
     assert told["visual_tokens"] == {"before": 16, "after": 5}

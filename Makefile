@@ -173,12 +173,12 @@ release:  ## build and check the packages of VERSION=0.2.0; with GO=1 make it a 
 	build/release/bin/python -m pip install --quiet --disable-pip-version-check 'build>=1.2' 'twine>=6.1'
 	build/release/bin/python .ci/release.py $(VERSION) $(if $(GO),--go)
 
-# NEWEST takes what pytest takes, or all. If your index serves torch with CUDA, TORCH is a wheel of the CPU build.
-test-newest:  ## the newest versions that the index has, in build/newest: what they are, and tests (NEWEST=all: all)
+# NEWEST takes what pytest takes, or all. TORCH names a build of torch if the index' newest is the one for CUDA:
+# "torch --extra-index-url https://download.pytorch.org/whl/cpu", or "torch==2.13.0".
+test-newest:  ## the newest versions that the index has, in build/newest: what they are, then tests (NEWEST=all: all)
 	test -x build/newest/bin/python || $(PYTHON) -m venv build/newest
-	$(if $(TORCH),build/newest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade $(TORCH))
 	build/newest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager \
-	  $(EDITABLE) -e '.[$(EXTRAS)]'
+	  $(EDITABLE) -e '.[$(EXTRAS)]' $(TORCH)
 	build/newest/bin/python tests/newest.py constraints.txt
 	OMP_NUM_THREADS=1 build/newest/bin/python -m pytest $(if $(filter all,$(NEWEST)),$(WORKERS),$(or $(NEWEST),$(QUICK)))
 

@@ -164,7 +164,7 @@ reader: setup  ## train the second built-in model, which reads signs (about two 
 docs:  ## the documentation as a site in build/site, links checked (mkdocs, in build/docs)
 	test -x build/docs/bin/python || $(PYTHON) -m venv build/docs
 	build/docs/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(EDITABLE) -e '.[docs]'
-	NO_MKDOCS_2_WARNING=1 build/docs/bin/python -m mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 build/docs/bin/python -m mkdocs build --strict
 
 # GO=1 commits, tags and fills dist/; without it everything but that is tried in a copy. Nothing is uploaded.
 release:  ## build and check the packages of VERSION=0.2.0; with GO=1 make it a release

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ try:
 except ImportError:  # the functions below do without it
     Extension = object
 
+LOG = logging.getLogger("mkdocs.hooks")
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 # Pages of the Python interface: title, first words, modules whose __all__ they show, further names.
@@ -101,6 +103,9 @@ def site_link(target: str, address: str) -> str:
     path, mark, anchor = target.partition("#")
     found = (DOCS / path).resolve()
     if not path or found == DOCS or DOCS in found.parents:
+        return target
+    if not (found.exists() and ROOT in found.parents):
+        LOG.warning("a page links to '%s', which is no file of the repository", target)  # --strict fails by it
         return target
     named = found.relative_to(ROOT).as_posix() + mark + anchor
     return str(SETUP.in_repository(named, address, "main"))

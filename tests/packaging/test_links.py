@@ -57,6 +57,12 @@ def test_links_that_leave_docs_lead_to_the_repository(given: str, made: str) -> 
     assert SITE.site_link(given, AT) == made
 
 
+def test_links_to_files_that_are_gone_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    for target in ("../nothing.md", "../../elsewhere.md"):
+        assert SITE.site_link(target, AT) == target
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * 2
+
+
 def test_pages_named_in_code_type_are_links_on_the_site() -> None:
     text = "see `docs/a.md`, `docs/none.md` and [`docs/a.md`](a.md)\n```\ncat `docs/a.md`\n```\n"
     made = "see [`docs/a.md`](a.md), `docs/none.md` and [`docs/a.md`](a.md)\n```\ncat `docs/a.md`\n```\n"

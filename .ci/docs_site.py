@@ -23,31 +23,37 @@ except ImportError:  # the functions below do without it
 LOG = logging.getLogger("mkdocs.hooks")
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
-# Pages of the Python interface: title, first words, modules whose __all__ they show, further names.
+# Pages of the Python interface: title, first words, what comes first, modules all of whose names follow.
 PAGES: dict[str, tuple[str, str, tuple[str, ...], tuple[str, ...]]] = {
     "runtime": (
         "Pipeline and results",
         "Open a bundle, ask, read the result: `from vtp.runtime import Pipeline`.",
+        (
+            "vtp.runtime.Pipeline",
+            "vtp.runtime.generation.options.GenerateOptions",
+            "vtp.runtime.Result",
+            "vtp.runtime.Stream",
+            "vtp.runtime.opening.Opening",
+        ),
         ("vtp.runtime",),
-        ("vtp.runtime.generation.options.GenerateOptions", "vtp.runtime.opening.Opening"),
     ),
     "scheduler": (
         "Scheduler",
         "Many requests at once, from threads and asyncio: `from vtp.runtime.scheduler import Scheduler`.",
+        ("vtp.runtime.scheduler.Scheduler", "vtp.runtime.scheduler.Ticket"),
         ("vtp.runtime.scheduler",),
-        (),
     ),
     "streams": (
         "Watcher",
         "A standing question about a camera or a stream: `from vtp.serve.streams import Watcher`.",
+        ("vtp.serve.streams.Watcher", "vtp.serve.streams.open_source"),
         ("vtp.serve.streams",),
-        (),
     ),
     "pruners": (
         "Pruners of your own",
         "What `--method ./mine.py:Mine` takes: a subclass of `Pruner`. CONTRIBUTING.md shows one.",
-        (),
         ("vtp.export.pruners.base.Pruner", "vtp.export.pruners.ops"),
+        (),
     ),
 }
 _ROW = re.compile(r"(?P<names>[A-Za-z_]\w*(?:, [A-Za-z_]\w*)*)  +(?P<text>\S.*)")
@@ -83,9 +89,11 @@ def public_names(module: str) -> list[str]:
 
 def api_page(name: str) -> str:
     """The Markdown of one page of the Python interface, for mkdocstrings."""
-    title, words, modules, more = PAGES[name]
-    shown = [f"{module}.{public}" for module in modules for public in public_names(module)]
-    return "\n\n".join([f"# {title}", words, *(f"::: {path}" for path in [*shown, *more])]) + "\n"
+    title, words, first, modules = PAGES[name]
+    shown = dict.fromkeys(
+        [*first, *(f"{module}.{public}" for module in modules for public in public_names(module))]
+    )
+    return "\n\n".join([f"# {title}", words, *(f"::: {path}" for path in shown)]) + "\n"
 
 
 def with_named_pages(text: str, pages: set[str]) -> str:
@@ -105,7 +113,9 @@ def site_link(target: str, address: str) -> str:
     if not path or found == DOCS or DOCS in found.parents:
         return target
     if not (found.exists() and ROOT in found.parents):
-        LOG.warning("a page links to '%s', which is no file of the repository", target)  # --strict fails by it
+        LOG.warning(
+            "a page links to '%s', which is no file of the repository", target
+        )  # --strict fails by it
         return target
     named = found.relative_to(ROOT).as_posix() + mark + anchor
     return str(SETUP.in_repository(named, address, "main"))
@@ -141,7 +151,7 @@ SETUP = _setup()
 
 def on_config(config: Any) -> Any:
     """Set the repository's address; pages that the nav does not list go under More."""
-    config.repo_url = source()
+    config.repo_url, config.repo_name = source(), "Repository"
     config.edit_uri = "edit/main/docs/"
     listed = re.findall(r"[\w-]+\.md", str(config.nav))
     more = sorted(path.name for path in DOCS.glob("*.md") if path.name not in listed)

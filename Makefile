@@ -7,6 +7,9 @@ EXTRAS := export,ort,openvino,serve,streams,mcap,dev
 EDITABLE := --config-settings editable_mode=compat
 OLDEST := build/oldest
 OLDEST_PYTHON ?= $(PYTHON)
+# What `make test-newest` runs: the runtime, the built-in model's export, two families, what is built.
+QUICK := tests/runtime/test_pipeline.py tests/export/test_builtin.py tests/export/families/test_qwen.py \
+  tests/export/families/test_split.py tests/engines/test_cpu.py tests/packaging
 KILLS ?= 200
 SOAK ?= 3600
 # Files go to workers in the order of tests/conftest.py: the longest first.
@@ -19,7 +22,7 @@ TRITON_PYTHON ?= /usr/bin/python3
 ROS_PYTHON ?= python3.11
 OLDEST_PINS := numpy==1.24.4 pillow==9.5.0 tokenizers==0.20.0 jinja2==3.1.6
 
-.PHONY: setup demo test test-all fuzz trtrtx test-trtrtx test-oldest test-triton test-ray test-page test-js test-clients test-ros kill soak soak-serve check accuracy methods bench llamacpp test-llamacpp scaling scenes reader clean
+.PHONY: setup demo test test-all fuzz trtrtx test-trtrtx test-oldest test-triton test-ray test-page test-js test-clients test-ros kill soak soak-serve check accuracy methods bench llamacpp test-llamacpp scaling scenes reader docs release test-newest test-notebook clean
 
 setup: .venv/.installed  ## make .venv and install vtp into it
 
@@ -156,6 +159,34 @@ scenes: setup  ## train the built-in model again (about two hours on 2 CPU cores
 
 reader: setup  ## train the second built-in model, which reads signs (about two hours on 1 CPU core; resumes)
 	$(BIN)/python -m vtp.scenes.training.train --recipe reader --run build/reader
+
+# The site needs none of the packages that vtp runs on: docstrings are read, not imported.
+docs:  ## the documentation as a site in build/site, links checked (mkdocs, in build/docs)
+	test -x build/docs/bin/python || $(PYTHON) -m venv build/docs
+	build/docs/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(EDITABLE) -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 build/docs/bin/python -m mkdocs build --strict
+
+# GO=1 commits, tags and fills dist/; without it everything but that is tried in a copy. Nothing is uploaded.
+release:  ## build and check the packages of VERSION=0.2.0; with GO=1 make it a release
+	test -n "$(VERSION)" || { echo "give a version: make release VERSION=0.2.0" >&2; exit 2; }
+	test -x build/release/bin/python || $(PYTHON) -m venv build/release
+	build/release/bin/python -m pip install --quiet --disable-pip-version-check 'build>=1.2' 'twine>=6.1'
+	build/release/bin/python .ci/release.py $(VERSION) $(if $(GO),--go)
+
+# NEWEST takes what pytest takes, or all. TORCH names a build of torch if the index' newest is the one for CUDA:
+# "torch --extra-index-url https://download.pytorch.org/whl/cpu", or "torch==2.13.0".
+test-newest:  ## the newest versions that the index has, in build/newest: what they are, then tests (NEWEST=all: all)
+	test -x build/newest/bin/python || $(PYTHON) -m venv build/newest
+	build/newest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager \
+	  $(EDITABLE) -e '.[$(EXTRAS)]' $(TORCH)
+	build/newest/bin/python tests/newest.py constraints.txt
+	OMP_NUM_THREADS=1 build/newest/bin/python -m pytest $(if $(filter all,$(NEWEST)),$(WORKERS),$(or $(NEWEST),$(QUICK)))
+
+test-notebook: setup  ## the notebook as Jupyter runs it, in build/notebook (nbclient)
+	test -x build/notebook/bin/python || $(PYTHON) -m venv build/notebook
+	build/notebook/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(EDITABLE) \
+	  -e '.[export,ort]' 'nbclient>=0.10' 'ipykernel>=6.29'
+	build/notebook/bin/python tests/packaging/notebook.py
 
 clean:
 	rm -rf build .venv

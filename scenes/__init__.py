@@ -23,7 +23,10 @@ def model_dir(name: str = "model") -> Path:
         raise UsageError(f"no built-in model is called {name!r}; choose {' or '.join(MODELS)}")
     folder = Path(__file__).resolve().parent / name
     if not folder.is_dir():
-        raise UsageError(f"the built-in model {name!r} is not in this copy of vtp; train it: make {name}")
+        raise UsageError(
+            f"the built-in model {name!r} is not in this copy of vtp; give another model, --model DIR, or "
+            f"build vtp from its sources with VTP_MODELS={name}"
+        )
     return folder
 
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from vtp.bench.gpu.weights import fill_model
 from vtp.bench.shapes.weight_map import MODEL
+from vtp.export.checkpoint.cache_name import with_cache
 
 WAYS = ("dynamic", "static")
 _WARM_UPS = 2
@@ -57,9 +58,9 @@ class TorchModel:
             inputs_embeds=embeds,
             attention_mask=mask,
             position_ids=positions,
-            past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
+            **with_cache(self.model, cache),
         )
         return answer.logits[0, -1]
 

@@ -24,6 +24,7 @@ from transformers import AutoProcessor, DynamicCache, LlavaForConditionalGenerat
 
 from vtp.bench.studies.paired import interval
 from vtp.engines import UsageError
+from vtp.export.checkpoint.cache_name import with_cache
 from vtp.export.cli import quiet_libraries
 from vtp.runtime.commands.arguments import add_debug, add_threads
 from vtp.runtime.commands.console import Parser, Progress, run_command
@@ -100,7 +101,9 @@ class Examinee:
     def _read(self, embedded: torch.Tensor, cache: DynamicCache) -> int:
         """The next token after `embedded` [1, S, C] behind what the cache holds."""
         decoder = self.model.model.language_model
-        hidden = decoder(inputs_embeds=embedded, past_key_values=cache, use_cache=True).last_hidden_state
+        hidden = decoder(
+            inputs_embeds=embedded, use_cache=True, **with_cache(decoder, cache)
+        ).last_hidden_state
         return int(self.model.lm_head(hidden[:, -1]).argmax())
 
     def _answer(self, ids: torch.Tensor, cache: DynamicCache) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vtp.export.checkpoint.cache_name import with_cache
 from vtp.export.graphs.attention.operators import Cache, LastRowProbe, LayerProbe, Lengths, active, softcapped
 from vtp.export.graphs.rotary import AxesRotary
 from vtp.export.pruners.ops import gather_rows
@@ -133,8 +134,8 @@ class DecoderPart(nn.Module):
                     hidden,
                     attention_mask=None,
                     position_embeddings=turn,
-                    past_key_values=cache,
                     use_cache=True,
+                    **with_cache(layer, cache),
                 )
                 hidden = hidden + deep.pop(0) if deep else hidden
         present = tuple(tensor for number in self.numbers for tensor in cache.present[number])

@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from vtp.engines.errors import UsageError, VtpError
+from vtp.export.checkpoint.cache_name import with_cache
 from vtp.export.families.reference import Reference
 from vtp.export.pruners.base import Pruner
 from vtp.export.pruners.site import Site
@@ -236,12 +237,13 @@ class _Decoder:
         prompt = self.hidden.shape[1] > 1
         for number in range(first, end):
             past = self.cache.get_seq_length(number)
-            hidden = self.text.layers[number](
+            layer = self.text.layers[number]
+            hidden = layer(
                 self.hidden,
                 attention_mask=self.parts.mask(number, self.hidden, self.image, past),
-                past_key_values=self.cache,
                 use_cache=True,
                 position_embeddings=self.parts.turns(number, self.hidden, self.numbers),
+                **with_cache(layer, self.cache),
             )
             self.hidden = self.parts.after(number, hidden, self.image, self.kept) if prompt else hidden
 

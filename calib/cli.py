@@ -7,11 +7,13 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from vtp.calib import stats
 from vtp.calib.arguments import PROG, beside, open_examiner, open_workers, read_samples, shared_arguments
+from vtp.calib.baselines import against
 from vtp.calib.keep import report, search
 from vtp.calib.keep.examiner import Examiner, Marks, score
 from vtp.calib.keep.journal import Answer, Journal
@@ -61,11 +63,13 @@ def _keep_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--reference", metavar="BUNDLE", help="a bundle that keeps every token")
     parser.add_argument("--dry-run", action="store_true", help="leave the bundle as it is")
+    against.against_argument(parser)
     shared_arguments(parser)
 
 
 def _score_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundles", nargs="+", metavar="BUNDLE[:K]", help="a bundle, or one at a keep-count")
+    against.against_argument(parser)
     shared_arguments(parser)
 
 
@@ -86,8 +90,12 @@ def _keep(args: argparse.Namespace) -> None:
         journal = Journal(out / "answers.jsonl")
         stack.callback(journal.close)
         workers = open_workers(stack, args)
-        examiner = open_examiner(args, str(folder), samples, journal, workers, progress.step)
-        unpruned = _unpruned(args, examiner, journal, workers, progress.step)
+        opened = partial(
+            open_examiner, args, samples=samples, journal=journal, workers=workers, progress=progress.step
+        )
+        examiner = opened(str(folder))
+        baselines = against.Baselines(args.against, opened, metric)
+        baselines.unpruned = unpruned = _unpruned(args, examiner, journal, workers, progress.step)
         reference = score(unpruned, samples, metric, unpruned)
         manifest = examiner.bundle.manifest
         trials = search.Trials(lambda keep: examiner.marks(keep, metric, unpruned), reference)
@@ -98,16 +106,22 @@ def _keep(args: argparse.Namespace) -> None:
             goal["needs_mb"] = round(_needs_mb(examiner)[found.chosen.keep], 1)
         else:
             found = search.best_within(manifest.visual.keep, args.budget_ms, trials)
+        marks = found.chosen.marks
+        besides = baselines.beside(f"{manifest.method.name}:{marks.keep}", examiner, marks.keep, marks.scores)
         progress.end()
     record = _record(found, goal, metric, len(samples), examiner, stats.mean(reference))
+    record["against"] = [one.to_json() for one in besides]
     report.write_csv(out / "keep.csv", found, floor)
     drawn = report.draw(out / "keep.png", found, f"{manifest.method.name} on {Path(args.data).name}")
     if not args.dry_run:
         set_calibration(folder, found.chosen.keep, record, manifest)
     if args.json:
         say_json({**record, "keep": found.chosen.keep, **bundle.stated_origin})
+        against.report(besides, baselines.notes, f"{PROG} keep", quiet=True)
         return
     say(report.text(found, floor))
+    say("")
+    against.report(besides, baselines.notes, f"{PROG} keep")
     chosen, done = found.chosen, "left as it is" if args.dry_run else "now the bundle's default"
     say(f"\nkeep {chosen.keep} of {manifest.visual.count} visual tokens: {done}")
     say(f"{len(samples)} questions, metric {metric}; unpruned {stats.mean(reference)}")
@@ -202,23 +216,32 @@ def _score(args: argparse.Namespace) -> None:
         raise UsageError("vtp-calib score needs answers in the data; vtp-calib keep does without")
     out, progress = Path(args.out or "vtp-calib-score"), Progress()
     rows: list[tuple[str, Marks]] = []
+    besides: list[against.Beside] = []
     with ExitStack() as stack:
         journal = Journal(out / "answers.jsonl")
         stack.callback(journal.close)
         workers = open_workers(stack, args)
+        opened = partial(
+            open_examiner, args, samples=samples, journal=journal, workers=workers, progress=progress.step
+        )
+        baselines = against.Baselines(args.against, opened, metric)
         for text in args.bundles:
             bundle, keep = _at(text)
-            examiner = open_examiner(args, bundle, samples, journal, workers, progress.step)
+            examiner = opened(bundle)
             count = _keep_of(examiner, text, keep)
             rows.append((f"{display_name(bundle)}:{count}", examiner.marks(count, metric)))
+            besides += baselines.beside(rows[-1][0], examiner, count, rows[-1][1].scores)
     progress.end()
     found = [_compared(name, marks, rows[0][1]) for name, marks in rows]
     if args.json:
-        say_json({"metric": metric, "questions": len(samples), "bundles": found})
+        beaten = [one.to_json() for one in besides]
+        say_json({"metric": metric, "questions": len(samples), "bundles": found, "against": beaten})
+        against.report(besides, baselines.notes, f"{PROG} score", quiet=True)
         return
     header = ["bundle", "score (95 %)", f"against {shown(rows[0][0])} (95 %)", "TTFT ms"]
     say(table(header, [_line(row, number) for number, row in enumerate(found)]))
     say(f"\n{len(samples)} questions, metric {metric}, paired bootstrap")
+    against.report(besides, baselines.notes, f"{PROG} score")
 
 
 def _at(text: str) -> tuple[str, int | None]:

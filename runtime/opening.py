@@ -34,6 +34,7 @@ class Opening:
     image             who else runs the image stages: keep-count and pixel_values -> tensors by the
                       pipeline's names; their graphs are then not opened here
     elsewhere         graph file -> engine, for graphs that another engine of the same device runs
+    wrapped           graph file -> what is made of its opened graph, and takes its place
     """
 
     engines: Path | None = None
@@ -41,6 +42,7 @@ class Opening:
     cuda_graph: bool = False
     image: Callable[[int, np.ndarray], Mapping[str, np.ndarray]] | None = None
     elsewhere: Mapping[str, str] = field(default_factory=dict)
+    wrapped: Mapping[str, Callable[[Engine], Engine]] = field(default_factory=dict)
 
 
 def open_stage(
@@ -52,7 +54,11 @@ def open_stage(
     never compared with ONNX Runtime here, or found to differ.
     """
     how = how or Opening()
-    engine = how.elsewhere.get(file, engine)
+    opened = _open(bundle, file, how.elsewhere.get(file, engine), threads, how)
+    return how.wrapped[file](opened) if file in how.wrapped else opened
+
+
+def _open(bundle: Bundle, file: str, engine: str, threads: int | None, how: Opening) -> Engine:
     if not capabilities(engine).built:
         return open_graph(
             bundle.path(file),

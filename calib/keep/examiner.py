@@ -8,6 +8,7 @@ import json
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -98,6 +99,15 @@ class Examiner:
         self._name = identity(bundle, max_new_tokens, self.conditions)
         pictures = tuple(dict.fromkeys(sample.image.absolute() for sample in samples))
         self._exam = Exam(bundle.folder.absolute(), self._name, engine, threads, pictures)
+
+    def sitting(self, kind: type[Exam], word: str) -> Examiner:
+        """The same bundle and questions in another kind of exam; `word` tells its answers from this one's."""
+        other = copy(self)
+        other._name = hashlib.sha256(f"{word} {self._name}".encode()).hexdigest()[:24]
+        given = {one.name: getattr(self._exam, one.name) for one in dataclasses.fields(self._exam)}
+        other._exam = kind(**{**given, "name": other._name})
+        other._progress = lambda step: self._progress(f"{word}: {step}")
+        return other
 
     def answers(self, keep: int) -> list[Answer]:
         """Greedy answers to every question."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from vtp.engines import UsageError, VtpError
 from vtp.export.families.reference import Reference
+from vtp.export.families.tiles import Tile
 from vtp.export.graphs.decoder import Decoder
 from vtp.export.graphs.frames import Frames
 from vtp.export.graphs.pruner import DecoderPruner
@@ -144,6 +145,11 @@ class Family(ABC):
     def places(self) -> Tensor | None:
         """int64 [P]: the places of the patches among the N tokens; None where they are the same."""
         return None
+
+    @property
+    def tiles(self) -> Sequence[Tile]:
+        """The tiles of a picture, which hold all P patches; none where it is looked at in one piece."""
+        return ()
 
     @property
     def layout(self) -> Frames | None:

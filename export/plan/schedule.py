@@ -12,23 +12,35 @@ from torch import Tensor
 
 from vtp.engines import UsageError, VtpError
 from vtp.export.families.base import Family
+from vtp.export.plan.share import Shared
 from vtp.export.pruners import Site, find_method, method_names
 from vtp.export.pruners.base import Pruner
 from vtp.export.tower_cues import SCORES, of_whole_tower
+
+PICTURE, TILE = "picture", "tile"
+SHARES = (PICTURE, TILE)
 
 # The pruners of one keep-count, in the order of their sites: one, but for methods that prune repeatedly.
 Schedule = tuple[Pruner, ...]
 
 
 def make_schedules(
-    method: type[Pruner], family: Family, keeps: Sequence[int], settings: Mapping[str, Any]
+    method: type[Pruner],
+    family: Family,
+    keeps: Sequence[int],
+    settings: Mapping[str, Any],
+    share: str = PICTURE,
 ) -> list[Schedule]:
     """One schedule per keep-count, checked against what the family serves.
+
+    share  whose budget K is: one of SHARES
 
     Raises UsageError, in one line, for a method that this family or model cannot serve, and VtpError for one
     whose choice is not K indices, each once, in raster order.
     """
-    _check_served(method, family)
+    _check_served(method, family, share)
+    if share == TILE:
+        return [_checked(schedule, family) for schedule in _of_tiles(method, family, keeps, settings)]
     count, layers = family.grid[0] * family.grid[1], len(family.decoder.layers)
     schedules: list[Schedule] = []
     for keep in keeps:
@@ -39,10 +51,22 @@ def make_schedules(
         raise UsageError(
             f"method {method.name} names other layers for other keep-counts; export them one by one"
         )
-    for schedule in schedules:
-        for number, pruner in enumerate(schedule):
-            _check_choice(pruner, family, number)
-    return schedules
+    return [_checked(schedule, family) for schedule in schedules]
+
+
+def _checked(schedule: Schedule, family: Family) -> Schedule:
+    for number, pruner in enumerate(schedule):
+        _check_choice(pruner, family, number)
+    return schedule
+
+
+def _of_tiles(
+    method: type[Pruner], family: Family, keeps: Sequence[int], settings: Mapping[str, Any]
+) -> Iterator[Schedule]:
+    """Schedules of one pruner each, that deals its K tokens to the tiles."""
+    for keep in keeps:
+        with _blaming(method, "the constructor"):
+            yield (Shared(method, family.tiles, keep, settings),)
 
 
 def site_of(schedule: Schedule) -> Site:
@@ -51,8 +75,10 @@ def site_of(schedule: Schedule) -> Site:
     return Site(sites[0].kind, tuple(layer for site in sites for layer in site.layers))
 
 
-def _check_served(method: type[Pruner], family: Family) -> None:
+def _check_served(method: type[Pruner], family: Family, share: str) -> None:
     site = Site.parse(method.site)
+    if share == TILE:
+        _check_tiles(method, family, site)
     if site.kind not in family.sites:
         raise UsageError(
             f"method {method.name} acts at {method.site}, which family {family.name} does not serve"
@@ -60,7 +86,7 @@ def _check_served(method: type[Pruner], family: Family) -> None:
             f"its sites: {', '.join(family.sites)}{_instead(method, family)}"
         )
     for cue in _wants(method):
-        if cue in family.lacks:
+        if cue in family.lacks and not (cue == "grid" and share == TILE):  # a tile has one
             raise UsageError(
                 f"method {method.name} needs {cue}, which family {family.name} does not have: "
                 f"{family.lacks[cue]}{_instead(method, family)}"
@@ -75,6 +101,19 @@ def _check_served(method: type[Pruner], family: Family) -> None:
     if last >= layers:
         raise UsageError(
             f"method {method.name} prunes before decoder layer {last}, but this model has {layers} layers"
+        )
+
+
+def _check_tiles(method: type[Pruner], family: Family, site: Site) -> None:
+    if not family.tiles:
+        raise UsageError(
+            f"--share tile needs pictures in tiles, and here family {family.name} looks at one in one piece; "
+            "leave it out, or choose a larger --image-size if the model cuts pictures into tiles"
+        )
+    if site.in_decoder:
+        raise UsageError(
+            f"--share tile is for methods at the vision or projector site, and method {method.name} acts at "
+            f"{method.site}, where it weighs all tokens together{_instead(method, family)}"
         )
 
 

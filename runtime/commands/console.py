@@ -192,6 +192,11 @@ def note(name: str, text: str) -> None:
     _complain(name, one_line(text), "note")
 
 
+def warn(name: str, text: str) -> None:
+    """Print a warning, in one line, on standard error. A full disk there stops nothing."""
+    _complain(name, one_line(text), "warning")
+
+
 def say_json(data: Any, indent: int | None = 1) -> None:
     """Print JSON; what a terminal cannot take, or its encoding does not have, is a \\u escape."""
     text = escape_json(json.dumps(data, indent=indent, ensure_ascii=False))

@@ -108,7 +108,7 @@ def test_a_killed_run_goes_on_and_chooses_alike(exported, data, tmp_path, monkey
     scores = [{keep: tried["score"] for keep, tried in run["tried"].items()} for run in (whole, resumed)]
     assert scores[0] == scores[1]
     lines = (out / "answers.jsonl").read_text().splitlines()
-    assert len(lines) == 6 * 3 and len(set(lines)) == len(lines)
+    assert len(lines) == 6 * 4 and len(set(lines)) == len(lines)
 
 
 def test_dry_run_changes_nothing(bundle, data, exported, capsys) -> None:

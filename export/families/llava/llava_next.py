@@ -16,6 +16,7 @@ from vtp.engines import VtpError
 from vtp.export.families.llava.llava import Llava
 from vtp.export.families.llava.tiles import LinesProjector, Views, ViewsEncoder
 from vtp.export.families.reference import TiledReference
+from vtp.export.families.tiles import Tile
 from vtp.runtime.preprocess import ImageSpec
 from vtp.runtime.preprocess.anyres import AnyresSpec, best_resolution
 
@@ -26,8 +27,8 @@ class LlavaNext(Llava):
     name = "llava_next"
     architectures = ("LlavaNextForConditionalGeneration",)
     limits = (
-        "one image size per bundle; CLIP or SigLIP tower; K is for the whole "
-        "picture, all tiles together; vision and projector sites drop the ends of lines"
+        "one image size per bundle; CLIP or SigLIP tower; K is for the whole picture, dealt to tiles with "
+        "--share tile; vision and projector sites drop the ends of lines"
     )
     lacks = MappingProxyType({"grid": "its tokens lie in several tiles"})
     image_kinds = ("anyres",)
@@ -56,6 +57,10 @@ class LlavaNext(Llava):
     @property
     def patch_grid(self) -> tuple[int, int]:
         return 1, len(self.packing.order())
+
+    @property
+    def tiles(self) -> Sequence[Tile]:
+        return self.packing.parts()
 
     def places(self) -> Tensor:
         return self.packing.places()

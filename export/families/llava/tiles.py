@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from vtp.export.families.tiles import Tile
 from vtp.export.pruners.ops import gather_rows
 
 
@@ -55,6 +56,18 @@ class Views:
         whole, width = self.side**2, len(self.columns)
         parts = [whole + line * (width + 1) + cell for line in range(len(self.rows)) for cell in range(width)]
         return torch.tensor([*range(whole), *parts], dtype=torch.int64)
+
+    def parts(self) -> list[Tile]:
+        """The whole picture, then its parts, row by row; parts that are all padding hold nothing and go."""
+        whole, width = self.side**2, len(self.columns)
+        found = [Tile(range(whole), (self.side, self.side))]
+        for tile_row in range(self.tiles[0]):
+            lines = [n for n, row in enumerate(self.rows) if row // self.side == tile_row]
+            for tile_column in range(self.tiles[1]):
+                cells = [n for n, column in enumerate(self.columns) if column // self.side == tile_column]
+                places = [whole + line * width + cell for line in lines for cell in cells]
+                found += [Tile(places, (len(lines), len(cells)))] if places else []
+        return found
 
     def lines(self) -> Tensor:
         """int64 [N]: which patch, counted from 1, is at each place; 0 is the end of a line."""

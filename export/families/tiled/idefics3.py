@@ -20,6 +20,7 @@ from vtp.export.families.base import Family
 from vtp.export.families.tiled.reference import Idefics3Reference
 from vtp.export.families.tiled.runs import Runs, RunsDecoderPruner, RunsSplice, RunsTextCues
 from vtp.export.families.tiled.shuffle import ShuffledEncoder
+from vtp.export.families.tiles import Tile, equal_tiles
 from vtp.export.graphs.decoder import Decoder
 from vtp.export.graphs.encoder import Projector, VisionEncoder
 from vtp.export.graphs.pruner import DecoderPruner
@@ -40,8 +41,9 @@ class Idefics3(Family):
     sites = ("vision", "projector", "decoder")
     several = True
     limits = (
-        "one image size per bundle; K is for the whole picture, all tiles together; tile separators "
-        "are never pruned; methods that need a grid only at one tile; no video"
+        "one image size per bundle; K is for the whole picture, dealt to tiles with --share tile; tile "
+        "separators are never pruned; methods that need a grid only at one tile or with --share tile; no "
+        "video"
     )
     reductions = ("ipcv", "tome")
     unreduced = "a smaller --image-size gives it fewer tiles"
@@ -90,6 +92,11 @@ class Idefics3(Family):
     def grid(self) -> tuple[int, int]:
         side = self._side // self._factor
         return (side, side) if self._views == 1 else (1, self._views * side * side)
+
+    @property
+    def tiles(self) -> Sequence[Tile]:
+        side = self._side // self._factor
+        return equal_tiles(self._views, (side, side))
 
     @property
     def image_size(self) -> tuple[int, int]:

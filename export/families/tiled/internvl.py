@@ -18,6 +18,7 @@ from vtp.engines import VtpError
 from vtp.export.families.base import Family
 from vtp.export.families.tiled.reference import InternVLReference
 from vtp.export.families.tiled.shuffle import ShuffledEncoder
+from vtp.export.families.tiles import Tile, equal_tiles
 from vtp.export.graphs.decoder import Decoder
 from vtp.export.graphs.encoder import Projector, VisionEncoder
 from vtp.export.towers.base import TowerShape
@@ -35,8 +36,8 @@ class InternVL(Family):
     sites = ("vision", "projector", "decoder")
     several = True
     limits = (
-        "one image size per bundle; K is for the whole picture, all tiles together; methods that need a "
-        "grid only at one tile; no video"
+        "one image size per bundle; K is for the whole picture, dealt to tiles with --share tile; methods "
+        "that need a grid only at one tile or with --share tile; no video"
     )
     reductions = ("ipcv", "tome")
     unreduced = "a smaller --image-size gives it fewer tiles"
@@ -69,11 +70,21 @@ class InternVL(Family):
 
     @property
     def grid(self) -> tuple[int, int]:
+        rows, columns = self._tile
+        return (rows, columns) if self._views == 1 else (1, self._views * rows * columns)
+
+    @property
+    def tiles(self) -> Sequence[Tile]:
+        return equal_tiles(self._views, self._tile)
+
+    @property
+    def _tile(self) -> tuple[int, int]:
+        """(rows, columns) of the tokens of one tile."""
         rows, columns = (
             size // patch // self._factor
             for size, patch in zip(self.image_size, self._vision.patch_size, strict=True)
         )
-        return (rows, columns) if self._views == 1 else (1, self._views * rows * columns)
+        return rows, columns
 
     @property
     def image_size(self) -> tuple[int, int]:

@@ -33,8 +33,7 @@ def make_schedules(
     schedules: list[Schedule] = []
     for keep in keeps:
         sites = _sites(method, layers, count, keep, settings)
-        grid = family.grid if Site.parse(method.site).in_decoder else family.patch_grid
-        schedules.append(_schedule(method, grid, sites, settings))
+        schedules.append(_schedule(method, _grid(method, family), sites, settings))
     if len({tuple(pruner.site for pruner in schedule) for schedule in schedules}) > 1:
         raise UsageError(
             f"method {method.name} names other layers for other keep-counts; export them one by one"
@@ -43,6 +42,13 @@ def make_schedules(
         for number, pruner in enumerate(schedule):
             _check_choice(pruner, family, number)
     return schedules
+
+
+def _grid(method: type[Pruner], family: Family) -> tuple[int, int]:
+    """(rows, columns) of the tokens that a method chooses from; of one for videos (frames, their patches)."""
+    if method.reads_frames and family.layout is not None:
+        return family.layout.count, family.layout.patches // family.layout.count
+    return family.grid if Site.parse(method.site).in_decoder else family.patch_grid
 
 
 def site_of(schedule: Schedule) -> Site:
@@ -58,6 +64,12 @@ def _check_served(method: type[Pruner], family: Family) -> None:
             f"method {method.name} acts at {method.site}, which family {family.name} does not serve"
             f"{' for videos' if family.media == 'video' else ''}; "
             f"its sites: {', '.join(family.sites)}{_instead(method, family)}"
+        )
+    if method.reads_frames and family.layout is None:
+        raise UsageError(
+            f"method {method.name} compares the frames of a video, and this bundle is for pictures; give "
+            f"--frames with a family that answers about videos, or choose another method"
+            f"{_instead(method, family)}"
         )
     for cue in _wants(method):
         if cue in family.lacks:
@@ -89,7 +101,9 @@ def _instead(method: type[Pruner], family: Family) -> str:
     served = [
         other
         for other in others
-        if Site.parse(other.site).kind in family.sites and not set(_wants(other)) & set(family.lacks)
+        if Site.parse(other.site).kind in family.sites
+        and not set(_wants(other)) & set(family.lacks)
+        and not (other.reads_frames and family.layout is None)
     ]
     wanted = Site.parse(method.site).kind
     served.sort(key=lambda other: Site.parse(other.site).kind != wanted)

@@ -24,6 +24,7 @@ class Pruner(nn.Module):
                the rows, into which others may have been merged.
     reads_grid False: `grid` only tells how many tokens there are. True: neighbours in it are neighbours in
                the picture, so the method is refused where the tokens form no grid.
+    reads_frames  True: a method for videos alone; `grid` is then (frames, patches of a frame).
     positions  default of the exporter's option of that name at vision and projector sites: "compact"
                (pruned tokens never existed) or "original" (kept tokens keep their places).
     paper      "arXiv NNNN.NNNNN", or "" for a baseline.
@@ -62,6 +63,7 @@ class Pruner(nn.Module):
     options: ClassVar[dict[str, Any]] = {}
     merges: ClassVar[bool] = False
     reads_grid: ClassVar[bool] = False
+    reads_frames: ClassVar[bool] = False
     positions: ClassVar[str] = "compact"
     paper: ClassVar[str] = ""
 

@@ -66,6 +66,11 @@ def find_method(name: str) -> type[Pruner]:
     return method
 
 
+def picture_methods() -> list[str]:
+    """Every method's name, "none" first, but those for videos alone."""
+    return [name for name in method_names() if name == NONE or not find_method(name).reads_frames]
+
+
 def load_outside(spec: str) -> type[Pruner]:
     """Load a pruner class from a user's own file, written "FILE.py:CLASS", and check its declaration.
 

@@ -188,6 +188,20 @@ def otprune(grid: tuple[int, int], keep: int, image_embeds: np.ndarray, gamma: f
     return sorted(kept), margin
 
 
+def evs(grid: tuple[int, int], keep: int, image_embeds: np.ndarray) -> Chosen:
+    """The first frame; then the cells least like the same cell one frame before, wherever in the clip."""
+    frames, cells = grid
+    rows = [[float(number) for number in row] for row in image_embeds]
+    unlike = []
+    for place in range(cells, frames * cells):
+        one, other = rows[place], rows[place - cells]
+        lengths = math.hypot(*one) * math.hypot(*other)
+        product = math.fsum(a * b for a, b in zip(one, other, strict=True))
+        unlike.append(1 - product / lengths if lengths else 1.0)
+    order = descending(unlike)[: keep - cells]
+    return sorted([*range(cells), *(cells + place for place in order)]), gap(unlike)
+
+
 REFERENCES: dict[str, Callable[..., Chosen]] = {
     **numpy_pruners.REFERENCES,
     "fastervlm": fastervlm,
@@ -196,6 +210,7 @@ REFERENCES: dict[str, Callable[..., Chosen]] = {
     "scope": scope,
     "holov": holov,
     "dart": dart,
+    "evs": evs,
     "hiprune": hiprune,
     "otprune": otprune,
     "prunesid": prunesid,
@@ -203,3 +218,4 @@ REFERENCES: dict[str, Callable[..., Chosen]] = {
 
 # Below these margins engines' rounding may decide on arbitrary floats.
 MARGINS = {"otprune": 1e-9, "prunesid": 2e-6, "divprune": 2e-6, "scope": 4e-6, "dart": 1e-6, "focal": 2e-6}
+MARGINS |= {"evs": 1e-6}

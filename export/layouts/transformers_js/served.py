@@ -71,7 +71,7 @@ def served_methods() -> list[str]:
 
 
 def _serves(method: type[Pruner]) -> bool:
-    return not Site.parse(method.site).in_decoder and not _reads_text(method)
+    return not (Site.parse(method.site).in_decoder or _reads_text(method) or method.reads_frames)
 
 
 def _reads_text(method: type[Pruner]) -> bool:

@@ -123,6 +123,13 @@ CASES = {
     "focal": [*ANY, Case((12, 13), 40), Case((1, 9), 4), Case((6, 5), 12, {"reach": 0.4})],
     "hiprune": [*ANY, Case((6, 5), 12, {"alpha": 0.9}), Case((4, 5), 3, {"alpha": 1.0})],
     "prunesid": [*ANY, Case((6, 6), 20, {"group": 3})],
+    "evs": [  # frames of so many patches
+        Case((4, 4), 4),
+        Case((3, 5), 11),
+        Case((3, 5), 15),
+        Case((1, 9), 9),
+        Case((5, 4), 9, dtype="float16"),
+    ],
     "otprune": [*ANY, Case((5, 6), 12, {"gamma": 3.0})],
     "apet": [*ANY, Case((6, 7), 15, {"basis": 4}), Case((5, 5), 20, {"basis": 8}, dtype="float16")],
     "vscan": [

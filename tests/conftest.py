@@ -57,6 +57,16 @@ BUNDLES: dict[str, tuple[str, dict[str, Any]]] = {
     "adaptprune": ("gqa", {"method": "adaptprune", "keep_tokens": "4,7"}),
     "fastv": ("gqa", {"method": "fastv", "keep_tokens": "5"}),
     "float16": ("gqa", {"method": "vispruner", "keep_tokens": "6", "dtype": "float16"}),
+    "stc": (
+        "gqa",
+        {
+            "method": "vispruner",
+            "keep_tokens": "6",
+            "tower": "stc:0.25",
+            "tower_options": ["every=4", "alike=0.8"],
+            "verify": "full",
+        },
+    ),
     "jetpack6": ("gqa", {"method": "adaptprune", "keep_tokens": "5", "target": "jetpack6", "verify": "full"}),
     "mha": ("mha", {"method": "none"}),
     "qwen2": ("qwen2", {"method": "none"}),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -33,6 +35,12 @@ def pixels(layout: BundleLayout) -> GraphInput:
     batch: dict[int, str] = {0: BATCH} if family.views == 1 else {}
     views = _B if family.views == 1 else family.views
     return GraphInput("pixel_values", zeros(layout, views, 3, *family.image_size), batch)
+
+
+def tower_state(layout: BundleLayout, names: Sequence[str]) -> list[GraphInput]:
+    """A reference picture's state, of all rows of the tower; no row is zero, as none is in a picture."""
+    rows, width = layout.family.tower_shape.rows, layout.family.feature_width
+    return [GraphInput(name, torch.ones(_B, rows, width, dtype=layout.dtype), {0: BATCH}) for name in names]
 
 
 def features(layout: BundleLayout) -> GraphInput:

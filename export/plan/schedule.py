@@ -77,7 +77,7 @@ def _check_served(method: type[Pruner], family: Family) -> None:
                 f"method {method.name} needs {cue}, which family {family.name} does not have: "
                 f"{family.lacks[cue]}{_instead(method, family)}"
             )
-    early, reduction = of_whole_tower(method.needs), family.row_reduction
+    early, reduction = of_whole_tower(method.needs), family.row_reduction or family.stream_reuse
     if early and reduction:
         raise UsageError(
             f"method {method.name} needs {early[0]}, which a tower with fewer rows does not give; leave out "

@@ -58,6 +58,9 @@ class PlainImages:
         groups = [list(range(first, len(pictures)))[:most] for first in range(0, len(pictures), most)]
         return self._run_groups(keep, pictures, groups, timings, check)
 
+    def forget(self) -> None:
+        """Let the next picture be the first of a stream; where each is by itself, nothing has to be done."""
+
     def close(self) -> None:
         """Let go of what is kept from run to run."""
 

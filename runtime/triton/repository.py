@@ -59,6 +59,11 @@ def write_repository(bundle: Bundle, folder: Path, name: str = "vtp", engine: st
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
         raise UsageError(f"'{name}' is not a valid name for a Triton model; use letters, digits, - and _")
+    if bundle.manifest.stream is not None:
+        raise UsageError(
+            f"{bundle.folder} was made for a camera's pictures (--tower stc), and Triton's requests do not "
+            "follow one another; export it without --tower stc"
+        )
     with whole_folder(folder, lambda: _check_free(folder)) as aside:
         return _write(bundle, aside, name, engine)
 

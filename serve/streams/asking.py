@@ -53,6 +53,12 @@ class Asker:
         self._pipeline.prepare(_blank(), prompt, None, GenerateOptions(**self._options))
         return prompt
 
+    def begin(self) -> None:
+        """Reuse nothing of pictures that were asked about before this stream's. Raises Busy."""
+        if self._pipeline.manifest.stream is not None:
+            with self._pipeline.claimed() as runner:
+                runner.images.forget()
+
     def answer(self, picture: Image.Image, prompt: str) -> Result:
         """The prompt's answer. Raises Cancelled."""
         stream = self._pipeline.stream(picture, prompt, **self._options)

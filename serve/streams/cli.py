@@ -78,6 +78,11 @@ def build_parser() -> argparse.ArgumentParser:
     add_threads(parser)
     add("--prefix-caching", action="store_true", help="read what the prompts of one frame share once")
     add(
+        "--stream-reuse",
+        action="store_true",
+        help="recompute only what changed of a frame in the vision tower; of a bundle made with --tower stc",
+    )
+    add(
         "--page",
         nargs="?",
         const=PAGE_PORT,
@@ -202,8 +207,11 @@ def _pipeline(args: argparse.Namespace, questions: int) -> Pipeline:
         local_bundle(args.bundle, say=_tell, bars=not args.json),
         args.engine,
         None if args.threads is None else whole_number("threads", args.threads),
-        vision_feature_cache=int(questions > 1),
+        vision_feature_cache=int(
+            questions > 1 and not args.stream_reuse
+        ),  # which keeps the last frame itself
         prefix_caching=args.prefix_caching,
+        stream_reuse=args.stream_reuse,
     )
 
 

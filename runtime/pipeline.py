@@ -124,8 +124,8 @@ class Pipeline:
         opening       where TensorRT's engines lie, and what CUDA may do (see `Opening`)
         check_memory  refuse a bundle that takes more than is left here; VTP_CHECK_MEMORY=0 turns it off too
         revision      branch, tag or commit of a bundle of the hub; None: main
-        stream_reuse  take pictures for a camera's, one after the other: the tower of a bundle made with
-                      `--tower stc` recomputes what changed
+        stream_reuse  take pictures for a camera's, one after the other: a bundle made with `--tower stc` or
+                      `--method change` makes use of those before
         image_cache, reuse_prompt  the earlier names of `vision_feature_cache` and `prefix_caching`
 
         Caches change timings, and the last bits of logits (the vision feature cache if several pictures would
@@ -134,10 +134,8 @@ class Pipeline:
         Raises VtpError for a bundle that is damaged or cannot run here, UsageError for a bad argument.
         """
         threads = thread_count(threads)
-        most = max(
-            prompts_kept("vision_feature_cache", vision_feature_cache),
-            prompts_kept("image_cache", image_cache),
-        )
+        caches = {"vision_feature_cache": vision_feature_cache, "image_cache": image_cache}
+        most = max(prompts_kept(name, value) for name, value in caches.items())
         hashed = flag("check_hashes", check_hashes)
         checked = flag("check_memory", check_memory) and not switched_off()
         caching, earlier = flag("prefix_caching", prefix_caching), flag("reuse_prompt", reuse_prompt)
@@ -377,6 +375,7 @@ class Pipeline:
         blank = [Image.new("RGB", (width, height))] * (spec.frames or 1)
         for keep in self.manifest.visual.keep:
             self.generate(blank, "warm up", keep_tokens=keep, max_new_tokens=2)
+        self._open_runner().images.forget()
 
     def close(self) -> None:
         """Free every graph; the pipeline cannot be used afterwards."""

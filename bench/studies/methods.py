@@ -88,7 +88,7 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _names(text: str) -> list[str]:
-    known = picture_methods()
+    known = [name for name in picture_methods() if name != "change"]  # which compares pictures of a camera
     names = known if text == "all" else [NONE, *(name for name in text.split(",") if name != NONE)]
     for name in names:
         if name not in known:

@@ -44,7 +44,7 @@ class LaterEncoder(ReferenceEncoder):
     """pixel_values, then a reference picture's state -> image_features, the cues, which rows each block
     recomputed (int64 [B,u] each), and the mean cosine of the first block's keys, float32 [B]."""
 
-    def forward(self, pixel_values: Tensor, *state: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def forward(self, pixel_values: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
         hidden = self.embed(pixel_values)
         with active(TowerProbe(self.has_cls)):
             made, rows, alike = self.reuse.encode_later(

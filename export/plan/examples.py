@@ -58,8 +58,13 @@ def feature_cues(layout: BundleLayout) -> dict[str, Tensor]:
         "vision_keys": zeros(layout, _B, layout.patches, layout.family.feature_width),
         "image_embeds": zeros(layout, _B, layout.patches, layout.family.decoder.wide(0)),
         **{name: torch.rand(_B, layout.patches) for name in SCORES},
+        **{name: _pixels(layout) for name in ("picture", "reference_picture") if name in layout.needs},
         **_text(layout),
     }
+
+
+def _pixels(layout: BundleLayout) -> Tensor:
+    return zeros(layout, _B, 3, *layout.family.image_size)
 
 
 def input_ids() -> GraphInput:

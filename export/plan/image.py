@@ -60,4 +60,5 @@ def feature_pruners(layout: BundleLayout, when: str, rows: str, kept: str) -> It
         module = FeaturePruner(schedule[0], cues, family.places(), family.widths)
         inputs = [GraphInput(cue, tensors[cue], axes(cue)) for cue in cues]
         yield GraphSpec(file, module, inputs, outputs, rewrite=False)
-        yield stage("pruner", when, cues, outputs, file=file, keep=schedule[0].keep)
+        reads = {cue: "pixel_values" if cue == "picture" else cue for cue in cues}
+        yield stage("pruner", when, reads, outputs, file=file, keep=schedule[0].keep)

@@ -71,6 +71,11 @@ def _check_served(method: type[Pruner], family: Family) -> None:
             f"--frames with a family that answers about videos, or choose another method"
             f"{_instead(method, family)}"
         )
+    if "picture" in method.needs and (family.patches is not None or family.views > 1):
+        raise UsageError(
+            f"method {method.name} compares pictures pixel by pixel, and those of family {family.name} come "
+            f"in as patches, tiles or frames{_instead(method, family)}"
+        )
     for cue in _wants(method):
         if cue in family.lacks:
             raise UsageError(
@@ -203,6 +208,7 @@ def cue_shapes(pruner: Pruner, family: Family, batch: int, text: int) -> dict[st
     return {
         "image_features": (batch, count, family.feature_width),
         "vision_keys": (batch, count, family.feature_width),
+        **dict.fromkeys(("picture", "reference_picture"), (batch, 3, *family.image_size)),
         **dict.fromkeys(SCORES, (batch, count)),
         "next_scores": (batch, count),
         "image_embeds": (batch, count, decoder.width),

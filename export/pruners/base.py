@@ -39,6 +39,7 @@ class Pruner(nn.Module):
         middle_received   float32 [B,N]  the same of a block at three eighths of the tower's depth
         early_scores      float32 [B,N]  attention_scores of a block at a quarter of the depth
         vision_keys       [B,N,C]  k_proj of the layer that makes the features, heads side by side
+        picture, reference_picture  [B,3,H,W]  pixel_values of the picture, and of the one it is compared with
     at site projector (a method that takes text runs once a prompt, the others once a picture):
         image_embeds      [B,N,D]
         attention_scores, received_scores, middle_received, early_scores  as above

@@ -27,7 +27,7 @@ _PACKAGE = __name__.rpartition(".")[0]
 
 # What a pruner may ask for, by the kind of its site.
 CUES: dict[str, tuple[str, ...]] = {
-    "vision": ("image_features", *TOWER_CUES),
+    "vision": ("image_features", *TOWER_CUES, "picture", "reference_picture"),
     "projector": ("image_embeds", *SCORES, "text_embeds", "text_mask"),
     "decoder": (
         "attention_scores",

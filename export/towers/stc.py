@@ -40,7 +40,7 @@ class Stc(TowerReduction):
     name = "stc"
     paper = "arXiv 2512.00891"
     main = "recompute"
-    options: ClassVar[dict[str, Any]] = {"recompute": 0.25, "alike": 0.9, "every": 30}
+    options: ClassVar[dict[str, Any]] = {"recompute": 0.25, "alike": 0.8, "every": 30}
 
     def check_settings(self) -> None:
         if not 0 < self.settings["recompute"] <= 1:

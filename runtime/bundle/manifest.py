@@ -363,7 +363,7 @@ def _check_flow(manifest: Manifest, keep: int) -> None:
     """Every pipeline tensor is there before a stage reads it, and what the pipeline reads comes out."""
     known: set[str] = set()
     for when, given, wanted in (
-        ("image", {"pixel_values"}, set()),
+        ("image", {"pixel_values", "reference_picture"}, set()),
         ("prefill", {"input_ids", "image_start", "text_length"}, {"logits", "next_position"}),
         ("step", {"input_ids", "position_ids"}, {"logits"}),
     ):

@@ -8,6 +8,7 @@ from typing import Any
 
 STREAM = "stream"  # the moment of the stage that stands for the encoder on a later picture
 RECOMPUTED = "recomputed."  # the outputs that say which rows a block recomputed, before its number
+PICTURE = "reference_picture"  # what a method reads that compares a picture with the one before
 COSINE = "reference_cosine"  # what it gives beside the encoder's outputs, float32 [B]
 
 
@@ -41,6 +42,16 @@ def stream_problem(info: StreamInfo | None, stages: Sequence[Any]) -> str:
         return f"stage {later[0].name} reads {sorted(lacking)}, which {whole[0].name} does not give"
     lacking = {COSINE, *whole[0].outputs.values()} - state - given
     return f"stage {later[0].name} does not give {sorted(lacking)}" if lacking else ""
+
+
+def compares(stages: Sequence[Any]) -> bool:
+    """Whether a method compares a picture with the one before."""
+    return any(PICTURE in stage.inputs.values() for stage in stages)
+
+
+def uses_earlier(manifest: Any) -> bool:
+    """Whether a bundle makes use of a camera's earlier pictures, if it is asked to."""
+    return manifest.stream is not None or compares(manifest.stages)
 
 
 def stream_state(stages: Sequence[Any]) -> set[str]:

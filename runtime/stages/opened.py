@@ -12,7 +12,7 @@ from vtp.engines import Engine, Value, VtpError, capabilities
 from vtp.engines.errors import quoted
 from vtp.runtime.bundle.folder import Bundle
 from vtp.runtime.bundle.manifest import Manifest, StageInfo, TensorInfo
-from vtp.runtime.bundle.stream_info import STREAM, stream_state
+from vtp.runtime.bundle.stream_info import STREAM, compares, stream_state
 from vtp.runtime.stages.kv_cache import KvCache
 from vtp.runtime.stages.prefix_cache import Prefix
 from vtp.runtime.stages.stage import Stage
@@ -38,6 +38,7 @@ class OpenedStages:
         self._engine = engine
         self._prefix = prefix
         self._engines: dict[str, Engine] = {}
+        self.compares = compares(self.manifest.stages)
         self._unread = stream_state(self.manifest.stages) if STREAM in skip else set[str]()
         files = dict.fromkeys(stage.file for stage in self.manifest.stages if stage.when not in skip)
         for file in sorted(files, key=self._bytes, reverse=True):

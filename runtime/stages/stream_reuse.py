@@ -11,7 +11,7 @@ import numpy as np
 
 from vtp.engines import UsageError, Value
 from vtp.runtime.bundle.manifest import Manifest, StreamInfo
-from vtp.runtime.bundle.stream_info import COSINE, STREAM, state_of
+from vtp.runtime.bundle.stream_info import COSINE, STREAM, state_of, uses_earlier
 from vtp.runtime.opening import Opening
 from vtp.runtime.result import Timings
 from vtp.runtime.stages.image_stages import PlainImages
@@ -24,10 +24,10 @@ def check_stream_reuse(manifest: Manifest, opening: Opening, cache: VisionFeatur
     """Raise UsageError where `stream_reuse` is asked for and cannot be served."""
     if not opening.stream_reuse:
         return
-    if manifest.stream is None:
+    if not uses_earlier(manifest):
         raise UsageError(
-            "this bundle's vision tower reuses nothing of earlier pictures; leave out stream_reuse, or "
-            "export it with --tower stc"
+            "this bundle makes no use of earlier pictures; leave out stream_reuse, or export it with --tower "
+            "stc or --method change"
         )
     if cache is not None or opening.image is not None:
         kept = "a vision feature cache" if cache is not None else "image stages that something else runs"
@@ -64,11 +64,15 @@ class StreamedImages(PlainImages):
 
     def forget(self) -> None:
         """Compute the next picture whole."""
-        self._state, self._pictures, self._last = {}, 0, None
+        super().forget()
+        self._renew()
 
     def close(self) -> None:
         """Let go of the reference picture's state."""
         self.forget()
+
+    def _renew(self) -> None:
+        self._state, self._pictures, self._last = {}, 0, None
 
     def _encoded(
         self, encoder: Stage, pixels: np.ndarray, timings: Timings, check: Check
@@ -78,7 +82,7 @@ class StreamedImages(PlainImages):
         if self._last is not None and self._last[0] == name:
             timings.reused_stages.append(encoder.info.name)
             return dict(self._last[1]), self._last[2]
-        values = {"pixel_values": self._opened.put(pixels)}
+        values = self._given(pixels)
         done = self._reused(values, timings, check) or self._whole(encoder, values, timings, check)
         self._last = name, dict(values), done
         return values, done
@@ -100,7 +104,7 @@ class StreamedImages(PlainImages):
         self, encoder: Stage, values: dict[str, Value], timings: Timings, check: Check
     ) -> dict[str, float]:
         """Compute the picture whole, and keep it for the next ones' reference."""
-        self.forget()
+        self._renew()
         run_stages([encoder], values, timings, check=check)
         later = self._opened.stages(STREAM, 0)[0]
         self._state = {to: values[to] for to in state_of(later.info)}

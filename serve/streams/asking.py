@@ -10,6 +10,7 @@ from typing import Any
 from PIL import Image
 
 from vtp.engines import UsageError, VtpError
+from vtp.runtime.bundle.stream_info import uses_earlier
 from vtp.runtime.decisions.answer import DecisionAnswer, decide
 from vtp.runtime.decisions.decision import Decision
 from vtp.runtime.decisions.question import Question
@@ -55,7 +56,7 @@ class Asker:
 
     def begin(self) -> None:
         """Reuse nothing of pictures that were asked about before this stream's. Raises Busy."""
-        if self._pipeline.manifest.stream is not None:
+        if uses_earlier(self._pipeline.manifest):
             with self._pipeline.claimed() as runner:
                 runner.images.forget()
 

@@ -44,4 +44,4 @@ def test_a_bundle_that_reuses_nothing_is_refused(
 ) -> None:
     assert streams.main([str(exported("vispruner").folder), "--scenes", "1"]) == 2
     said = capsys.readouterr().err.strip()
-    assert "reuses nothing of earlier pictures" in said and "\n" not in said
+    assert "makes no use of earlier pictures" in said and "\n" not in said

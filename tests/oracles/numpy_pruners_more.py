@@ -188,6 +188,22 @@ def otprune(grid: tuple[int, int], keep: int, image_embeds: np.ndarray, gamma: f
     return sorted(kept), margin
 
 
+def change(grid: tuple[int, int], keep: int, picture: np.ndarray, reference_picture: np.ndarray) -> Chosen:
+    """The cells whose pixels differ most, on the mean, from the reference's."""
+    rows, columns = grid
+    height, width = picture.shape[1] // rows, picture.shape[2] // columns
+    means = []
+    for y in range(rows):
+        for x in range(columns):
+            apart = [
+                abs(float(picture[place]) - float(reference_picture[place]))
+                for place in np.ndindex(picture.shape)
+                if place[1] // height == y and place[2] // width == x
+            ]
+            means.append(math.fsum(apart) / len(apart))
+    return sorted(descending(means)[:keep]), gap(means)
+
+
 def evs(grid: tuple[int, int], keep: int, image_embeds: np.ndarray) -> Chosen:
     """The first frame; then the cells least like the same cell one frame before, wherever in the clip."""
     frames, cells = grid
@@ -209,6 +225,7 @@ REFERENCES: dict[str, Callable[..., Chosen]] = {
     "divprune": divprune,
     "scope": scope,
     "holov": holov,
+    "change": change,
     "dart": dart,
     "evs": evs,
     "hiprune": hiprune,
@@ -218,4 +235,4 @@ REFERENCES: dict[str, Callable[..., Chosen]] = {
 
 # Below these margins engines' rounding may decide on arbitrary floats.
 MARGINS = {"otprune": 1e-9, "prunesid": 2e-6, "divprune": 2e-6, "scope": 4e-6, "dart": 1e-6, "focal": 2e-6}
-MARGINS |= {"evs": 1e-6}
+MARGINS |= {"evs": 1e-6, "change": 2e-6}

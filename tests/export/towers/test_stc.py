@@ -171,6 +171,8 @@ def test_several_pictures_and_a_new_stream(camera: Pipeline) -> None:
     with camera.claimed() as runner:
         runner.images.forget()
     assert camera.generate(frame(1, 3), ASKED, max_new_tokens=2).tower["rows"] == 17  # type: ignore[index]
+    camera.warmup()  # on a blank picture, which is nobody's reference
+    assert "vision_encoder_later" not in camera.generate(frame(1), ASKED, max_new_tokens=2).timings.stages
     options = ["red", "color"]
     decided = camera.decide(frame(1, 4), "what is it ?", options, labels="texts")
     assert decided.tower is not None and decided.tower["rows"] == 4
@@ -178,7 +180,7 @@ def test_several_pictures_and_a_new_stream(camera: Pipeline) -> None:
 
 def test_reuse_is_refused_where_there_is_none(bundle: Bundle, exported: Callable[[str], Any]) -> None:
     with pytest.raises(
-        UsageError, match="reuses nothing of earlier pictures; leave out stream_reuse, or exp"
+        UsageError, match="makes no use of earlier pictures; leave out stream_reuse, or export"
     ):
         Pipeline.load(exported("vispruner").folder, engine="ort-cpu", stream_reuse=True)
     with pytest.raises(UsageError, match="does not go together with a vision feature cache; choose one"):

@@ -87,6 +87,17 @@ def test_frames_are_recomputed_in_part(
     assert f", {rows.count(4)} recomputed in part in " in error
 
 
+def test_a_method_that_compares_frames_is_given_the_one_before(
+    exported: Callable[[str], Any], clip: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, told = exported("change").folder, "without --stream-reuse that is what differs from grey"
+    asked = ("--prompt", PROMPT, "--every-frame", "--max-new-tokens", 1, "--until", 1, "--json")
+    code, _, error = run(capsys, folder, clip, *asked)
+    assert code == 0 and told in error
+    code, out, error = run(capsys, folder, clip, *asked, "--stream-reuse")
+    assert code == 0 and told not in error and "tower" not in json.loads(out)
+
+
 def test_lines_for_people(tiny: Path, clip: Path, capsys: pytest.CaptureFixture[str]) -> None:
     asked = ("--prompt", PROMPT, "--every-frame", "--max-new-tokens", 2)
     code, out, _ = run(capsys, tiny, clip, *asked, "--until", 2)

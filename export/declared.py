@@ -40,7 +40,7 @@ def methods() -> list[dict[str, Any]]:
                     "method": name,
                     "site": method.site,
                     "does": "merges" if method.merges else "selects",
-                    "needs": list(method.needs),
+                    "needs": [*method.needs, *(["frames"] if method.reads_frames else [])],
                     "K of 576": method.default_keep(576),
                     "options": _options(method),
                     "paper": method.paper,

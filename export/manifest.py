@@ -24,6 +24,7 @@ from vtp.runtime.bundle.manifest import (
     Manifest,
     MethodInfo,
     ModelInfo,
+    StreamInfo,
     TensorInfo,
     TowerInfo,
     VisualInfo,
@@ -60,6 +61,7 @@ def describe(folder: Path, job: Job, plan: Plan) -> Manifest:
         versions=_versions(),
         generation=model.generation.info,
         tower=_tower_info(family),
+        stream=_stream_info(family),
     )
 
 
@@ -69,6 +71,14 @@ def _tower_info(family: Family) -> TowerInfo | None:
         return None
     kind = reduced.reduction
     return TowerInfo(kind.name, reduced.rows, reduced.of, dict(kind.settings), kind.paper)
+
+
+def _stream_info(family: Family) -> StreamInfo | None:
+    reuse, rows = family.stream_reuse, family.reduced.of if family.reduced else 0
+    if reuse is None:
+        return None
+    settings = reuse.settings
+    return StreamInfo(reuse.recomputed(rows), rows, float(settings["alike"]), settings["every"])
 
 
 def _frame_info(frames: Frames | None) -> FrameInfo | None:

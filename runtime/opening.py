@@ -13,6 +13,7 @@ import numpy as np
 from vtp.engines import Engine, VtpError, capabilities, open_graph
 from vtp.engines.tensorrt.store import cache_folder
 from vtp.runtime.bundle.folder import Bundle
+from vtp.runtime.bundle.stream_info import STREAM
 from vtp.runtime.shell import command_line
 
 NEVER_RUN = (
@@ -35,6 +36,7 @@ class Opening:
                       pipeline's names; their graphs are then not opened here
     elsewhere         graph file -> engine, for graphs that another engine of the same device runs
     wrapped           graph file -> what is made of its opened graph, and takes its place
+    stream_reuse      take pictures for a camera's, one after the other: the tower recomputes what changed
     """
 
     engines: Path | None = None
@@ -43,6 +45,18 @@ class Opening:
     image: Callable[[int, np.ndarray], Mapping[str, np.ndarray]] | None = None
     elsewhere: Mapping[str, str] = field(default_factory=dict)
     wrapped: Mapping[str, Callable[[Engine], Engine]] = field(default_factory=dict)
+    stream_reuse: bool = False
+
+    @property
+    def skipped(self) -> frozenset[str]:
+        """The moments whose graphs are not opened."""
+        moments = {"image": self.image is not None, STREAM: not self.stream_reuse}
+        return frozenset(moment for moment, skips in moments.items() if skips)
+
+
+def every_graph(bundle: Bundle) -> Opening:
+    """A way to open a bundle with all its graphs, those of a camera's later pictures among them."""
+    return Opening(stream_reuse=bundle.manifest.stream is not None)
 
 
 def open_stage(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -102,6 +103,7 @@ class Pipeline:
         *,
         check_memory: bool = True,
         revision: str | None = None,
+        stream_reuse: bool = False,
         image_cache: int = 0,
         reuse_prompt: bool = False,
     ) -> Pipeline:
@@ -116,38 +118,36 @@ class Pipeline:
         threads       CPU threads of one operator; None: all cores
         check_hashes  also compare every file's sha256 with the manifest (reads all weights)
         vision_feature_cache  keep what the image stages gave for the pictures of the last N prompts, for a
-                      next prompt about any of them; `vision_feature_cache_bytes` says how much memory that
-                      takes
+                      next prompt about any of them: see `vision_feature_cache_bytes`
         prefix_caching  read a prompt on from what it shares with the one before (and its answer): a picture
                       and the turns of a conversation are then read once
         opening       where TensorRT's engines lie, and what CUDA may do (see `Opening`)
-        check_memory  refuse a bundle that takes more than this machine, or a limit of this process, leaves;
-                      VTP_CHECK_MEMORY=0 turns it off as well
+        check_memory  refuse a bundle that takes more than is left here; VTP_CHECK_MEMORY=0 turns it off too
         revision      branch, tag or commit of a bundle of the hub; None: main
+        stream_reuse  take pictures for a camera's, one after the other: a bundle made with `--tower stc` or
+                      `--method change` makes use of those before
         image_cache, reuse_prompt  the earlier names of `vision_feature_cache` and `prefix_caching`
 
-        Both caches change timings, and the last bits of logits (the vision feature cache if several pictures
-        would run together): they are off unless asked for.
+        Caches change timings, and the last bits of logits (the vision feature cache if several pictures would
+        run together), and stream_reuse changes answers: all are off unless asked for.
 
         Raises VtpError for a bundle that is damaged or cannot run here, UsageError for a bad argument.
         """
         threads = thread_count(threads)
-        most = max(
-            prompts_kept("vision_feature_cache", vision_feature_cache),
-            prompts_kept("image_cache", image_cache),
-        )
+        caches = {"vision_feature_cache": vision_feature_cache, "image_cache": image_cache}
+        most = max(prompts_kept(name, value) for name, value in caches.items())
         hashed = flag("check_hashes", check_hashes)
         checked = flag("check_memory", check_memory) and not switched_off()
         caching, earlier = flag("prefix_caching", prefix_caching), flag("reuse_prompt", reuse_prompt)
+        how = replace(opening or Opening(), stream_reuse=flag("stream_reuse", stream_reuse))
 
         def load(folder: Path) -> Pipeline:
             opened = open_bundle(folder, hashed)
             choice = choose_engines(opened, engine, threads=threads)
             if checked:
-                image = "image" if opening is not None and opening.image is not None else None
-                check_fits(opened, choice.choice.engine, memory_room(), image)
+                check_fits(opened, choice.choice.engine, memory_room(), how.skipped)
             try:
-                return cls(opened, choice, threads, most, caching or earlier, opening)
+                return cls(opened, choice, threads, most, caching or earlier, how)
             except MemoryError as error:
                 raise VtpError(_NO_MEMORY) from error
 
@@ -375,6 +375,7 @@ class Pipeline:
         blank = [Image.new("RGB", (width, height))] * (spec.frames or 1)
         for keep in self.manifest.visual.keep:
             self.generate(blank, "warm up", keep_tokens=keep, max_new_tokens=2)
+        self._open_runner().images.forget()
 
     def close(self) -> None:
         """Free every graph; the pipeline cannot be used afterwards."""

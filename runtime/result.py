@@ -24,7 +24,8 @@ class Timings:
     there is none), `tpot` the mean time of every further token, `total` all of it. Of a stream, the time
     between the call and its first `next()` is not counted. Of a pipeline that keeps something of earlier
     answers, `reused_stages` names the image stages whose outputs were taken from its vision feature cache,
-    and `reused_tokens` counts the prompt's tokens, visual ones among them, that were not read again.
+    and `reused_tokens` counts the prompt's tokens, visual ones among them, that were not read again; `tower`
+    says how many rows its vision tower recomputed of a camera's picture.
     """
 
     stages: dict[str, float] = field(default_factory=dict)
@@ -33,6 +34,7 @@ class Timings:
     total: float = 0.0
     reused_stages: list[str] = field(default_factory=list)
     reused_tokens: int = 0
+    tower: dict[str, float] | None = None
 
     @contextmanager
     def measure(self, stage: str) -> Iterator[None]:
@@ -95,7 +97,9 @@ class Result:
     prompt_tokens   text tokens of the prompt, without the picture's
     finish_reason   "eos", "stop" (a stop string, or the response format is complete), "length"
                     (max_new_tokens or the cache is full), "timeout" (timeout_ms), "cancelled"
-    tower           {"name", "rows", "of"} of a bundle whose vision tower works on fewer rows; else None
+    tower           {"name", "rows", "of"} of a bundle whose vision tower works on fewer rows; else None. With
+                    stream_reuse, rows are those recomputed of this picture, and "cosine" says how much it
+                    was like the reference picture, unless it was computed whole
     logprobs        with the option of that name, an entry for each of `token_ids` that is part of the text:
                     not for the one that ended it, nor for what a stop string cut off
     """

@@ -57,6 +57,17 @@ BUNDLES: dict[str, tuple[str, dict[str, Any]]] = {
     "adaptprune": ("gqa", {"method": "adaptprune", "keep_tokens": "4,7"}),
     "fastv": ("gqa", {"method": "fastv", "keep_tokens": "5"}),
     "float16": ("gqa", {"method": "vispruner", "keep_tokens": "6", "dtype": "float16"}),
+    "change": ("gqa", {"method": "change", "keep_tokens": "3", "verify": "full"}),
+    "stc": (
+        "gqa",
+        {
+            "method": "vispruner",
+            "keep_tokens": "6",
+            "tower": "stc:0.25",
+            "tower_options": ["every=4", "alike=0.8"],
+            "verify": "full",
+        },
+    ),
     "jetpack6": ("gqa", {"method": "adaptprune", "keep_tokens": "5", "target": "jetpack6", "verify": "full"}),
     "mha": ("mha", {"method": "none"}),
     "qwen2": ("qwen2", {"method": "none"}),
@@ -129,6 +140,7 @@ LONG_TAIL = re.compile(
             # One graph of each method of 2026; vispruner's and prumerge's stay for continuous cues.
             r"test_pruners\.py.*_graph_.*\[(hiprune|otprune|vscan|apet|prunesid)-(?!6x5-12|5x6-12|6x7-|6x6-20)",
             r"test_pruners\.py.*_graph_.*_continuous_cues\[(hiprune|otprune|vscan|apet|prunesid)-",
+            r"test_pruners\.py.*_graph_.*\[(evs-(?!3x5-11)|change-(?!5x7-11))",
             r"test_pruners\.py.*_graph_.*\[(?!vispruner|focal|prumerge|sparsevlm)\w+-(4x4-1|3x5-15|1x9-4)-f",
             r"test_pruners\.py.*_graph_.*\[adaptprune-12x13",  # focal's has two bands as well, and 24x24
             r"test_pruners\.py.*_graph_.*\[vispruner-(5x5-4|3x4-5|3x3-2)",  # 7x7-10-r=0.3, 6x6-16

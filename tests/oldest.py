@@ -42,9 +42,9 @@ def answers(folder: str) -> list[dict]:
 def export_all(folder: str, target: str) -> None:
     """A bundle for every method, named as the method."""
     from vtp.export.exporter import Request, export
-    from vtp.export.pruners import method_names
+    from vtp.export.pruners import picture_methods
 
-    for method in method_names():
+    for method in picture_methods():
         keep = None if method == "none" else "64"
         out = Path(folder) / method
         export(Request(out, method=method, keep_tokens=keep, target=target, verify="none", overwrite=True))

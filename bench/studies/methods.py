@@ -28,7 +28,7 @@ from vtp.engines.disk.whole import whole_file
 from vtp.export.cli import quiet_libraries
 from vtp.export.exporter import Request, export
 from vtp.export.keep_counts import parse_keep
-from vtp.export.pruners import find_method, method_names
+from vtp.export.pruners import find_method, picture_methods
 from vtp.runtime import Pipeline
 from vtp.runtime.commands.arguments import add_debug, whole
 from vtp.runtime.commands.console import Parser, Progress, run_command
@@ -88,7 +88,7 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _names(text: str) -> list[str]:
-    known = method_names()
+    known = [name for name in picture_methods() if name != "change"]  # which compares pictures of a camera
     names = known if text == "all" else [NONE, *(name for name in text.split(",") if name != NONE)]
     for name in names:
         if name not in known:

@@ -9,6 +9,7 @@ every method. Text is 60 tokens and attention has 16 heads, where a method reads
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import tempfile
 import time
@@ -103,6 +104,7 @@ def random_cues(count: int, width: int) -> dict[str, Tensor]:
     Rows have a common direction, as real ones do, and attention sums to 1.
     """
     generator = torch.Generator().manual_seed(0)
+    side = 14 * math.isqrt(count)  # pixels
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(1, *shape, generator=generator)
@@ -110,6 +112,7 @@ def random_cues(count: int, width: int) -> dict[str, Tensor]:
     rows = ("image_features", "vision_keys", "image_embeds", "hidden_states", "keys")
     return {
         **{name: normal(count, width) + normal(1, width) for name in rows},
+        **{name: normal(3, side, side) for name in ("picture", "reference_picture")},
         **{name: normal(count).softmax(dim=1) for name in SCORES},
         "next_scores": normal(count).softmax(dim=1),
         "text_embeds": normal(TEXT, width),

@@ -30,7 +30,7 @@ from vtp.engines.disk.whole import whole_file
 from vtp.export.cli import quiet_libraries
 from vtp.export.exporter import Request, export
 from vtp.export.keep_counts import parse_keep
-from vtp.export.pruners import method_names
+from vtp.export.pruners import picture_methods
 from vtp.runtime import Pipeline
 from vtp.runtime.commands.arguments import add_debug, add_threads, whole
 from vtp.runtime.commands.console import Parser, Progress, run_command
@@ -101,7 +101,7 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _methods(text: str) -> list[str]:
-    return method_names() if text == "all" else text.split(",")
+    return picture_methods() if text == "all" else text.split(",")
 
 
 def _take(args: argparse.Namespace, method: str, tower: str, items: Sequence[Item]) -> Taken:

@@ -176,6 +176,11 @@ def _check_bundle(bundle: Bundle, output: Path, args: argparse.Namespace) -> Non
             f"{bundle.folder} was made for target '{manifest.target}'; vtp-calib quantize serves "
             f"{', '.join(_TARGETS)}: export it with --target and one of them"
         )
+    if args.vision != "none" and manifest.stream is not None:
+        raise UsageError(
+            f"{bundle.folder} has a vision tower that reuses a camera's earlier pictures (--tower stc), and "
+            "that is not quantised: add --vision none"
+        )
     if args.decoder == "int4" and manifest.target == "jetpack6":
         raise UsageError(
             f"{bundle.folder} was made for jetpack6, whose TensorRT 10.3 reads opset 20; int4 came "

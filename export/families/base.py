@@ -20,6 +20,7 @@ from vtp.export.graphs.splice import Splice, TextCues
 from vtp.export.pruners.base import Pruner
 from vtp.export.towers.base import RowReduction, TowerReduction, TowerShape
 from vtp.export.towers.downsample import Downsample
+from vtp.export.towers.stc import Stc
 from vtp.runtime.preprocess import ImageSpec
 
 # Decoders whose attention, rotary embedding and norms the emitter was held against transformers with.
@@ -132,6 +133,12 @@ class Family(ABC):
         return kind if isinstance(kind, RowReduction) else None
 
     @property
+    def stream_reuse(self) -> Stc | None:
+        """What the tower is to reuse of a camera's earlier pictures; None: nothing."""
+        kind = self.reduced.reduction if self.reduced else None
+        return kind if isinstance(kind, Stc) else None
+
+    @property
     @abstractmethod
     def grid(self) -> tuple[int, int]:
         """(rows, columns) of the visual tokens; N is their product."""
@@ -238,6 +245,11 @@ class Family(ABC):
     @abstractmethod
     def vision_encoder(self, cues: Sequence[str]) -> nn.Module:
         """pixel_values -> image_features [B,P,C], then the cues asked for: attention_scores, vision_keys."""
+
+    def later_encoder(self, cues: Sequence[str]) -> nn.Module:
+        """pixel_values and a reference picture's state -> the same of a later picture of a camera, then which
+        rows were recomputed and how much it is like the reference; for families that serve tower stc."""
+        raise NotImplementedError
 
     def whole_encoder(self) -> nn.Module:
         """pixel_values -> what `projector(whole=True)` takes, where that is more than the P patches."""

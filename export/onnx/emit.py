@@ -78,6 +78,9 @@ class WeightStore:
             if tensor is None or tensor.nbytes < _INLINE_BYTES:
                 continue
             value.const_value = self._place(tensor, file, value.name or "")
+        data = self.folder / file
+        if data.exists() and not data.stat().st_size:
+            data.unlink()  # every tensor lies in another graph's
 
     def _place(self, tensor: Any, file: str, name: str) -> ir.ExternalTensor:
         origin = tensor.origin if isinstance(tensor, Streamed) else None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -35,6 +37,12 @@ def pixels(layout: BundleLayout) -> GraphInput:
     return GraphInput("pixel_values", zeros(layout, views, 3, *family.image_size), batch)
 
 
+def tower_state(layout: BundleLayout, names: Sequence[str]) -> list[GraphInput]:
+    """A reference picture's state, of all rows of the tower; no row is zero, as none is in a picture."""
+    rows, width = layout.family.tower_shape.rows, layout.family.feature_width
+    return [GraphInput(name, torch.ones(_B, rows, width, dtype=layout.dtype), {0: BATCH}) for name in names]
+
+
 def features(layout: BundleLayout) -> GraphInput:
     """A batch of patches, some or all; where the projector makes fewer of them, those of one clip."""
     if layout.family.pooled:
@@ -50,8 +58,13 @@ def feature_cues(layout: BundleLayout) -> dict[str, Tensor]:
         "vision_keys": zeros(layout, _B, layout.patches, layout.family.feature_width),
         "image_embeds": zeros(layout, _B, layout.patches, layout.family.decoder.wide(0)),
         **{name: torch.rand(_B, layout.patches) for name in SCORES},
+        **{name: _pixels(layout) for name in ("picture", "reference_picture") if name in layout.needs},
         **_text(layout),
     }
+
+
+def _pixels(layout: BundleLayout) -> Tensor:
+    return zeros(layout, _B, 3, *layout.family.image_size)
 
 
 def input_ids() -> GraphInput:

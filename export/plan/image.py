@@ -10,7 +10,11 @@ from vtp.export.plan import examples
 from vtp.export.plan.bundle_layout import BundleLayout
 from vtp.export.plan.names import axes, stage
 from vtp.export.tower_cues import TOWER_CUES
+from vtp.export.towers.stc import recomputed_names, state_names
 from vtp.runtime.bundle.manifest import StageInfo
+from vtp.runtime.bundle.stream_info import COSINE, STREAM
+
+LATER = "vision_encoder_later"  # a camera's later picture
 
 
 def image_stages(layout: BundleLayout) -> Iterator[GraphSpec | StageInfo]:
@@ -26,10 +30,17 @@ def image_stages(layout: BundleLayout) -> Iterator[GraphSpec | StageInfo]:
 def _vision_encoder(layout: BundleLayout) -> Iterator[GraphSpec | StageInfo]:
     family = layout.family
     cues = [name for name in TOWER_CUES if name in layout.needs] if layout.on_features else []
-    outputs = ["image_features", *cues]
+    blocks = family.tower_shape.blocks if family.stream_reuse else 0
+    state = state_names(blocks)
+    outputs = ["image_features", *cues, *state]
     encoder = family.vision_encoder(cues) if layout.on_features else family.whole_encoder()
     yield GraphSpec("vision_encoder", encoder, [examples.pixels(layout)], outputs)
     yield stage("vision_encoder", "image", ["pixel_values"], outputs, role="encoder")
+    if state:
+        inputs = [examples.pixels(layout), *examples.tower_state(layout, state)]
+        outputs = ["image_features", *cues, *recomputed_names(blocks), COSINE]
+        yield GraphSpec(LATER, family.later_encoder(cues), inputs, outputs)
+        yield stage(LATER, STREAM, ["pixel_values", *state], outputs, role="encoder")
 
 
 def _projector(layout: BundleLayout) -> Iterator[GraphSpec | StageInfo]:
@@ -49,4 +60,5 @@ def feature_pruners(layout: BundleLayout, when: str, rows: str, kept: str) -> It
         module = FeaturePruner(schedule[0], cues, family.places(), family.widths)
         inputs = [GraphInput(cue, tensors[cue], axes(cue)) for cue in cues]
         yield GraphSpec(file, module, inputs, outputs, rewrite=False)
-        yield stage("pruner", when, cues, outputs, file=file, keep=schedule[0].keep)
+        reads = {cue: "pixel_values" if cue == "picture" else cue for cue in cues}
+        yield stage("pruner", when, reads, outputs, file=file, keep=schedule[0].keep)

@@ -45,8 +45,7 @@ def make_schedules(
     schedules: list[Schedule] = []
     for keep in keeps:
         sites = _sites(method, layers, count, keep, settings)
-        grid = family.grid if Site.parse(method.site).in_decoder else family.patch_grid
-        schedules.append(_schedule(method, grid, sites, settings))
+        schedules.append(_schedule(method, _grid(method, family), sites, settings))
     if len({tuple(pruner.site for pruner in schedule) for schedule in schedules}) > 1:
         raise UsageError(
             f"method {method.name} names other layers for other keep-counts; export them one by one"
@@ -69,6 +68,13 @@ def _of_tiles(
             yield (Shared(method, family.tiles, keep, settings),)
 
 
+def _grid(method: type[Pruner], family: Family) -> tuple[int, int]:
+    """(rows, columns) of the tokens that a method chooses from; of one for videos (frames, their patches)."""
+    if method.reads_frames and family.layout is not None:
+        return family.layout.count, family.layout.patches // family.layout.count
+    return family.grid if Site.parse(method.site).in_decoder else family.patch_grid
+
+
 def site_of(schedule: Schedule) -> Site:
     """Where the whole schedule prunes: at the tower, at the projector, or before several decoder layers."""
     sites = [Site.parse(pruner.site) for pruner in schedule]
@@ -85,13 +91,24 @@ def _check_served(method: type[Pruner], family: Family, share: str) -> None:
             f"{' for videos' if family.media == 'video' else ''}; "
             f"its sites: {', '.join(family.sites)}{_instead(method, family)}"
         )
+    if method.reads_frames and family.layout is None:
+        raise UsageError(
+            f"method {method.name} compares the frames of a video, and this bundle is for pictures; give "
+            f"--frames with a family that answers about videos, or choose another method"
+            f"{_instead(method, family)}"
+        )
+    if "picture" in method.needs and (family.patches is not None or family.views > 1):
+        raise UsageError(
+            f"method {method.name} compares pictures pixel by pixel, and those of family {family.name} come "
+            f"in as patches, tiles or frames{_instead(method, family)}"
+        )
     for cue in _wants(method):
         if cue in family.lacks and not (cue == "grid" and share == TILE):  # a tile has one
             raise UsageError(
                 f"method {method.name} needs {cue}, which family {family.name} does not have: "
                 f"{family.lacks[cue]}{_instead(method, family)}"
             )
-    early, reduction = of_whole_tower(method.needs), family.row_reduction
+    early, reduction = of_whole_tower(method.needs), family.row_reduction or family.stream_reuse
     if early and reduction:
         raise UsageError(
             f"method {method.name} needs {early[0]}, which a tower with fewer rows does not give; leave out "
@@ -128,7 +145,9 @@ def _instead(method: type[Pruner], family: Family) -> str:
     served = [
         other
         for other in others
-        if Site.parse(other.site).kind in family.sites and not set(_wants(other)) & set(family.lacks)
+        if Site.parse(other.site).kind in family.sites
+        and not set(_wants(other)) & set(family.lacks)
+        and not (other.reads_frames and family.layout is None)
     ]
     wanted = Site.parse(method.site).kind
     served.sort(key=lambda other: Site.parse(other.site).kind != wanted)
@@ -228,6 +247,7 @@ def cue_shapes(pruner: Pruner, family: Family, batch: int, text: int) -> dict[st
     return {
         "image_features": (batch, count, family.feature_width),
         "vision_keys": (batch, count, family.feature_width),
+        **dict.fromkeys(("picture", "reference_picture"), (batch, 3, *family.image_size)),
         **dict.fromkeys(SCORES, (batch, count)),
         "next_scores": (batch, count),
         "image_embeds": (batch, count, decoder.width),

@@ -10,6 +10,7 @@ from vtp.export.pruners.registry import (
     method_names,
     parse_options,
     parse_site,
+    picture_methods,
     resolve_method,
 )
 from vtp.export.pruners.site import Site
@@ -25,5 +26,6 @@ __all__ = [
     "method_names",
     "parse_options",
     "parse_site",
+    "picture_methods",
     "resolve_method",
 ]

@@ -24,6 +24,7 @@ class Pruner(nn.Module):
                the rows, into which others may have been merged.
     reads_grid False: `grid` only tells how many tokens there are. True: neighbours in it are neighbours in
                the picture, so the method is refused where the tokens form no grid.
+    reads_frames  True: a method for videos alone; `grid` is then (frames, patches of a frame).
     positions  default of the exporter's option of that name at vision and projector sites: "compact"
                (pruned tokens never existed) or "original" (kept tokens keep their places).
     paper      "arXiv NNNN.NNNNN", or "" for a baseline.
@@ -38,6 +39,7 @@ class Pruner(nn.Module):
         middle_received   float32 [B,N]  the same of a block at three eighths of the tower's depth
         early_scores      float32 [B,N]  attention_scores of a block at a quarter of the depth
         vision_keys       [B,N,C]  k_proj of the layer that makes the features, heads side by side
+        picture, reference_picture  [B,3,H,W]  pixel_values of the picture, and of the one it is compared with
     at site projector (a method that takes text runs once a prompt, the others once a picture):
         image_embeds      [B,N,D]
         attention_scores, received_scores, middle_received, early_scores  as above
@@ -62,6 +64,7 @@ class Pruner(nn.Module):
     options: ClassVar[dict[str, Any]] = {}
     merges: ClassVar[bool] = False
     reads_grid: ClassVar[bool] = False
+    reads_frames: ClassVar[bool] = False
     positions: ClassVar[str] = "compact"
     paper: ClassVar[str] = ""
 

@@ -118,6 +118,16 @@ def normalize(rows: Tensor) -> Tensor:
     return rows / rows.norm(dim=-1, keepdim=True).clamp_min(1e-12)
 
 
+def cosines(rows: Tensor, others: Tensor) -> Tensor:
+    """Cosine of each of rows [B,N,C] to the same one of others [B,N,C], float32 [B,N]; 0 for a zero row.
+
+    The product over the lengths: exactly 1 for equal rows, so that those tie.
+    """
+    one, other = rows.float(), others.float()
+    lengths = ((one * one).sum(dim=2) * (other * other).sum(dim=2)).sqrt()
+    return (one * other).sum(dim=2) / lengths.clamp_min(1e-12)
+
+
 def by_distance(table: Tensor, grid: tuple[int, int]) -> Tensor:
     """[N,N] of all pairs of a grid's tokens from table [N,1], indexed by |dy|·W + |dx|.
 

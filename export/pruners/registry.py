@@ -27,7 +27,7 @@ _PACKAGE = __name__.rpartition(".")[0]
 
 # What a pruner may ask for, by the kind of its site.
 CUES: dict[str, tuple[str, ...]] = {
-    "vision": ("image_features", *TOWER_CUES),
+    "vision": ("image_features", *TOWER_CUES, "picture", "reference_picture"),
     "projector": ("image_embeds", *SCORES, "text_embeds", "text_mask"),
     "decoder": (
         "attention_scores",
@@ -64,6 +64,11 @@ def find_method(name: str) -> type[Pruner]:
     if method.name != name:
         raise UsageError(f"method file {name}.py declares the name '{method.name}'; the two must be equal")
     return method
+
+
+def picture_methods() -> list[str]:
+    """Every method's name, "none" first, but those for videos alone."""
+    return [name for name in method_names() if name == NONE or not find_method(name).reads_frames]
 
 
 def load_outside(spec: str) -> type[Pruner]:

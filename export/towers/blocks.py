@@ -39,15 +39,15 @@ class Block:
 
     def query(self, normed: Tensor) -> Tensor:
         """Queries [B,H,S,d] of normed rows [B,S,C]."""
-        return self._heads(self._normed("q_norm", self.attention.q_proj(normed)))
+        return self.heads(self._normed("q_norm", self.attention.q_proj(normed)))
 
     def key(self, normed: Tensor) -> Tensor:
         """Keys [B,H,S,d]."""
-        return self._heads(self._normed("k_norm", self.attention.k_proj(normed)))
+        return self.heads(self._normed("k_norm", self.attention.k_proj(normed)))
 
     def value(self, normed: Tensor) -> Tensor:
         """Values [B,H,S,d]."""
-        return self._heads(self.attention.v_proj(normed))
+        return self.heads(self.attention.v_proj(normed))
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
         """What attention adds to the rows [B,S,C] of query [B,H,S,d].
@@ -61,16 +61,21 @@ class Block:
 
     def finish(self, hidden: Tensor) -> Tensor:
         """The second half of the block, on rows [B,S,C]."""
+        return hidden + self.more(hidden)
+
+    def more(self, hidden: Tensor) -> Tensor:
+        """What the MLP adds to rows [B,S,C]."""
         if self.is_internvl:
-            return hidden + self.layer.lambda_2 * self.layer.mlp(self.layer.layernorm_after(hidden))
-        return hidden + self.layer.mlp(self.layer.layer_norm2(hidden))
+            return self.layer.lambda_2 * self.layer.mlp(self.layer.layernorm_after(hidden))
+        return self.layer.mlp(self.layer.layer_norm2(hidden))
 
     @staticmethod
     def merged(heads: Tensor) -> Tensor:
         """[B,H,S,d] -> [B,S,H*d]."""
         return heads.transpose(1, 2).flatten(2)
 
-    def _heads(self, rows: Tensor) -> Tensor:
+    def heads(self, rows: Tensor) -> Tensor:
+        """[B,S,H*d] -> [B,H,S,d]."""
         return rows.unflatten(2, (self.attention.num_heads, -1)).transpose(1, 2)
 
     def _normed(self, name: str, rows: Tensor) -> Tensor:

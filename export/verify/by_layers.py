@@ -22,6 +22,7 @@ from vtp.export.onnx.slices import SlicedEngine
 from vtp.export.plan.plan import Plan
 from vtp.runtime.bundle.folder import Bundle
 from vtp.runtime.compare import compare
+from vtp.runtime.opening import every_graph
 from vtp.runtime.stages.runner import StageRunner
 
 STEPS = 2  # of generation: each reads all weights twice
@@ -43,7 +44,9 @@ class Layers:
         self.worst: dict[str, dict[str, float]] = {}
         self.compared: dict[str, int] = {}
         self._engines: dict[str, SlicedEngine] = {}
-        self.runner = StageRunner(bundle, "ort-cpu", None, open_engine=partial(self._open, bundle))
+        self.runner = StageRunner(
+            bundle, "ort-cpu", None, every_graph(bundle), open_engine=partial(self._open, bundle)
+        )
         self._later: dict[tuple[str, int], list[np.ndarray]] = {}
 
     @contextmanager

@@ -28,9 +28,11 @@ from vtp.export.verify.by_layers import STEPS as LAYER_STEPS
 from vtp.export.verify.by_layers import Layers
 from vtp.export.verify.overflow import check_finite, refuse_overflow
 from vtp.export.verify.reference import ReferenceAnswer, reference_generate
+from vtp.export.verify.streams import check_stream
 from vtp.runtime.bundle.folder import Bundle
 from vtp.runtime.compare import Comparison, compare, limits_of, row_scale
 from vtp.runtime.example_input import PROMPT, sample_for
+from vtp.runtime.opening import every_graph
 from vtp.runtime.preprocess import preprocess
 from vtp.runtime.prompt.prompter import Prompter
 from vtp.runtime.result import Timings
@@ -67,7 +69,7 @@ def verify(
         else:
             fill(model.family.model)
             model.family.model.float()
-        runner = layers.runner if layers else StageRunner(bundle, "ort-cpu", None)
+        runner = layers.runner if layers else StageRunner(bundle, "ort-cpu", None, every_graph(bundle))
         stack.callback(runner.close)
         steps = LAYER_STEPS if layers else STEPS
         found = _check_keeps(bundle, model, plan, schedules, runner, steps, layers)
@@ -100,6 +102,8 @@ def _check_keeps(
                 answer = _reference(model, case, by_keep.get(keep, ()), values, bundle, steps)
             generation[str(keep)] = _check_generation(runner, keep, values, answer, bundle, layers)
     found = {"graphs": graphs, "generation": generation}
+    if bundle.manifest.stream is not None:
+        found["stream"] = worst_of(check_stream(bundle, model, runner, values, case.pixels))
     return {**found, "layers": layers.worst, "borders": layers.compared} if layers else found
 
 

@@ -125,7 +125,8 @@ class _Look:
 def _look(parts: Reference, pixel_values: Tensor, pruner: Pruner | None, text: dict[str, Tensor]) -> _Look:
     """Look at one picture, with the pruner of a vision or projector site if there is one."""
     wanted = set(TOWER_CUES) & set(pruner.needs if pruner else ())
-    cues = {**text, **parts.vision(pixel_values, wanted)}
+    pictures = {"picture": pixel_values, "reference_picture": torch.zeros_like(pixel_values)}
+    cues = {**text, **pictures, **parts.vision(pixel_values, wanted)}
     cues["image_embeds"] = parts.project(cues["image_features"])
     embeds, places = parts.tokens(pixel_values, cues["image_embeds"])
     if pruner is None:

@@ -8,7 +8,7 @@ counted, and neither are tensors in between, so that nothing is refused that wou
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from vtp.engines import VtpError
@@ -42,14 +42,14 @@ def switched_off() -> bool:
     return os.environ.get(SWITCH, "").strip().lower() in ("0", "no", "off", "false")
 
 
-def check_fits(bundle: Bundle, engine: str, room: Room | None, skip: str | None = None) -> None:
+def check_fits(bundle: Bundle, engine: str, room: Room | None, skip: Collection[str] = ()) -> None:
     """Refuse, in one line, a bundle that takes more on "ort-cpu" than `room`; of others nothing is said.
 
-    skip  the moment ("image") whose graphs something else runs
+    skip  the moments whose graphs are not opened: see `Opening.skipped`
     """
     if engine != "ort-cpu" or room is None:
         return
-    files = sorted({stage.file for stage in bundle.manifest.stages if stage.when != skip})
+    files = sorted({stage.file for stage in bundle.manifest.stages if stage.when not in skip})
     if _at_most(bundle) <= room.bytes:  # nearly always, and no graph has to be read
         return
     least = least_memory(bundle, files)

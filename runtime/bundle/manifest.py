@@ -17,13 +17,15 @@ from vtp.engines import VtpError
 from vtp.engines.errors import quoted
 from vtp.engines.strict_json import parse_json
 from vtp.runtime.bundle.generation_info import GenerationInfo as GenerationInfo
-from vtp.runtime.generation.arguments import is_penalty
+from vtp.runtime.bundle.generation_info import generation_problem
+from vtp.runtime.bundle.stream_info import STREAM, stream_problem
+from vtp.runtime.bundle.stream_info import StreamInfo as StreamInfo
 from vtp.runtime.preprocess import ImageSection, ImageSpec, spec_from_json, spec_to_json
 from vtp.runtime.prompt.prompter import TextSpec
 
 SCHEMA = 2  # what export writes; 1, whose stages have no role, is read as well
 OLDEST = 1
-WHEN = ("image", "prefill", "step")
+WHEN = ("image", "prefill", "step", STREAM)
 # What a stage does: "text_cues" is what a method reads of the question; "decoder_head" is any part of the
 # decoder that a pruner follows, "decoder" the last part (or all of it), which gives the logits.
 ROLES = ("encoder", "projector", "pruner", "embed", "text_cues", "splice", "decoder_head", "decoder")
@@ -61,7 +63,8 @@ class StageInfo:
     """One run of one graph. A graph that serves prefill and step is listed once for each.
 
     role      what it does, one of `ROLES`.
-    when      "image" (once a picture), "prefill" (once a prompt) or "step" (once a new token).
+    when      "image" (once a picture), "prefill" (once a prompt), "step" (once a new token) or "stream" (a
+              camera's later picture, instead of the encoder: see `StreamInfo`).
     keep      the keep-count this stage belongs to; None: any.
     inputs    graph's tensor name -> pipeline's name. Cache and length tensors are fed from `kv` instead.
     outputs   graph's tensor name -> pipeline's name.
@@ -181,6 +184,7 @@ class Manifest:
     quantization: dict[str, Any] = field(default_factory=dict)
     generation: GenerationInfo = field(default_factory=GenerationInfo)
     tower: TowerInfo | None = None  # null: the vision tower works on all its rows
+    stream: StreamInfo | None = None  # of a tower that reuses a camera's earlier pictures
     schema: int = SCHEMA
 
     def stages_for(self, when: str, keep: int) -> list[StageInfo]:
@@ -204,6 +208,8 @@ class Manifest:
     def to_json(self) -> str:
         """The text of manifest.json."""
         data = {**dataclasses.asdict(self), "image": spec_to_json(self.image)}
+        if self.stream is None:
+            del data["stream"]  # so that others are read by versions that do not know it
         return json.dumps(data, indent=1, ensure_ascii=False) + "\n"
 
 
@@ -265,7 +271,11 @@ def _check(manifest: Manifest) -> None:
     tower = manifest.tower
     _agree(tower is None or 0 < tower.rows <= tower.of, "manifest.tower.rows is out of range")
     _check_frame(visual, manifest.image.frames or 0)
-    _check_generation(manifest.generation, manifest.model.vocab_size)
+    for problem in (
+        generation_problem(manifest.generation, manifest.model.vocab_size),
+        stream_problem(manifest.stream, manifest.stages),
+    ):
+        _agree(not problem, problem)
     _check_ids(manifest)
     _agree(TOKENIZER in manifest.files, f"manifest.files lacks {TOKENIZER}")
     for file, graph in manifest.graphs.items():
@@ -293,21 +303,6 @@ def _check_frame(visual: VisualInfo, frames: int) -> None:
     patches = grid[0] * grid[1]
     fits = first >= 0 and step >= patches and first + (frames - 1) * step + patches <= visual.count
     _agree(fits, "manifest.visual.frame does not fit the visual tokens")
-
-
-def _check_generation(asked: GenerationInfo, vocabulary: int) -> None:
-    penalty = asked.repetition_penalty
-    _agree(
-        is_penalty(penalty),
-        f"manifest.generation.repetition_penalty {penalty} is not above 0 and finite in float32",
-    )
-    for name in ("no_repeat_ngram_size", "min_length", "min_new_tokens"):
-        _agree(getattr(asked, name) >= 0, f"manifest.generation.{name} is negative")
-    _agree(all(asked.bad_words_ids), "manifest.generation.bad_words_ids holds an empty word")
-    ids = [*asked.forced_eos_token_id, *(token for word in asked.bad_words_ids for token in word)]
-    _agree(
-        all(0 <= token < vocabulary for token in ids), "manifest.generation names tokens that do not exist"
-    )
 
 
 def _check_cache(file: str, graph: GraphInfo, longest: int) -> None:
@@ -368,7 +363,7 @@ def _check_flow(manifest: Manifest, keep: int) -> None:
     """Every pipeline tensor is there before a stage reads it, and what the pipeline reads comes out."""
     known: set[str] = set()
     for when, given, wanted in (
-        ("image", {"pixel_values"}, set()),
+        ("image", {"pixel_values", "reference_picture"}, set()),
         ("prefill", {"input_ids", "image_start", "text_length"}, {"logits", "next_position"}),
         ("step", {"input_ids", "position_ids"}, {"logits"}),
     ):

@@ -59,6 +59,8 @@ class Answer:
     def begin(self, kept: np.ndarray | None, position: int) -> None:
         """Note what the prompt's stages gave: the kept tokens [pictures,K], if any were chosen, and where
         the first new token goes."""
+        if (tower := self.result.timings.tower) is not None:
+            self.result.tower = {**(self.result.tower or {}), **tower}
         if kept is not None:
             self._check_kept(kept)
             rows = kept.tolist()

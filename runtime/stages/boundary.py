@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from vtp.engines import UsageError
 from vtp.runtime.bundle.manifest import Manifest, StageInfo, TensorInfo
+from vtp.runtime.bundle.stream_info import PICTURE, stream_state
 
 FEATURES, EMBEDS = "image_features", "image_embeds"
 _OF_PROMPTS = ("input_ids", "text_length", "image_start")  # what the runner itself feeds
@@ -41,8 +42,14 @@ def find_boundary(manifest: Manifest, keep: int, name: str) -> Boundary:
         to: _of_one(manifest, stage, own, rows)
         for stage in stages[:after]
         for own, to in stage.outputs.items()
+        if to not in stream_state(manifest.stages)
     }
     needed = _read(stages[after:] + manifest.stages_for("prefill", keep))
+    if PICTURE in needed:
+        raise UsageError(
+            f"method {manifest.method.name} compares pictures, so {name} alone is not enough; give the "
+            "picture itself"
+        )
     return Boundary(name, after, {one: known[one] for one in needed if one in known}, known)
 
 

@@ -8,10 +8,12 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from vtp.engines import Binding, UsageError, Value, capabilities
+from vtp.runtime.bundle.stream_info import PICTURE
 from vtp.runtime.opening import Opening
 from vtp.runtime.result import Timings
 from vtp.runtime.stages.boundary import EMBEDS, FEATURES, find_boundary
 from vtp.runtime.stages.opened import OpenedStages
+from vtp.runtime.stages.reference_picture import ReferencePicture
 from vtp.runtime.stages.stage import Check, Stage, run_stages
 from vtp.runtime.stages.vision_feature_cache import (
     Features,
@@ -34,16 +36,21 @@ def choose_image_stages(
         return DelegatedImages(opened, opening.image)
     if cache is not None:
         return CachedImages(opened, cache)
-    if opening.cuda_graph and capabilities(engine).replays and not opening.elsewhere:
+    replays = opening.cuda_graph and capabilities(engine).replays and not opening.elsewhere
+    if replays and not opened.compares:
         return ReplayedImages(opened)
     return PlainImages(opened)
 
 
 class PlainImages:
-    """Image stages that run on every picture, on as many of them at a time as the graphs take."""
+    """Image stages that run on every picture, on as many of them at a time as the graphs take.
+
+    reference  what pictures are compared with if they are a camera's, and a method compares them; None: grey
+    """
 
     def __init__(self, opened: OpenedStages) -> None:
         self._opened = opened
+        self.reference: ReferencePicture | None = None
 
     def run(
         self, keep: int, pictures: Sequence[np.ndarray], prompts: int, timings: Timings, check: Check
@@ -57,6 +64,11 @@ class PlainImages:
         most = self._opened.pictures_together
         groups = [list(range(first, len(pictures)))[:most] for first in range(0, len(pictures), most)]
         return self._run_groups(keep, pictures, groups, timings, check)
+
+    def forget(self) -> None:
+        """Let the next picture be the first of a stream."""
+        if self.reference is not None:
+            self.reference.forget()
 
     def close(self) -> None:
         """Let go of what is kept from run to run."""
@@ -80,8 +92,17 @@ class PlainImages:
     def _run_one_group(
         self, keep: int, pixels: np.ndarray, places: Sequence[int], timings: Timings, check: Check
     ) -> dict[str, Value]:
-        values = {"pixel_values": self._opened.put(pixels)}
+        values = self._given(pixels)
         run_stages(self._opened.stages("image", keep), values, timings, check=check)
+        return values
+
+    def _given(self, pixels: np.ndarray) -> dict[str, Value]:
+        """What the first stages are given for pictures: pixel_values and, where a method compares, others."""
+        values = {"pixel_values": self._opened.put(pixels)}
+        if self._opened.compares:
+            single = self.reference is not None and len(pixels) == 1
+            other = self.reference.of(pixels) if single and self.reference else np.zeros_like(pixels)
+            values[PICTURE] = self._opened.put(other)
         return values
 
     def _stacked(self, pictures: Sequence[np.ndarray]) -> np.ndarray:
@@ -154,7 +175,7 @@ class CachedImages(PlainImages):
         self, keep: int, pixels: np.ndarray, places: Sequence[int], timings: Timings, check: Check
     ) -> dict[str, Value]:
         put, entries = self._opened.put, [self._known[place] for place in places]
-        values = {"pixel_values": put(pixels)}
+        values = self._given(pixels)
         owner = None  # from a stage of one keep-count on, everything belongs to that keep-count
         for stage in self._opened.stages("image", keep):
             check()
@@ -228,7 +249,7 @@ def _in_order(runs: Sequence[tuple[list[int], dict[str, Value]]], put: Put) -> d
     """What several runs gave, as one: picture by picture."""
     joined = {}
     for name in runs[0][1]:
-        if name != "pixel_values":
+        if name not in ("pixel_values", PICTURE):
             rows: dict[int, np.ndarray] = {}
             for places, values in runs:
                 rows.update(zip(places, rows_of(values[name], len(places)), strict=True))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from copy import copy
+from dataclasses import replace
 
 import numpy as np
 
@@ -11,6 +12,7 @@ from vtp.engines import Engine, Value, VtpError, capabilities
 from vtp.engines.errors import quoted
 from vtp.runtime.bundle.folder import Bundle
 from vtp.runtime.bundle.manifest import Manifest, StageInfo, TensorInfo
+from vtp.runtime.bundle.stream_info import STREAM, compares, stream_state
 from vtp.runtime.stages.kv_cache import KvCache
 from vtp.runtime.stages.prefix_cache import Prefix
 from vtp.runtime.stages.stage import Stage
@@ -19,7 +21,8 @@ from vtp.runtime.stages.stage import Stage
 class OpenedStages:
     """The opened graphs of a bundle, with one cache for each decoder graph, and the stages made of them.
 
-    skip  the moment ("image") whose graphs are not opened here, since something else runs them
+    skip  the moments whose graphs are not opened here: "image" if something else runs them, "stream" if
+          pictures are not a camera's
     """
 
     def __init__(
@@ -28,14 +31,16 @@ class OpenedStages:
         engine: str,
         open_engine: Callable[[str], Engine],
         prefix: Prefix | None = None,
-        skip: str | None = None,
+        skip: Collection[str] = (STREAM,),
     ) -> None:
         self.manifest: Manifest = bundle.manifest
         self.caches: dict[str, KvCache] = {}
         self._engine = engine
         self._prefix = prefix
         self._engines: dict[str, Engine] = {}
-        files = dict.fromkeys(stage.file for stage in self.manifest.stages if stage.when != skip)
+        self.compares = compares(self.manifest.stages)
+        self._unread = stream_state(self.manifest.stages) if STREAM in skip else set[str]()
+        files = dict.fromkeys(stage.file for stage in self.manifest.stages if stage.when not in skip)
         for file in sorted(files, key=self._bytes, reverse=True):
             self._open(file, open_engine)
 
@@ -43,7 +48,7 @@ class OpenedStages:
         """The stages of one moment for one keep-count, in order."""
         return [
             Stage(
-                info,
+                self._read(info),
                 self.manifest.graphs[info.file],
                 self._engines[info.file],
                 self.caches.get(info.file),
@@ -105,6 +110,13 @@ class OpenedStages:
         self.caches.clear()
         for engine in self._engines.values():
             engine.close()
+
+    def _read(self, info: StageInfo) -> StageInfo:
+        """A stage without the outputs that only graphs read which are not open."""
+        if not self._unread.intersection(info.outputs.values()):
+            return info
+        read = {name: to for name, to in info.outputs.items() if to not in self._unread}
+        return replace(info, outputs=read)
 
     def _together(self, stage: StageInfo, names: Iterable[str]) -> int:
         """How long the first axis of some inputs may be, in the graph and on the engine."""

@@ -18,7 +18,9 @@ from vtp.runtime.stages.image_stages import EncodedImages, choose_image_stages
 from vtp.runtime.stages.kv_cache import KvCache
 from vtp.runtime.stages.opened import OpenedStages
 from vtp.runtime.stages.prefix_cache import Prefix
+from vtp.runtime.stages.reference_picture import ReferencePicture
 from vtp.runtime.stages.stage import Check, Stage, never_interrupt, run_stages, single_step_shape
+from vtp.runtime.stages.stream_reuse import StreamedImages, check_stream_reuse
 from vtp.runtime.stages.vision_feature_cache import VisionFeatureCache
 
 __all__ = ["KvCache", "Row", "Stage", "StageRunner"]
@@ -55,9 +57,13 @@ class StageRunner:
         opening = opening or Opening()
         if open_engine is None:
             open_engine = partial(open_stage, bundle, engine=engine, threads=threads, how=opening)
-        skip = None if opening.image is None else "image"
-        self._opened = OpenedStages(bundle, engine, open_engine, prefix, skip)
+        check_stream_reuse(bundle.manifest, opening, features)
+        self._opened = OpenedStages(bundle, engine, open_engine, prefix, opening.skipped)
         self.images = choose_image_stages(self._opened, opening, engine, features)
+        if opening.stream_reuse and bundle.manifest.stream is not None:
+            self.images = StreamedImages(self._opened, bundle.manifest.stream)
+        if opening.stream_reuse and self._opened.compares:
+            self.images.reference = ReferencePicture()
         self._encoded = EncodedImages(self._opened)
         self._manifest = bundle.manifest
         self._prefix = prefix

@@ -32,7 +32,7 @@ class VisionFeatureCache:
 
     def find(self, pictures: Sequence[np.ndarray]) -> list[Features]:
         """An entry for each picture of one prompt, to be read and added to."""
-        names = tuple(_digest(picture) for picture in pictures)
+        names = tuple(digest(picture) for picture in pictures)
         self._prompts[names] = None
         self._prompts.move_to_end(names)
         if len(self._prompts) > self._most:
@@ -54,10 +54,11 @@ class VisionFeatureCache:
         return sum(int(np.prod(value.shape)) * value.dtype.itemsize for value in kept.values())
 
 
-def _digest(picture: np.ndarray) -> bytes:
-    digest = hashlib.sha256(repr(picture.shape).encode())
-    digest.update(np.ascontiguousarray(picture).data)
-    return digest.digest()
+def digest(picture: np.ndarray) -> bytes:
+    """By which pixel_values are told apart."""
+    found = hashlib.sha256(repr(picture.shape).encode())
+    found.update(np.ascontiguousarray(picture).data)
+    return found.digest()
 
 
 def recall(pictures: Sequence[Features], stage: StageKey, put: Put) -> dict[str, Value] | None:

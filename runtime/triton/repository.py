@@ -23,6 +23,7 @@ from vtp.engines.disk.whole import whole_folder
 from vtp.engines.graph.file import read_graph
 from vtp.runtime.bundle.folder import MANIFEST, Bundle, check_outside
 from vtp.runtime.bundle.manifest import StageInfo, TensorInfo
+from vtp.runtime.bundle.stream_info import uses_earlier
 
 _TYPES = {
     "float32": "TYPE_FP32",
@@ -59,6 +60,12 @@ def write_repository(bundle: Bundle, folder: Path, name: str = "vtp", engine: st
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
         raise UsageError(f"'{name}' is not a valid name for a Triton model; use letters, digits, - and _")
+    if uses_earlier(bundle.manifest):
+        made = "--method change" if bundle.manifest.stream is None else "--tower stc"
+        raise UsageError(
+            f"{bundle.folder} was made for a camera's pictures ({made}), and Triton's requests do not follow "
+            f"one another; export it without {made}"
+        )
     with whole_folder(folder, lambda: _check_free(folder)) as aside:
         return _write(bundle, aside, name, engine)
 

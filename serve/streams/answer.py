@@ -58,12 +58,19 @@ class FrameAnswer:
         return self._ran.kept
 
     @property
+    def tower(self) -> dict[str, float] | None:
+        """What the tower did for the frame, of a pipeline with `stream_reuse`: rows recomputed, of how many,
+        and their cosine to the reference's unless it was computed whole; else None."""
+        return self._ran.timings.tower
+
+    @property
     def _ran(self) -> Result | Decision:
         return self.alerts[0].decision if self.result is None else self.result
 
     def to_json(self) -> dict[str, Any]:
         """JSON values; the picture is not among them."""
         gate = {} if self.change is None else {"gate": {"change": self.change, "skipped": self.skipped}}
+        tower = {} if self.tower is None else {"tower": self.tower}
         return {
             "frame": self._frame(),
             "dropped": self.dropped,
@@ -71,6 +78,7 @@ class FrameAnswer:
             **self._asked(),
             "alerts": [reading.to_json() for reading in self.alerts],
             "visual_tokens": self.visual_tokens._asdict(),
+            **tower,
             "timings": self.stages,
         }
 

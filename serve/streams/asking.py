@@ -10,6 +10,7 @@ from typing import Any
 from PIL import Image
 
 from vtp.engines import UsageError, VtpError
+from vtp.runtime.bundle.stream_info import uses_earlier
 from vtp.runtime.decisions.answer import DecisionAnswer, decide
 from vtp.runtime.decisions.decision import Decision
 from vtp.runtime.decisions.question import Question
@@ -52,6 +53,12 @@ class Asker:
             raise UsageError("the prompt is empty, or no text; ask something about the picture")
         self._pipeline.prepare(_blank(), prompt, None, GenerateOptions(**self._options))
         return prompt
+
+    def begin(self) -> None:
+        """Reuse nothing of pictures that were asked about before this stream's. Raises Busy."""
+        if uses_earlier(self._pipeline.manifest):
+            with self._pipeline.claimed() as runner:
+                runner.images.forget()
 
     def answer(self, picture: Image.Image, prompt: str) -> Result:
         """The prompt's answer. Raises Cancelled."""

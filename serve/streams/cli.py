@@ -14,6 +14,7 @@ from PIL import Image
 
 from vtp.engines import UsageError, VtpError, capabilities
 from vtp.engines.errors import shown
+from vtp.runtime.bundle.stream_info import compares
 from vtp.runtime.commands.arguments import (
     A_BUNDLE,
     add_debug,
@@ -77,6 +78,11 @@ def build_parser() -> argparse.ArgumentParser:
     add_engine(parser)
     add_threads(parser)
     add("--prefix-caching", action="store_true", help="read what the prompts of one frame share once")
+    add(
+        "--stream-reuse",
+        action="store_true",
+        help="make use of the frames before: of a bundle made with --tower stc or --method change",
+    )
     add(
         "--page",
         nargs="?",
@@ -157,7 +163,7 @@ def _run(args: argparse.Namespace) -> None:
     with ExitStack() as stack:
         hooks = [stack.enter_context(closing(hook)) for hook in _hooks(args)]
         pipe = stack.enter_context(_pipeline(args, len(alerts) + (args.prompt is not None)))
-        _make_ready(pipe, options["keep_tokens"])
+        _make_ready(pipe, options["keep_tokens"], args.stream_reuse)
         # Not before: what a live stream sends meanwhile would be old.
         source = stack.enter_context(closing(open_source(args.source, args.every_frame, fps, _tell)))
 
@@ -202,12 +208,15 @@ def _pipeline(args: argparse.Namespace, questions: int) -> Pipeline:
         local_bundle(args.bundle, say=_tell, bars=not args.json),
         args.engine,
         None if args.threads is None else whole_number("threads", args.threads),
-        vision_feature_cache=int(questions > 1),
+        vision_feature_cache=int(
+            questions > 1 and not args.stream_reuse
+        ),  # which keeps the last frame itself
         prefix_caching=args.prefix_caching,
+        stream_reuse=args.stream_reuse,
     )
 
 
-def _make_ready(pipe: Pipeline, keep: int | None) -> None:
+def _make_ready(pipe: Pipeline, keep: int | None, stream_reuse: bool) -> None:
     """Run it once, so that the first frame does not wait for set-up."""
     check_single(pipe)
     for engine in dict.fromkeys(pipe.engines.values()):
@@ -215,6 +224,8 @@ def _make_ready(pipe: Pipeline, keep: int | None) -> None:
             _tell(NEVER_RUN if capabilities(engine).built else NEVER_TRIED.format(engine=engine))
     for line in pipe.notes:
         _tell(line)
+    if compares(pipe.manifest.stages) and not stream_reuse:
+        _tell("the bundle's method keeps what changed; without --stream-reuse that is what differs from grey")
     pipe.generate(Image.new("RGB", (64, 64)), "warm up", keep_tokens=keep, max_new_tokens=2)
 
 

@@ -60,7 +60,7 @@ class Watcher:
         prompt       what to ask about every frame; None: the alerts only
         alerts       questions of yes or no about the same frames, each of one prefill, before the prompt.
                      With more than one question, load the pipeline with `vision_feature_cache=1`: the image
-                     stages then run once for all of them
+                     stages then run once for all of them (with `stream_reuse=True` they do as well)
         gate         asks nothing while little changes
         every        ask at most once in so many seconds
         every_frame  drop nothing: the source waits until each frame was asked about
@@ -121,6 +121,7 @@ class Watcher:
             if self._stopped.is_set():
                 raise VtpError("this watcher was stopped; make another one to go on")
             if not self._started.is_set():
+                self._asker.begin()
                 self._started.set()
                 self._capture.start()
 

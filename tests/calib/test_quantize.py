@@ -316,6 +316,8 @@ def test_quantised_and_foreign_bundles_are_refused(
     (other / "manifest.json").write_text(manifest.to_json())
     assert calib(other, "--data", data, "--output", tmp_path / "o") == 2
     assert "reads opset 20; int4 came with 21: add --decoder none" in capsys.readouterr().err
+    assert calib(exported("stc").folder, "--data", data, "--output", tmp_path / "x") == 2
+    assert "(--tower stc), and that is not quantised: add --vision none" in capsys.readouterr().err
 
 
 def test_questions_are_split_by_picture() -> None:

@@ -18,7 +18,7 @@ from vtp.engines.ort.session import OrtEngine
 from vtp.engines.tensorrt.library import INSTALL, build_engine, refused_nodes
 from vtp.export.exporter import Request, export
 from vtp.export.onnx.emit import GraphInput, GraphSpec, WeightStore, emit
-from vtp.export.pruners import method_names
+from vtp.export.pruners import picture_methods
 from vtp.runtime.bundle.folder import Bundle, open_bundle
 
 from ..conftest import MAX_LENGTH
@@ -120,7 +120,7 @@ def test_the_list_refuses_what_the_newer_target_writes(bundle_of: Get) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", method_names()[1:])
+@pytest.mark.parametrize("method", picture_methods()[1:])
 def test_every_method_is_in_the_list(tmp_path: Path, method: str) -> None:
     """Whole bundles of eight layers: methods that act at several depths, with all their cues."""
     save_tiny(tmp_path / "model", layers=8, vision_layers=2)

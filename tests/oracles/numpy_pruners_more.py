@@ -188,6 +188,36 @@ def otprune(grid: tuple[int, int], keep: int, image_embeds: np.ndarray, gamma: f
     return sorted(kept), margin
 
 
+def change(grid: tuple[int, int], keep: int, picture: np.ndarray, reference_picture: np.ndarray) -> Chosen:
+    """The cells whose pixels differ most, on the mean, from the reference's."""
+    rows, columns = grid
+    height, width = picture.shape[1] // rows, picture.shape[2] // columns
+    means = []
+    for y in range(rows):
+        for x in range(columns):
+            apart = [
+                abs(float(picture[place]) - float(reference_picture[place]))
+                for place in np.ndindex(picture.shape)
+                if place[1] // height == y and place[2] // width == x
+            ]
+            means.append(math.fsum(apart) / len(apart))
+    return sorted(descending(means)[:keep]), gap(means)
+
+
+def evs(grid: tuple[int, int], keep: int, image_embeds: np.ndarray) -> Chosen:
+    """The first frame; then the cells least like the same cell one frame before, wherever in the clip."""
+    frames, cells = grid
+    rows = [[float(number) for number in row] for row in image_embeds]
+    unlike = []
+    for place in range(cells, frames * cells):
+        one, other = rows[place], rows[place - cells]
+        lengths = math.hypot(*one) * math.hypot(*other)
+        product = math.fsum(a * b for a, b in zip(one, other, strict=True))
+        unlike.append(1 - product / lengths if lengths else 1.0)
+    order = descending(unlike)[: keep - cells]
+    return sorted([*range(cells), *(cells + place for place in order)]), gap(unlike)
+
+
 REFERENCES: dict[str, Callable[..., Chosen]] = {
     **numpy_pruners.REFERENCES,
     "fastervlm": fastervlm,
@@ -195,7 +225,9 @@ REFERENCES: dict[str, Callable[..., Chosen]] = {
     "divprune": divprune,
     "scope": scope,
     "holov": holov,
+    "change": change,
     "dart": dart,
+    "evs": evs,
     "hiprune": hiprune,
     "otprune": otprune,
     "prunesid": prunesid,
@@ -203,3 +235,4 @@ REFERENCES: dict[str, Callable[..., Chosen]] = {
 
 # Below these margins engines' rounding may decide on arbitrary floats.
 MARGINS = {"otprune": 1e-9, "prunesid": 2e-6, "divprune": 2e-6, "scope": 4e-6, "dart": 1e-6, "focal": 2e-6}
+MARGINS |= {"evs": 1e-6, "change": 2e-6}

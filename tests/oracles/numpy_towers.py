@@ -6,11 +6,23 @@ Of a CLIP or SigLIP tower as transformers has it, whose weights are read off its
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
+
+
+@dataclass(frozen=True)
+class Reused:
+    """A later picture: hidden [N,C], per block the rows recomputed and the cosines of keys [N], and the last
+    block's attention [H,N,N]."""
+
+    hidden: Array
+    rows: list[list[int]]
+    cosines: list[Array]
+    weights: Array
 
 
 class Tower:
@@ -70,6 +82,32 @@ class Tower:
             rows[group] = row
         return rows, spread
 
+    def stc(self, first: Array, later: Array, count: int) -> Reused:
+        """The later picture: `count` rows of every block are recomputed, the rest is the first one's."""
+        x, y, chosen, cosines = first, later, list[list[int]](), list[Array]()
+        weights = np.zeros(0)
+        for layer in self.layers:
+            module = layer.self_attn
+            old, new = norm(layer.layer_norm1, x), norm(layer.layer_norm1, y)
+            old_key, new_key = linear(module.k_proj, old), linear(module.k_proj, new)
+            alike = [
+                a @ b / (np.linalg.norm(a) * np.linalg.norm(b)) for a, b in zip(new_key, old_key, strict=True)
+            ]
+            rows = sorted(sorted(range(len(y)), key=lambda row: (alike[row], row))[:count])
+            value, old_value = linear(module.v_proj, new), linear(module.v_proj, old)
+            for row in range(len(y)):
+                value[row] = value[row] if row in rows else old_value[row]
+            own, weights = attend(module, linear(module.q_proj, new), new_key, value)
+            reused, _, _ = attention(layer, x, np.zeros(len(x)))
+            y = y + np.stack([own[row] if row in rows else reused[row] for row in range(len(y))])
+            x = x + reused
+            own, reused = mlp(layer, y), mlp(layer, x)
+            y = y + np.stack([own[row] if row in rows else reused[row] for row in range(len(y))])
+            x = x + reused
+            chosen.append(rows)
+            cosines.append(np.array(alike))
+        return Reused(y, chosen, cosines, weights)
+
     def _merge(
         self, x: Array, members: list[list[int]], keys: Array, pairs: int
     ) -> tuple[Array, list[list[int]]]:
@@ -111,6 +149,19 @@ def attention(layer: Any, x: Array, bias: Array) -> tuple[Array, Array, Array]:
         weights[head] = powers / powers.sum(axis=1, keepdims=True)
         answer[:, head] = weights[head] @ value[:, head]
     return linear(module.out_proj, answer.reshape(x.shape)), weights, key.mean(axis=1)
+
+
+def attend(module: Any, query: Array, key: Array, value: Array) -> tuple[Array, Array]:
+    """(what attention adds to every row of query [S,C], its weights [H,S,S])."""
+    heads, width = module.num_heads, query.shape[1] // module.num_heads
+    weights, answer = np.zeros((heads, len(query), len(key))), np.zeros(query.shape)
+    for head in range(heads):
+        part = slice(head * width, (head + 1) * width)
+        for row in range(len(query)):
+            powers = np.exp(key[:, part] @ query[row, part] / math.sqrt(width))
+            weights[head, row] = powers / powers.sum()
+            answer[row, part] = weights[head, row] @ value[:, part]
+    return linear(module.out_proj, answer), weights
 
 
 def linear(module: Any, x: Array) -> Array:

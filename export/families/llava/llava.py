@@ -16,6 +16,7 @@ from vtp.engines import VtpError
 from vtp.export.families.base import Family
 from vtp.export.graphs.decoder import Decoder
 from vtp.export.graphs.encoder import Projector, VisionEncoder
+from vtp.export.graphs.stream import LaterEncoder, ReferenceEncoder
 from vtp.export.towers.base import TowerShape
 
 
@@ -27,7 +28,7 @@ class Llava(Family):
     sites: ClassVar[tuple[str, ...]] = ("vision", "projector", "decoder")
     several = True
     limits = "CLIP or SigLIP tower; one vision_feature_layer"
-    reductions: ClassVar[tuple[str, ...]] = ("ipcv", "tome", "downsample")
+    reductions: ClassVar[tuple[str, ...]] = ("ipcv", "tome", "downsample", "stc")
 
     @classmethod
     def check(cls, config: dict[str, Any]) -> None:
@@ -70,15 +71,25 @@ class Llava(Family):
     def vision_encoder(self, cues: Sequence[str]) -> nn.Module:
         return self._encoder(cues, leave_cls=self._has_cls())
 
+    def later_encoder(self, cues: Sequence[str]) -> nn.Module:
+        assert self.stream_reuse is not None  # or nobody asks
+        return LaterEncoder(*self._used, self._has_cls(), cues, self.stream_reuse)
+
     def projector(self, whole: bool) -> nn.Module:
         del whole  # it has no tokens but its patches
         return Projector(self.model.model.multi_modal_projector)
 
     def _encoder(self, cues: Sequence[str], leave_cls: bool) -> VisionEncoder:
         """The tower up to the layer that makes the features, which leaves a CLS token out or passes it on."""
+        if self.stream_reuse is not None:
+            return ReferenceEncoder(*self._used, leave_cls, cues, self.stream_reuse)
+        return VisionEncoder(*self._used, leave_cls, cues, reduction=self.row_reduction)
+
+    @property
+    def _used(self) -> tuple[nn.Module, list[nn.Module]]:
+        """What embeds pixels, and the blocks that the features need."""
         layers = list(self.tower.encoder.layers)[: self._feature_layer()]
-        embed = _TOWERS[self._vision.model_type](self.tower)
-        return VisionEncoder(embed, layers, leave_cls, cues, reduction=self.row_reduction)
+        return _TOWERS[self._vision.model_type](self.tower), layers
 
     @property
     def _vision(self) -> Any:

@@ -71,7 +71,8 @@ def served_methods() -> list[str]:
 
 
 def _serves(method: type[Pruner]) -> bool:
-    return not Site.parse(method.site).in_decoder and not _reads_text(method)
+    compares = method.reads_frames or "picture" in method.needs
+    return not (Site.parse(method.site).in_decoder or _reads_text(method) or compares)
 
 
 def _reads_text(method: type[Pruner]) -> bool:

@@ -24,6 +24,8 @@ def say_answer(answer: FrameAnswer) -> None:
     """An answer as one line on standard output."""
     before, after = answer.visual_tokens
     figures = [f"{before} → {after} tokens", f"{1e3 * answer.age:.0f} ms old"]
+    if (tower := answer.tower) is not None:
+        figures.append(f"{tower['rows']} of {tower['of']} rows")
     if answer.dropped:
         figures.append(f"{answer.dropped} dropped")
     if answer.skipped:

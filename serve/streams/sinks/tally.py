@@ -21,12 +21,15 @@ class Tally:
         self._watcher = watcher
         self._started = time.monotonic()
         self.dropped = 0
+        self.reused: int | None = None  # frames of which the tower recomputed a part; None: it reuses nothing
         self.asked_ages: deque[float] = deque(maxlen=_KEPT)
         self.ages: deque[float] = deque(maxlen=_KEPT)
 
     def add(self, answer: FrameAnswer) -> None:
         """Count one."""
         self.dropped += answer.dropped
+        if (tower := answer.tower) is not None:
+            self.reused = (self.reused or 0) + (tower["rows"] < tower["of"])
         self.asked_ages.append(answer.asked_age)
         self.ages.append(answer.age)
 
@@ -40,6 +43,7 @@ class Tally:
             "asked": asked,
             "dropped": self.dropped,
             "skipped": self._watcher.skipped,
+            **({} if self.reused is None else {"reused": self.reused}),
             "source_fps": round(seen / seconds, 3),
             "fps": round(asked / seconds, 3),
             "asked_age_ms": _ages(self.asked_ages),
@@ -52,6 +56,7 @@ class Tally:
         age = told["age_ms"]
         ages = f"; age at the answer p50 {age['p50']:.0f} ms, p95 {age['p95']:.0f} ms" if age else ""
         skipped = f", {told['skipped']} skipped (nothing changed)" if told["skipped"] else ""
+        skipped += f", {self.reused} recomputed in part" if self.reused is not None else ""
         return (
             f"{told['seen']} frames seen, {told['asked']} asked about, {told['dropped']} dropped{skipped} in "
             f"{told['seconds']:.1f} s ({told['fps']:.2f} answers/s){ages}"

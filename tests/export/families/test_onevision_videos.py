@@ -25,6 +25,7 @@ from vtp.runtime.preprocess import preprocess
 from ...models.tiny import BOS
 from ...models.tiny_video import ONEVISION, VIDEO, clip, pixels_of, save_onevision
 from ...once import Once
+from ...oracles.tensorrt_10_3 import refused
 from .test_video_llava import ASKED, follow, generate
 
 FRAMES = 3
@@ -81,6 +82,39 @@ def test_a_pruned_video_equals_the_torch_reference(
         model[1], pruner, ids, pixels_of(video, ONEVISION), 1, reference=ClipReference
     )
     assert result.kept == answer.keep_indices.tolist()
+
+
+def test_evs_equals_the_published_rule(bundle: Callable[..., Path], model: tuple[Path, Any]) -> None:
+    """A bundle, held against torch at its export, and its choice against torch's own cosines and sort."""
+    video = clip(FRAMES)
+    video[2, :, :50] = video[1, :, :50]  # the left of the last frame stands still
+    with Pipeline.load(bundle("evs", keep_tokens="15"), engine="ort-cpu") as pipe:
+        assert pipe.manifest.method.positions == "original"
+        assert pipe.manifest.parity["generation"]["15"]["tokens"] == 16
+        kept = pipe.generate(video, ASKED, max_new_tokens=4).kept
+    with torch.no_grad():
+        frames = pixels_of(video, ONEVISION)[None]
+        tokens = model[1].model.get_video_features(frames, return_dict=True).pooler_output[0]
+    patches = tokens[: FRAMES * 9].reshape(FRAMES, 9, -1)
+    unlike = 1 - torch.nn.functional.cosine_similarity(patches[1:], patches[:-1], dim=-1)
+    order = torch.argsort(unlike.flatten(), descending=True, stable=True)[: 15 - 9]
+    assert kept == [*range(9), *sorted(9 + place for place in order.tolist())]
+
+
+def test_evs_is_refused_where_nothing_moves(model: tuple[Path, Any], tmp_path: Path) -> None:
+    wish = Request(tmp_path / "no", str(model[0]), "evs", "8", frames=FRAMES)
+    with pytest.raises(UsageError, match=r"keep-tokens 8 is below the 9 patches .*; choose 9 to 27$"):
+        export(wish)
+    with pytest.raises(UsageError, match="evs compares the frames of a video, and this bundle is for pictur"):
+        export(Request(tmp_path / "no", str(model[0]), "evs"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [{"dtype": "float16"}, {"target": "jetpack6"}, {"verify": "layers"}])
+def test_evs_in_other_forms(bundle: Callable[..., Path], more: dict[str, str]) -> None:
+    opened = open_bundle(bundle("evs", keep_tokens="12", **more))
+    assert opened.manifest.parity["generation"]["12"]["tokens"] > 1
+    assert more.get("target") is None or not [*refused(opened.path("pruner.onnx"))]
 
 
 @pytest.mark.slow

@@ -123,6 +123,14 @@ CASES = {
     "focal": [*ANY, Case((12, 13), 40), Case((1, 9), 4), Case((6, 5), 12, {"reach": 0.4})],
     "hiprune": [*ANY, Case((6, 5), 12, {"alpha": 0.9}), Case((4, 5), 3, {"alpha": 1.0})],
     "prunesid": [*ANY, Case((6, 6), 20, {"group": 3})],
+    "change": [*ANY, Case((1, 9), 4)],
+    "evs": [  # frames of so many patches
+        Case((4, 4), 4),
+        Case((3, 5), 11),
+        Case((3, 5), 15),
+        Case((1, 9), 9),
+        Case((5, 4), 9, dtype="float16"),
+    ],
     "otprune": [*ANY, Case((5, 6), 12, {"gamma": 3.0})],
     "apet": [*ANY, Case((6, 7), 15, {"basis": 4}), Case((5, 5), 20, {"basis": 8}, dtype="float16")],
     "vscan": [
@@ -281,7 +289,8 @@ def lattice(case: Case, batch: int, seed: int, levels: int = 4, kinds: int = 5) 
     # Four parts alike, of unit entries: whole, or averaged over one or four heads, norms are powers of two.
     vision_keys = np.tile(rng.choice([-1, 1], (kinds, WIDTH // 4))[kind], 4) * scale
     texts = text_cues.lattice(count, WIDTH, case.dtype, batch, seed, levels)
-    return typed(case, features, scores, keys, vision_keys) | texts
+    pictures = rng.integers(-8, 9, (2, *picture_shape(case, batch))) / 8
+    return typed(case, features, scores, keys, vision_keys) | texts | as_pictures(case, *pictures)
 
 
 def continuous(case: Case, batch: int, seed: int) -> dict[str, np.ndarray]:
@@ -296,7 +305,19 @@ def continuous(case: Case, batch: int, seed: int) -> dict[str, np.ndarray]:
         rows[:, count // 2] = 1.5 * twin
     scores = rng.random((batch, count)) ** 3
     texts = text_cues.continuous(count, WIDTH, case.dtype, batch, seed)
-    return typed(case, features, scores, keys, vision_keys) | texts
+    picture = rng.standard_normal(picture_shape(case, batch))
+    other = picture + rng.random((batch, 1, *picture.shape[2:])) * rng.standard_normal(picture.shape)
+    return typed(case, features, scores, keys, vision_keys) | texts | as_pictures(case, picture, other)
+
+
+def picture_shape(case: Case, batch: int) -> tuple[int, ...]:
+    """[B,3,H,W] with patches of 2 x 3 pixels, and a column that belongs to none if there is room for it."""
+    rows, columns = case.grid
+    return batch, 3, 2 * rows, 3 * columns + (columns > 1)
+
+
+def as_pictures(case: Case, picture: np.ndarray, other: np.ndarray) -> dict[str, np.ndarray]:
+    return {"picture": picture.astype(case.dtype), "reference_picture": other.astype(case.dtype)}
 
 
 def typed(

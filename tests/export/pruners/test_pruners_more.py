@@ -132,6 +132,24 @@ def test_unfit_options_are_refused(name, options, words):
     assert "\n" not in str(refused.value)
 
 
+def test_evs_keeps_still_frames_in_the_order_of_the_clip():
+    """What did not change at all is equal to the last bit, so that ties decide and not rounding."""
+    frame = torch.randn(7, 32, generator=torch.Generator().manual_seed(0))
+    still = cues_of(frame.repeat(4, 1), torch.ones(28))
+    assert chosen("evs", (4, 7), 12, still) == list(range(12))
+    moved = frame.repeat(4, 1)
+    moved[23] = -moved[23]  # the last frame's third patch
+    assert chosen("evs", (4, 7), 9, cues_of(moved, torch.ones(28))) == [*range(8), 23]
+
+
+def test_evs_refuses_less_than_the_first_frame():
+    with pytest.raises(
+        UsageError, match=r"keep-tokens 6 is below the 7 patches of the first frame, which .* 7 to 28"
+    ):
+        pruners.find_method("evs")((4, 7), 6)
+    assert pruners.picture_methods() == [name for name in pruners.method_names() if name != "evs"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SELECTING)
 def test_a_bundle_of_each_holds_against_torch(tmp_path, model_folder, name):

@@ -28,7 +28,7 @@ pytestmark = [
     pytest.mark.skipif(MISSING, reason=f"tensorrt_rtx is not installed: {INSTALL[ENGINE]}"),
 ]
 
-METHODS = pruners.method_names()
+METHODS = pruners.picture_methods()
 COUNT, KEEP, LONGEST = 16, 6, 128  # visual tokens of the tiny model, how many stay, positions
 # Least, usual and most of a named axis; names that are not here get the last row.
 RANGES = {

@@ -174,7 +174,7 @@ def test_graphs_that_something_else_runs_do_not_count(exported: Callable[[str], 
     bundle = open_bundle(exported("none").folder)
     kept = {stage.file for stage in bundle.manifest.stages if stage.when != "image"}
     least = least_memory(bundle, kept).total
-    check_fits(bundle, "ort-cpu", Room(least, "x"), skip="image")
+    check_fits(bundle, "ort-cpu", Room(least, "x"), skip={"image"})
     with pytest.raises(VtpError):
         check_fits(bundle, "ort-cpu", Room(least, "x"))
 

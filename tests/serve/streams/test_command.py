@@ -71,6 +71,33 @@ def test_json_lines_are_the_pipelines_answers(
     assert "10 frames seen, 10 asked about, 0 dropped in " in error and "p95" in error
 
 
+def test_frames_are_recomputed_in_part(
+    exported: Callable[[str], Any], clip: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Several questions about a frame share the tower's run; a new watch begins with a whole frame."""
+    asked = ("--prompt", PROMPT, "--alert", "what is it ? [red|blue]", "--labels", "texts", "--every-frame")
+    code, out, error = run(
+        capsys, exported("stc").folder, clip, *asked, "--max-new-tokens", 1, "--json", "--stream-reuse"
+    )
+    lines = [json.loads(line) for line in out.splitlines()]
+    rows = [line["tower"]["rows"] for line in lines]
+    assert code == 0 and len(rows) == 10 and rows[0] == rows[4] == 17 and rows[1] == 4
+    assert all("cosine" in line["tower"] for line in lines if line["tower"]["rows"] == 4)
+    assert not any(name.startswith("vision_encoder") for line in lines for name in line["timings"])
+    assert f", {rows.count(4)} recomputed in part in " in error
+
+
+def test_a_method_that_compares_frames_is_given_the_one_before(
+    exported: Callable[[str], Any], clip: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, told = exported("change").folder, "without --stream-reuse that is what differs from grey"
+    asked = ("--prompt", PROMPT, "--every-frame", "--max-new-tokens", 1, "--until", 1, "--json")
+    code, _, error = run(capsys, folder, clip, *asked)
+    assert code == 0 and told in error
+    code, out, error = run(capsys, folder, clip, *asked, "--stream-reuse")
+    assert code == 0 and told not in error and "tower" not in json.loads(out)
+
+
 def test_lines_for_people(tiny: Path, clip: Path, capsys: pytest.CaptureFixture[str]) -> None:
     asked = ("--prompt", PROMPT, "--every-frame", "--max-new-tokens", 2)
     code, out, _ = run(capsys, tiny, clip, *asked, "--until", 2)

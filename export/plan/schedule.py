@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
@@ -40,6 +41,7 @@ def make_schedules(
             f"method {method.name} names other layers for other keep-counts; export them one by one"
         )
     for schedule in schedules:
+        _check_cuts(schedule, family)
         for number, pruner in enumerate(schedule):
             _check_choice(pruner, family, number)
     return schedules
@@ -75,6 +77,17 @@ def _check_served(method: type[Pruner], family: Family) -> None:
     if last >= layers:
         raise UsageError(
             f"method {method.name} prunes before decoder layer {last}, but this model has {layers} layers"
+        )
+
+
+def _check_cuts(schedule: Schedule, family: Family) -> None:
+    """Refuse cuts between a layer and those that read its keys and values."""
+    last, most = max(site_of(schedule).layers, default=0), family.decoder.last_cut
+    if last > most:
+        raise UsageError(
+            f"method {schedule[0].name} prunes before decoder layer {last}, but later layers of this model "
+            f"read the keys and values of layer {most}, which would still hold every token; choose a method "
+            f"that prunes before layer {most} or earlier"
         )
 
 
@@ -186,6 +199,7 @@ def _check_rows(pruner: Pruner, answer: object, shapes: Mapping[str, tuple[int, 
 def cue_shapes(pruner: Pruner, family: Family, batch: int, text: int) -> dict[str, tuple[int, ...]]:
     """Shapes of every cue for a pruner that N tokens reach, beside `text` tokens of text."""
     count, decoder = pruner.count, family.decoder
+    cut = max(Site.parse(pruner.site).layers, default=0)
     return {
         "image_features": (batch, count, family.feature_width),
         "vision_keys": (batch, count, family.feature_width),
@@ -193,7 +207,7 @@ def cue_shapes(pruner: Pruner, family: Family, batch: int, text: int) -> dict[st
         "next_scores": (batch, count),
         "image_embeds": (batch, count, decoder.width),
         "hidden_states": (batch, count, decoder.width),
-        "keys": (batch, count, decoder.kv_heads * decoder.head_dim),
+        "keys": (batch, count, math.prod(decoder.kv_shape(cut))),
         "text_attention": (batch, decoder.heads, text, count),
         "text_gravity": (batch, text, count),
         "text_embeds": (batch, text, decoder.width),

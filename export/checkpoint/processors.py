@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from vtp.engines.errors import UsageError, VtpError
-from vtp.runtime.preprocess import anyres, idefics3, internvl, qwen
+from vtp.runtime.preprocess import anyres, gemma4, idefics3, internvl, qwen
 from vtp.runtime.preprocess.base import CLIP_MEAN, CLIP_STD, ImageSpec, Size, is_int
 from vtp.runtime.preprocess.clip import CLIP_FITS, ClipSpec
 from vtp.runtime.preprocess.fit import FITS, FittedSpec
@@ -101,6 +101,22 @@ def _read_gemma3(values: Settings, asked: _Asked) -> ClipSpec:
             "only do_pan_and_scan false is supported"
         )
     return _read_clip(values, asked)
+
+
+def _read_gemma4(values: Settings, asked: _Asked) -> FittedSpec:
+    sides = {"patch_size": values["patch_size"], "pooling_size": values["pooling_kernel_size"]}
+    for name, side in sides.items():
+        if not (is_int(side) and 1 <= side <= 256):
+            raise VtpError(f"the image processor's {name} is {side!r}; it must be 1 to 256")
+    patch, pooling, budget = *sides.values(), values["max_soft_tokens"]
+    if budget not in gemma4.BUDGETS:
+        raise VtpError(
+            f"the image processor's max_soft_tokens is {budget!r}; one of {gemma4.BUDGETS} is needed"
+        )
+    if asked.size:  # goes with the budget that transformers would have to be given for it
+        budget = gemma4.budget_for(asked.size, patch, pooling) or budget
+    size = asked.size or gemma4.default_size(patch, pooling, budget)
+    return _fitted(gemma4.Gemma4Spec, values, asked, size, max_soft_tokens=budget, **sides)
 
 
 def _read_qwen(values: Settings, asked: _Asked) -> FittedSpec:
@@ -241,6 +257,18 @@ _PROCESSORS: dict[str, _Processor] = {
             "pan_and_scan_max_num_crops",
             "pan_and_scan_min_ratio_to_activate",
         ),
+    ),
+    "Gemma4": _Processor(
+        _read_gemma4,
+        {
+            "do_normalize": False,
+            "image_mean": (0.0, 0.0, 0.0),
+            "image_std": (1.0, 1.0, 1.0),
+            "patch_size": 16,
+            "max_soft_tokens": 280,
+            "pooling_kernel_size": 3,
+        },
+        ignored=("size",),  # the budget says it
     ),
     "Qwen2VL": _Processor(
         _read_qwen,

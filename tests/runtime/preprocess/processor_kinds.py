@@ -7,6 +7,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+from transformers.models.gemma4.image_processing_pil_gemma4 import (
+    Gemma4ImageProcessorPil,
+    get_aspect_ratio_preserving_size,
+)
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import (
     GotOcr2ImageProcessorPil,
     get_optimal_tiled_canvas,
@@ -55,6 +59,7 @@ CASES = {
         Qwen2VLImageProcessorPil(patch_size=4, merge_size=3, temporal_patch_size=1, resample=2),
         ((96, 60), (120, 120)),
     ),
+    "gemma4": Case(Gemma4ImageProcessorPil(patch_size=4, max_soft_tokens=70), ((96, 96), (60, 156))),
     "llava_next": Case(
         LlavaNextImageProcessorPil(
             size={"shortest_edge": 56},
@@ -116,6 +121,9 @@ def saved(processor: Any) -> dict[str, Any]:
 def theirs(processor: Any, picture: Image.Image, **changes: Any) -> np.ndarray:
     """transformers' pixel_values of one picture, without the axis that counts pictures."""
     given = processor(picture, return_tensors="np", **changes)
+    if "num_soft_tokens_per_image" in given:  # filled up to the budget
+        count = int(given["num_soft_tokens_per_image"][0]) * processor.pooling_kernel_size**2
+        return given["pixel_values"][0, :count].astype(np.float32)
     values = given["pixel_values"] if "pixel_values" in given else given["pixel_values_images"]
     return (values[0] if values.ndim == 5 else values).astype(np.float32)
 
@@ -126,6 +134,10 @@ def own_size(name: str, width: int, height: int) -> tuple[int, int]:
     if isinstance(processor, Qwen2VLImageProcessorPil):
         factor, size = processor.patch_size * processor.merge_size, processor.size
         return smart_resize(height, width, factor, size["shortest_edge"], size["longest_edge"])
+    if isinstance(processor, Gemma4ImageProcessorPil):
+        edge = processor.pooling_kernel_size
+        patches = processor.max_soft_tokens * edge**2
+        return get_aspect_ratio_preserving_size(height, width, processor.patch_size, patches, edge)
     if isinstance(processor, GotOcr2ImageProcessorPil):
         tile = (processor.size["height"], processor.size["width"])
         columns, rows = get_optimal_tiled_canvas(

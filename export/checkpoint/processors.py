@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from vtp.engines.errors import UsageError, VtpError
-from vtp.runtime.preprocess import anyres, gemma4, idefics3, internvl, qwen
+from vtp.runtime.preprocess import anyres, gemma4, idefics3, internvl, pixtral, qwen
 from vtp.runtime.preprocess.base import CLIP_MEAN, CLIP_STD, ImageSpec, Size, is_int
 from vtp.runtime.preprocess.clip import CLIP_FITS, ClipSpec
 from vtp.runtime.preprocess.fit import FITS, FittedSpec
@@ -190,6 +190,17 @@ def _read_idefics3(values: Settings, asked: _Asked) -> FittedSpec:
     return _fitted(idefics3.Idefics3Spec, values, asked, image_size, **own)
 
 
+def _read_pixtral(values: Settings, asked: _Asked) -> FittedSpec:
+    token, longest = values["patch_size"], _longest_edge(values["size"], "size")
+    if isinstance(token, Mapping) and token.get("height") == token.get("width"):
+        token = token.get("height")
+    if not (is_int(token) and token >= 1):
+        raise VtpError(f"the image processor's patch_size is {token!r}; a positive whole number is needed")
+    size = asked.size or pixtral.default_size(longest, token)
+    edge = min(longest, max(size))  # as transformers makes pictures when it is asked for this longest edge
+    return _fitted(pixtral.PixtralSpec, values, asked, size, patch_size=token, longest_edge=edge)
+
+
 def _longest_edge(size: Any, name: str) -> int:
     edge = size.get("longest_edge") if isinstance(size, Mapping) and len(size) == 1 else None
     if not (is_int(edge) and edge >= 1):
@@ -306,6 +317,16 @@ _PROCESSORS: dict[str, _Processor] = {
             "image_std": CLIP_STD,
         },
         ignored=("do_pad",),
+    ),
+    "Pixtral": _Processor(
+        _read_pixtral,
+        {
+            "patch_size": 16,
+            "size": {"longest_edge": 1024},
+            "image_mean": CLIP_MEAN,
+            "image_std": CLIP_STD,
+        },
+        ignored=("do_pad",),  # it pads batches of unlike pictures
     ),
     "GotOcr2": _Processor(
         _read_internvl,

@@ -20,6 +20,10 @@ from transformers.models.llava_next.image_processing_pil_llava_next import Llava
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
     LlavaOnevisionImageProcessorPil,
 )
+from transformers.models.pixtral.image_processing_pil_pixtral import (
+    PixtralImageProcessorPil,
+    get_resize_output_image_size,
+)
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
@@ -60,6 +64,7 @@ CASES = {
         ((96, 60), (120, 120)),
     ),
     "gemma4": Case(Gemma4ImageProcessorPil(patch_size=4, max_soft_tokens=70), ((96, 96), (60, 156))),
+    "pixtral": Case(PixtralImageProcessorPil(patch_size=8, size={"longest_edge": 64}), ((64, 64), (40, 64))),
     "llava_next": Case(
         LlavaNextImageProcessorPil(
             size={"shortest_edge": 56},
@@ -138,6 +143,10 @@ def own_size(name: str, width: int, height: int) -> tuple[int, int]:
         edge = processor.pooling_kernel_size
         patches = processor.max_soft_tokens * edge**2
         return get_aspect_ratio_preserving_size(height, width, processor.patch_size, patches, edge)
+    if isinstance(processor, PixtralImageProcessorPil):
+        longest, token = processor.size["longest_edge"], processor.patch_size
+        token = token if isinstance(token, int) else token["height"]
+        return get_resize_output_image_size(np.zeros((3, height, width)), longest, token, "channels_first")
     if isinstance(processor, GotOcr2ImageProcessorPil):
         tile = (processor.size["height"], processor.size["width"])
         columns, rows = get_optimal_tiled_canvas(

@@ -32,7 +32,7 @@ from vtp.export.patched import patched
 from vtp.runtime import Pipeline
 from vtp.runtime.bundle.folder import Bundle, open_bundle
 from vtp.runtime.bundle.manifest import Manifest
-from vtp.runtime.bundle.memory import bundle_memory
+from vtp.runtime.bundle.memory import bundle_memory, cache_bytes
 from vtp.runtime.engine_choice import choose_engines
 from vtp.runtime.result import Result
 from vtp.runtime.stages.runner import StageRunner
@@ -40,7 +40,6 @@ from vtp.runtime.stages.stage import Stage
 
 WARM_UPS = 2
 _ERRORS = {VtpError.exit_code: VtpError, UsageError.exit_code: UsageError}
-_SIZES = {"float16": 2, "bfloat16": 2, "float32": 4, "int8": 1}
 
 
 @dataclass(frozen=True)
@@ -290,8 +289,8 @@ def step_work(bundle: Bundle, keep: int, past: Mapping[str, int], engine: str) -
         if graph.kv is not None:
             held = past[info.file]
             sizes["capacity"] = graph.kv.capacity
-            token = 2 * len(graph.kv.layers) * graph.kv.heads * graph.kv.head_dim
-            read += token * held * _SIZES.get(graph.kv.dtype, 4)
+            token = cache_bytes(graph) // graph.kv.capacity
+            read += token * held
         found = flops.count(bundle.path(info.file), sizes, held)
         widened = 2 if capabilities(engine).widens_float16 and manifest.dtype == "float16" else 1
         read, work = read + found.weights * widened, work + found.total

@@ -32,8 +32,9 @@ class Target:
     float64: bool
 
     def serving(self, decoder: Decoder) -> Target:
-        """This target for a decoder whose prompts are not read from left to right alone: masked attention."""
-        plain = decoder.mask_kind == "causal" or self.attending is not GROUPED_QUERY
+        """This target for a decoder whose tokens do not just see all before them: masked attention."""
+        causal = decoder.mask_kind == "causal" and not decoder.windows
+        plain = causal or self.attending is not GROUPED_QUERY
         return self if plain else replace(self, attending=MASKED)
 
     def prepare(self, plan: Plan) -> Plan:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from vtp.engines.errors import UsageError, VtpError
-from vtp.runtime.preprocess import anyres, idefics3, internvl, qwen
+from vtp.runtime.preprocess import anyres, gemma4, idefics3, internvl, pixtral, qwen
 from vtp.runtime.preprocess.base import CLIP_MEAN, CLIP_STD, ImageSpec, Size, is_int
 from vtp.runtime.preprocess.clip import CLIP_FITS, ClipSpec
 from vtp.runtime.preprocess.fit import FITS, FittedSpec
@@ -103,6 +103,22 @@ def _read_gemma3(values: Settings, asked: _Asked) -> ClipSpec:
     return _read_clip(values, asked)
 
 
+def _read_gemma4(values: Settings, asked: _Asked) -> FittedSpec:
+    sides = {"patch_size": values["patch_size"], "pooling_size": values["pooling_kernel_size"]}
+    for name, side in sides.items():
+        if not (is_int(side) and 1 <= side <= 256):
+            raise VtpError(f"the image processor's {name} is {side!r}; it must be 1 to 256")
+    patch, pooling, budget = *sides.values(), values["max_soft_tokens"]
+    if budget not in gemma4.BUDGETS:
+        raise VtpError(
+            f"the image processor's max_soft_tokens is {budget!r}; one of {gemma4.BUDGETS} is needed"
+        )
+    if asked.size:  # goes with the budget that transformers would have to be given for it
+        budget = gemma4.budget_for(asked.size, patch, pooling) or budget
+    size = asked.size or gemma4.default_size(patch, pooling, budget)
+    return _fitted(gemma4.Gemma4Spec, values, asked, size, max_soft_tokens=budget, **sides)
+
+
 def _read_qwen(values: Settings, asked: _Asked) -> FittedSpec:
     pixels = dict(values["size"]) if isinstance(values["size"], Mapping) else {}
     least = values["min_pixels"] or pixels.get("shortest_edge") or pixels.get("min_pixels")
@@ -174,6 +190,17 @@ def _read_idefics3(values: Settings, asked: _Asked) -> FittedSpec:
     return _fitted(idefics3.Idefics3Spec, values, asked, image_size, **own)
 
 
+def _read_pixtral(values: Settings, asked: _Asked) -> FittedSpec:
+    token, longest = values["patch_size"], _longest_edge(values["size"], "size")
+    if isinstance(token, Mapping) and token.get("height") == token.get("width"):
+        token = token.get("height")
+    if not (is_int(token) and token >= 1):
+        raise VtpError(f"the image processor's patch_size is {token!r}; a positive whole number is needed")
+    size = asked.size or pixtral.default_size(longest, token)
+    edge = min(longest, max(size))  # as transformers makes pictures when it is asked for this longest edge
+    return _fitted(pixtral.PixtralSpec, values, asked, size, patch_size=token, longest_edge=edge)
+
+
 def _longest_edge(size: Any, name: str) -> int:
     edge = size.get("longest_edge") if isinstance(size, Mapping) and len(size) == 1 else None
     if not (is_int(edge) and edge >= 1):
@@ -242,6 +269,18 @@ _PROCESSORS: dict[str, _Processor] = {
             "pan_and_scan_min_ratio_to_activate",
         ),
     ),
+    "Gemma4": _Processor(
+        _read_gemma4,
+        {
+            "do_normalize": False,
+            "image_mean": (0.0, 0.0, 0.0),
+            "image_std": (1.0, 1.0, 1.0),
+            "patch_size": 16,
+            "max_soft_tokens": 280,
+            "pooling_kernel_size": 3,
+        },
+        ignored=("size",),  # the budget says it
+    ),
     "Qwen2VL": _Processor(
         _read_qwen,
         {
@@ -278,6 +317,16 @@ _PROCESSORS: dict[str, _Processor] = {
             "image_std": CLIP_STD,
         },
         ignored=("do_pad",),
+    ),
+    "Pixtral": _Processor(
+        _read_pixtral,
+        {
+            "patch_size": 16,
+            "size": {"longest_edge": 1024},
+            "image_mean": CLIP_MEAN,
+            "image_std": CLIP_STD,
+        },
+        ignored=("do_pad",),  # it pads batches of unlike pictures
     ),
     "GotOcr2": _Processor(
         _read_internvl,

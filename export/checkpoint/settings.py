@@ -60,7 +60,9 @@ def processor_settings(folder: Path, media: str, tokenizer: Any) -> dict[str, An
     owner = _processor_class(folder)
     own, names = _video_settings(folder) if media == "video" else _image_settings(folder)
     # A setting that an image processor has no value for, such as do_pad of a batch, is none of its own.
-    asked = {key: value for key, value in _class_settings(owner, media).items() if own.get(key) is not None}
+    pixtral = getattr(owner, "__name__", "") == "PixtralProcessor"  # which torchvision's absence hides
+    asked = _whole_tokens(folder) if pixtral else _class_settings(owner, media)
+    asked = {key: value for key, value in asked.items() if own.get(key) is not None}
     asked |= _from_tokenizer(tokenizer, names)
     return {**own, **{key: value for key, value in asked.items() if value is not None}}
 
@@ -134,6 +136,15 @@ def _class_settings(owner: Any, media: str) -> dict[str, Any]:
     name = f"{media}s_kwargs"
     defaults = getattr(getattr(owner, "valid_processor_kwargs", None), "_defaults", {})
     return {**(getattr(owner, name, None) or {}), **defaults.get(name, {})}
+
+
+def _whole_tokens(folder: Path) -> dict[str, Any]:
+    """What PixtralProcessor asks of its image processor: whole tokens, by its own settings."""
+    own, _ = _ask(folder, "processor", ProcessorMixin.get_processor_dict, str(folder))
+    patch, edge = own.get("patch_size", 16), own.get("spatial_merge_size", 1)
+    if not (type(patch) is int and type(edge) is int):
+        raise VtpError(f"patch_size and spatial_merge_size of {folder / PROCESSOR} are not whole numbers")
+    return {"patch_size": patch * edge}
 
 
 def _from_tokenizer(tokenizer: Any, names: set[str]) -> dict[str, Any]:

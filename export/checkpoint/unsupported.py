@@ -28,7 +28,7 @@ def refuse_unsupported(folder: Path, config: Mapping[str, Any]) -> None:
     for place, part in parts(config):
         _refuse_quantized(folder, place, part)
         for key in _REBUILT:
-            if part.get(key) is not None:
+            if part.get(key) is not None and not _known_layers(part, key):
                 raise VtpError(
                     f"{folder / 'config.json'} sets {place}{key}, with which transformers builds other "
                     "layers; that is not supported"
@@ -47,6 +47,15 @@ def refuse_unsupported(folder: Path, config: Mapping[str, Any]) -> None:
             "that key"
         )
     _refuse_paths(folder)
+
+
+def _known_layers(part: Mapping[str, Any], key: str) -> bool:
+    """Whether what is said of single layers is of Gemma 4, whose family reads it from the model."""
+    own = part[key]
+    if key != "per_layer_config" or part.get("model_type") != "gemma4_text" or not isinstance(own, Mapping):
+        return False
+    known = {"head_dim", "num_key_value_heads"}
+    return all(isinstance(layer, Mapping) and set(layer) <= known for layer in own.values())
 
 
 def parts(config: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -26,7 +26,7 @@ from vtp.runtime.preprocess import ImageSpec
 # Decoders whose attention, rotary embedding and norms the emitter was held against transformers with.
 DECODERS = ("llama", "mistral", "qwen2", "qwen3", "qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text")
 # Rotary embeddings whose frequencies depend on the position alone, not on how long the prompt is.
-ROTARY = ("default", "linear", "llama3", "yarn")
+ROTARY = ("default", "linear", "llama3", "yarn", "proportional")
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ the exporter's graphs, so that a mistake in a graph cannot hide in what the grap
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -143,6 +144,27 @@ class Reference:
         assert past == 0, "a prompt starts on an empty cache"
         lowest = torch.full((size, size), torch.finfo(hidden.dtype).min, dtype=hidden.dtype)
         return lowest.triu(1)[None, None].to(hidden.device)
+
+    def turn(self, rows: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Queries or keys [1,H,S,d], turned."""
+        return sys.modules[type(self.text).__module__].apply_rotary_pos_emb(rows, rows, cos, sin)[0]
+
+    def begin(self, input_ids: Tensor, hidden: Tensor) -> None:
+        """Take note of what goes into the first layer: ids [1,S], and hidden [1,S,D] with visual tokens in
+        their places."""
+
+    def cut(self, stay: Tensor) -> None:
+        """Only the tokens at the places `stay`, int64, go on."""
+
+    def beside(self, layer: int, numbers: Tensor) -> dict[str, Any]:
+        """What else a decoder layer takes, by name, for tokens at `numbers` as in `turns`."""
+        del layer
+        return self.beside_attention(numbers)
+
+    def beside_attention(self, numbers: Tensor) -> dict[str, Any]:
+        """What else its attention takes where it runs alone."""
+        del numbers
+        return {}
 
     def after(self, layer: int, hidden: Tensor, image: Tensor, kept: Tensor) -> Tensor:
         """What goes on from a layer's output [1,S,D] over a prompt whose visual tokens `kept` [n] stand at

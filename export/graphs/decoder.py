@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vtp.export.checkpoint.cache_name import with_cache
 from vtp.export.graphs.attention.operators import Cache, LastRowProbe, LayerProbe, Lengths, active, softcapped
 from vtp.export.graphs.rotary import AxesRotary
+from vtp.export.graphs.splice import EmbedTokens
 from vtp.export.pruners.ops import gather_rows
 
 
@@ -22,7 +23,9 @@ class Decoder:
     mask_kind  what a token of a prompt sees beside itself and those before it: nothing ("causal"), the whole
                prompt ("prompt"), or, if it is a visual token, all those of its picture ("image")
     windows    whether layers with a sliding window keep to it; if not, no prompt may outgrow the window
+    near       whether only these look ahead (mask_kind "image"), and layers without a window are causal
     softcap    the logits are bent to stay within -softcap to softcap
+    numbered   whether its layers are told the positions besides
     axes       numbers by which a position is told: position_ids are [B,S], or [B,S,axes] above 1
     deepstack  L: what is added to visual tokens after each of the first L layers travels beside the
                embeddings, which are then (1 + L)·D wide; the text's is 0
@@ -32,7 +35,9 @@ class Decoder:
     lm_head: Any
     mask_kind: str = "causal"
     windows: bool = False
+    near: bool = False
     softcap: float | None = None
+    numbered: bool = False
     axes: int = 1
     deepstack: int = 0
 
@@ -70,6 +75,33 @@ class Decoder:
         """Width of what enters a layer, with what is still to be added after it and later ones."""
         return self.width * (1 + max(0, self.deepstack - layer))
 
+    def kv_shape(self, layer: int) -> tuple[int, int]:
+        """(heads, head size) of a layer's keys and values."""
+        del layer  # in most decoders all are alike
+        return self.kv_heads, self.head_dim
+
+    @property
+    def owners(self) -> Mapping[int, int]:
+        """Layers without keys and values of their own -> the layer whose they read."""
+        return {}
+
+    def cached(self, first: int, end: int) -> list[int]:
+        """Those of the layers `first` to `end` - 1 that have keys and values of their own."""
+        return [layer for layer in range(first, end) if layer not in self.owners]
+
+    @property
+    def last_cut(self) -> int:
+        """The last layer before which the decoder can be cut: no layer behind a cut reads one before it."""
+        return min([len(self.layers) - 1, *self.owners.values()])
+
+    def embedding(self, absent: int | None) -> nn.Module:
+        """input_ids -> inputs_embeds; `absent` is an id that the table has no row for."""
+        return EmbedTokens(self.model.embed_tokens, self.wide(0) - self.width, absent)
+
+    def part(self, first: int, end: int, cues: Sequence[str] = (), normed_keys: bool = False) -> DecoderPart:
+        """Layers `first` to `end` - 1 as a graph."""
+        return DecoderPart(self, first, end, cues, normed_keys)
+
 
 # Cues that a decoder part computes; those named TEXT_CUES need the places of the text tokens.
 PART_CUES = ("attention_scores", "next_scores", "keys", "text_attention", "text_gravity")
@@ -84,7 +116,7 @@ class DecoderPart(nn.Module):
     text_rows int64 [B,R] if a cue of TEXT_CUES is asked for, then past key and value [B,G,capacity,d] per
     layer. A part with the last layer gives logits float32 [B,1,V] of every row's last real position; an
     earlier part gives hidden_states [B,S,D] and the cues that the pruner after it reads. Both then give
-    present key and value per layer.
+    present key and value per layer. Layers that read another's keys and values have none here.
     """
 
     def __init__(
@@ -94,8 +126,10 @@ class DecoderPart(nn.Module):
         self.decoder_layers = nn.ModuleList(list(decoder.layers)[first:end])
         self.rotary: Any = decoder.rotary
         self.numbers = range(first, end)
+        self.cached, self.owners = decoder.cached(first, end), decoder.owners
         self.turning = [decoder.turning(layer) for layer in range(first, min(end + 1, len(decoder.layers)))]
-        self.mask_kind, self.windows, self.softcap = decoder.mask_kind, decoder.windows, decoder.softcap
+        self.mask_kind, self.softcap = decoder.mask_kind, decoder.softcap
+        self.windows, self.near, self.numbered = decoder.windows, decoder.near, decoder.numbered
         self.width = decoder.width
         self.cues = tuple(cues)
         self.reads_text = bool(set(cues) & set(TEXT_CUES))
@@ -121,28 +155,44 @@ class DecoderPart(nn.Module):
         if self.mask_kind == "prompt":
             lookahead = torch.zeros_like(position_ids) + hidden.shape[1]
         pairs = zip(past[::2], past[1::2], strict=True)
-        lengths = Lengths(seqlens_k, total_sequence_length, lookahead, self.windows)
+        lengths = Lengths(seqlens_k, total_sequence_length, lookahead, self.windows, self.near)
         probe = LayerProbe(self.numbers[-1], rows)
         cache = Cache(
-            dict(zip(self.numbers, pairs, strict=True)), lengths, probe=probe if self.cues else None
+            dict(zip(self.cached, pairs, strict=True)),
+            lengths,
+            probe=probe if self.cues else None,
+            owners=self.owners,
         )
-        hidden, *deep = hidden.split(self.width, dim=-1) if hidden.shape[-1] > self.width else (hidden,)
-        turns = self._turns(hidden, position_ids)
+        turns = self._turns(hidden[..., : self.width], position_ids)
         with active(cache):
-            for layer, turn in zip(self.decoder_layers, turns, strict=False):
-                hidden = layer(
-                    hidden,
-                    attention_mask=None,
-                    position_embeddings=turn,
-                    use_cache=True,
-                    **with_cache(layer, cache),
-                )
-                hidden = hidden + deep.pop(0) if deep else hidden
-        present = tuple(tensor for number in self.numbers for tensor in cache.present[number])
+            hidden, beside = self._run(hidden, turns, cache, self._told(position_ids))
+        present = tuple(tensor for number in self.cached for tensor in cache.present[number])
         if self.final:
             return (self._logits(hidden, lengths), *present)
-        cues = self._cues(hidden, turns, probe, lengths)
-        return (torch.cat([hidden, *deep], dim=-1) if deep else hidden, *cues, *present)
+        told = self._told(position_ids)
+        cues = self._cues(hidden, turns, probe, lengths, told)
+        return (torch.cat([hidden, *beside], dim=-1) if beside else hidden, *cues, *present)
+
+    def _told(self, position_ids: Tensor) -> dict[str, Any]:
+        """What else the layers, and the attention of one where it runs alone, are told."""
+        return {"position_ids": position_ids} if self.numbered else {}
+
+    def _run(
+        self, hidden: Tensor, turns: Sequence[tuple[Tensor, Tensor]], cache: Cache, told: dict[str, Any]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """What comes out of the layers, and what goes on beside it to later ones."""
+        hidden, *deep = hidden.split(self.width, dim=-1) if hidden.shape[-1] > self.width else (hidden,)
+        for layer, turn in zip(self.decoder_layers, turns, strict=False):
+            hidden = layer(
+                hidden,
+                attention_mask=None,
+                position_embeddings=turn,
+                use_cache=True,
+                **with_cache(layer, cache),
+                **told,
+            )
+            hidden = hidden + deep.pop(0) if deep else hidden
+        return hidden, deep
 
     def _turns(self, hidden: Tensor, position_ids: Tensor) -> list[tuple[Tensor, Tensor]]:
         """cos and sin for every layer of this part, and for the one after it."""
@@ -159,14 +209,19 @@ class DecoderPart(nn.Module):
         return softcapped(self.lm_head(self.norm(row)).float(), self.softcap).unsqueeze(1)
 
     def _cues(
-        self, hidden: Tensor, turns: list[tuple[Tensor, Tensor]], probe: LayerProbe, lengths: Lengths
+        self,
+        hidden: Tensor,
+        turns: list[tuple[Tensor, Tensor]],
+        probe: LayerProbe,
+        lengths: Lengths,
+        told: dict[str, Any],
     ) -> list[Tensor]:
         read: dict[str, Callable[[], Any]] = {
             "attention_scores": lambda: probe.last,
             "text_attention": lambda: probe.text,
             "text_gravity": lambda: _gravity(turns[-2], probe),
             "keys": lambda: self._keys(hidden),
-            "next_scores": lambda: self._next_scores(hidden, turns[-1], lengths),
+            "next_scores": lambda: self._next_scores(hidden, turns[-1], lengths, told),
         }
         return [read[name]() for name in self.cues]
 
@@ -174,12 +229,17 @@ class DecoderPart(nn.Module):
         normed = self.next_layer.input_layernorm(hidden) if self.normed_keys else hidden
         return self.next_layer.self_attn.k_proj(normed)
 
-    def _next_scores(self, hidden: Tensor, rotary: tuple[Tensor, Tensor], lengths: Lengths) -> Tensor:
+    def _next_scores(
+        self, hidden: Tensor, rotary: tuple[Tensor, Tensor], lengths: Lengths, told: dict[str, Any]
+    ) -> Tensor:
         """The last token's row in the layer that comes next: its attention runs up to that row."""
         probe = LayerProbe(self.numbers[-1] + 1)
         with active(LastRowProbe(probe, lengths)):
             self.next_layer.self_attn(
-                self.next_layer.input_layernorm(hidden), position_embeddings=rotary, attention_mask=None
+                self.next_layer.input_layernorm(hidden),
+                position_embeddings=rotary,
+                attention_mask=None,
+                **told,
             )
         assert probe.last is not None  # the attention function read it
         return probe.last

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -115,10 +116,12 @@ def decoder_inputs(layout: BundleLayout, source: str, first: int, end: int, text
 
 
 def _past(layout: BundleLayout, first: int, end: int) -> list[GraphInput]:
-    decoder = layout.family.decoder
-    buffer = zeros(layout, _B, decoder.kv_heads, _CAPACITY, decoder.head_dim)
-    names = cache_names("past_key_values", first, end)
-    return [GraphInput(name, buffer, {0: BATCH, 2: CAPACITY}) for name in names]
+    return [
+        GraphInput(name, zeros(layout, _B, heads, _CAPACITY, size), {0: BATCH, 2: CAPACITY})
+        for layer in layout.family.decoder.cached(first, end)
+        for heads, size in [layout.family.decoder.kv_shape(layer)]
+        for name in cache_names("past_key_values", [layer])
+    ]
 
 
 def decoder_cues(layout: BundleLayout, count: int, layer: int) -> dict[str, Tensor]:
@@ -130,7 +133,7 @@ def decoder_cues(layout: BundleLayout, count: int, layer: int) -> dict[str, Tens
         "image_start": torch.ones(_B, 1, dtype=torch.int64),
         "attention_scores": torch.rand(_B, total),
         "next_scores": torch.rand(_B, total),
-        "keys": zeros(layout, _B, total, decoder.kv_heads * decoder.head_dim),
+        "keys": zeros(layout, _B, total, math.prod(decoder.kv_shape(layer))),
         "text_attention": torch.rand(_B, decoder.heads, _R, total),
         "text_gravity": torch.rand(_B, _R, total),
         "image_embeds": zeros(layout, _B, layout.count, decoder.wide(0)),

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from vtp.export.graphs.decoder import PART_CUES, DecoderPart
-from vtp.export.graphs.splice import EmbedTokens
+from vtp.export.graphs.decoder import PART_CUES
 from vtp.export.onnx.emit import GraphInput, GraphSpec
 from vtp.export.plan import examples
 from vtp.export.plan.bundle_layout import BundleLayout, reads_rows
@@ -46,9 +45,9 @@ def caches(layout: BundleLayout) -> dict[str, KvInfo]:
     decoder = layout.family.decoder
     return {
         part_name(number, layout.cuts): KvInfo(
-            layers=list(range(first, end)),
-            heads=decoder.kv_heads,
-            head_dim=decoder.head_dim,
+            layers=decoder.cached(first, end),
+            heads=decoder.kv_shape(first)[0],
+            head_dim=decoder.kv_shape(first)[1],
             capacity=layout.capacity(number),
             dtype=str(layout.dtype).removeprefix("torch."),
             lengths="seqlens_k",
@@ -61,8 +60,7 @@ def _embed_tokens(layout: BundleLayout) -> Iterator[GraphSpec | StageInfo]:
     decoder, image = layout.family.decoder, layout.family.image_token_id
     table = decoder.model.embed_tokens
     absent = image if image >= table.num_embeddings else None
-    embedding = EmbedTokens(table, decoder.wide(0) - decoder.width, absent)
-    yield GraphSpec("embed_tokens", embedding, [examples.input_ids()], ["inputs_embeds"])
+    yield GraphSpec("embed_tokens", decoder.embedding(absent), [examples.input_ids()], ["inputs_embeds"])
     yield stage("embed_tokens", "prefill", ["input_ids"], ["inputs_embeds"], role="embed")
 
 
@@ -117,10 +115,10 @@ def _part(
     """One part, and its run over a prompt."""
     (first, end), cuts = layout.parts[number], layout.cuts
     name, source = part_name(number, cuts), part_source(number, cuts)
-    module = DecoderPart(layout.family.decoder, first, end, cues, layout.normed_keys)
+    module = layout.family.decoder.part(first, end, cues, layout.normed_keys)
     inputs = examples.decoder_inputs(layout, source, first, end, module.reads_text)
     answer = ["logits"] if module.final else ["hidden_states", *cues]
-    yield GraphSpec(name, module, inputs, [*answer, *cache_names("present", first, end)])
+    yield GraphSpec(name, module, inputs, [*answer, *cache_names("present", module.cached)])
     reads = {source: flow.hidden, "position_ids": flow.positions}
     if reads_rows(cues):
         reads["text_rows"] = flow.rows

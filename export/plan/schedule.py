@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
@@ -54,6 +55,7 @@ def make_schedules(
 
 
 def _checked(schedule: Schedule, family: Family) -> Schedule:
+    _check_cuts(schedule, family)
     for number, pruner in enumerate(schedule):
         _check_choice(pruner, family, number)
     return schedule
@@ -131,6 +133,17 @@ def _check_tiles(method: type[Pruner], family: Family, site: Site) -> None:
         raise UsageError(
             f"--share tile is for methods at the vision or projector site, and method {method.name} acts at "
             f"{method.site}, where it weighs all tokens together{_instead(method, family)}"
+        )
+
+
+def _check_cuts(schedule: Schedule, family: Family) -> None:
+    """Refuse cuts between a layer and those that read its keys and values."""
+    last, most = max(site_of(schedule).layers, default=0), family.decoder.last_cut
+    if last > most:
+        raise UsageError(
+            f"method {schedule[0].name} prunes before decoder layer {last}, but later layers of this model "
+            f"read the keys and values of layer {most}, which would still hold every token; choose a method "
+            f"that prunes before layer {most} or earlier"
         )
 
 
@@ -244,6 +257,7 @@ def _check_rows(pruner: Pruner, answer: object, shapes: Mapping[str, tuple[int, 
 def cue_shapes(pruner: Pruner, family: Family, batch: int, text: int) -> dict[str, tuple[int, ...]]:
     """Shapes of every cue for a pruner that N tokens reach, beside `text` tokens of text."""
     count, decoder = pruner.count, family.decoder
+    cut = max(Site.parse(pruner.site).layers, default=0)
     return {
         "image_features": (batch, count, family.feature_width),
         "vision_keys": (batch, count, family.feature_width),
@@ -252,7 +266,7 @@ def cue_shapes(pruner: Pruner, family: Family, batch: int, text: int) -> dict[st
         "next_scores": (batch, count),
         "image_embeds": (batch, count, decoder.width),
         "hidden_states": (batch, count, decoder.width),
-        "keys": (batch, count, decoder.kv_heads * decoder.head_dim),
+        "keys": (batch, count, math.prod(decoder.kv_shape(cut))),
         "text_attention": (batch, decoder.heads, text, count),
         "text_gravity": (batch, text, count),
         "text_embeds": (batch, text, decoder.width),

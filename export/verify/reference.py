@@ -9,7 +9,6 @@ Rows that a method merged take the places of the tokens they stand for. Slow, si
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -176,11 +175,13 @@ class _Decoder:
             )
         prompt = self.parts.embed(self.ids)
         self.hidden = prompt.index_copy(1, self.image, image_embeds.to(prompt.dtype))
+        self.parts.begin(self.ids, self.hidden)
 
     def cut(self, keep: Tensor) -> None:
         """Leave only the visual tokens `keep` [K], numbered among those that are left."""
         stay, first = torch.cat([self.other, self.image[keep]]).sort().values, int(self.numbers.flatten()[0])
         self.hidden, self.numbers = self.hidden[:, stay], self.numbers[..., stay]
+        self.parts.cut(stay)
         self.image, self.other = (
             torch.searchsorted(stay, self.image[keep]),
             torch.searchsorted(stay, self.other),
@@ -216,6 +217,7 @@ class _Decoder:
             normed,
             position_embeddings=self.parts.turns(end, hidden, self.numbers),
             attention_mask=self.parts.mask(end, hidden, self.image, 0),
+            **self.parts.beside_attention(self.numbers),
         )
         return {
             "hidden_states": hidden[:, self.image],
@@ -229,9 +231,8 @@ class _Decoder:
     def _gravity(self, layer: int) -> Tensor:
         """[1,S,S]: all-ones queries and keys, turned as a layer turns them; products / sqrt(head_dim)."""
         cos, sin = (part.float() for part in self.parts.turns(layer, self.hidden, self.numbers))
-        ones = torch.ones_like(cos).unsqueeze(1)
-        query, key = sys.modules[type(self.text).__module__].apply_rotary_pos_emb(ones, ones, cos, sin)
-        return (query @ key.transpose(2, 3))[:, 0] / cos.shape[-1] ** 0.5
+        turned = self.parts.turn(torch.ones_like(cos).unsqueeze(1), cos, sin)
+        return (turned @ turned.transpose(2, 3))[:, 0] / cos.shape[-1] ** 0.5
 
     def run(self, first: int, end: int) -> None:
         """Run layers `first` to `end` - 1 on `hidden`, after what the cache holds."""
@@ -245,6 +246,7 @@ class _Decoder:
                 use_cache=True,
                 position_embeddings=self.parts.turns(number, self.hidden, self.numbers),
                 **with_cache(layer, self.cache),
+                **self.parts.beside(number, self.numbers),
             )
             self.hidden = self.parts.after(number, hidden, self.image, self.kept) if prompt else hidden
 
@@ -257,7 +259,9 @@ class _Decoder:
             tokens.append(int(logits[-1].argmax()))
             if tokens[-1] in eos_ids or len(tokens) >= steps:
                 return tokens, logits
-            self.hidden = self.parts.embed(self.ids.new_tensor([tokens[-1:]]))
+            ids = self.ids.new_tensor([tokens[-1:]])
+            self.hidden = self.parts.embed(ids)
+            self.parts.begin(ids, self.hidden)
             self.numbers = torch.full_like(self.numbers[..., :1], self.next_number)
             self.next_number += 1
             self.run(0, len(self.text.layers))

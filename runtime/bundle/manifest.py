@@ -45,9 +45,9 @@ class TensorInfo:
 class KvInfo:
     """The KV cache of one decoder stage: one [batch, heads, capacity, head_dim] key and value per layer.
 
-    `layers` are absolute layer numbers. `lengths` names the convention by which the graph learns how much of
-    the cache is filled: "seqlens_k" is GroupQueryAttention's (int32 [B] valid tokens minus one, and int32
-    scalar total_sequence_length).
+    `layers` are absolute layer numbers; if they differ in heads or head_dim, these are the first one's, and
+    the graph's inputs say each. `lengths` is how the graph learns what is filled: "seqlens_k" is that of
+    GroupQueryAttention (int32 [B] valid tokens minus one, and int32 scalar total_sequence_length).
     """
 
     layers: list[int]

@@ -105,6 +105,5 @@ def cache_bytes(graph: GraphInfo) -> int:
     if kv is None:
         return 0
     width = _DTYPE_BYTES.get(kv.dtype, 4)
-    return sum(
-        kv.heads * kv.capacity * kv.head_dim * width for name in graph.inputs if name.startswith(CACHE[0])
-    )
+    buffers = [info.shape for name, info in graph.inputs.items() if name.startswith(CACHE[0])]
+    return sum(int(heads) * kv.capacity * int(size) * width for _, heads, _, size in buffers)

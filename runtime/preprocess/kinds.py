@@ -15,11 +15,13 @@ from vtp.engines.errors import VtpError
 from vtp.runtime.preprocess.anyres import AnyresSpec
 from vtp.runtime.preprocess.base import ImageSpec
 from vtp.runtime.preprocess.clip import ClipSpec
+from vtp.runtime.preprocess.gemma4 import Gemma4Spec
 from vtp.runtime.preprocess.idefics3 import Idefics3Spec
 from vtp.runtime.preprocess.internvl import InternvlSpec
+from vtp.runtime.preprocess.pixtral import PixtralSpec
 from vtp.runtime.preprocess.qwen import QwenSpec
 
-_SPECS = (ClipSpec, QwenSpec, AnyresSpec, InternvlSpec, Idefics3Spec)
+_SPECS = (ClipSpec, QwenSpec, AnyresSpec, InternvlSpec, Idefics3Spec, Gemma4Spec, PixtralSpec)
 KINDS: dict[str, type[ImageSpec]] = {spec.kind: spec for spec in _SPECS}
 
 _ORDER = (
@@ -27,7 +29,7 @@ _ORDER = (
     *("do_center_crop", "crop_height", "crop_width", "do_rescale", "rescale_factor", "do_normalize"),
     *("mean", "std", "image_height", "image_width", "fit", "min_pixels", "max_pixels", "patch_size"),
     *("temporal_patch_size", "merge_size", "pinpoints", "min_tiles", "max_tiles", "longest_edge"),
-    *("do_image_splitting", "frames"),
+    *("do_image_splitting", "frames", "pooling_size", "max_soft_tokens"),
 )
 
 

@@ -39,9 +39,14 @@ class KvCache:
         self._binding = None  # before new buffers are made: two sets may be too much
         self.feeds, self.into, self._buffers = {}, {}, {}
         info, zeros = self._info, self._engine.zeros
-        shape = (batch, info.heads, info.capacity, info.head_dim)
         slots = [f"{layer}.{part}" for layer in info.layers for part in ("key", "value")]
-        self._use({slot: zeros(shape, info.dtype) for slot in slots}, np.zeros(batch, np.int32))
+        buffers = {slot: zeros(self._shape(slot, batch), info.dtype) for slot in slots}
+        self._use(buffers, np.zeros(batch, np.int32))
+
+    def _shape(self, slot: str, batch: int) -> tuple[int, ...]:
+        """[B,heads,capacity,head_dim] of one buffer: layers may differ in both, and the graph tells."""
+        _, heads, _, width = self._engine.inputs[f"past_key_values.{slot}"].shape
+        return batch, int(heads), self.capacity, int(width)
 
     def rows(self, first: int, count: int) -> KvCache:
         """A cache of rows first .. first + count - 1 of this one, in the same memory and with their lengths.

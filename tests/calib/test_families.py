@@ -24,6 +24,8 @@ from ..export.families import test_qwen
 from ..models.tiny import save_tiny
 from ..models.tiny_families import save_anyres
 from ..models.tiny_gemma import save_gemma, tiny_gemma3, tiny_paligemma
+from ..models.tiny_gemma4 import save_gemma4
+from ..models.tiny_pixtral import save_mistral3
 from ..models.tiny_qwen import save_qwen
 from ..models.tiny_split import save_idefics3, save_internvl
 from ..once import Once
@@ -44,6 +46,8 @@ MODELS: dict[str, tuple[Save, tuple[int, int] | None]] = {
     "smolvlm": (lambda path: save_idefics3(path, kind="smolvlm", tied=True, seed=7), (56, 28)),
     "gemma3": (lambda path: save_gemma(path, tiny_gemma3(seed=3)), None),
     "paligemma": (lambda path: save_gemma(path, tiny_paligemma()), None),
+    "gemma4": (lambda path: save_gemma4(path), None),
+    "mistral3": (lambda path: save_mistral3(path, "ministral3"), (32, 40)),
 }
 # Model, method, keep-count, target.
 CASES = [

@@ -14,6 +14,7 @@ from typing import Any
 from ..models.tiny import save_tiny
 from ..models.tiny_families import save_anyres
 from ..models.tiny_gemma import save_gemma, tiny_gemma3, tiny_paligemma
+from ..models.tiny_gemma4 import save_gemma4
 from ..models.tiny_qwen import save_qwen
 from ..models.tiny_split import save_idefics3, save_internvl
 from ..models.tiny_video import save_video_llava
@@ -31,6 +32,7 @@ FAMILIES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "qwen2_5_vl": (lambda path: save_qwen(path, "qwen2_5_vl"), "Qwen2_5_VLProcessor"),
     "qwen3_vl": (lambda path: save_qwen(path, "qwen3_vl", depth=3), "Qwen3VLProcessor"),
     "gemma3": (lambda path: save_gemma(path, tiny_gemma3()), "Gemma3Processor"),
+    "gemma4": (save_gemma4, "Gemma4Processor"),
     "paligemma": (lambda path: save_gemma(path, tiny_paligemma()), "PaliGemmaProcessor"),
     "internvl": (save_internvl, "InternVLProcessor"),
     "idefics3": (save_idefics3, "Idefics3Processor"),

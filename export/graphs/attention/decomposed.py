@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vtp.export.graphs.attention.fixed_cache import decomposed, on_fixed_cache
+from vtp.export.graphs.attention.fixed_cache import decomposed, look_at, on_fixed_cache
 from vtp.export.graphs.attention.operators import Attending, fused_attention
 
 
@@ -38,8 +38,10 @@ def rms_norm(hidden: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     return weight * wide.to(hidden.dtype)
 
 
-DECOMPOSED = Attending(on_fixed_cache(write_rows, decomposed), decomposed, rotate, rms_norm)
+DECOMPOSED = Attending(
+    on_fixed_cache(write_rows, decomposed), decomposed, rotate, rms_norm, look_at(decomposed)
+)
 
 # For ONNX Runtime where GroupQueryAttention, which is causal, cannot serve: only the decoder's attention and
 # cache are written out, in operators that its CPU and CUDA providers both have.
-MASKED = Attending(on_fixed_cache(write_rows, decomposed), fused_attention)
+MASKED = Attending(on_fixed_cache(write_rows, decomposed), fused_attention, look=look_at(decomposed))

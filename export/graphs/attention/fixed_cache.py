@@ -14,7 +14,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from vtp.export.graphs.attention.operators import Attend, Attending, Lengths, Rule, TowerAttend, softcapped
+from vtp.export.graphs.attention.operators import (
+    Attend,
+    Attending,
+    Lengths,
+    Look,
+    Rule,
+    TowerAttend,
+    softcapped,
+)
 from vtp.export.onnx.emit import GraphInput, GraphSpec
 
 OPSET = 24  # of TensorScatter
@@ -25,11 +33,8 @@ Write = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def on_fixed_cache(write: Write, attend: TowerAttend) -> Attend:
-    """Attention on a cache that `write` fills and `attend` looks at.
-
-    Where logits are bent it is decomposed: versions of the operator differ in whether that comes before the
-    mask, as it should.
-    """
+    """Attention on a cache that `write` fills and `attend` looks at, see `look_at`."""
+    look = look_at(attend)
 
     def attention_on_cache(
         query: Tensor,
@@ -41,15 +46,31 @@ def on_fixed_cache(write: Write, attend: TowerAttend) -> Attend:
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         start = first_places(lengths, query.shape[2])
         keys, values = (write(cache, new, start) for cache, new in zip(past, (key, value), strict=True))
-        place = start.unsqueeze(1) + torch.arange(query.shape[2])
+        return look(query, (keys, values), lengths, rule), (keys, values)
+
+    return attention_on_cache
+
+
+def look_at(attend: TowerAttend) -> Look:
+    """Attention with `attend` to a cache that is filled already.
+
+    Where logits are bent it is decomposed: versions of the operator differ in whether that comes before the
+    mask, as it should.
+    """
+
+    def attention_to_cache(
+        query: Tensor, present: tuple[Tensor, Tensor], lengths: Lengths, rule: Rule
+    ) -> Tensor:
+        keys, values = present
+        place = first_places(lengths, query.shape[2]).unsqueeze(1) + torch.arange(query.shape[2])
         mask = lengths.seen(place, keys.shape[2], rule, lengths.lookahead).unsqueeze(1)
         if rule.softcap is None:
             output = attend(query, keys, values, mask, rule.scale)
         else:
             output = decomposed(query, keys, values, mask, rule.scale, rule.softcap)
-        return output.transpose(1, 2), (keys, values)
+        return output.transpose(1, 2)
 
-    return attention_on_cache
+    return attention_to_cache
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -122,7 +143,7 @@ def _scatter(cache: Tensor, new: Tensor, start: Tensor) -> Tensor:
     )
 
 
-FIXED_CACHE = Attending(on_fixed_cache(_scatter, attention), attention)
+FIXED_CACHE = Attending(on_fixed_cache(_scatter, attention), attention, look=look_at(attention))
 
 
 def fix_capacity(spec: GraphSpec, capacity: int) -> GraphSpec:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from inspect import signature
 from types import MethodType
 from typing import Any
 
@@ -19,6 +20,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vtp.engines.errors import VtpError
+from vtp.export.graphs.attention.lengths import Lengths as Lengths
+from vtp.export.graphs.attention.lengths import Rule as Rule
+from vtp.export.graphs.attention.lengths import softcapped as softcapped
 from vtp.export.patched import patched
 from vtp.export.tower_cues import KEYS, reads_cls
 
@@ -27,66 +31,6 @@ TOWER_ATTENTION = "vtp_tower"
 # Keyword arguments of attention functions that change nothing in a causal decoder graph.
 _HARMLESS = {"dropout", "position_ids", "use_cache", "is_causal", "cache_position"}
 _MOST_SCORES = 1 << 25  # scores of a tower's heads that are laid out at once, where all of them are read
-
-
-@dataclass(frozen=True)
-class Rule:
-    """What a decoder layer makes of the products of its queries and keys.
-
-    scale     the products are multiplied by it
-    softcap   and then bent to stay within -softcap to softcap; None: not bent
-    window    a token sees the last `window` tokens, itself among them; None: all of them
-    """
-
-    scale: float
-    softcap: float | None = None
-    window: int | None = None
-
-    def bend(self, products: Tensor) -> Tensor:
-        """Products -> attention logits, float32."""
-        return softcapped(products.float() * self.scale, self.softcap)
-
-
-def softcapped(logits: Tensor, softcap: float | None) -> Tensor:
-    """Logits within -softcap to softcap; as they are for None."""
-    return logits if softcap is None else torch.tanh(logits / softcap) * softcap
-
-
-@dataclass
-class Lengths:
-    """Where the rows of a batch end, in GroupQueryAttention's terms, and how far its tokens see.
-
-    seqlens_k int32 [B]: valid tokens in the cache after this run, minus one.
-    total_sequence_length int32 []: the longest row after this run.
-    lookahead int64 [B,S]: how many tokens after itself each token of this run sees, up to the row's end.
-    None: a token sees itself and those before it.
-    windows: whether sliding windows are kept to; they need not be where no cache is longer than a window.
-    """
-
-    seqlens_k: Tensor
-    total_sequence_length: Tensor
-    lookahead: Tensor | None = None
-    windows: bool = False
-
-    def last_index(self, sequence: int) -> Tensor:
-        """Index int64 [B] of every row's last real token among the `sequence` tokens of this run."""
-        past = self.total_sequence_length.to(torch.int64) - sequence
-        return (self.seqlens_k.to(torch.int64) - past).clamp(0, sequence - 1)
-
-    def seen(self, place: Tensor, columns: int, rule: Rule, lookahead: Tensor | None) -> Tensor:
-        """Which of the cache's first `columns` places tokens at `place` int64 [B,R] see: bool [B,R,columns].
-
-        `lookahead` int64 [B,R] is those tokens' own. Padding after a row's end sees what the row's last token
-        sees, so that no row of the answer is empty.
-        """
-        column = torch.arange(columns)
-        if lookahead is None and rule.window is None:
-            return column <= place.unsqueeze(2)
-        end = self.seqlens_k.to(torch.int64).unsqueeze(1)
-        place = torch.minimum(place, end)
-        reach = place if lookahead is None else torch.minimum(place + lookahead, end)
-        near = column <= reach.unsqueeze(2)
-        return near if rule.window is None else near & (column > place.unsqueeze(2) - rule.window)
 
 
 @dataclass
@@ -121,12 +65,16 @@ class LastRowProbe:
 
 @dataclass
 class Cache:
-    """Duck-typed transformers cache: hands new keys and values through, holds the past and present."""
+    """Duck-typed transformers cache: hands new keys and values through, holds the past and present.
+
+    `owners` are the layers whose keys and values layers without any of their own read: reader -> owner.
+    """
 
     past: dict[int, tuple[Tensor, Tensor]]
     lengths: Lengths
     present: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     probe: LayerProbe | None = None
+    owners: Mapping[int, int] = field(default_factory=dict)
 
     def update(self, key: Tensor, value: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         return key, value
@@ -147,7 +95,11 @@ Attend = Callable[
     [Tensor, Tensor, Tensor, tuple[Tensor, Tensor], Lengths, Rule], tuple[Tensor, tuple[Tensor, Tensor]]
 ]
 
-# The same in a tower: query, key and value [B,H,S,d], mask or None, scale -> output [B,H,S,d].
+# The same for a layer that reads another's: query [B,H,S,d], that layer's present key and value, lengths,
+# rule -> output [B,S,H,d].
+Look = Callable[[Tensor, tuple[Tensor, Tensor], Lengths, Rule], Tensor]
+
+# In a tower: query, key and value [B,H,S,d], mask or None, scale -> output [B,H,S,d].
 TowerAttend = Callable[[Tensor, Tensor, Tensor, Tensor | None, float], Tensor]
 
 
@@ -170,12 +122,14 @@ def norm_operator(hidden: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Attending:
-    """What a target writes for attention in decoders and in towers, rotary embeddings and RMS norms."""
+    """What a target writes for attention in decoders and in towers, rotary embeddings and RMS norms; `look`
+    is for decoder layers that read another layer's cache."""
 
     decoder: Attend
     tower: TowerAttend
     rotary: Rotate = rotary_operator
     norm: Norm = norm_operator
+    look: Look | None = None
 
 
 # What the attention functions read and write while a graph is traced, and how the target writes it.
@@ -217,13 +171,16 @@ def _decoder_attention(
     layer = module.layer_idx
     scale = float(scaling if scaling is not None else query.shape[-1] ** -0.5)
     rule = Rule(scale, softcap, sliding_window if cache.lengths.windows else None)
+    lengths = cache.lengths.of(rule)
     if cache.probe is not None and layer == cache.probe.layer:
-        cache.probe.read(query, key, rule, cache.lengths)
+        cache.probe.read(query, key, rule, lengths)
     if isinstance(cache, LastRowProbe):
         return torch.zeros_like(query).transpose(1, 2), None
-    output, cache.present[layer] = _attending.get().decoder(
-        query, key, value, cache.past[layer], cache.lengths, rule
-    )
+    target = _attending.get()
+    if layer in cache.owners:
+        assert target.look is not None  # see `Target.serving`
+        return target.look(query, cache.present[cache.owners[layer]], lengths, rule), None
+    output, cache.present[layer] = target.decoder(query, key, value, cache.past[layer], lengths, rule)
     return output, None
 
 
@@ -360,6 +317,14 @@ def _rotate(
     return turn(query, cos, sin), turn(key, cos, sin)
 
 
+def _rotate_rows(x: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> Tensor:
+    """The same where transformers turns one tensor at a time: x [B,H,S,d], or [B,S,H,d] with 2."""
+    half = cos.shape[-1] // 2
+    turned = x.transpose(1, 2) if unsqueeze_dim == 2 else x
+    turned = _attending.get().rotary(turned, cos[..., :half], sin[..., :half])
+    return turned.transpose(1, 2) if unsqueeze_dim == 2 else turned
+
+
 def _rms_norm(module: Any, hidden: Tensor) -> Tensor:
     return _attending.get().norm(hidden, module.weight, module.variance_epsilon)
 
@@ -370,11 +335,19 @@ def _centred_rms_norm(module: Any, hidden: Tensor) -> Tensor:
     return _attending.get().norm(hidden.float(), weight, module.eps).type_as(hidden)
 
 
+def _wide_rms_norm(module: Any, hidden: Tensor) -> Tensor:
+    """Gemma 4's: in float32, some without a weight."""
+    weight = module.weight.float() if module.with_scale else torch.ones(hidden.shape[-1])
+    return _attending.get().norm(hidden.float(), weight, module.eps).type_as(hidden)
+
+
 def _norm_of(module: nn.Module) -> Callable[[Any, Tensor], Tensor] | None:
     """How a transformers norm is written as one operator; None for what is not known here."""
     name = type(module).__name__
     if not name.endswith("RMSNorm"):
         return None
+    if hasattr(module, "with_scale"):
+        return _wide_rms_norm
     if name.startswith("Gemma"):
         return _centred_rms_norm
     return _rms_norm if hasattr(module, "variance_epsilon") else None
@@ -399,7 +372,9 @@ def emitting(
         for module in [*decoder.modules(), *(tower.modules() if tower is not None else ())]:
             if norm := _norm_of(module):
                 stack.enter_context(patched(module, "forward", MethodType(norm, module)))
-        stack.enter_context(patched(_modeling(decoder), "apply_rotary_pos_emb", _rotate))
+        modeling = _modeling(decoder)
+        single = "x" in signature(modeling.apply_rotary_pos_emb).parameters
+        stack.enter_context(patched(modeling, "apply_rotary_pos_emb", _rotate_rows if single else _rotate))
         yield
 
 

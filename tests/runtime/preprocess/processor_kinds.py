@@ -7,6 +7,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+from transformers.models.gemma4.image_processing_pil_gemma4 import (
+    Gemma4ImageProcessorPil,
+    get_aspect_ratio_preserving_size,
+)
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import (
     GotOcr2ImageProcessorPil,
     get_optimal_tiled_canvas,
@@ -15,6 +19,10 @@ from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3I
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
     LlavaOnevisionImageProcessorPil,
+)
+from transformers.models.pixtral.image_processing_pil_pixtral import (
+    PixtralImageProcessorPil,
+    get_resize_output_image_size,
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
@@ -55,6 +63,8 @@ CASES = {
         Qwen2VLImageProcessorPil(patch_size=4, merge_size=3, temporal_patch_size=1, resample=2),
         ((96, 60), (120, 120)),
     ),
+    "gemma4": Case(Gemma4ImageProcessorPil(patch_size=4, max_soft_tokens=70), ((96, 96), (60, 156))),
+    "pixtral": Case(PixtralImageProcessorPil(patch_size=8, size={"longest_edge": 64}), ((64, 64), (40, 64))),
     "llava_next": Case(
         LlavaNextImageProcessorPil(
             size={"shortest_edge": 56},
@@ -116,6 +126,9 @@ def saved(processor: Any) -> dict[str, Any]:
 def theirs(processor: Any, picture: Image.Image, **changes: Any) -> np.ndarray:
     """transformers' pixel_values of one picture, without the axis that counts pictures."""
     given = processor(picture, return_tensors="np", **changes)
+    if "num_soft_tokens_per_image" in given:  # filled up to the budget
+        count = int(given["num_soft_tokens_per_image"][0]) * processor.pooling_kernel_size**2
+        return given["pixel_values"][0, :count].astype(np.float32)
     values = given["pixel_values"] if "pixel_values" in given else given["pixel_values_images"]
     return (values[0] if values.ndim == 5 else values).astype(np.float32)
 
@@ -126,6 +139,14 @@ def own_size(name: str, width: int, height: int) -> tuple[int, int]:
     if isinstance(processor, Qwen2VLImageProcessorPil):
         factor, size = processor.patch_size * processor.merge_size, processor.size
         return smart_resize(height, width, factor, size["shortest_edge"], size["longest_edge"])
+    if isinstance(processor, Gemma4ImageProcessorPil):
+        edge = processor.pooling_kernel_size
+        patches = processor.max_soft_tokens * edge**2
+        return get_aspect_ratio_preserving_size(height, width, processor.patch_size, patches, edge)
+    if isinstance(processor, PixtralImageProcessorPil):
+        longest, token = processor.size["longest_edge"], processor.patch_size
+        token = token if isinstance(token, int) else token["height"]
+        return get_resize_output_image_size(np.zeros((3, height, width)), longest, token, "channels_first")
     if isinstance(processor, GotOcr2ImageProcessorPil):
         tile = (processor.size["height"], processor.size["width"])
         columns, rows = get_optimal_tiled_canvas(

@@ -122,7 +122,7 @@ def test_a_spec_survives_json(name: str) -> None:
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"image_processor_type": "PixtralImageProcessor"}, "PixtralImageProcessor"),
+        ({"image_processor_type": "MllamaImageProcessor"}, "MllamaImageProcessor"),
         ({"image_processor_type": None}, "without a type"),
         ({"do_wobble": True}, "do_wobble"),
         ({"do_pad": True}, "do_pad"),

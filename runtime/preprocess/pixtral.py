@@ -1,0 +1,84 @@
+"""Kind "pixtral": Mistral 3 and Pixtral. One view at a fixed size, made of whole tokens.
+
+Source: transformers' image_processing_pil_pixtral.py. A picture is shrunk until no edge is longer than
+`longest_edge`, never enlarged, and both edges are then resized up to whole tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from PIL import Image
+
+from vtp.runtime.preprocess.base import Box, Size
+from vtp.runtime.preprocess.fit import FittedSpec, pad, padded_box
+from vtp.runtime.preprocess.pixels import resize, values_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class PixtralSpec(FittedSpec):
+    """[1, 3, H, W]; `patch_size` are the pixels of a token along an edge."""
+
+    kind: ClassVar[str] = "pixtral"
+
+    patch_size: int
+    longest_edge: int
+
+    def check(self) -> None:
+        """An image size that the processor could give to some picture."""
+        super().check()
+        self.require_lengths("patch_size", "longest_edge")
+        (height, width), token = self.image_size, self.patch_size
+        self.require(
+            height % token == 0 and width % token == 0,
+            f"image size {width}x{height} is not made of whole tokens; give multiples of {token}",
+        )
+        most = _up_to(self.longest_edge, token)
+        self.require(
+            max(height, width) <= most,
+            f"image size {width}x{height} is larger than this processor makes pictures: {most}x{most}",
+        )
+
+    @property
+    def fixed_size(self) -> Size:
+        """(H, W) of the resized picture."""
+        return self.image_size
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[1, 3, H, W]."""
+        return 1, 3, *self.image_size
+
+    def pixels(self, image: Image.Image) -> np.ndarray:
+        """Fit and resize: float32 [1, 3, H, W]."""
+        image = pad(image, self._fitted((image.height, image.width)), self)
+        return values_of(resize(image, self.image_size, self), self)[None]
+
+    def boxes(self, width: int, height: int) -> tuple[Box, ...]:
+        """The whole picture with its padding."""
+        return (padded_box((height, width), self._fitted((height, width))),)
+
+    def _fitted(self, picture: Size) -> Size:
+        return self.fitted_size(picture, self._own_size(picture), self.image_size)
+
+    def _own_size(self, picture: Size) -> Size:
+        """transformers' rule."""
+        height, width = picture
+        ratio = max(height / self.longest_edge, width / self.longest_edge)
+        if ratio > 1:
+            height, width = math.floor(height / ratio), math.floor(width / ratio)
+        return _up_to(height, self.patch_size), _up_to(width, self.patch_size)
+
+
+def default_size(longest: int, token: int) -> Size:
+    """The size of a bundle for which none was asked: 448 x 448, or what the processor makes at most."""
+    edge = _up_to(min(448, longest), token)
+    return edge, edge
+
+
+def _up_to(edge: int, token: int) -> int:
+    """The smallest multiple of a token that is not shorter."""
+    return -(-edge // token) * token

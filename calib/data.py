@@ -2,13 +2,14 @@
 
 JSONL: one object a line, {"image": "path", "prompt": "...", "answer": "..." or ["...", ...]}; paths are
 relative to the file. VQA sets come as one or two JSON files: VQAv2 (questions, annotations), GQA (questions
-with their answers) and TextVQA (data).
+with their answers), TextVQA (data) and POPE (a question a line, in files that end in .json all the same).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -21,16 +22,21 @@ from vtp.engines.errors import quoted, shown
 from vtp.engines.strict_json import read_json, read_json_lines
 from vtp.runtime.commands.batch_file import QUESTION_BYTES
 
-FORMATS = ("auto", "jsonl", "vqav2", "gqa", "textvqa")
+_POPE = re.compile(r"pope_(random|popular|adversarial)\.json$")
+FORMATS = ("auto", "jsonl", "vqav2", "gqa", "textvqa", "pope")
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One question. `answers` are the accepted ones (annotators' answers in VQA sets); empty: not known."""
+    """One question. `answers` are the accepted ones (annotators' answers in VQA sets); empty: not known.
+
+    kind  what the set tells questions apart by: "open" or "binary" (GQA), the negatives' sampling (POPE)
+    """
 
     image: Path
     prompt: str
     answers: tuple[str, ...] = ()
+    kind: str = ""
 
     @cached_property
     def key(self) -> str:
@@ -81,6 +87,8 @@ def load_samples(
     folder = images or data.parent
     if form == "jsonl" or (form == "auto" and data.suffix == ".jsonl"):
         samples = _jsonl(data, folder)
+    elif form == "pope" or (form == "auto" and _POPE.search(data.name)):
+        samples = _pope(data, folder)
     else:
         content = _json(data)
         kind = form if form != "auto" else _guess(data, content)
@@ -112,6 +120,25 @@ def _line(item: Any, where: str, folder: Path) -> Sample:
     if not isinstance(answers, list) or not all(isinstance(one, str) for one in answers):
         raise UsageError(f'{where}: "answer" is neither a string nor a list of strings')
     return Sample(folder / item["image"], item["prompt"], tuple(answers))
+
+
+def _pope(file: Path, folder: Path) -> list[Sample]:
+    found = _POPE.search(file.name)
+    kind = found[1] if found else ""
+    return [
+        _polled(item, where, folder, kind)
+        for where, item in read_json_lines(file, QUESTION_BYTES, UsageError)
+    ]
+
+
+def _polled(item: Any, where: str, folder: Path, kind: str) -> Sample:
+    texts = [item.get(key) for key in ("image", "text", "label")] if isinstance(item, dict) else []
+    image, text, label = texts if all(isinstance(one, str) for one in texts) and texts else ("", "", "")
+    if label not in ("yes", "no"):
+        raise UsageError(
+            f'{where} is not a line of POPE; one is {{"image": ..., "text": ..., "label": "yes" or "no"}}'
+        )
+    return Sample(folder / image, text, (label,), kind)
 
 
 def _json(file: Path) -> Any:
@@ -147,9 +174,15 @@ def _vqav2(content: Any, folder: Path, annotations: Path | None) -> list[Sample]
 
 def _gqa(content: Any, folder: Path, _: Path | None) -> list[Sample]:
     return [
-        Sample(folder / f"{item['imageId']}.jpg", item["question"], (item["answer"],))
+        Sample(folder / f"{item['imageId']}.jpg", item["question"], (item["answer"],), _structure(item))
         for item in content.values()
     ]
+
+
+def _structure(item: Mapping[str, Any]) -> str:
+    """Whether a question of GQA is open or answered by one of two, as its evaluation tells them apart."""
+    structural = item.get("types", {}).get("structural")
+    return "" if structural is None else "open" if structural == "query" else "binary"
 
 
 def _textvqa(content: Any, folder: Path, _: Path | None) -> list[Sample]:

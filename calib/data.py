@@ -80,6 +80,19 @@ def load_samples(
 
     Raises UsageError, in one line that names the file and the place in it, for what cannot be read.
     """
+    samples = read_questions(data, form, images, annotations)
+    missing = next((sample.image for sample in samples if not is_file(sample.image)), None)
+    if missing is not None:
+        raise UsageError(
+            f"data {data} names the picture {shown(missing)}, which does not exist; see --images"
+        )
+    return samples
+
+
+def read_questions(
+    data: Path, form: str = "auto", images: Path | None = None, annotations: Path | None = None
+) -> list[Sample]:
+    """The same as `load_samples`, whether or not the pictures are there yet."""
     if form not in FORMATS:
         raise UsageError(f"unknown data format '{form}'; choose one of {', '.join(FORMATS)}")
     if not is_file(data):
@@ -97,11 +110,6 @@ def load_samples(
         raise UsageError(f"data {shown(data)} holds no question")
     if len({bool(sample.answers) for sample in samples}) > 1:
         raise UsageError(f"data {data}: some questions have answers and some have none; give all or none")
-    missing = next((sample.image for sample in samples if not is_file(sample.image)), None)
-    if missing is not None:
-        raise UsageError(
-            f"data {data} names the picture {shown(missing)}, which does not exist; see --images"
-        )
     return samples
 
 
@@ -132,9 +140,9 @@ def _pope(file: Path, folder: Path) -> list[Sample]:
 
 
 def _polled(item: Any, where: str, folder: Path, kind: str) -> Sample:
-    texts = [item.get(key) for key in ("image", "text", "label")] if isinstance(item, dict) else []
-    image, text, label = texts if all(isinstance(one, str) for one in texts) and texts else ("", "", "")
-    if label not in ("yes", "no"):
+    fields = [item.get(key, "") for key in ("image", "text", "label")] if isinstance(item, dict) else [""] * 3
+    image, text, label = [one if isinstance(one, str) else "" for one in fields]
+    if not (image and text and label in ("yes", "no")):
         raise UsageError(
             f'{where} is not a line of POPE; one is {{"image": ..., "text": ..., "label": "yes" or "no"}}'
         )

@@ -22,7 +22,7 @@ TRITON_PYTHON ?= /usr/bin/python3
 ROS_PYTHON ?= python3.11
 OLDEST_PINS := numpy==1.24.4 pillow==9.5.0 tokenizers==0.20.0 jinja2==3.1.6
 
-.PHONY: setup demo test test-all fuzz trtrtx test-trtrtx test-oldest test-triton test-ray test-page test-js test-clients test-ros kill soak soak-serve check accuracy methods bench llamacpp test-llamacpp scaling scenes reader docs release test-newest test-notebook clean
+.PHONY: setup demo test test-all fuzz trtrtx test-trtrtx test-oldest test-triton test-ray test-page test-js test-clients test-ros kill soak soak-serve check accuracy methods real bench llamacpp test-llamacpp scaling scenes reader docs release test-newest test-notebook clean
 
 setup: .venv/.installed  ## make .venv and install vtp into it
 
@@ -128,6 +128,13 @@ accuracy: setup  ## exact match on 1,000 held-out questions, as a Markdown table
 methods: setup  ## every method side by side: docs/measured.md, the plot and the table of docs/methods.md (about an hour)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(EDITABLE) -e '.[$(EXTRAS),bench]'
 	$(BIN)/python -m vtp.bench.studies.methods --resume
+
+# MODEL is a hub id or a folder; DATA any of gqa,textvqa,pope. LIMIT=N asks the first N questions, METHODS and KEEP
+# choose what is compared, REAL takes more flags, such as "--dtype float16 --engine ort-cuda".
+real: setup  ## a real checkpoint on public sets beside the papers' figures (wants a network; hours): build/real, docs/real.md
+	@test -n "$(MODEL)" && test -n "$(DATA)" || { echo "give both: make real MODEL=llava-hf/llava-1.5-7b-hf DATA=gqa"; exit 2; }
+	$(BIN)/python -m vtp.bench.real --model "$(MODEL)" --data "$(DATA)" $(if $(LIMIT),--limit $(LIMIT)) \
+	  $(if $(METHODS),--methods "$(METHODS)") $(if $(KEEP),--keep "$(KEEP)") $(REAL)
 
 # Peers that cannot be installed are named in the page. BENCH takes flags, such as "--int8 --int4", which want
 # `make llamacpp` beforehand for llama.cpp to take part.

@@ -11,6 +11,7 @@ from vtp.calib.data import FORMATS, Sample, load_samples
 from vtp.calib.keep.examiner import NEW_TOKENS, Examiner
 from vtp.calib.keep.journal import Journal
 from vtp.calib.metrics import METRICS, choose_metric
+from vtp.calib.truth import with_truth
 from vtp.calib.workers.cluster import Ray
 from vtp.calib.workers.local import Local, Workers
 from vtp.engines import UsageError
@@ -37,6 +38,7 @@ def shared_arguments(parser: argparse.ArgumentParser) -> None:
     suggest(add("--format", default="auto", help=f"{', '.join(FORMATS)} (default: %(default)s)"), FORMATS)
     add("--images", metavar="DIR", help="folder of the pictures (default: beside the data)")
     add("--annotations", metavar="FILE", help="VQAv2's second file")
+    add("--truth", metavar="FILE", help="JSONL of another model's answers, instead of the data's own")
     add("--limit", type=whole, metavar="N", help="use the first N questions")
     metric = add("--metric", default="auto", help=f"{', '.join(METRICS)} (default: %(default)s)")
     suggest(metric, METRICS)
@@ -65,6 +67,8 @@ def read_samples(args: argparse.Namespace) -> tuple[list[Sample], str]:
         if value is not None and value < 1:
             raise UsageError(f"--{name.replace('_', '-')} {value} is not a whole number of at least 1")
     samples = samples[: args.limit]
+    if args.truth is not None:
+        samples = with_truth(samples, Path(args.truth))
     return samples, choose_metric(args.metric, samples[0].answers)
 
 

@@ -17,10 +17,12 @@ from vtp.calib.baselines import against
 from vtp.calib.keep import report, search
 from vtp.calib.keep.examiner import Examiner, Marks, score
 from vtp.calib.keep.journal import Answer, Journal
+from vtp.calib.keep.wrong import Kinds
 from vtp.calib.quantize import command as quantizing
 from vtp.calib.workers.local import Workers
 from vtp.engines import UsageError
 from vtp.engines.errors import shown
+from vtp.engines.versions import own_version
 from vtp.runtime.bundle.folder import check_own, open_bundle, set_calibration
 from vtp.runtime.bundle.memory import bundle_memory
 from vtp.runtime.commands.arguments import A_BUNDLE, real, take_bundle
@@ -64,6 +66,7 @@ def _keep_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--reference", metavar="BUNDLE", help="a bundle that keeps every token")
     parser.add_argument("--dry-run", action="store_true", help="leave the bundle as it is")
     against.against_argument(parser)
+    parser.add_argument("--markdown", action="store_true", help="print the result as a table to paste")
     shared_arguments(parser)
 
 
@@ -111,12 +114,18 @@ def _keep(args: argparse.Namespace) -> None:
         progress.end()
     record = _record(found, goal, metric, len(samples), examiner, stats.mean(reference))
     record["against"] = [one.to_json() for one in besides]
-    report.write_csv(out / "keep.csv", found, floor)
+    kinds = Kinds(samples, metric, unpruned)
+    report.write_csv(out / "keep.csv", found, floor, kinds)
     drawn = report.draw(out / "keep.png", found, f"{manifest.method.name} on {Path(args.data).name}")
     if not args.dry_run:
         set_calibration(folder, found.chosen.keep, record, manifest)
     if args.json:
-        say_json({**record, "keep": found.chosen.keep, **bundle.stated_origin})
+        wrong = {str(tried.keep): kinds.to_json(tried.marks.scores) for tried in found.tried}
+        say_json({**record, "keep": found.chosen.keep, "wrong": wrong, **bundle.stated_origin})
+        against.report(besides, baselines.notes, f"{PROG} keep", quiet=True)
+        return
+    if args.markdown:
+        say(report.markdown(found, floor, kinds, _caption(args, examiner, metric, reference)))
         against.report(besides, baselines.notes, f"{PROG} keep", quiet=True)
         return
     say(report.text(found, floor))
@@ -125,11 +134,23 @@ def _keep(args: argparse.Namespace) -> None:
     chosen, done = found.chosen, "left as it is" if args.dry_run else "now the bundle's default"
     say(f"\nkeep {chosen.keep} of {manifest.visual.count} visual tokens: {done}")
     say(f"{len(samples)} questions, metric {metric}; unpruned {stats.mean(reference)}")
+    say(report.wrong(found, kinds, reference))
     picture = f", {shown(out / 'keep.png')}" if drawn else " (for a picture: [calib])"
     say(f"report: {shown(out / 'keep.csv')}{picture}")
     line = report.finer(manifest, manifest.visual.keep, chosen.keep)
     if line:
         say(f"a finer grid: {line}")
+
+
+def _caption(args: argparse.Namespace, examiner: Examiner, metric: str, unpruned: Sequence[float]) -> str:
+    """What a table that is pasted elsewhere has to say beside its figures."""
+    manifest, measured = examiner.bundle.manifest, examiner.conditions
+    truth = "" if args.truth is None else f" against the answers in {Path(args.truth).name}"
+    return (
+        f"{manifest.model.name}, {manifest.method.name}, {manifest.visual.count} visual tokens unpruned; "
+        f"{len(examiner.samples)} questions of {Path(args.data).name}{truth}, metric {metric}, "
+        f"unpruned {stats.mean(unpruned)}; {measured.engine} on {measured.machine}, vtp {own_version()}."
+    )
 
 
 def _goal(args: argparse.Namespace) -> dict[str, Any]:

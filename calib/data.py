@@ -2,13 +2,14 @@
 
 JSONL: one object a line, {"image": "path", "prompt": "...", "answer": "..." or ["...", ...]}; paths are
 relative to the file. VQA sets come as one or two JSON files: VQAv2 (questions, annotations), GQA (questions
-with their answers) and TextVQA (data).
+with their answers), TextVQA (data) and POPE (a question a line, in files that end in .json all the same).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -21,16 +22,21 @@ from vtp.engines.errors import quoted, shown
 from vtp.engines.strict_json import read_json, read_json_lines
 from vtp.runtime.commands.batch_file import QUESTION_BYTES
 
-FORMATS = ("auto", "jsonl", "vqav2", "gqa", "textvqa")
+_POPE = re.compile(r"pope_(random|popular|adversarial)\.json$")
+FORMATS = ("auto", "jsonl", "vqav2", "gqa", "textvqa", "pope")
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One question. `answers` are the accepted ones (annotators' answers in VQA sets); empty: not known."""
+    """One question. `answers` are the accepted ones (annotators' answers in VQA sets); empty: not known.
+
+    kind  what the set tells questions apart by: "open" or "binary" (GQA), the negatives' sampling (POPE)
+    """
 
     image: Path
     prompt: str
     answers: tuple[str, ...] = ()
+    kind: str = ""
 
     @cached_property
     def key(self) -> str:
@@ -74,6 +80,19 @@ def load_samples(
 
     Raises UsageError, in one line that names the file and the place in it, for what cannot be read.
     """
+    samples = read_questions(data, form, images, annotations)
+    missing = next((sample.image for sample in samples if not is_file(sample.image)), None)
+    if missing is not None:
+        raise UsageError(
+            f"data {data} names the picture {shown(missing)}, which does not exist; see --images"
+        )
+    return samples
+
+
+def read_questions(
+    data: Path, form: str = "auto", images: Path | None = None, annotations: Path | None = None
+) -> list[Sample]:
+    """The same as `load_samples`, whether or not the pictures are there yet."""
     if form not in FORMATS:
         raise UsageError(f"unknown data format '{form}'; choose one of {', '.join(FORMATS)}")
     if not is_file(data):
@@ -81,6 +100,8 @@ def load_samples(
     folder = images or data.parent
     if form == "jsonl" or (form == "auto" and data.suffix == ".jsonl"):
         samples = _jsonl(data, folder)
+    elif form == "pope" or (form == "auto" and _POPE.search(data.name)):
+        samples = _pope(data, folder)
     else:
         content = _json(data)
         kind = form if form != "auto" else _guess(data, content)
@@ -89,11 +110,6 @@ def load_samples(
         raise UsageError(f"data {shown(data)} holds no question")
     if len({bool(sample.answers) for sample in samples}) > 1:
         raise UsageError(f"data {data}: some questions have answers and some have none; give all or none")
-    missing = next((sample.image for sample in samples if not is_file(sample.image)), None)
-    if missing is not None:
-        raise UsageError(
-            f"data {data} names the picture {shown(missing)}, which does not exist; see --images"
-        )
     return samples
 
 
@@ -112,6 +128,25 @@ def _line(item: Any, where: str, folder: Path) -> Sample:
     if not isinstance(answers, list) or not all(isinstance(one, str) for one in answers):
         raise UsageError(f'{where}: "answer" is neither a string nor a list of strings')
     return Sample(folder / item["image"], item["prompt"], tuple(answers))
+
+
+def _pope(file: Path, folder: Path) -> list[Sample]:
+    found = _POPE.search(file.name)
+    kind = found[1] if found else ""
+    return [
+        _polled(item, where, folder, kind)
+        for where, item in read_json_lines(file, QUESTION_BYTES, UsageError)
+    ]
+
+
+def _polled(item: Any, where: str, folder: Path, kind: str) -> Sample:
+    fields = [item.get(key, "") for key in ("image", "text", "label")] if isinstance(item, dict) else [""] * 3
+    image, text, label = [one if isinstance(one, str) else "" for one in fields]
+    if not (image and text and label in ("yes", "no")):
+        raise UsageError(
+            f'{where} is not a line of POPE; one is {{"image": ..., "text": ..., "label": "yes" or "no"}}'
+        )
+    return Sample(folder / image, text, (label,), kind)
 
 
 def _json(file: Path) -> Any:
@@ -147,9 +182,15 @@ def _vqav2(content: Any, folder: Path, annotations: Path | None) -> list[Sample]
 
 def _gqa(content: Any, folder: Path, _: Path | None) -> list[Sample]:
     return [
-        Sample(folder / f"{item['imageId']}.jpg", item["question"], (item["answer"],))
+        Sample(folder / f"{item['imageId']}.jpg", item["question"], (item["answer"],), _structure(item))
         for item in content.values()
     ]
+
+
+def _structure(item: Mapping[str, Any]) -> str:
+    """Whether a question of GQA is open or answered by one of two, as its evaluation tells them apart."""
+    structural = item.get("types", {}).get("structural")
+    return "" if structural is None else "open" if structural == "query" else "binary"
 
 
 def _textvqa(content: Any, folder: Path, _: Path | None) -> list[Sample]:

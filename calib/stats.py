@@ -30,6 +30,11 @@ def mean(values: Sequence[float]) -> Estimate:
     return _estimate(one.mean(), _resampled(len(one), lambda draws: one[draws].mean(axis=1)))
 
 
+def of(count: int, figure: Callable[[np.ndarray], np.ndarray]) -> Estimate:
+    """Any figure of `count` questions: of question numbers [draws, count] it gives one for each draw."""
+    return _estimate(figure(np.arange(count)[None])[0], _resampled(count, figure))
+
+
 def difference(values: Sequence[float], base: Sequence[float]) -> Estimate:
     """Mean difference over the same questions (paired)."""
     return mean(np.asarray(values, float) - np.asarray(base, float))

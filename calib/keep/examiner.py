@@ -12,6 +12,7 @@ from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from vtp.calib import metrics
 from vtp.calib.data import Sample
@@ -36,11 +37,22 @@ class Marks:
 
 @dataclass(frozen=True)
 class Paper:
-    """Questions for one worker: (picture, prompt) each, the keep-count, and how long answers may be."""
+    """Questions for one worker: (picture, prompt) each, the keep-count, and how long answers may be.
+
+    system  what the conversation begins with; "": nothing
+    """
 
     questions: tuple[tuple[Path, str], ...]
     keep: int
     max_new_tokens: int
+    system: str = ""
+
+    def asking(self, prompt: str) -> dict[str, Any]:
+        """How a question is asked, as keyword arguments of `Pipeline.generate`."""
+        if not self.system:
+            return {"prompt": prompt}
+        turns = (("system", self.system), ("user", prompt))
+        return {"messages": [{"role": role, "content": text} for role, text in turns]}
 
 
 @dataclass(frozen=True)
@@ -67,7 +79,9 @@ class Exam(Job[Paper, list[Answer]]):
 
 def _write(pipe: Pipeline, paper: Paper) -> list[Answer]:
     results = [
-        pipe.generate(image, prompt, keep_tokens=paper.keep, max_new_tokens=paper.max_new_tokens)
+        pipe.generate(
+            image, keep_tokens=paper.keep, max_new_tokens=paper.max_new_tokens, **paper.asking(prompt)
+        )
         for image, prompt in paper.questions
     ]
     return [Answer(one.raw_text, one.token_ids, round(one.timings.ttft, 3)) for one in results]
@@ -86,17 +100,19 @@ class Examiner:
         workers: Workers,
         *,
         max_new_tokens: int = NEW_TOKENS,
+        system: str = "",
         progress: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.bundle = bundle
         self.engine = engine
         self.samples = samples
         self.max_new_tokens = max_new_tokens
+        self._system = system
         self._journal = journal
         self._workers = workers
         self._progress = progress
         self.conditions = conditions(engine, threads)
-        self._name = identity(bundle, max_new_tokens, self.conditions)
+        self._name = identity(bundle, max_new_tokens, self.conditions, system)
         pictures = tuple(dict.fromkeys(sample.image.absolute() for sample in samples))
         self._exam = Exam(bundle.folder.absolute(), self._name, engine, threads, pictures)
 
@@ -149,7 +165,7 @@ class Examiner:
 
     def _paper(self, samples: Sequence[Sample], keep: int, max_new_tokens: int) -> Paper:
         questions = tuple((sample.image.absolute(), sample.prompt) for sample in samples)
-        return Paper(questions, keep, max_new_tokens)
+        return Paper(questions, keep, max_new_tokens, self._system)
 
     def _known(self, keep: int, key: str) -> Answer | None:
         return self._journal.get(self._name, keep, key)
@@ -168,15 +184,17 @@ def score(
         assert reference is not None  # callers that choose this metric have it
         pairs = zip(answers, reference, strict=True)
         return [metrics.agreement(answer.tokens, wanted.tokens) for answer, wanted in pairs]
-    judge = {"exact": metrics.exact, "vqa": metrics.vqa}[metric]
+    judge = {"exact": metrics.exact, "vqa": metrics.vqa, "gqa": metrics.gqa, "pope": metrics.pope}[metric]
     return [judge(answer.text, sample.answers) for answer, sample in zip(answers, samples, strict=True)]
 
 
-def identity(bundle: Bundle, max_new_tokens: int, measured: Conditions) -> str:
+def identity(bundle: Bundle, max_new_tokens: int, measured: Conditions, system: str = "") -> str:
     """What tells one bundle's answers from another's, and from its own under other conditions.
 
-    A hash over its files' hashes, the answers' length, and engine, threads, machine and versions.
+    A hash over its files' hashes, the answers' length, engine, threads, machine and versions, and the system
+    prompt, if there is one.
     """
     files = sorted((name, info.sha256) for name, info in bundle.manifest.files.items())
-    text = json.dumps([files, max_new_tokens, measured.to_json()], sort_keys=True)
+    asked = [files, max_new_tokens, measured.to_json(), *([system] if system else [])]
+    text = json.dumps(asked, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:24]

@@ -7,26 +7,47 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vtp.calib.keep.search import Search, Tried
+from vtp.calib.keep.wrong import Kinds
 from vtp.engines.disk.whole import whole_file
+from vtp.engines.errors import MESSAGE_LENGTH, shown
 from vtp.runtime.bundle.manifest import Manifest
 from vtp.runtime.commands.console import table
 from vtp.runtime.shell import command_line
 
+_HEADER = ["kept", "score (95 %)", "of unpruned (95 %)", "TTFT ms", ""]
+
 
 def text(search: Search, floor: float | None) -> str:
     """A table of the keep-counts tried, the chosen one marked."""
-    header = ["kept", "score (95 %)", "of unpruned (95 %)", "TTFT ms", ""]
-    rows = [
-        [
-            str(tried.keep),
-            str(tried.score),
-            str(tried.share),
-            f"{tried.marks.ttft:.1f}",
-            _remark(tried, search, floor),
-        ]
-        for tried in search.tried
+    return table(_HEADER, [_row(tried, search, floor) for tried in search.tried])
+
+
+def markdown(search: Search, floor: float | None, kinds: Kinds, caption: str) -> str:
+    """The same with what is wrong, as a Markdown table to paste, under its caption."""
+    header = [*_HEADER[:3], "wrong numbers", "wrong words", *_HEADER[3:]]
+    lines = [header, ["---:"] * (len(header) - 1) + ["---"]]
+    for tried in search.tried:
+        row, scores = _row(tried, search, floor), tried.marks.scores
+        lines.append([*row[:3], str(kinds.numbers(scores)), str(kinds.words(scores)), *row[3:]])
+    return "\n".join([shown(caption, MESSAGE_LENGTH), "", *(f"| {' | '.join(line)} |" for line in lines)])
+
+
+def _row(tried: Tried, search: Search, floor: float | None) -> list[str]:
+    return [
+        str(tried.keep),
+        str(tried.score),
+        str(tried.share),
+        f"{tried.marks.ttft:.1f}",
+        _remark(tried, search, floor),
     ]
-    return table(header, rows)
+
+
+def wrong(search: Search, kinds: Kinds, unpruned: Sequence[float]) -> str:
+    """A line that tells wrong numbers from wrong words, at the chosen keep-count and unpruned."""
+    chosen = search.chosen
+    places = ((f"{chosen.keep} kept", chosen.marks.scores), ("unpruned", unpruned))
+    told = [f"{name} {kinds.numbers(scores)} numbers, {kinds.words(scores)} words" for name, scores in places]
+    return f"wrong: {'; '.join(told)}"
 
 
 def _remark(tried: Tried, search: Search, floor: float | None) -> str:
@@ -34,19 +55,22 @@ def _remark(tried: Tried, search: Search, floor: float | None) -> str:
     return ", ".join([*words, *(["chosen"] if tried is search.chosen else [])])
 
 
-def write_csv(file: Path, search: Search, floor: float | None) -> None:
+def write_csv(file: Path, search: Search, floor: float | None, kinds: Kinds) -> None:
     """One line per keep-count tried."""
     with whole_file(file) as part, part.open("w", newline="", encoding="utf-8") as out:
         writer = csv.writer(out)
         names = ["keep", "score", "score_low", "score_high", "share", "share_low", "share_high", "ttft_ms"]
-        writer.writerow([*names, "questions", "verdict", "chosen"])
+        wrong = ["wrong_numbers", "numbers", "wrong_words", "words"]
+        writer.writerow([*names, "questions", "verdict", "chosen", *wrong])
         for tried in search.tried:
             estimates = [tried.score, tried.share]
             figures = [f"{part:.5f}" for one in estimates for part in (one.value, one.low, one.high)]
             verdict = "" if floor is None else tried.verdict(floor)
             marks = tried.marks
             row = [tried.keep, *figures, f"{marks.ttft:.3f}", len(marks.scores), verdict]
-            writer.writerow([*row, int(tried is search.chosen)])
+            shares = kinds.numbers(marks.scores), kinds.words(marks.scores)
+            counts = [count for share in shares for count in (share.wrong, share.of)]
+            writer.writerow([*row, int(tried is search.chosen), *counts])
 
 
 def draw(file: Path, search: Search, title: str) -> bool:

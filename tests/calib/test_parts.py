@@ -68,6 +68,15 @@ def test_public_sets_are_recognised(folder: Path) -> None:
     text = {"data": [{"image_id": "7", "question": "read ?", "answers": ["stop"] * 10}]}
     (read,) = load_samples(write(folder / "t.json", text))
     assert len(read.answers) == 10
+    kinds = {"query": "open", "verify": "binary", "compare": "binary"}
+    gqa = {name: {**gqa["201"], "types": {"structural": name}} for name in kinds}
+    assert [one.kind for one in load_samples(write(folder / "g.json", gqa))] == list(kinds.values())
+    asked = {"question_id": 1, "image": "7.jpg", "text": "Is there a dog in the image?", "label": "no"}
+    lines = "\n".join(json.dumps({**asked, "label": label}) for label in ("yes", "no"))
+    polls = load_samples(write(folder / "coco_pope_popular.json", lines))
+    assert polls[1] == Sample(folder / "7.jpg", asked["text"], ("no",), "popular")
+    assert polls[0].answers == ("yes",)
+    assert load_samples(write(folder / "polls.json", lines), "pope")[0].kind == ""
 
 
 @pytest.mark.parametrize(
@@ -89,6 +98,15 @@ def test_public_sets_are_recognised(folder: Path) -> None:
         ("d.json", '{"questions": []}', "--annotations"),
         ("d.json", '{"1": {"imageId": "7", "answer": "x"}}', "not a valid gqa file"),
         ("d.json", '{"data": [{"question": "x"}]}', "not a valid textvqa file"),
+        (
+            "coco_pope_random.json",
+            '{"image": "a.png", "text": "x", "label": "maybe"}',
+            "line 1 is not a line of",
+        ),
+        ("coco_pope_random.json", '{"image": 3, "text": "x", "label": "no"}', "line 1 is not a line of POPE"),
+        ("coco_pope_random.json", "[]", "line 1 is not a line of POPE"),
+        ("coco_pope_random.json", '{"image": "b.png", "text": "x", "label": "no"}', "which does not exist"),
+        ("d.json", '{"1": {"imageId": "7", "question": "x", "answer": "y", "types": []}}', "valid gqa file"),
     ],
 )
 def test_unreadable_data_is_refused_in_one_line(folder: Path, name: str, content: str, problem: str) -> None:
@@ -117,7 +135,7 @@ def test_missing_data_and_unknown_formats_are_refused(folder: Path) -> None:
         ("3.5 m.", "3.5 m"),
         ("yes, it is", "yes it is"),
         ("t-shirt", "t shirt"),
-        ("don't", "dont"),
+        ("don't", "don't"),
     ],
 )
 def test_answers_are_normalised(given: str, plain: str) -> None:

@@ -90,4 +90,4 @@ def test_the_whole_of_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     for cell in CODE:
         for command in commands(cell):
             subprocess.run([str(BIN / command[0]), *command[1:]], check=True, capture_output=True)
-    assert "red VisualTokens(before=576, after=57)" in carried_out(CODE)
+    assert "blue VisualTokens(before=576, after=57)" in carried_out(CODE)

@@ -22,7 +22,7 @@ TRITON_PYTHON ?= /usr/bin/python3
 ROS_PYTHON ?= python3.11
 OLDEST_PINS := numpy==1.24.4 pillow==9.5.0 tokenizers==0.20.0 jinja2==3.1.6
 
-.PHONY: setup demo test test-all fuzz trtrtx test-trtrtx test-oldest test-triton test-ray test-page test-js test-clients test-ros kill soak soak-serve check accuracy methods real bench llamacpp test-llamacpp scaling scenes reader docs release test-newest test-notebook clean
+.PHONY: setup demo test test-all fuzz trtrtx test-trtrtx test-oldest test-triton test-ray test-page test-js test-clients test-evals test-ros kill soak soak-serve check accuracy methods real bench llamacpp test-llamacpp scaling scenes reader docs release test-newest test-notebook clean
 
 setup: .venv/.installed  ## make .venv and install vtp into it
 
@@ -98,6 +98,10 @@ test-js: setup  ## folders of layout transformers.js in the unmodified client, i
 # CLIENTS takes names of tests/clients/versions.toml, such as "openai llm"; packages come from PyPI and npm.
 test-clients: setup  ## unmodified clients (openai, litellm, ollama, ai, …) ask a real vtp-serve, in build/clients
 	$(BIN)/python -m tests.clients $(CLIENTS)
+
+# EVALS takes names: "lmms-eval", "vlmevalkit". Packages come from PyPI (1.5 GB).
+test-evals: setup  ## lmms-eval and VLMEvalKit evaluate a bundle by their own commands, in build/evals
+	$(BIN)/python -m tests.evals $(EVALS)
 
 # The wheels are for tests only: a robot's own ROS 2 comes with its distribution. ROS_PYTHON must be 3.11, as they are.
 test-ros: setup  ## vtp-ros2 against real rclpy over real middleware, in build/ros (260 MB, four processes, ten minutes)

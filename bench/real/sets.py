@@ -18,9 +18,10 @@ from vtp.calib.data import Sample, read_questions
 from vtp.engines import UsageError
 from vtp.engines.disk.files import is_file
 from vtp.engines.errors import shown
-from vtp.engines.strict_json import read_json
+from vtp.engines.strict_json import read_json, read_json_lines
 from vtp.runtime.commands.batch_file import QUESTION_BYTES
 
+LLAVA_PROMPTS = "llava_textvqa_val_v051_ocr.jsonl"  # in the eval.zip of LLaVA's docs/Evaluation.md
 INSTRUCTION = "Answer the question using a single word or phrase."
 
 # scores [questions] and question numbers [draws, n] -> a figure from 0 to 1 for each draw.
@@ -64,10 +65,12 @@ class PublicSet:
         if not is_file(file):
             raise UsageError(f"{shown(file)} does not exist; {self.layout}")
         found = read_questions(file, self.name, folder / self.pictures.name)[:limit]
-        hints = self._hints(folder)
-        return [
-            dataclasses.replace(one, prompt=asked(one.prompt, hints.get(one.image.stem))) for one in found
+        hints, given = self._hints(folder), _given(folder / LLAVA_PROMPTS) if self.more else {}
+        prompts = [
+            given.get((one.image.stem, one.prompt.lower())) or asked(one.prompt, hints.get(one.image.stem))
+            for one in found
         ]
+        return [dataclasses.replace(one, prompt=text) for one, text in zip(found, prompts, strict=True)]
 
     def _hints(self, folder: Path) -> Mapping[str, Sequence[str]]:
         """The words that an OCR read in each picture, where that file is there."""
@@ -82,7 +85,7 @@ class PublicSet:
 
     def is_hinted(self, folder: Path) -> bool:
         """Whether the prompts name the words that an OCR read."""
-        return bool(self._hints(folder))
+        return bool(self._hints(folder)) or (bool(self.more) and is_file(folder / LLAVA_PROMPTS))
 
     @property
     def layout(self) -> str:
@@ -110,6 +113,28 @@ def _words(file: Path) -> dict[str, list[str]]:
             "[...]}, ...]}"
         )
     return {item["image_id"]: item["ocr_tokens"] for item in items}
+
+
+def _given(file: Path) -> dict[tuple[str, str], str]:
+    """Prompts of LLaVA's own question file by picture and question, where it is there.
+
+    A prompt is the question, "Reference OCR token: …" (before or after it) and the instruction, a line each.
+    """
+    if not is_file(file):
+        return {}
+    prompts = {}
+    for where, item in read_json_lines(file, QUESTION_BYTES, UsageError):
+        picture, text = (
+            (item.get("question_id"), item.get("text")) if isinstance(item, dict) else (None, None)
+        )
+        if not (isinstance(picture, str) and isinstance(text, str) and text):
+            raise UsageError(
+                f'{where} is not a question of LLaVA; one is {{"question_id": ..., "text": ...}}'
+            )
+        lines = text.split("\n")
+        question = lines[1] if lines[0].startswith("Reference OCR token:") and lines[1:] else lines[0]
+        prompts[picture, question.lower()] = text
+    return prompts
 
 
 def _is_read(item: Any) -> bool:

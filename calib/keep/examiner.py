@@ -51,8 +51,10 @@ class Paper:
         """How a question is asked, as keyword arguments of `Pipeline.generate`."""
         if not self.system:
             return {"prompt": prompt}
-        turns = (("system", self.system), ("user", prompt))
-        return {"messages": [{"role": role, "content": text} for role, text in turns]}
+        texts = {"system": self.system, "user": prompt}
+        lists = {role: [{"type": "text", "text": text}] for role, text in texts.items()}
+        lists["user"].insert(0, {"type": "image"})  # lists: some templates drop a text that is in none
+        return {"messages": [{"role": role, "content": parts} for role, parts in lists.items()]}
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,16 @@ def test_textvqa_tells_what_an_ocr_read_if_it_is_there(tmp_path: Path) -> None:
     found = SETS["textvqa"].read(tmp_path, None)
     assert found[1].prompt == f"what does sign 1 say?\nReference OCR token: STOP, 1{ENDING}"
     assert found[1].image == tmp_path / "train_images/001af.jpg" and len(found[1].answers) == 10
+    before = "Reference OCR token: GO\nWhat does sign 0 say?\nAnswer."
+    behind = "What does sign 1 say?\nReference OCR token: \nAnswer."
+    for place, text in enumerate((before, behind)):
+        line = {"question_id": f"00{place}af", "image": "x.jpg", "text": text, "category": "default"}
+        with (tmp_path / "llava_textvqa_val_v051_ocr.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+    assert [one.prompt for one in SETS["textvqa"].read(tmp_path, None)] == [before, behind]
     (tmp_path / "TextVQA_Rosetta_OCR_v0.2_val.json").unlink()
+    assert SETS["textvqa"].is_hinted(tmp_path)
+    (tmp_path / "llava_textvqa_val_v051_ocr.jsonl").unlink()
     assert SETS["textvqa"].read(tmp_path, None)[1].prompt == f"what does sign 1 say?{ENDING}"
     assert not SETS["textvqa"].is_hinted(tmp_path)
 
@@ -101,6 +110,13 @@ BROKEN: list[tuple[str, str, Any, str]] = [
     ("textvqa", "TextVQA_0.5.1_val.json", {"data": [{"image_id": "x"}]}, "not a valid textvqa file"),
     ("textvqa", "TextVQA_Rosetta_OCR_v0.2_val.json", {"data": [{"image_id": 1}]}, "not a file of OCR words"),
     ("textvqa", "TextVQA_Rosetta_OCR_v0.2_val.json", [], "not a file of OCR words"),
+    (
+        "textvqa",
+        "llava_textvqa_val_v051_ocr.jsonl",
+        '{"question_id": 3}',
+        "line 1 is not a question of LLaVA",
+    ),
+    ("textvqa", "llava_textvqa_val_v051_ocr.jsonl", "[]", "line 1 is not a question of LLaVA"),
     ("pope", "coco_pope_popular.json", "[1]", "line 1 is not a line of POPE"),
     ("pope", "coco_pope_random.json", json.dumps({"image": "a", "text": "b", "label": "?"}), "line 1 is not"),
 ]

@@ -5,8 +5,8 @@ Source: STC (arXiv 2512.00891), in our own words in shared formulae. Two graphs 
 1. A reference picture is computed whole. Of every block its keys, its values, what its attention adds to the
    rows and what its MLP adds are kept: the state.
 2. Of a later picture every block computes the keys of all N rows. The u = floor(recompute · N) rows whose key
-   is least like the reference's (cosine over all heads; equal ones: the lower row) are recomputed: values
-   and queries of these; values of the others are the reference's; these queries attend to all keys and
+   is least like the reference's (cosine over all heads, to 2⁻¹⁴; equal ones: the lower row) are recomputed:
+   values and queries of these; values of the others are the reference's; these queries attend to all keys and
    values. What attention adds to the other rows is what it added to the reference's, and so for the MLP. Each
    block chooses its own rows.
 3. The runtime takes a picture for the next reference if the mean cosine of the first block's keys falls below
@@ -31,6 +31,8 @@ from vtp.export.towers.base import Encoded, TowerReduction, TowerShape, cues_of
 from vtp.export.towers.blocks import Block
 from vtp.runtime.bundle.stream_info import RECOMPUTED
 
+_STEPS = 2**14  # cosines are compared in such parts of 1: below that, engines' rounding would decide
+_EXACT = 2**23  # whole numbers up to twice this are exact in float32
 _PARTS = ("key", "value", "attention", "mlp")  # of a block's state, each [B,N,C]
 
 
@@ -96,7 +98,7 @@ class Stc(TowerReduction):
             first = first if number else alike.mean(dim=1)
             if cues and block is blocks[-1]:
                 read = cues_of(block, block.query(normed[:, :1] if has_cls else normed), key, has_cls)
-            rows = raster(top_k(-alike, count))
+            rows = _least_alike(alike, count)
             picked = gather_rows(normed, rows)
             value = block.heads(_replaced(values, rows, block.merged(block.value(picked))))
             hidden = hidden + _replaced(attention, rows, block.attend(block.query(picked), key, value))
@@ -129,6 +131,14 @@ def state_names(blocks: int) -> list[str]:
 def recomputed_names(blocks: int) -> list[str]:
     """Names of the outputs that say which rows each block recomputed."""
     return [f"{RECOMPUTED}{number}" for number in range(blocks)]
+
+
+def _least_alike(cosines: Tensor, count: int) -> Tensor:
+    """The `count` rows of least cosine [B,N], ascending. No two scores are equal, so that no engine's sort
+    decides (OpenVINO's breaks ties in any order)."""
+    size = cosines.shape[1]
+    steps = torch.round(cosines * min(_STEPS, _EXACT // size))
+    return raster(top_k(-(steps * size + torch.arange(size)), count))
 
 
 def _replaced(whole: Tensor, rows: Tensor, new: Tensor) -> Tensor:

@@ -93,7 +93,8 @@ class Tower:
             alike = [
                 a @ b / (np.linalg.norm(a) * np.linalg.norm(b)) for a, b in zip(new_key, old_key, strict=True)
             ]
-            rows = sorted(sorted(range(len(y)), key=lambda row: (alike[row], row))[:count])
+            steps = [round(cosine * min(2**14, 2**23 // len(y))) for cosine in alike]
+            rows = sorted(sorted(range(len(y)), key=lambda row: (steps[row], row))[:count])
             value, old_value = linear(module.v_proj, new), linear(module.v_proj, old)
             for row in range(len(y)):
                 value[row] = value[row] if row in rows else old_value[row]

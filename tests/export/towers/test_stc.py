@@ -162,6 +162,16 @@ def test_pictures_of_a_camera(camera: Pipeline, bundle: Bundle) -> None:
         assert "vision_encoder_later.onnx" not in plain._open_runner()._opened._engines
 
 
+def test_engines_recompute_the_same_rows(bundle: Bundle, camera: Pipeline) -> None:
+    """Most of a picture stands still: its keys are alike but for rounding, and no engine's sort decides."""
+    pytest.importorskip("openvino")
+    frames = [frame(1, step) for step in range(4)]
+    with Pipeline.load(bundle.folder, engine="openvino-cpu", threads=1, stream_reuse=True) as other:
+        pairs = [[pipe.generate(one, ASKED, max_new_tokens=8) for pipe in (camera, other)] for one in frames]
+    assert all(mine.token_ids == theirs.token_ids and mine.kept == theirs.kept for mine, theirs in pairs)
+    assert [mine.tower["rows"] for mine, _ in pairs if mine.tower] == [17, 4, 4, 4]
+
+
 def test_several_pictures_and_a_new_stream(camera: Pipeline) -> None:
     """A batch is computed whole, and disturbs no reference; `forget` begins anew."""
     first = camera.generate(frame(1), ASKED, max_new_tokens=2)

@@ -120,7 +120,7 @@ def test_pruned_equals_the_torch_reference(bundle: Callable[[str], Made], name: 
         steps = 2 if wishes.get("verify") == "layers" else STEPS
         report = manifest.parity["generation"]
         assert report and all(one["tokens"] == one["equal"] == steps for one in report.values())
-        if method == "none":
+        if method in ("none", "sparsevlm"):  # whose sites the export has already held against torch
             return
         pipe.manifest.text.__dict__["eos_token_ids"] = ()
         size, grid = manifest.image.image_size, manifest.visual.grid

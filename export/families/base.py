@@ -90,6 +90,12 @@ class Family(ABC):
             )
 
     @classmethod
+    def takes(cls, config: dict[str, Any]) -> bool:
+        """Whether a config.json of one of its architectures is this family's: two may share one."""
+        del config
+        return True
+
+    @classmethod
     @abstractmethod
     def check(cls, config: dict[str, Any]) -> None:
         """Raise VtpError for a config.json that the family cannot serve, before its weights are loaded."""

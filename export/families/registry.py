@@ -36,7 +36,7 @@ def find_family(config: dict[str, Any]) -> type[Family]:
     """
     named = config.get("architectures") or []
     architectures = [str(name) for name in named] if isinstance(named, list) else [str(named)]
-    known = {name: family for family in families() for name in family.architectures}
+    known = {name: family for family in families() if family.takes(config) for name in family.architectures}
     model_class = _class_of(config.get("model_type"))
     for name in [model_class] if model_class else architectures:
         if name in known:

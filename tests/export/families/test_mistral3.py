@@ -38,6 +38,7 @@ from ...oracles.several_pictures import (
     logits_of,
     noises,
 )
+from ...oracles.tensorrt_10_3 import refused
 from ..pruners.test_trtrtx import ENGINE, MISSING, build
 
 SIZE, GRID, WORDS = (32, 40), (4, 5), "what shape is it ?"
@@ -172,9 +173,12 @@ def test_pruned_equals_the_torch_reference(bundle: Callable[[str], Made], name: 
     "name", ["ministral3-half", "ministral3-tensorrt", "ministral3-jetpack6", "mistral-tensorrt"]
 )
 def test_other_precisions_and_targets_answer(bundle: Callable[[str], Made], name: str) -> None:
-    """The export held them against torch on ONNX Runtime; here is what it found."""
-    report = open_bundle(bundle(name).folder).manifest.parity["generation"]
+    """The export held them against torch on ONNX Runtime; here is what it found, and TensorRT 10.3's list."""
+    opened = open_bundle(bundle(name).folder)
+    report = opened.manifest.parity["generation"]
     assert report and all(one["tokens"] == STEPS for one in report.values())
+    if name.endswith("jetpack6"):
+        assert [line for file in opened.manifest.graphs for line in refused(opened.path(file))] == []
 
 
 @pytest.mark.slow

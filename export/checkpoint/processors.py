@@ -254,6 +254,8 @@ _PROCESSORS: dict[str, _Processor] = {
     # LLaVA's own class differs from CLIP's by one switch: `do_pad` pads to a square first.
     "Llava": _CLIP._replace(pads=True),
     "VideoLlava": _CLIP,
+    # Of the settings for pictures, which older folders hand over, it takes no note.
+    "LlavaNextVideo": _CLIP._replace(ignored=("do_pad", "image_grid_pinpoints", "aspect_ratio_setting")),
     "Gemma3": _Processor(
         _read_gemma3,
         {

@@ -25,6 +25,8 @@ from vtp.runtime.preprocess import ImageSpec
 
 # Decoders whose attention, rotary embedding and norms the emitter was held against transformers with.
 DECODERS = ("llama", "mistral", "qwen2", "qwen3", "qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text")
+# Decoders of models that are served with others: mixtures of experts.
+EXPERTS = ("gpt_oss", "mixtral", "qwen2_moe", "qwen3_moe", "qwen3_vl_moe_text")
 # Rotary embeddings whose frequencies depend on the position alone, not on how long the prompt is.
 ROTARY = ("default", "linear", "llama3", "yarn", "proportional")
 
@@ -90,6 +92,12 @@ class Family(ABC):
             )
 
     @classmethod
+    def takes(cls, config: dict[str, Any]) -> bool:
+        """Whether a config.json of one of its architectures is this family's: two may share one."""
+        del config
+        return True
+
+    @classmethod
     @abstractmethod
     def check(cls, config: dict[str, Any]) -> None:
         """Raise VtpError for a config.json that the family cannot serve, before its weights are loaded."""
@@ -97,6 +105,11 @@ class Family(ABC):
     @classmethod
     def check_decoder(cls, kind: str) -> None:
         """Raise VtpError for a decoder's model_type that is not in `decoders`."""
+        if kind in EXPERTS:
+            raise VtpError(
+                f"this model's decoder is '{kind}', whose layers have experts, and no graph is written yet "
+                f"that runs a token's own experts alone; supported decoders: {', '.join(cls.decoders)}"
+            )
         if kind not in cls.decoders:
             raise VtpError(f"this model's decoder is '{kind}'; supported decoders: {', '.join(cls.decoders)}")
 

@@ -10,6 +10,14 @@ from typing import Any
 from vtp.engines import VtpError
 from vtp.export.families.base import Family
 
+_SUFFIX = "ForConditionalGeneration"
+# Architectures that transformers knows and that are not served, and why.
+_REFUSED = {
+    "FastVlmForConditionalGeneration": "its vision tower (FastViTHD) is a model of timm, which needs "
+    "torchvision besides, and vtp's export installs neither; it would take both, and a family whose features "
+    "are a convolution's map, without the scores that most methods read"
+}
+
 
 def families() -> list[type[Family]]:
     """Every family, by name."""
@@ -28,15 +36,19 @@ def find_family(config: dict[str, Any]) -> type[Family]:
     """
     named = config.get("architectures") or []
     architectures = [str(name) for name in named] if isinstance(named, list) else [str(named)]
-    known = {name: family for family in families() for name in family.architectures}
+    known = {name: family for family in families() if family.takes(config) for name in family.architectures}
     model_class = _class_of(config.get("model_type"))
     for name in [model_class] if model_class else architectures:
         if name in known:
             return known[name]
+    for name in [model_class] if model_class else architectures:
+        if name in _REFUSED:
+            raise VtpError(f"{name} is not supported: {_REFUSED[name]}")
     given = ", ".join(architectures)[:200] or "none"
     silent = architectures and not known.keys() & set(architectures)  # they say what the model is
     kind = "" if silent else f" (model_type {config.get('model_type')!r:.80})"
-    raise VtpError(f"unsupported architecture {given}{kind}; supported: {', '.join(sorted(known))}")
+    short = ", ".join(name.removesuffix(_SUFFIX) for name in sorted(known))
+    raise VtpError(f"unsupported architecture {given}{kind}; supported, each with {_SUFFIX} behind: {short}")
 
 
 def _class_of(model_type: Any) -> str | None:

@@ -61,6 +61,24 @@ class VisionEncoder(nn.Module):
         return made.hidden, {"attention_scores": made.scores, "vision_keys": made.keys}
 
 
+class PooledEncoder(nn.Module):
+    """What an encoder gives for every patch, [B,P,C] or [B,P], as means over squares of patches."""
+
+    def __init__(self, encoder: nn.Module, side: int, edge: int) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.side = side
+        self.edge = edge
+
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self._pool(values) for values in self.encoder(pixel_values))
+
+    def _pool(self, values: Tensor) -> Tensor:
+        side, edge = self.side, self.edge
+        squares = values.reshape(values.shape[0], side, edge, side, edge, *values.shape[2:])
+        return squares.mean(dim=(2, 4)).flatten(1, 2)
+
+
 class Projector(nn.Module):
     """image_features [B,M,C] -> image_embeds [B,M,D]; M is N or, after a vision-site pruner, K."""
 

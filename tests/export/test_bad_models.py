@@ -80,7 +80,7 @@ def endless(folder: Path) -> None:
     edit("tokenizer_config.json", eos_token=...)(folder)
 
 
-CONFIG, LLAVA = "config.json", "LlavaForConditionalGeneration"
+CONFIG = "config.json"
 BLIP = "Blip2ForConditionalGeneration"
 BAD_MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no config": (remove(CONFIG), "it has no config.json"),
@@ -89,7 +89,11 @@ BAD_MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
     "config is a list": (write(CONFIG, b"[]"), "does not hold a JSON object"),
     "architecture": (
         edit(CONFIG, architectures=[BLIP], model_type="blip-2"),
-        f"unsupported architecture {BLIP}; supported: .*{LLAVA}",
+        f"unsupported architecture {BLIP}; supported, each with ForConditionalGeneration behind: .* Llava, ",
+    ),
+    "an architecture that is known": (
+        edit(CONFIG, architectures=["FastVlmForConditionalGeneration"], model_type="fast_vlm"),
+        "FastVlmForConditionalGeneration is not supported: .* a model of timm",
     ),
     "no architecture": (
         edit(CONFIG, architectures=..., model_type="odd"),

@@ -1,4 +1,4 @@
-"""Tiny random Mistral 3s, from transformers' own config and image processor classes."""
+"""Tiny random Mistral 3s and Pixtrals, from transformers' own config and image processor classes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from transformers import (
     GenerationConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     Ministral3Config,
     Mistral3Config,
     Mistral3ForConditionalGeneration,
@@ -44,8 +46,9 @@ SCALED = {
 }
 
 
-def tiny_mistral3(decoder: str = "mistral", layers: int = 3, seed: int = 0) -> Any:
-    """A random Mistral 3 in eval mode, tokens of 2 x 2 patches."""
+def tiny_mistral3(kind: str = "mistral", layers: int = 3, seed: int = 0) -> Any:
+    """A random Mistral 3 in eval mode, tokens of 2 x 2 patches, its decoder "mistral" or "ministral3"; or a
+    "pixtral", whose tokens are patches."""
     shared: dict[str, Any] = {
         "vocab_size": VOCAB + 16,
         "hidden_size": 32,
@@ -60,11 +63,8 @@ def tiny_mistral3(decoder: str = "mistral", layers: int = 3, seed: int = 0) -> A
         "eos_token_id": EOS,
         "pad_token_id": PAD,
     }
-    text = (
-        MistralConfig(**shared)
-        if decoder == "mistral"
-        else Ministral3Config(**shared, rope_parameters=SCALED)
-    )
+    scaled = {"rope_parameters": SCALED}
+    text = Ministral3Config(**shared, **scaled) if kind == "ministral3" else MistralConfig(**shared)
     vision = PixtralVisionConfig(
         hidden_size=32,
         intermediate_size=48,
@@ -73,14 +73,14 @@ def tiny_mistral3(decoder: str = "mistral", layers: int = 3, seed: int = 0) -> A
         patch_size=PATCH,
         image_size=LONGEST,
     )
-    config = Mistral3Config(
-        text_config=text,
-        vision_config=vision,
-        image_token_index=IMAGE,
-        spatial_merge_size=EDGE,
-        tie_word_embeddings=False,
-    )
-    model: Any = Mistral3ForConditionalGeneration(config)
+    parts = {"text_config": text, "vision_config": vision, "image_token_index": IMAGE}
+    model: Any
+    if kind == "pixtral":
+        whole = {"vision_feature_layer": -1, "vision_feature_select_strategy": "full"}
+        model = LlavaForConditionalGeneration(LlavaConfig(**parts, **whole))
+    else:
+        config = Mistral3Config(**parts, spatial_merge_size=EDGE, tie_word_embeddings=False)
+        model = Mistral3ForConditionalGeneration(config)
     randomize(model, seed)
     model.generation_config = GenerationConfig(
         bos_token_id=BOS, eos_token_id=[EOS, END], pad_token_id=PAD, do_sample=False
@@ -100,26 +100,30 @@ def tokenizer_of() -> Any:
     return tokenizer
 
 
-def save_mistral3(path: Path, *args: Any, **options: Any) -> Any:
+def save_mistral3(path: Path, kind: str = "mistral", **options: Any) -> Any:
     """Write a complete Hugging Face folder (options of `tiny_mistral3`) to `path`; return the model."""
-    model = tiny_mistral3(*args, **options)
+    model = tiny_mistral3(kind, **options)
     model.save_pretrained(path)
     image_processor().save_pretrained(path)
     tokenizer_of().save_pretrained(path)
     own = {"processor_class": "PixtralProcessor", "patch_size": PATCH, "spatial_merge_size": EDGE}
+    if kind == "pixtral":
+        del own["spatial_merge_size"]
     (path / "processor_config.json").write_text(json.dumps({**own, **MARKS}))
     return model
 
 
-def processed(pictures: list[Any], turns: list[dict[str, Any]], longest: int = LONGEST) -> dict[str, Any]:
+def processed(
+    pictures: list[Any], turns: list[dict[str, Any]], longest: int = LONGEST, edge: int = EDGE
+) -> dict[str, Any]:
     """What transformers' own parts make of pictures and a conversation, for `generate`, if no edge may be
-    longer than `longest`: its processor as a whole needs torchvision."""
-    given = image_processor(PATCH * EDGE)(pictures, size={"longest_edge": longest}, return_tensors="pt")
+    longer than `longest`, and a token is `edge` patches wide: its processor as a whole needs torchvision."""
+    token = PATCH * edge
+    given = image_processor(token)(pictures, size={"longest_edge": longest}, return_tensors="pt")
     text = tokenizer_of().apply_chat_template(turns, tokenize=False)
     first, *rest = text.split(MARKS["image_token"])
     for (height, width), part in zip(given["image_sizes"].tolist(), rest, strict=True):
-        row = MARKS["image_token"] * (width // (PATCH * EDGE))
-        rows = [row] * (height // (PATCH * EDGE))
+        rows = [MARKS["image_token"] * (width // token)] * (height // token)
         first += MARKS["image_break_token"].join(rows) + MARKS["image_end_token"] + part
     ids = torch.tensor([tokenizer_of()(first, add_special_tokens=False)["input_ids"]])
     return {**given, "input_ids": ids, "attention_mask": torch.ones_like(ids)}

@@ -12,12 +12,15 @@ from PIL import Image
 from transformers import (
     CLIPImageProcessor,
     GenerationConfig,
+    LlavaNextVideoConfig,
+    LlavaNextVideoForConditionalGeneration,
     LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,
     PreTrainedTokenizerFast,
     VideoLlavaConfig,
     VideoLlavaForConditionalGeneration,
 )
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
     LlavaOnevisionImageProcessorPil,
 )
@@ -76,6 +79,21 @@ def tiny_onevision() -> Any:
     return _filled(LlavaOnevisionForConditionalGeneration(config))
 
 
+def tiny_next_video() -> Any:
+    """A random LLaVA-NeXT-Video in eval mode, of 16 patches a view, 4 visual tokens a frame."""
+    config = LlavaNextVideoConfig(
+        vision_config=vision_config("clip", 56, 14, 3),
+        text_config=text_config("llama", 4, 2, 3, 8, False, vocab_size=VOCAB + 8),
+        image_token_index=IMAGE,
+        video_token_index=VIDEO,
+        image_grid_pinpoints=[[56, 112], [112, 56]],
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+        pad_token_id=PAD,
+    )
+    return _filled(LlavaNextVideoForConditionalGeneration(config))
+
+
 def _filled(model: Any) -> Any:
     randomize(model, 4)
     model.generation_config = GenerationConfig(
@@ -115,6 +133,19 @@ def save_onevision(folder: Path) -> Any:
         "return_metadata": False,
         "video_processor_type": "LlavaOnevisionVideoProcessor",
     }
+    (folder / "video_preprocessor_config.json").write_text(json.dumps(videos))
+    video_tokenizer().save_pretrained(folder)
+    return model
+
+
+def save_next_video(folder: Path) -> Any:
+    """The same for a LLaVA-NeXT-Video."""
+    model = tiny_next_video()
+    model.save_pretrained(folder)
+    square = {"size": {"shortest_edge": 56}, "crop_size": {"height": 56, "width": 56}}
+    points = model.config.image_grid_pinpoints
+    LlavaNextImageProcessorPil(**square, image_grid_pinpoints=points).save_pretrained(folder)
+    videos = {**square, "do_sample_frames": False, "video_processor_type": "LlavaNextVideoVideoProcessor"}
     (folder / "video_preprocessor_config.json").write_text(json.dumps(videos))
     video_tokenizer().save_pretrained(folder)
     return model

@@ -17,7 +17,7 @@ from ..models.tiny_gemma import save_gemma, tiny_gemma3, tiny_paligemma
 from ..models.tiny_gemma4 import save_gemma4
 from ..models.tiny_qwen import save_qwen
 from ..models.tiny_split import save_idefics3, save_internvl
-from ..models.tiny_video import save_video_llava
+from ..models.tiny_video import save_next_video, save_video_llava
 
 # Family -> how a tiny model's folder is written, and the processor class of published folders.
 FAMILIES: dict[str, tuple[Callable[[Path], Any], str]] = {
@@ -28,6 +28,7 @@ FAMILIES: dict[str, tuple[Callable[[Path], Any], str]] = {
         "LlavaOnevisionProcessor",
     ),
     "video_llava": (save_video_llava, "VideoLlavaProcessor"),
+    "llava_next_video": (save_next_video, "LlavaNextVideoProcessor"),
     "qwen2_vl": (lambda path: save_qwen(path, "qwen2_vl"), "Qwen2VLProcessor"),
     "qwen2_5_vl": (lambda path: save_qwen(path, "qwen2_5_vl"), "Qwen2_5_VLProcessor"),
     "qwen3_vl": (lambda path: save_qwen(path, "qwen3_vl", depth=3), "Qwen3VLProcessor"),
@@ -47,6 +48,11 @@ _COUNTS: dict[str, dict[str, Any]] = {
     },
     "llava_next": {
         "patch_size": 7,
+        "vision_feature_select_strategy": "default",
+        "num_additional_image_tokens": 1,
+    },
+    "llava_next_video": {
+        "patch_size": 14,
         "vision_feature_select_strategy": "default",
         "num_additional_image_tokens": 1,
     },

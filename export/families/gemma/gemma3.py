@@ -18,6 +18,7 @@ from vtp.export.families.gemma.lookahead import LookaheadPruner, LookaheadSplice
 from vtp.export.families.gemma.paligemma import PaliGemma
 from vtp.export.families.gemma.reference import Gemma3Reference
 from vtp.export.graphs.decoder import Decoder
+from vtp.export.graphs.encoder import PooledEncoder
 from vtp.export.graphs.splice import Splice
 from vtp.export.pruners.base import Pruner
 
@@ -60,7 +61,7 @@ class Gemma3(PaliGemma):
 
     def vision_encoder(self, cues: Sequence[str]) -> nn.Module:
         projector = self._projector
-        return _Pooled(super().vision_encoder(cues), projector.tokens_per_side, projector.kernel_size)
+        return PooledEncoder(super().vision_encoder(cues), projector.tokens_per_side, projector.kernel_size)
 
     def projector(self, whole: bool) -> nn.Module:
         del whole  # it has no tokens but its pooled patches
@@ -75,24 +76,6 @@ class Gemma3(PaliGemma):
     @property
     def _projector(self) -> Any:
         return self.model.model.multi_modal_projector
-
-
-class _Pooled(nn.Module):
-    """What an encoder gives for every patch, [B,P,C] or [B,P], as means over squares of patches."""
-
-    def __init__(self, encoder: nn.Module, side: int, edge: int) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.side = side
-        self.edge = edge
-
-    def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
-        return tuple(self._pool(values) for values in self.encoder(pixel_values))
-
-    def _pool(self, values: Tensor) -> Tensor:
-        side, edge = self.side, self.edge
-        squares = values.reshape(values.shape[0], side, edge, side, edge, *values.shape[2:])
-        return squares.mean(dim=(2, 4)).flatten(1, 2)
 
 
 class _Projector(nn.Module):

@@ -55,8 +55,8 @@ class Gemma4(Family):
             raise VtpError("this Gemma 4 has no vision tower: vision_config of its config.json is missing")
         if text.get("enable_moe_block"):
             raise VtpError(
-                "this Gemma 4 has experts (text_config.enable_moe_block), of which a graph would have to "
-                "compute all for every token; only models without them are supported"
+                "this Gemma 4 has experts (text_config.enable_moe_block), and no graph is written yet that "
+                "runs a token's own experts alone; only models without them are supported"
             )
         if text.get("use_bidirectional_attention") not in (None, "vision"):
             raise VtpError(

@@ -31,6 +31,12 @@ class Llava(Family):
     reductions: ClassVar[tuple[str, ...]] = ("ipcv", "tome", "downsample", "stc")
 
     @classmethod
+    def takes(cls, config: dict[str, Any]) -> bool:
+        """Not with Pixtral's tower: family pixtral."""
+        vision = config.get("vision_config")
+        return cls is not Llava or not isinstance(vision, dict) or vision.get("model_type") != "pixtral"
+
+    @classmethod
     def check(cls, config: dict[str, Any]) -> None:
         text, vision = config.get("text_config") or {}, config.get("vision_config") or {}
         cls.check_decoder(text.get("model_type", "llama"))

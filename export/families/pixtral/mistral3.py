@@ -8,7 +8,7 @@ pruned, they stay.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -16,6 +16,7 @@ from vtp.engines import VtpError
 from vtp.export.families.base import DECODERS, Family
 from vtp.export.families.pixtral.reference import PixtralReference
 from vtp.export.families.pixtral.tower import Merging, MergingProjector, PixtralTower
+from vtp.export.families.reference import Reference
 from vtp.export.families.tiled.runs import Runs, RunsDecoderPruner, RunsSplice, RunsTextCues
 from vtp.export.graphs.decoder import Decoder
 from vtp.export.graphs.pruner import DecoderPruner
@@ -34,9 +35,9 @@ class Mistral3(Family):
     architectures = ("Mistral3ForConditionalGeneration",)
     sites = ("vision", "projector", "decoder")
     several = True
-    decoders = (*DECODERS, "ministral3")
+    decoders: ClassVar[tuple[str, ...]] = (*DECODERS, "ministral3")
     image_kinds = ("pixtral",)
-    reference = PixtralReference
+    reference: ClassVar[type[Reference]] = PixtralReference
     unreduced = "its tower takes any size of picture; choose a smaller --image-size"
     limits = (
         "one image size per bundle; the marks at the ends of rows are never pruned; one vision_feature_layer"
@@ -121,8 +122,7 @@ class Mistral3(Family):
     def vision_encoder(self, cues: Sequence[str]) -> nn.Module:
         layers = list(self.tower.transformer.layers)[: self._feature_layer()]
         rows, columns = (edge // self._vision.patch_size for edge in self.size)
-        norm = self.model.model.multi_modal_projector.norm
-        return PixtralTower(self.tower, layers, norm, Merging(rows, columns, self._edge), cues)
+        return PixtralTower(self.tower, layers, self._norm, Merging(rows, columns, self._edge), cues)
 
     def projector(self, whole: bool) -> nn.Module:
         del whole  # it has no tokens but its patches
@@ -144,6 +144,11 @@ class Mistral3(Family):
     @property
     def _vision(self) -> Any:
         return self.model.config.vision_config
+
+    @property
+    def _norm(self) -> nn.Module:
+        """What the tower's patches go through before they are merged."""
+        return self.model.model.multi_modal_projector.norm
 
     @property
     def _edge(self) -> int:

@@ -26,6 +26,11 @@ class PixtralReference(Reference):
         return False
 
     @property
+    def edge(self) -> int:
+        """Patches of a token along an edge."""
+        return self.model.config.spatial_merge_size
+
+    @property
     def projector(self) -> Any:
         """Norm, merging of patches, two linear layers."""
         return self.model.model.multi_modal_projector
@@ -56,12 +61,16 @@ class PixtralReference(Reference):
             for hook in hooks:
                 hook.remove()
         states = out.hidden_states[self.model.config.vision_feature_layer]
-        cues = {"image_features": self._side_by_side(self.projector.norm(states), pixel_values)}
+        cues = {"image_features": self._side_by_side(self.norm(states), pixel_values)}
         for name in set(SCORES) & set(wanted):
             cues[name] = self._side_by_side(seen[name].unsqueeze(2), pixel_values).mean(dim=2)
         if "vision_keys" in wanted:
             cues["vision_keys"] = self._side_by_side(seen["vision_keys"], pixel_values)
         return cues
+
+    def norm(self, states: Tensor) -> Tensor:
+        """What the tower's patches go through before they are merged."""
+        return self.projector.norm(states)
 
     def project(self, image_features: Tensor) -> Tensor:
         projector = self.projector
@@ -69,8 +78,8 @@ class PixtralReference(Reference):
         return projector.linear_2(projector.act(projector.linear_1(merged)))
 
     def tokens(self, pixel_values: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
-        whole = self.model.get_image_features(
-            pixel_values.to(self.model.dtype), self._sizes(pixel_values), return_dict=True
+        whole = self.model.model.get_image_features(
+            pixel_values.to(self.model.dtype), image_sizes=self._sizes(pixel_values), return_dict=True
         )
         return whole.pooler_output[0][None], torch.arange(patches.shape[1])
 
@@ -84,5 +93,5 @@ class PixtralReference(Reference):
         """[1,P,C] -> [1,N,C·edge²], by torch's own unfold."""
         rows, columns = (edge // self.tower.patch_size for edge in pixel_values.shape[-2:])
         grid = patches.transpose(1, 2).reshape(1, -1, rows, columns)
-        edge = self.model.config.spatial_merge_size
+        edge = self.edge
         return functional.unfold(grid, kernel_size=edge, stride=edge).transpose(1, 2)

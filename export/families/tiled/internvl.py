@@ -1,9 +1,9 @@
-"""InternVL 2.5 and 3, in transformers' own form: a tower with CLS, four patches to a token, tiles.
+"""InternVL 2.5, 3 and 3.5, in transformers' own form: a tower with CLS, four patches to a token, tiles.
 
-Source: transformers' modeling_internvl.py (Chen et al., arXiv 2412.05271; Zhu et al., arXiv 2504.10479). The
-picture's parts, then the picture as a whole go through the tower one by one; 2 x 2 neighbouring patches of a
-view become one visual token in front of the projector. The tokens of all views follow one another between
-`<img>` and `</img>`.
+Source: transformers' modeling_internvl.py (Chen et al., arXiv 2412.05271; Zhu et al., arXiv 2504.10479; Wang
+et al., arXiv 2508.18265). The picture's parts, then the picture as a whole go through the tower one by one;
+2 x 2 neighbouring patches of a view become one visual token in front of the projector. The tokens of all
+views follow one another between `<img>` and `</img>`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ class InternVL(Family):
     several = True
     limits = (
         "one image size per bundle; K is for the whole picture, dealt to tiles with --share tile; methods "
-        "that need a grid only at one tile or with --share tile; no video"
+        "that need a grid only at one tile or with --share tile; no video; no experts (of InternVL 3.5 "
+        "the dense ones)"
     )
     reductions = ("ipcv", "tome")
     unreduced = "a smaller --image-size gives it fewer tiles"

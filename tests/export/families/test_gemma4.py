@@ -14,6 +14,7 @@ import torch
 from vtp.engines import UsageError, VtpError
 from vtp.engines.tensorrt.library import refused_nodes
 from vtp.export.checkpoint.loading import load
+from vtp.export.checkpoint.unsupported import refuse_unsupported
 from vtp.export.exporter import Request, export
 from vtp.export.families.gemma.gemma4 import Gemma4
 from vtp.export.families.gemma.gemma4_reference import Gemma4Reference
@@ -30,6 +31,7 @@ from vtp.runtime.stages.runner import StageRunner
 from ...models.tiny_gemma4 import processed, save_gemma4
 from ...once import Once
 from ...oracles.several_pictures import TALK, asked, by_transformers, check_answers, check_batch, noises
+from ...oracles.tensorrt_10_3 import refused
 from ..pruners.test_trtrtx import ENGINE, MISSING, build
 
 COUNT, SIZE, WORDS = 64, (96, 96), "what shape is it ?"
@@ -120,7 +122,7 @@ def test_pruned_equals_the_torch_reference(bundle: Callable[[str], Made], name: 
         steps = 2 if wishes.get("verify") == "layers" else STEPS
         report = manifest.parity["generation"]
         assert report and all(one["tokens"] == one["equal"] == steps for one in report.values())
-        if method == "none":
+        if method in ("none", "sparsevlm"):  # whose sites the export has already held against torch
             return
         pipe.manifest.text.__dict__["eos_token_ids"] = ()
         size, grid = manifest.image.image_size, manifest.visual.grid
@@ -147,9 +149,12 @@ def test_pruned_equals_the_torch_reference(bundle: Callable[[str], Made], name: 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["small-half", "small-tensorrt", "small-jetpack6", "large-tensorrt"])
 def test_other_precisions_and_targets_answer(bundle: Callable[[str], Made], name: str) -> None:
-    """The export held them against torch on ONNX Runtime; here is what it found."""
-    report = open_bundle(bundle(name).folder).manifest.parity["generation"]
+    """The export held them against torch on ONNX Runtime; here is what it found, and TensorRT 10.3's list."""
+    opened = open_bundle(bundle(name).folder)
+    report = opened.manifest.parity["generation"]
     assert report and all(one["tokens"] == STEPS for one in report.values())
+    if name.endswith("jetpack6"):
+        assert [line for file in opened.manifest.graphs for line in refused(opened.path(file))] == []
 
 
 @pytest.mark.slow
@@ -231,6 +236,18 @@ def test_every_graph_builds_with_tensorrt_rtx(bundle: Callable[[str], Made], nam
 def test_a_config_that_is_refused(config: dict[str, Any], message: str) -> None:
     with pytest.raises(VtpError, match=message):
         Gemma4.check({"text_config": {}, "vision_config": {}, **config})
+
+
+@pytest.mark.parametrize("own", [{"1": {"hidden_size": 3}}, {"1": 3}, []])
+def test_layers_of_another_kind_are_refused(tmp_path: Path, own: Any) -> None:
+    """What transformers writes of single layers, their heads and head size, and nothing else."""
+    text = {
+        "model_type": "gemma4_text",
+        "per_layer_config": {"1": {"head_dim": 32, "num_key_value_heads": 1}},
+    }
+    refuse_unsupported(tmp_path, {"text_config": text})
+    with pytest.raises(VtpError, match=r"sets text_config\.per_layer_config"):
+        refuse_unsupported(tmp_path, {"text_config": {**text, "per_layer_config": own}})
 
 
 def test_what_cannot_be_asked_for(saved: Callable[..., Any], tmp_path: Path) -> None:

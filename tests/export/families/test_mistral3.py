@@ -1,4 +1,4 @@
-"""Mistral 3: rows of tokens with marks between them, queries scaled by position; against transformers."""
+"""Mistral 3 and Pixtral: rows of tokens with marks between them, queries scaled by position."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ import torch
 from vtp.engines import UsageError, VtpError
 from vtp.engines.tensorrt.library import refused_nodes
 from vtp.export.checkpoint.loading import load
+from vtp.export.families import find_family
+from vtp.export.families.llava.llava import Llava
 from vtp.export.families.pixtral.mistral3 import Mistral3
-from vtp.export.families.pixtral.reference import PixtralReference
+from vtp.export.families.pixtral.pixtral import Pixtral
 from vtp.export.pruners import find_method
 from vtp.export.verify.parity import STEPS
 from vtp.export.verify.reference import reference_generate
@@ -36,11 +38,13 @@ from ...oracles.several_pictures import (
     logits_of,
     noises,
 )
+from ...oracles.tensorrt_10_3 import refused
 from ..pruners.test_trtrtx import ENGINE, MISSING, build
 
 SIZE, GRID, WORDS = (32, 40), (4, 5), "what shape is it ?"
 HALF, TENSORRT, JETPACK = {"dtype": "float16"}, {"target": "tensorrt"}, {"target": "jetpack6"}
-# Name: decoder, method, keep-counts, fields of the export's Request.
+SMALL = {"image_size": (16, 20)}  # of Pixtral, whose tokens are half as wide
+# Name: kind of model, method, keep-counts, fields of the export's Request.
 BUNDLES: dict[str, tuple[str, str, str | None, dict[str, Any]]] = {
     "ministral3-vispruner": ("ministral3", "vispruner", "6,20", {}),
     "ministral3-none": ("ministral3", "none", None, {}),
@@ -57,6 +61,9 @@ BUNDLES: dict[str, tuple[str, str, str | None, dict[str, Any]]] = {
     "mistral-cdpruner": ("mistral", "cdpruner", "6", {}),
     "mistral-row": ("mistral", "vispruner", "3", {"image_size": (8, 40)}),
     "mistral-tensorrt": ("mistral", "vispruner", "6", TENSORRT),
+    "pixtral-vispruner": ("pixtral", "vispruner", "6,20", SMALL),
+    "pixtral-fastv": ("pixtral", "fastv", "6,20", SMALL),
+    "pixtral-visionzip": ("pixtral", "visionzip", "6", SMALL),
 }
 QUICK = {"ministral3-vispruner"}  # with all tokens as well
 NAMES = {name: name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in BUNDLES}
@@ -88,14 +95,25 @@ def processing(pictures: list[Any], turns: list[dict[str, Any]]) -> dict[str, An
     return processed(pictures, turns, max(SIZE))
 
 
+def processing_small(pictures: list[Any], turns: list[dict[str, Any]]) -> dict[str, Any]:
+    return processed(pictures, turns, max(SMALL["image_size"]), edge=1)
+
+
+def of(name: str) -> Callable[..., dict[str, Any]]:
+    """transformers' processing for a bundle's model and size."""
+    return processing_small if name.startswith("pixtral") else processing
+
+
 # -- generation ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [NAMES[name] for name in ("ministral3-vispruner", "mistral-fastv")])
+@pytest.mark.parametrize(
+    "name", [NAMES[name] for name in ("ministral3-vispruner", "mistral-fastv", "pixtral-fastv")]
+)
 def test_with_all_tokens_it_equals_transformers(bundle: Callable[[str], Made], name: str) -> None:
     """From the picture (which is shrunk) and the words on: prompt, pixels, greedy tokens and their logits."""
     made, turns, picture = bundle(name), asked(WORDS, 1), noises(1, 70, 90)[0]
-    given = processing([picture], turns)
+    given = of(name)([picture], turns)
     tokens, logits = by_transformers(made.model, given)
     with Pipeline.load(made.folder, threads=1) as pipe:
         pipe.manifest.text.__dict__["eos_token_ids"] = ()
@@ -137,12 +155,14 @@ def test_pruned_equals_the_torch_reference(bundle: Callable[[str], Made], name: 
             wanted = reference_generate(
                 made.model,
                 find_method(method)(tuple(manifest.visual.grid), keep, **manifest.method.options),
-                processed([picture], asked(WORDS, 1), max(size))["input_ids"],
+                processed([picture], asked(WORDS, 1), max(size), 1 if name.startswith("pixtral") else 2)[
+                    "input_ids"
+                ],
                 torch.from_numpy(preprocess(picture, manifest.image)),
                 12,
                 positions=manifest.method.positions,
                 image_size=size,
-                reference=PixtralReference,
+                reference=find_family(made.model.config.to_dict()).reference,
             )
             assert result.token_ids == wanted.token_ids
             assert result.kept == wanted.keep_indices.tolist() and len(result.kept) == keep
@@ -153,17 +173,22 @@ def test_pruned_equals_the_torch_reference(bundle: Callable[[str], Made], name: 
     "name", ["ministral3-half", "ministral3-tensorrt", "ministral3-jetpack6", "mistral-tensorrt"]
 )
 def test_other_precisions_and_targets_answer(bundle: Callable[[str], Made], name: str) -> None:
-    """The export held them against torch on ONNX Runtime; here is what it found."""
-    report = open_bundle(bundle(name).folder).manifest.parity["generation"]
+    """The export held them against torch on ONNX Runtime; here is what it found, and TensorRT 10.3's list."""
+    opened = open_bundle(bundle(name).folder)
+    report = opened.manifest.parity["generation"]
     assert report and all(one["tokens"] == STEPS for one in report.values())
+    if name.endswith("jetpack6"):
+        assert [line for file in opened.manifest.graphs for line in refused(opened.path(file))] == []
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["ministral3-vispruner", "ministral3-none", "ministral3-original"])
+@pytest.mark.parametrize(
+    "name", ["ministral3-vispruner", "ministral3-none", "ministral3-original", "pixtral-vispruner"]
+)
 def test_several_pictures_and_a_conversation(bundle: Callable[[str], Made], name: str) -> None:
-    made = bundle(name)
-    check_answers(made.folder, made.model, processing, SIZE, [asked(WORDS, 2), TALK])
-    check_batch(made.folder, SIZE)
+    made, size = bundle(name), SMALL["image_size"] if name.startswith("pixtral") else SIZE
+    check_answers(made.folder, made.model, of(name), size, [asked(WORDS, 2), TALK])
+    check_batch(made.folder, size)
 
 
 @pytest.mark.slow
@@ -213,6 +238,14 @@ def test_every_graph_builds_with_tensorrt_rtx(bundle: Callable[[str], Made], nam
 def test_a_config_that_is_refused(config: dict[str, Any], message: str) -> None:
     with pytest.raises(VtpError, match=message):
         Mistral3.check(config)
+
+
+def test_a_llava_with_pixtrals_tower_is_a_family_of_its_own() -> None:
+    config: dict[str, Any] = {"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava"}
+    assert find_family({**config, "vision_config": {"model_type": "pixtral"}}) is Pixtral
+    assert find_family(config) is Llava and find_family({**config, "vision_config": {}}) is Llava
+    with pytest.raises(VtpError, match="vision_feature_select_strategy must be 'full'"):
+        Pixtral.check({"vision_config": {"model_type": "pixtral"}})
 
 
 def test_what_cannot_be_asked_for(saved: Callable[..., Any], tmp_path: Path) -> None:

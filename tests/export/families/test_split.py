@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import GptOssConfig, InternVLConfig, Qwen3Config, Qwen3MoeConfig
 
 from vtp.engines import VtpError
 from vtp.engines.tensorrt.library import INSTALL, build_engine, refused_nodes
 from vtp.export.checkpoint.loading import load
 from vtp.export.cli import main
 from vtp.export.families import find_family
+from vtp.export.families.tiled.internvl import InternVL
 from vtp.export.verify.parity import STEPS
 from vtp.export.verify.reference import reference_generate
 from vtp.runtime import Pipeline
@@ -268,6 +270,14 @@ def test_every_graph_builds_with_tensorrt(bundle: Callable[[str], Made], name: s
 def test_jetpack6_writes_what_tensorrt_10_3_takes(bundle: Callable[[str], Made], name: str) -> None:
     paths = list(bundle(name).folder.glob("*.onnx"))
     assert [line for path in paths for line in refused(path)] == []
+
+
+def test_decoders_of_internvl_3_5() -> None:
+    """Its released sizes: dense Qwen3 as it is; mixtures of experts are refused with the reason."""
+    InternVL.check(InternVLConfig(text_config=Qwen3Config()).to_dict())
+    for text in (Qwen3MoeConfig(), GptOssConfig()):
+        with pytest.raises(VtpError, match=f"decoder is '{text.model_type}', whose layers have experts"):
+            InternVL.check(InternVLConfig(text_config=text).to_dict())
 
 
 def test_tiles_form_no_grid_and_one_tile_does(folders: Callable[[str], Any]) -> None:

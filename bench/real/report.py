@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from vtp.bench.common.markdown import markdown_table
 from vtp.bench.real.published import MODEL, SOURCES, Published, published_for
 from vtp.engines.errors import shown
+from vtp.runtime.commands.tables import markdown_table
 
 _HINTED = " Before it, the words that an OCR read in the picture."
 _SENDING = (

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import logging
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -109,7 +110,7 @@ def with_named_pages(text: str, pages: set[str]) -> str:
 def site_link(target: str, address: str) -> str:
     """A link of a page in docs/, with the repository's address if it leaves docs/."""
     path, mark, anchor = target.partition("#")
-    found = (DOCS / path).resolve()
+    found = Path(os.path.normpath(DOCS / path))  # rooms may be links
     if not path or found == DOCS or DOCS in found.parents:
         return target
     if not (found.exists() and ROOT in found.parents):

@@ -98,7 +98,8 @@ def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write(folder / "q.jsonl", *lines)
 
 
-def test_keep_takes_another_models_answers(questions, exported, tmp_path, capsys) -> None:
+def test_keep_takes_another_models_answers(questions, exported, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(cli.report, "draw", lambda *_: False)  # pictures take longer than all the rest
     truth = write(tmp_path / "large.jsonl", *({"text": text} for text in ("4", "seven", "a dog", "cat")))
     bundle = Path(shutil.copytree(exported("vispruner").folder, tmp_path / "bundle"))
     options = ["--data", questions, "--reference", exported("none").folder, "--truth", truth]

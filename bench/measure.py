@@ -292,6 +292,7 @@ def step_work(bundle: Bundle, keep: int, past: Mapping[str, int], engine: str) -
             sizes["capacity"] = graph.kv.capacity
             token = 2 * len(graph.kv.layers) * graph.kv.heads * graph.kv.head_dim
             read += token * held * _SIZES.get(graph.kv.dtype, 4)
+            read += sum(state.count * _SIZES.get(state.dtype, 4) for state in graph.states)
         found = flops.count(bundle.path(info.file), sizes, held)
         widened = 2 if capabilities(engine).widens_float16 and manifest.dtype == "float16" else 1
         read, work = read + found.weights * widened, work + found.total

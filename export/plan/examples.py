@@ -102,10 +102,15 @@ def decoder_inputs(layout: BundleLayout, source: str, first: int, end: int, text
 
 
 def _past(layout: BundleLayout, first: int, end: int) -> list[GraphInput]:
+    """Keys and values of the layers that attend, then the states of the others."""
     decoder = layout.family.decoder
     buffer = zeros(layout, _B, decoder.kv_heads, _CAPACITY, decoder.head_dim)
-    names = cache_names("past_key_values", first, end)
-    return [GraphInput(name, buffer, {0: BATCH, 2: CAPACITY}) for name in names]
+    names = cache_names(decoder.attending(first, end))
+    keys = [GraphInput(name, buffer, {0: BATCH, 2: CAPACITY}) for name in names]
+    for state in decoder.states_of(first, end, layout.dtype):
+        empty = torch.zeros(_B, *state.shape, dtype=getattr(torch, state.dtype))
+        keys += [GraphInput(name, empty, {0: BATCH}) for name in state.pairs]
+    return keys
 
 
 def decoder_cues(layout: BundleLayout, count: int, layer: int) -> dict[str, Tensor]:

@@ -72,9 +72,13 @@ def pruner_name(number: int, sites: int, keep: int | None) -> str:
     return name if keep is None else f"{name}_{keep}"
 
 
-def cache_names(prefix: str, first: int, end: int) -> list[str]:
-    """`prefix`.L.key and `prefix`.L.value of layers `first` to `end` - 1."""
-    return [f"{prefix}.{layer}.{part}" for layer in range(first, end) for part in ("key", "value")]
+def cache_names(layers: Sequence[int]) -> dict[str, str]:
+    """The inputs of a graph's keys and values -> the outputs."""
+    return {
+        f"past_key_values.{layer}.{part}": f"present.{layer}.{part}"
+        for layer in layers
+        for part in ("key", "value")
+    }
 
 
 def stage(

@@ -26,7 +26,8 @@ from vtp.export.plan.names import (
     tail,
 )
 from vtp.export.plan.schedule import Schedule
-from vtp.runtime.bundle.manifest import KvInfo, StageInfo
+from vtp.runtime.bundle.caches import KvInfo, StateTensors
+from vtp.runtime.bundle.manifest import StageInfo
 
 
 def prompt_stages(layout: BundleLayout) -> Iterator[GraphSpec | StageInfo]:
@@ -46,13 +47,21 @@ def caches(layout: BundleLayout) -> dict[str, KvInfo]:
     decoder = layout.family.decoder
     return {
         part_name(number, layout.cuts): KvInfo(
-            layers=list(range(first, end)),
+            layers=decoder.attending(first, end),
             heads=decoder.kv_heads,
             head_dim=decoder.head_dim,
             capacity=layout.capacity(number),
             dtype=str(layout.dtype).removeprefix("torch."),
             lengths="seqlens_k",
         )
+        for number, (first, end) in enumerate(layout.parts)
+    }
+
+
+def states(layout: BundleLayout) -> dict[str, list[StateTensors]]:
+    """What layers without attention carry in every part of the decoder, by graph."""
+    return {
+        part_name(number, layout.cuts): layout.family.decoder.states_of(first, end, layout.dtype)
         for number, (first, end) in enumerate(layout.parts)
     }
 
@@ -120,7 +129,10 @@ def _part(
     module = DecoderPart(layout.family.decoder, first, end, cues, layout.normed_keys)
     inputs = examples.decoder_inputs(layout, source, first, end, module.reads_text)
     answer = ["logits"] if module.final else ["hidden_states", *cues]
-    yield GraphSpec(name, module, inputs, [*answer, *cache_names("present", first, end)])
+    decoder, dtype = layout.family.decoder, layout.dtype
+    present = [*cache_names(decoder.attending(first, end)).values()]
+    present += [to for state in decoder.states_of(first, end, dtype) for to in state.pairs.values()]
+    yield GraphSpec(name, module, inputs, [*answer, *present])
     reads = {source: flow.hidden, "position_ids": flow.positions}
     if reads_rows(cues):
         reads["text_rows"] = flow.rows

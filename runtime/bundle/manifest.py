@@ -16,6 +16,8 @@ from typing import Any
 from vtp.engines import VtpError
 from vtp.engines.errors import quoted
 from vtp.engines.strict_json import parse_json
+from vtp.runtime.bundle.caches import LENGTHS, StateTensors, kv_pairs
+from vtp.runtime.bundle.caches import KvInfo as KvInfo
 from vtp.runtime.bundle.generation_info import GenerationInfo as GenerationInfo
 from vtp.runtime.generation.arguments import is_penalty
 from vtp.runtime.preprocess import ImageSection, ImageSpec, spec_from_json, spec_to_json
@@ -40,30 +42,14 @@ class TensorInfo:
 
 
 @dataclass(frozen=True)
-class KvInfo:
-    """The KV cache of one decoder stage: one [batch, heads, capacity, head_dim] key and value per layer.
-
-    `layers` are absolute layer numbers. `lengths` names the convention by which the graph learns how much of
-    the cache is filled: "seqlens_k" is GroupQueryAttention's (int32 [B] valid tokens minus one, and int32
-    scalar total_sequence_length).
-    """
-
-    layers: list[int]
-    heads: int
-    head_dim: int
-    capacity: int
-    dtype: str
-    lengths: str
-
-
-@dataclass(frozen=True)
 class StageInfo:
     """One run of one graph. A graph that serves prefill and step is listed once for each.
 
     role      what it does, one of `ROLES`.
     when      "image" (once a picture), "prefill" (once a prompt) or "step" (once a new token).
     keep      the keep-count this stage belongs to; None: any.
-    inputs    graph's tensor name -> pipeline's name. Cache and length tensors are fed from `kv` instead.
+    inputs    graph's tensor name -> pipeline's name. Caches, states and lengths come from `kv` and
+              `states` instead.
     outputs   graph's tensor name -> pipeline's name.
     """
 
@@ -78,12 +64,22 @@ class StageInfo:
 
 @dataclass(frozen=True)
 class GraphInfo:
-    """What a graph file takes and gives, the ranges of its named axes, and its cache if it has one."""
+    """What a graph file takes and gives, the ranges of its named axes, and its cache if it has one.
+
+    states  what its layers carry beside the cache, or in place of it; only graphs with a cache have any
+    """
 
     inputs: dict[str, TensorInfo]
     outputs: dict[str, TensorInfo]
     axes: dict[str, list[int]]  # name -> [min, opt, max]
     kv: KvInfo | None
+    states: list[StateTensors] = field(default_factory=list)
+
+    @property
+    def carried(self) -> dict[str, str]:
+        """Input -> output of every tensor that goes from run to run."""
+        pairs = kv_pairs(self.kv) if self.kv else {}
+        return pairs | {name: to for state in self.states for name, to in state.pairs.items()}
 
 
 @dataclass(frozen=True)
@@ -204,6 +200,9 @@ class Manifest:
     def to_json(self) -> str:
         """The text of manifest.json."""
         data = {**dataclasses.asdict(self), "image": spec_to_json(self.image)}
+        for graph in data["graphs"].values():
+            if not graph["states"]:  # of most models: readers that know no states take these bundles too
+                del graph["states"]
         return json.dumps(data, indent=1, ensure_ascii=False) + "\n"
 
 
@@ -312,15 +311,24 @@ def _check_generation(asked: GenerationInfo, vocabulary: int) -> None:
 
 def _check_cache(file: str, graph: GraphInfo, longest: int) -> None:
     kv = graph.kv
+    _agree(kv is not None or not graph.states, f"{file} has states and no cache to tell their lengths")
     if kv is None:
         return
-    _agree(kv.heads > 0 and kv.head_dim > 0 and bool(kv.layers), f"the cache of {file} is empty")
+    some = bool(kv.layers or graph.states)
+    _agree(kv.heads > 0 and kv.head_dim > 0 and some, f"the cache of {file} is empty")
     _agree(0 < kv.capacity <= longest, f"the cache of {file} has {kv.capacity} places, not 1 to {longest}")
-    for layer in kv.layers:
-        for part in ("key", "value"):
-            past = graph.inputs.get(f"past_key_values.{layer}.{part}")
-            fits = past is not None and past.dtype == kv.dtype and len(past.shape) == 4
-            _agree(fits, f"the cache of {file} does not fit its inputs at layer {layer}")
+    sizes = {name: (kv.dtype, ["batch", kv.heads, "capacity", kv.head_dim]) for name in kv_pairs(kv)}
+    for state in graph.states:
+        _agree(min(state.shape, default=0) > 0, f"the {state.name} states of {file} are empty")
+        sizes |= {name: (state.dtype, ["batch", *state.shape]) for name in state.pairs}
+    for name, (dtype, shape) in sizes.items():
+        past = graph.inputs.get(name, TensorInfo("", []))
+        fits = past.dtype == dtype and len(past.shape) == len(shape)
+        fits = fits and all(
+            isinstance(to, str) or to == own for own, to in zip(past.shape, shape, strict=True)
+        )
+        _agree(fits, f"the cache of {file} does not fit its inputs at layer {name.split('.')[1]}")
+        _agree(graph.carried[name] in graph.outputs, f"{file} does not give {graph.carried[name]}")
 
 
 def _check_stage(stage: StageInfo, manifest: Manifest) -> None:
@@ -334,7 +342,7 @@ def _check_stage(stage: StageInfo, manifest: Manifest) -> None:
         stage.keep in (None, *manifest.visual.keep), f"stage {stage.name} has the unknown keep {stage.keep}"
     )
     graph = manifest.graphs[stage.file]
-    cached = {name for name in graph.inputs if graph.kv and _is_cache(name)}
+    cached = {*graph.carried, *LENGTHS} if graph.kv else set()
     missing = sorted(set(graph.inputs) - set(stage.inputs) - cached)
     _agree(not missing, f"stage {stage.name} feeds nothing to input {missing}")
     for name in stage.inputs:
@@ -358,10 +366,6 @@ def _check_role(stage: StageInfo) -> None:
     }
     for role, has in signs.items():
         _agree(has == (stage.role == role), f"stage {stage.name} does not do what its role {stage.role} says")
-
-
-def _is_cache(name: str) -> bool:
-    return name.startswith("past_key_values.") or name in ("seqlens_k", "total_sequence_length")
 
 
 def _check_flow(manifest: Manifest, keep: int) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from vtp.engines import Capabilities, capabilities
-from vtp.engines.graph.memory import CACHE, graph_memory
+from vtp.engines.graph.memory import graph_memory
 from vtp.runtime.bundle.folder import Bundle
 from vtp.runtime.bundle.manifest import SINGLE, GraphInfo, Manifest
 
@@ -100,11 +100,10 @@ def _stage(
 
 
 def cache_bytes(graph: GraphInfo) -> int:
-    """Keys and values of every layer, one buffer each; past and present share it."""
+    """Keys, values and states of every layer, one buffer each; past and present share it."""
     kv = graph.kv
     if kv is None:
         return 0
-    width = _DTYPE_BYTES.get(kv.dtype, 4)
-    return sum(
-        kv.heads * kv.capacity * kv.head_dim * width for name in graph.inputs if name.startswith(CACHE[0])
-    )
+    place = kv.heads * kv.head_dim * _DTYPE_BYTES.get(kv.dtype, 4)
+    states = sum(state.count * _DTYPE_BYTES.get(state.dtype, 4) for state in graph.states)
+    return len(kv.slots) * kv.capacity * place + states

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vtp.engines.errors import VtpError
+from vtp.export.graphs.attention.states import CONV, append_rows, begun, causal_convolution
 from vtp.export.patched import patched
 from vtp.export.tower_cues import KEYS, reads_cls
 
@@ -73,6 +74,10 @@ class Lengths:
         past = self.total_sequence_length.to(torch.int64) - sequence
         return (self.seqlens_k.to(torch.int64) - past).clamp(0, sequence - 1)
 
+    def fresh(self, sequence: int) -> Tensor:
+        """Whether this run of `sequence` tokens is on an empty cache, bool []."""
+        return self.total_sequence_length.to(torch.int64) == sequence
+
     def seen(self, place: Tensor, columns: int, rule: Rule, lookahead: Tensor | None) -> Tensor:
         """Which of the cache's first `columns` places tokens at `place` int64 [B,R] see: bool [B,R,columns].
 
@@ -121,15 +126,30 @@ class LastRowProbe:
 
 @dataclass
 class Cache:
-    """Duck-typed transformers cache: hands new keys and values through, holds the past and present."""
+    """Duck-typed transformers cache: hands new keys and values through, holds the past and present.
+
+    states, carried  what layers had before this run, and have after it: (kind, layer) -> [B,...]
+    """
 
     past: dict[int, tuple[Tensor, Tensor]]
     lengths: Lengths
     present: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     probe: LayerProbe | None = None
+    states: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+    carried: dict[tuple[str, int], Tensor] = field(default_factory=dict)
 
     def update(self, key: Tensor, value: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         return key, value
+
+    def get_conv_state(self, *_: Any, **__: Any) -> None:
+        """None, upon which transformers' layers do what they do with prompts; it serves steps as well."""
+
+    def update_conv_state(self, rows: Tensor, layer: int, *_: Any, **__: Any) -> Tensor:
+        """New inputs of a convolution [B,D,S], behind the last ones before them; see `append_rows`."""
+        count, place = rows.shape[2], (CONV, layer)
+        before = begun(self.states[place], self.lengths.fresh(count))
+        joined, self.carried[place] = append_rows(before, rows, self.lengths.last_index(count) + 1)
+        return joined
 
 
 @dataclass
@@ -399,7 +419,10 @@ def emitting(
         for module in [*decoder.modules(), *(tower.modules() if tower is not None else ())]:
             if norm := _norm_of(module):
                 stack.enter_context(patched(module, "forward", MethodType(norm, module)))
-        stack.enter_context(patched(_modeling(decoder), "apply_rotary_pos_emb", _rotate))
+        modeling = _modeling(decoder)
+        stack.enter_context(patched(modeling, "apply_rotary_pos_emb", _rotate))
+        if hasattr(modeling, "causal_conv1d_fn"):
+            stack.enter_context(patched(modeling, "causal_conv1d_fn", causal_convolution))
         yield
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from vtp.engines.errors import UsageError, VtpError
-from vtp.runtime.preprocess import anyres, idefics3, internvl, qwen
+from vtp.runtime.preprocess import anyres, idefics3, internvl, naflex, qwen
 from vtp.runtime.preprocess.base import CLIP_MEAN, CLIP_STD, ImageSpec, Size, is_int
 from vtp.runtime.preprocess.clip import CLIP_FITS, ClipSpec
 from vtp.runtime.preprocess.fit import FITS, FittedSpec
@@ -44,6 +44,15 @@ def spec_from_processor(
             f"{_words(spec.fixed_size)} only"
         )
     return spec.fitted(fit) if isinstance(spec, ClipSpec) and fit is not None else spec
+
+
+def names_without_class(config: Mapping[str, Any]) -> set[str]:
+    """The settings of the image processor that a file names, if its class exists with torchvision alone.
+
+    Empty for all others, whose classes tell them.
+    """
+    row = _PROCESSORS.get(_stem(_name(config)))
+    return {*_COMMON, *row.defaults, *row.ignored} if row and row.torchvision else set()
 
 
 def _words(size: Size) -> str:
@@ -174,6 +183,20 @@ def _read_idefics3(values: Settings, asked: _Asked) -> FittedSpec:
     return _fitted(idefics3.Idefics3Spec, values, asked, image_size, **own)
 
 
+def _read_lfm2_vl(values: Settings, asked: _Asked) -> FittedSpec:
+    names = ("encoder_patch_size", "downsample_factor", "min_image_tokens", "max_image_tokens")
+    for name in names:
+        if not (is_int(values[name]) and values[name] >= 1):
+            raise VtpError(f"the image processor's {name} is {values[name]!r}; it must be a positive number")
+    patch, merge, *tokens = (values[name] for name in names)
+    least, most = (count * (patch * merge) ** 2 for count in tokens)
+    if least > most:
+        raise VtpError(f"min_image_tokens {tokens[0]} of the image processor exceeds max_image_tokens")
+    size = asked.size or naflex.default_size(least, most, patch * merge)
+    own = {"min_pixels": least, "max_pixels": most, "patch_size": patch, "merge_size": merge}
+    return _fitted(naflex.NaflexSpec, values, asked, size, **own)
+
+
 def _longest_edge(size: Any, name: str) -> int:
     edge = size.get("longest_edge") if isinstance(size, Mapping) and len(size) == 1 else None
     if not (is_int(edge) and edge >= 1):
@@ -187,13 +210,15 @@ def _longest_edge(size: Any, name: str) -> int:
 class _Processor(NamedTuple):
     """One transformers image processor: how it is read, its class defaults, for keys a file leaves out.
 
-    `ignored` are keys of its files that change nothing for one picture.
+    `ignored` are keys of its files that change nothing for one picture; `torchvision`: its class exists with
+    torchvision alone.
     """
 
     read: Callable[[Settings, _Asked], ImageSpec]
     defaults: Settings
     pads: bool = False
     ignored: tuple[str, ...] = ()
+    torchvision: bool = False
 
 
 _CLIP = _Processor(
@@ -292,6 +317,24 @@ _PROCESSORS: dict[str, _Processor] = {
     ),
     "Idefics3": _IDEFICS3,
     "SmolVLM": _IDEFICS3,
+    "Lfm2Vl": _Processor(
+        _read_lfm2_vl,
+        {
+            "resample": 2,
+            "image_mean": _HALF,
+            "image_std": _HALF,
+            "encoder_patch_size": 16,
+            "downsample_factor": 2,
+            "min_image_tokens": 64,
+            "max_image_tokens": 256,
+        },
+        # Tiles, which bundles do not have, and the padding of several pictures to one number of patches.
+        ignored=(
+            *("do_image_splitting", "min_tiles", "max_tiles", "tile_size", "use_thumbnail"),
+            *("max_pixels_tolerance", "max_num_patches", "size", "do_pad", "return_row_col_info"),
+        ),
+        torchvision=True,
+    ),
 }
 
 # Processors of videos, where they do something else with a frame than the model's image processor.
@@ -344,17 +387,26 @@ def _settings(config: Mapping[str, Any], processor: _Processor) -> Settings:
 
 def _find_processor(config: Mapping[str, Any]) -> _Processor:
     """The row for the class that the file names, whichever of transformers' backends and ages it is from."""
-    names = ("image_processor_type", "video_processor_type", "feature_extractor_type")
-    name = next((str(config[key]) for key in names if config.get(key)), "")
-    stem = name
-    for suffix in ("Fast", "Pil", "ImageProcessor", "VideoProcessor", "FeatureExtractor"):
-        stem = stem.removesuffix(suffix)
+    name = _name(config)
+    stem = _stem(name)
     if name.removesuffix("Fast").endswith("VideoProcessor") and stem in _FRAMES:
         return _FRAMES[stem]
     if stem not in _PROCESSORS:
         known = ", ".join(f"{key}ImageProcessor" for key in sorted(_PROCESSORS))
         raise VtpError(f"image processor '{name or 'without a type'}' is not supported; supported: {known}")
     return _PROCESSORS[stem]
+
+
+def _name(config: Mapping[str, Any]) -> str:
+    """The processor class that a file names; "" for none."""
+    names = ("image_processor_type", "video_processor_type", "feature_extractor_type")
+    return next((str(config[key]) for key in names if config.get(key)), "")
+
+
+def _stem(name: str) -> str:
+    for suffix in ("Fast", "Pil", "ImageProcessor", "VideoProcessor", "FeatureExtractor"):
+        name = name.removesuffix(suffix)
+    return name
 
 
 def _size_fields(size: Any) -> Settings:

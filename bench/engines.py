@@ -18,6 +18,7 @@ import numpy as np
 from vtp.engines import Binding, Choice, Engine, Value, VtpError, judge_engines
 from vtp.engines import capabilities as able
 from vtp.runtime import Pipeline
+from vtp.runtime.bundle.caches import present_of
 from vtp.runtime.bundle.folder import Bundle
 from vtp.runtime.compare import compare
 from vtp.runtime.engine_choice import StageEngines
@@ -29,7 +30,6 @@ BASE = "ort-cpu"
 WARM_UPS = 2
 GAIN = 0.95  # of the base engine's time: what saves less is not worth another library's memory
 _PROMPTS, _TOKENS = ["what is in the picture ?", "where ?"], 8
-_PAST, _PRESENT = "past_key_values.", "present."
 
 
 @dataclass
@@ -132,9 +132,9 @@ def _bind(engine: Engine, case: Case) -> Binding:
     """Inputs and outputs in place, the cache in one, as a pipeline has it."""
     feeds = {name: engine.put(array) for name, array in case.feeds.items()}
     into: dict[str, Value] = {}
+    pasts = {present_of(name): value for name, value in feeds.items()}
     for name, array in case.outputs.items():
-        past = feeds.get(name.replace(_PRESENT, _PAST, 1)) if name.startswith(_PRESENT) else None
-        into[name] = past or engine.zeros(array.shape, str(array.dtype))
+        into[name] = pasts.get(name) or engine.zeros(array.shape, str(array.dtype))
     return engine.bind(feeds, into)
 
 
@@ -150,7 +150,7 @@ def _differs(case: Case, given: Mapping[str, Value], limits: str) -> str:
     """What an engine gave otherwise than ONNX Runtime, in a line; "" if nothing."""
     for name, wanted in case.outputs.items():
         mine = given[name].numpy()
-        if name.startswith(_PRESENT):  # beyond its length a cache holds anything
+        if name.startswith("present."):  # beyond its length a cache holds anything
             mine, wanted = mine[..., : case.length, :], wanted[..., : case.length, :]
         result = compare(mine, wanted, limits)
         if not result.ok:

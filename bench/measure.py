@@ -32,7 +32,7 @@ from vtp.export.patched import patched
 from vtp.runtime import Pipeline
 from vtp.runtime.bundle.folder import Bundle, open_bundle
 from vtp.runtime.bundle.manifest import Manifest
-from vtp.runtime.bundle.memory import bundle_memory, cache_bytes
+from vtp.runtime.bundle.memory import bundle_memory, kv_bytes, state_bytes
 from vtp.runtime.engine_choice import choose_engines
 from vtp.runtime.result import Result
 from vtp.runtime.stages.runner import StageRunner
@@ -289,8 +289,7 @@ def step_work(bundle: Bundle, keep: int, past: Mapping[str, int], engine: str) -
         if graph.kv is not None:
             held = past[info.file]
             sizes["capacity"] = graph.kv.capacity
-            token = cache_bytes(graph) // graph.kv.capacity
-            read += token * held
+            read += kv_bytes(graph) // graph.kv.capacity * held + state_bytes(graph)
         found = flops.count(bundle.path(info.file), sizes, held)
         widened = 2 if capabilities(engine).widens_float16 and manifest.dtype == "float16" else 1
         read, work = read + found.weights * widened, work + found.total

@@ -123,7 +123,8 @@ def _graph_info(spec: GraphSpec, plan: Plan, folder: Path, job: Job) -> GraphInf
         "kept_sequence": [1, min(keep + TYPICAL_TEXT, max_length), max_length],
         "capacity": [1, max_length, max_length] if cache is None else [1, cache.capacity, cache.capacity],
     }
-    return GraphInfo(inputs, outputs, {name: ranges[name] for name in sorted(named)}, cache)
+    ranges = {name: ranges[name] for name in sorted(named)}
+    return GraphInfo(inputs, outputs, ranges, cache, plan.states.get(spec.name, []))
 
 
 def _visual_tokens(spec: GraphSpec, keep: int, count: int) -> tuple[int, int]:

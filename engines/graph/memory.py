@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,8 @@ from vtp.engines.graph.file import GraphFile, Node, TensorShape, read_graph, siz
 
 # Operators for which ONNX Runtime's CPU provider holds a float32 row of scores for every query.
 _SCORED = ("Attention", "GroupQueryAttention", "MultiHeadAttention")
-CACHE = ("past_key_values.", "present.")
+# Inputs and outputs that go from run to run: keys and values, and states such as past_conv.3, present_conv.3.
+_CARRIED = re.compile(r"past_\w+\.|present(_\w+)?\.")
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ def _sizes(graph: GraphFile, axes: Mapping[str, int]) -> tuple[dict[str, int], i
     unknown = 0
     made = [name for node in graph.nodes for name in node.outputs if name]
     for name in [*graph.inputs, *made]:
-        if name.startswith(CACHE):
+        if _CARRIED.match(name):
             continue
         shape = _shape(graph.tensors.get(name), axes)
         if shape is None:

@@ -23,7 +23,7 @@ from transformers.processing_utils import ImagesKwargs, ProcessorMixin
 from transformers.video_processing_utils import BaseVideoProcessor
 
 from vtp.engines import VtpError
-from vtp.export.checkpoint.processors import spec_from_processor
+from vtp.export.checkpoint.processors import names_without_class, spec_from_processor
 from vtp.export.families.base import Family
 from vtp.runtime.prompt.prompter import TextSpec
 
@@ -70,6 +70,8 @@ def processor_settings(folder: Path, media: str, tokenizer: Any) -> dict[str, An
 def _image_settings(folder: Path) -> tuple[dict[str, Any], set[str]]:
     """Settings of the folder's image processor, class defaults among them; names that its class knows."""
     given, _ = _ask(folder, "image processor", ImageProcessingMixin.get_image_processor_dict, str(folder))
+    if names := names_without_class(given):
+        return {key: given[key] for key in given if key in {*names, "image_processor_type"}}, names
     try:
         processor = _ask(
             folder,

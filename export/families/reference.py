@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from vtp.engines.errors import VtpError
 from vtp.export.tower_cues import SCORES, block_of, reads_cls
@@ -62,6 +63,23 @@ class Reference:
     def lm_head(self) -> Any:
         """hidden [.,D] -> logits [.,V]."""
         return self.model.lm_head
+
+    @property
+    def norm(self) -> Any:
+        """hidden [.,D] -> what `lm_head` takes."""
+        return self.text.norm
+
+    def entering(self, layer: Any) -> Any:
+        """The norm in front of a decoder layer's attention."""
+        return layer.input_layernorm
+
+    def cache(self) -> DynamicCache:
+        """An empty cache of the decoder."""
+        return DynamicCache()
+
+    def length(self, cache: DynamicCache, layer: int) -> int:
+        """Tokens in a layer's cache; 0 for a layer that has a state instead."""
+        return cache.get_seq_length(layer)
 
     def vision(self, pixel_values: Tensor, wanted: Collection[str]) -> dict[str, Tensor]:
         """image_features [1,P,C] in the order of the tokens, before the projector, and the cues `wanted`.

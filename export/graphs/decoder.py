@@ -14,6 +14,27 @@ from vtp.export.graphs.attention.operators import Cache, LastRowProbe, LayerProb
 from vtp.export.graphs.rotary import AxesRotary
 from vtp.export.graphs.splice import EmbedTokens
 from vtp.export.pruners.ops import gather_rows
+from vtp.runtime.bundle.caches import StateTensors
+
+
+@dataclass(frozen=True)
+class LayerState:
+    """What some layers carry from token to token in place of keys and values; see `StateTensors`.
+
+    shape  of one row
+    dtype  None: the bundle's
+    """
+
+    name: str
+    layers: tuple[int, ...]
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None = None
+
+    def within(self, first: int, end: int, dtype: torch.dtype) -> StateTensors:
+        """Of layers `first` to `end` - 1, in a bundle of `dtype`."""
+        layers = [layer for layer in self.layers if first <= layer < end]
+        name = str(self.dtype or dtype).removeprefix("torch.")
+        return StateTensors(self.name, layers, list(self.shape), name)
 
 
 @dataclass(frozen=True)
@@ -29,6 +50,9 @@ class Decoder:
     axes       numbers by which a position is told: position_ids are [B,S], or [B,S,axes] above 1
     deepstack  L: what is added to visual tokens after each of the first L layers travels beside the
                embeddings, which are then (1 + L)·D wide; the text's is 0
+    norm       the norm in front of lm_head; None: the model's `norm`
+    entering   what layers call the norm in front of their attention
+    states     of layers that have no attention
     """
 
     model: Any  # the base model: .layers, .norm, .rotary_emb, .embed_tokens, .config
@@ -40,6 +64,14 @@ class Decoder:
     numbered: bool = False
     axes: int = 1
     deepstack: int = 0
+    norm: Any = None
+    entering: str = "input_layernorm"
+    states: tuple[LayerState, ...] = ()
+
+    @property
+    def final_norm(self) -> Any:
+        """hidden [.,D] -> what lm_head takes."""
+        return self.norm if self.norm is not None else self.model.norm
 
     @property
     def layers(self) -> Sequence[Any]:
@@ -60,7 +92,7 @@ class Decoder:
 
     @property
     def head_dim(self) -> int:
-        return self.layers[0].self_attn.head_dim
+        return self.layers[self.cached(0, len(self.layers))[0]].self_attn.head_dim
 
     @property
     def width(self) -> int:
@@ -86,8 +118,15 @@ class Decoder:
         return {}
 
     def cached(self, first: int, end: int) -> list[int]:
-        """Those of the layers `first` to `end` - 1 that have keys and values of their own."""
-        return [layer for layer in range(first, end) if layer not in self.owners]
+        """Those of the layers `first` to `end` - 1 that have keys and values of their own: neither those that
+        read another's, nor those with a state."""
+        others = {*self.owners, *(layer for state in self.states for layer in state.layers)}
+        return [layer for layer in range(first, end) if layer not in others]
+
+    def states_of(self, first: int, end: int, dtype: torch.dtype) -> list[StateTensors]:
+        """The states of layers `first` to `end` - 1, in a bundle of `dtype`."""
+        found = [state.within(first, end, dtype) for state in self.states]
+        return [state for state in found if state.layers]
 
     @property
     def last_cut(self) -> int:
@@ -114,9 +153,9 @@ class DecoderPart(nn.Module):
     hidden [B,S,D], position_ids int64 [B,S] or [B,S,A], seqlens_k int32 [B], total_sequence_length int32 [],
     then the lookahead int64 [B,S] if visual tokens see all those of their picture (mask_kind "image"), then
     text_rows int64 [B,R] if a cue of TEXT_CUES is asked for, then past key and value [B,G,capacity,d] per
-    layer. A part with the last layer gives logits float32 [B,1,V] of every row's last real position; an
-    earlier part gives hidden_states [B,S,D] and the cues that the pruner after it reads. Both then give
-    present key and value per layer. Layers that read another's keys and values have none here.
+    layer that has its own, then the states of layers, kind by kind. A part with the last layer gives logits
+    float32 [B,1,V] of every row's last real position; an earlier part gives hidden_states [B,S,D] and the
+    cues that the pruner after it reads. Both then give keys, values and states in the order of the past ones.
     """
 
     def __init__(
@@ -127,6 +166,9 @@ class DecoderPart(nn.Module):
         self.rotary: Any = decoder.rotary
         self.numbers = range(first, end)
         self.cached, self.owners = decoder.cached(first, end), decoder.owners
+        self.places = [
+            (state.name, layer) for state in decoder.states for layer in state.layers if first <= layer < end
+        ]
         self.turning = [decoder.turning(layer) for layer in range(first, min(end + 1, len(decoder.layers)))]
         self.mask_kind, self.softcap = decoder.mask_kind, decoder.softcap
         self.windows, self.near, self.numbered = decoder.windows, decoder.near, decoder.numbered
@@ -134,11 +176,11 @@ class DecoderPart(nn.Module):
         self.cues = tuple(cues)
         self.reads_text = bool(set(cues) & set(TEXT_CUES))
         self.final = end == len(decoder.layers)
-        self.norm = decoder.model.norm if self.final else None
+        self.norm = decoder.final_norm if self.final else None
         self.lm_head = decoder.lm_head if self.final else None
         # The layer after the cut: its keys (with or without its input norm), and what it is about to see.
         self.next_layer: Any = decoder.layers[end] if {"keys", "next_scores"} & set(cues) else None
-        self.normed_keys = normed_keys
+        self.normed_keys, self.entering = normed_keys, decoder.entering
 
     def forward(
         self,
@@ -154,7 +196,8 @@ class DecoderPart(nn.Module):
         rows = past.pop(0) if self.reads_text else None
         if self.mask_kind == "prompt":
             lookahead = torch.zeros_like(position_ids) + hidden.shape[1]
-        pairs = zip(past[::2], past[1::2], strict=True)
+        keys = 2 * len(self.cached)
+        pairs = zip(past[:keys:2], past[1:keys:2], strict=True)
         lengths = Lengths(seqlens_k, total_sequence_length, lookahead, self.windows, self.near)
         probe = LayerProbe(self.numbers[-1], rows)
         cache = Cache(
@@ -162,11 +205,13 @@ class DecoderPart(nn.Module):
             lengths,
             probe=probe if self.cues else None,
             owners=self.owners,
+            states=dict(zip(self.places, past[keys:], strict=True)),
         )
         turns = self._turns(hidden[..., : self.width], position_ids)
         with active(cache):
             hidden, beside = self._run(hidden, turns, cache, self._told(position_ids))
-        present = tuple(tensor for number in self.cached for tensor in cache.present[number])
+        present = [tensor for number in self.cached for tensor in cache.present[number]]
+        present += [cache.carried[place] for place in self.places]
         if self.final:
             return (self._logits(hidden, lengths), *present)
         told = self._told(position_ids)
@@ -226,8 +271,11 @@ class DecoderPart(nn.Module):
         return [read[name]() for name in self.cues]
 
     def _keys(self, hidden: Tensor) -> Tensor:
-        normed = self.next_layer.input_layernorm(hidden) if self.normed_keys else hidden
-        return self.next_layer.self_attn.k_proj(normed)
+        return self.next_layer.self_attn.k_proj(self._entering(hidden) if self.normed_keys else hidden)
+
+    def _entering(self, hidden: Tensor) -> Tensor:
+        """What the layer after the cut attends with."""
+        return getattr(self.next_layer, self.entering)(hidden)
 
     def _next_scores(
         self, hidden: Tensor, rotary: tuple[Tensor, Tensor], lengths: Lengths, told: dict[str, Any]
@@ -236,10 +284,7 @@ class DecoderPart(nn.Module):
         probe = LayerProbe(self.numbers[-1] + 1)
         with active(LastRowProbe(probe, lengths)):
             self.next_layer.self_attn(
-                self.next_layer.input_layernorm(hidden),
-                position_embeddings=rotary,
-                attention_mask=None,
-                **told,
+                self._entering(hidden), position_embeddings=rotary, attention_mask=None, **told
             )
         assert probe.last is not None  # the attention function read it
         return probe.last

@@ -20,9 +20,9 @@ from vtp.export.plan.names import (
     TEXT,
     VISUAL,
     axes,
-    cache_names,
 )
 from vtp.export.tower_cues import SCORES
+from vtp.runtime.bundle.caches import kv_pairs
 
 _B, _I, _T, _R = 2, 2, 5, 4  # prompts, pictures of one, its tokens, its text tokens
 _CAPACITY = 8
@@ -116,12 +116,18 @@ def decoder_inputs(layout: BundleLayout, source: str, first: int, end: int, text
 
 
 def _past(layout: BundleLayout, first: int, end: int) -> list[GraphInput]:
-    return [
+    """Keys and values of the layers that have their own, then the states of layers."""
+    decoder = layout.family.decoder
+    past = [
         GraphInput(name, zeros(layout, _B, heads, _CAPACITY, size), {0: BATCH, 2: CAPACITY})
-        for layer in layout.family.decoder.cached(first, end)
-        for heads, size in [layout.family.decoder.kv_shape(layer)]
-        for name in cache_names("past_key_values", [layer])
+        for layer in decoder.cached(first, end)
+        for heads, size in [decoder.kv_shape(layer)]
+        for name in kv_pairs([layer])
     ]
+    for state in decoder.states_of(first, end, layout.dtype):
+        empty = torch.zeros(_B, *state.shape, dtype=getattr(torch, state.dtype))
+        past += [GraphInput(name, empty, {0: BATCH}) for name in state.pairs]
+    return past
 
 
 def decoder_cues(layout: BundleLayout, count: int, layer: int) -> dict[str, Tensor]:

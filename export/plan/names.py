@@ -72,11 +72,6 @@ def pruner_name(number: int, sites: int, keep: int | None) -> str:
     return name if keep is None else f"{name}_{keep}"
 
 
-def cache_names(prefix: str, layers: Sequence[int]) -> list[str]:
-    """`prefix`.L.key and `prefix`.L.value of `layers`."""
-    return [f"{prefix}.{layer}.{part}" for layer in layers for part in ("key", "value")]
-
-
 def stage(
     name: str,
     when: str,

@@ -7,18 +7,21 @@ from dataclasses import dataclass
 from vtp.export.onnx.emit import GraphSpec
 from vtp.export.plan.bundle_layout import BundleLayout
 from vtp.export.plan.image import image_stages
-from vtp.export.plan.prompt import caches, prompt_stages
+from vtp.export.plan.prompt import caches, prompt_stages, states
 from vtp.export.plan.step import step_stages
-from vtp.runtime.bundle.manifest import KvInfo, StageInfo
+from vtp.runtime.bundle.caches import KvInfo, StateTensors
+from vtp.runtime.bundle.manifest import StageInfo
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Graphs to emit (in the order in which weights are laid down), stages in order, caches by graph name."""
+    """Graphs to emit (in the order in which weights are laid down), stages in order; caches, and the states
+    beside them, by graph name."""
 
     graphs: list[GraphSpec]
     stages: list[StageInfo]
     caches: dict[str, KvInfo]
+    states: dict[str, list[StateTensors]]
 
 
 def make_plan(layout: BundleLayout) -> Plan:
@@ -28,4 +31,5 @@ def make_plan(layout: BundleLayout) -> Plan:
         graphs=[item for item in items if isinstance(item, GraphSpec)],
         stages=[item for item in items if isinstance(item, StageInfo)],
         caches=caches(layout),
+        states=states(layout),
     )

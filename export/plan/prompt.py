@@ -16,7 +16,6 @@ from vtp.export.plan.names import (
     ROWS,
     SEQUENCE,
     axes,
-    cache_names,
     part_name,
     part_role,
     part_source,
@@ -25,7 +24,8 @@ from vtp.export.plan.names import (
     tail,
 )
 from vtp.export.plan.schedule import Schedule
-from vtp.runtime.bundle.manifest import KvInfo, StageInfo
+from vtp.runtime.bundle.caches import KvInfo, StateTensors, present_of
+from vtp.runtime.bundle.manifest import StageInfo
 
 
 def prompt_stages(layout: BundleLayout) -> Iterator[GraphSpec | StageInfo]:
@@ -42,16 +42,20 @@ def prompt_stages(layout: BundleLayout) -> Iterator[GraphSpec | StageInfo]:
 
 def caches(layout: BundleLayout) -> dict[str, KvInfo]:
     """The key-value cache of every part of the decoder, by graph."""
-    decoder = layout.family.decoder
+    return {part_name(number, layout.cuts): _cache(layout, number) for number in range(len(layout.parts))}
+
+
+def _cache(layout: BundleLayout, number: int) -> KvInfo:
+    decoder, dtype = layout.family.decoder, str(layout.dtype).removeprefix("torch.")
+    layers = decoder.cached(*layout.parts[number])
+    heads, head_dim = decoder.kv_shape(layers[0] if layers else decoder.cached(0, len(decoder.layers))[0])
+    return KvInfo(layers, heads, head_dim, layout.capacity(number), dtype, lengths="seqlens_k")
+
+
+def states(layout: BundleLayout) -> dict[str, list[StateTensors]]:
+    """What layers without attention carry in every part of the decoder, by graph."""
     return {
-        part_name(number, layout.cuts): KvInfo(
-            layers=decoder.cached(first, end),
-            heads=decoder.kv_shape(first)[0],
-            head_dim=decoder.kv_shape(first)[1],
-            capacity=layout.capacity(number),
-            dtype=str(layout.dtype).removeprefix("torch."),
-            lengths="seqlens_k",
-        )
+        part_name(number, layout.cuts): layout.family.decoder.states_of(first, end, layout.dtype)
         for number, (first, end) in enumerate(layout.parts)
     }
 
@@ -118,7 +122,8 @@ def _part(
     module = layout.family.decoder.part(first, end, cues, layout.normed_keys)
     inputs = examples.decoder_inputs(layout, source, first, end, module.reads_text)
     answer = ["logits"] if module.final else ["hidden_states", *cues]
-    yield GraphSpec(name, module, inputs, [*answer, *cache_names("present", module.cached)])
+    present = [to for item in inputs if (to := present_of(item.name))]
+    yield GraphSpec(name, module, inputs, [*answer, *present])
     reads = {source: flow.hidden, "position_ids": flow.positions}
     if reads_rows(cues):
         reads["text_rows"] = flow.rows

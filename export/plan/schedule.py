@@ -21,6 +21,8 @@ from vtp.export.tower_cues import SCORES, of_whole_tower
 PICTURE, TILE = "picture", "tile"
 SHARES = (PICTURE, TILE)
 
+# Cues of the decoder's attention, and in which layer they are read, counted from the one behind the site.
+_LAYER_OF = {"attention_scores": -1, "text_attention": -1, "next_scores": 0, "keys": 0}
 # The pruners of one keep-count, in the order of their sites: one, but for methods that prune repeatedly.
 Schedule = tuple[Pruner, ...]
 
@@ -57,6 +59,7 @@ def make_schedules(
 def _checked(schedule: Schedule, family: Family) -> Schedule:
     _check_cuts(schedule, family)
     for number, pruner in enumerate(schedule):
+        _check_layers(pruner, family)
         _check_choice(pruner, family, number)
     return schedule
 
@@ -147,6 +150,21 @@ def _check_cuts(schedule: Schedule, family: Family) -> None:
         )
 
 
+def _check_layers(pruner: Pruner, family: Family) -> None:
+    """Refuse a cue of attention where the layer that it is read in has none."""
+    decoder = family.decoder
+    for layer in Site.parse(pruner.site).layers:
+        for cue in sorted(_LAYER_OF.keys() & set(pruner.needs)):
+            read = layer + _LAYER_OF[cue]
+            if not decoder.cached(read, read + 1):
+                having = ", ".join(map(str, decoder.cached(0, len(decoder.layers))))
+                raise UsageError(
+                    f"method {pruner.name} prunes before decoder layer {layer} by {cue} of layer {read}, "
+                    f"which has no attention in this model (layers {having} have)"
+                    f"{_instead(type(pruner), family)}"
+                )
+
+
 def _wants(method: type[Pruner]) -> tuple[str, ...]:
     """Cues by name, and "grid" for a method that measures distances between patches."""
     return (*method.needs, "grid") if method.reads_grid else method.needs
@@ -155,11 +173,12 @@ def _wants(method: type[Pruner]) -> tuple[str, ...]:
 def _instead(method: type[Pruner], family: Family) -> str:
     """The methods that this family serves, those of the same site first."""
     others = [find_method(name) for name in method_names()[1:]]
+    lacking = {*family.lacks, *(_LAYER_OF if family.decoder.states else ())}
     served = [
         other
         for other in others
         if Site.parse(other.site).kind in family.sites
-        and not set(_wants(other)) & set(family.lacks)
+        and not set(_wants(other)) & (lacking if Site.parse(other.site).in_decoder else set(family.lacks))
         and not (other.reads_frames and family.layout is None)
     ]
     wanted = Site.parse(method.site).kind

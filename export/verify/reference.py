@@ -9,15 +9,14 @@ Rows that a method merged take the places of the tokens they stand for. Slow, si
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from vtp.engines.errors import UsageError, VtpError
 from vtp.export.checkpoint.cache_name import with_cache
@@ -36,7 +35,7 @@ class ReferenceAnswer:
     keep_indices  int64 [K], the kept visual tokens (0 to N-1, ascending); all N without a pruner. Of several
                   pictures one after the other, the second's from N on.
     step_logits   per new token, the logits float32 [V] that chose it.
-    cache_lengths tokens in the cache of every decoder layer at the end.
+    cache_lengths tokens in the cache of every decoder layer at the end; 0 for one that has a state instead.
     """
 
     token_ids: list[int]
@@ -160,7 +159,7 @@ class _Decoder:
         self.other = (~image).nonzero().flatten()
         self.kept = torch.arange(len(self.image))
         self.numbers, self.next_number = parts.numbers(input_ids)
-        self.cache = DynamicCache()
+        self.cache = parts.cache()
 
     def text_cues(self) -> dict[str, Tensor]:
         """text_embeds [1,R,D], and text_mask float32 [1,R]: 1 after the first picture."""
@@ -202,31 +201,39 @@ class _Decoder:
         self.run(layers[-1] if layers else 0, len(self.text.layers))
 
     def _run_to(self, first: int, end: int, pruner: Pruner) -> dict[str, Tensor]:
-        """Run layers `first` to `end` - 1; the cues of that cut, per token cut to the image."""
+        """Run layers `first` to `end` - 1; the cues of that cut that are read, per token cut to the image."""
         weights: list[Tensor] = []
-        attention = self.text.layers[end - 1].self_attn
-        hook = attention.register_forward_hook(lambda _module, _inputs, outputs: weights.append(outputs[1]))
-        try:
+        with ExitStack() as stack:
+            if {"attention_scores", "text_attention"} & set(pruner.needs):
+                attention = self.text.layers[end - 1].self_attn
+                hook = attention.register_forward_hook(lambda _m, _i, outputs: weights.append(outputs[1]))
+                stack.callback(hook.remove)
             self.run(first, end)
-        finally:
-            hook.remove()
-        rows, hidden, layer = weights[0].float(), self.hidden, self.text.layers[end]
-        normed = layer.input_layernorm(hidden)
-        keys = layer.self_attn.k_proj(normed if pruner.settings.get("keys") == "normed" else hidden)
-        _, coming = layer.self_attn(
-            normed,
-            position_embeddings=self.parts.turns(end, hidden, self.numbers),
-            attention_mask=self.parts.mask(end, hidden, self.image, 0),
-            **self.parts.beside_attention(self.numbers),
-        )
-        return {
-            "hidden_states": hidden[:, self.image],
-            "attention_scores": rows[:, :, -1].mean(dim=1)[:, self.image],
-            "next_scores": coming[:, :, -1].float().mean(dim=1)[:, self.image],
-            "keys": keys[:, self.image],
-            "text_attention": rows[:, :, self.other][..., self.image],
-            "text_gravity": self._gravity(end - 1)[:, self.other][..., self.image],
+        image, other = self.image, self.other
+        read: dict[str, Callable[[], Tensor]] = {
+            "hidden_states": lambda: self.hidden[:, image],
+            "attention_scores": lambda: weights[0].float()[:, :, -1].mean(dim=1)[:, image],
+            "next_scores": lambda: self._coming(end)[:, :, -1].float().mean(dim=1)[:, image],
+            "keys": lambda: self._keys(end, pruner.settings.get("keys") == "normed")[:, image],
+            "text_attention": lambda: weights[0].float()[:, :, other][..., image],
+            "text_gravity": lambda: self._gravity(end - 1)[:, other][..., image],
         }
+        return {name: cue() for name, cue in read.items() if name in {"hidden_states", *pruner.needs}}
+
+    def _keys(self, number: int, normed: bool) -> Tensor:
+        """What a layer that comes makes keys of, [1,S,·]."""
+        layer = self.text.layers[number]
+        return layer.self_attn.k_proj(self.parts.entering(layer)(self.hidden) if normed else self.hidden)
+
+    def _coming(self, number: int) -> Tensor:
+        """Attention weights [1,H,S,S] of a layer that comes."""
+        layer = self.text.layers[number]
+        return layer.self_attn(
+            self.parts.entering(layer)(self.hidden),
+            position_embeddings=self.parts.turns(number, self.hidden, self.numbers),
+            attention_mask=self.parts.mask(number, self.hidden, self.image, 0),
+            **self.parts.beside_attention(self.numbers),
+        )[1]
 
     def _gravity(self, layer: int) -> Tensor:
         """[1,S,S]: all-ones queries and keys, turned as a layer turns them; products / sqrt(head_dim)."""
@@ -238,7 +245,7 @@ class _Decoder:
         """Run layers `first` to `end` - 1 on `hidden`, after what the cache holds."""
         prompt = self.hidden.shape[1] > 1
         for number in range(first, end):
-            past = self.cache.get_seq_length(number)
+            past = self.parts.length(self.cache, number)
             layer = self.text.layers[number]
             hidden = layer(
                 self.hidden,
@@ -255,7 +262,7 @@ class _Decoder:
         tokens: list[int] = []
         logits: list[Tensor] = []
         while True:
-            logits.append(self.parts.lm_head(self.text.norm(self.hidden[:, -1]))[0].float())
+            logits.append(self.parts.lm_head(self.parts.norm(self.hidden[:, -1]))[0].float())
             tokens.append(int(logits[-1].argmax()))
             if tokens[-1] in eos_ids or len(tokens) >= steps:
                 return tokens, logits
@@ -268,7 +275,7 @@ class _Decoder:
 
     def cache_lengths(self) -> list[int]:
         """How many tokens every layer's cache holds."""
-        return [self.cache.get_seq_length(layer) for layer in range(len(self.text.layers))]
+        return [self.parts.length(self.cache, layer) for layer in range(len(self.text.layers))]
 
 
 def _select(pruner: Pruner, cues: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:

@@ -16,6 +16,8 @@ from typing import Any
 from vtp.engines import VtpError
 from vtp.engines.errors import quoted
 from vtp.engines.strict_json import parse_json
+from vtp.runtime.bundle.caches import LENGTHS, StateTensors, cache_problem, kv_pairs
+from vtp.runtime.bundle.caches import KvInfo as KvInfo
 from vtp.runtime.bundle.generation_info import GenerationInfo as GenerationInfo
 from vtp.runtime.bundle.generation_info import generation_problem
 from vtp.runtime.bundle.stream_info import STREAM, stream_problem
@@ -42,23 +44,6 @@ class TensorInfo:
 
 
 @dataclass(frozen=True)
-class KvInfo:
-    """The KV cache of one decoder stage: one [batch, heads, capacity, head_dim] key and value per layer.
-
-    `layers` are absolute layer numbers; if they differ in heads or head_dim, these are the first one's, and
-    the graph's inputs say each. `lengths` is how the graph learns what is filled: "seqlens_k" is that of
-    GroupQueryAttention (int32 [B] valid tokens minus one, and int32 scalar total_sequence_length).
-    """
-
-    layers: list[int]
-    heads: int
-    head_dim: int
-    capacity: int
-    dtype: str
-    lengths: str
-
-
-@dataclass(frozen=True)
 class StageInfo:
     """One run of one graph. A graph that serves prefill and step is listed once for each.
 
@@ -66,7 +51,8 @@ class StageInfo:
     when      "image" (once a picture), "prefill" (once a prompt), "step" (once a new token) or "stream" (a
               camera's later picture, instead of the encoder: see `StreamInfo`).
     keep      the keep-count this stage belongs to; None: any.
-    inputs    graph's tensor name -> pipeline's name. Cache and length tensors are fed from `kv` instead.
+    inputs    graph's tensor name -> pipeline's name. Caches, states and lengths come from `kv` and
+              `states` instead.
     outputs   graph's tensor name -> pipeline's name.
     """
 
@@ -81,12 +67,22 @@ class StageInfo:
 
 @dataclass(frozen=True)
 class GraphInfo:
-    """What a graph file takes and gives, the ranges of its named axes, and its cache if it has one."""
+    """What a graph file takes and gives, the ranges of its named axes, and its cache if it has one.
+
+    states  what its layers carry beside the cache, or in place of it; only graphs with a cache have any
+    """
 
     inputs: dict[str, TensorInfo]
     outputs: dict[str, TensorInfo]
     axes: dict[str, list[int]]  # name -> [min, opt, max]
     kv: KvInfo | None
+    states: list[StateTensors] = field(default_factory=list)
+
+    @property
+    def carried(self) -> dict[str, str]:
+        """Input -> output of every tensor that goes from run to run."""
+        pairs = kv_pairs(self.kv.layers) if self.kv else {}
+        return pairs | {name: to for state in self.states for name, to in state.pairs.items()}
 
 
 @dataclass(frozen=True)
@@ -210,6 +206,9 @@ class Manifest:
         data = {**dataclasses.asdict(self), "image": spec_to_json(self.image)}
         if self.stream is None:
             del data["stream"]  # so that others are read by versions that do not know it
+        for graph in data["graphs"].values():
+            if not graph["states"]:  # as above, for versions that know no states
+                del graph["states"]
         return json.dumps(data, indent=1, ensure_ascii=False) + "\n"
 
 
@@ -280,7 +279,8 @@ def _check(manifest: Manifest) -> None:
     _agree(TOKENIZER in manifest.files, f"manifest.files lacks {TOKENIZER}")
     for file, graph in manifest.graphs.items():
         _agree(file in manifest.files, f"graph {file} is not one of manifest.files")
-        _check_cache(file, graph, longest)
+        problem = cache_problem(file, graph, longest)
+        _agree(not problem, problem)
     for stage in manifest.stages:
         _check_stage(stage, manifest)
     for keep in visual.keep:
@@ -305,19 +305,6 @@ def _check_frame(visual: VisualInfo, frames: int) -> None:
     _agree(fits, "manifest.visual.frame does not fit the visual tokens")
 
 
-def _check_cache(file: str, graph: GraphInfo, longest: int) -> None:
-    kv = graph.kv
-    if kv is None:
-        return
-    _agree(kv.heads > 0 and kv.head_dim > 0 and bool(kv.layers), f"the cache of {file} is empty")
-    _agree(0 < kv.capacity <= longest, f"the cache of {file} has {kv.capacity} places, not 1 to {longest}")
-    for layer in kv.layers:
-        for part in ("key", "value"):
-            past = graph.inputs.get(f"past_key_values.{layer}.{part}")
-            fits = past is not None and past.dtype == kv.dtype and len(past.shape) == 4
-            _agree(fits, f"the cache of {file} does not fit its inputs at layer {layer}")
-
-
 def _check_stage(stage: StageInfo, manifest: Manifest) -> None:
     if stage.when not in WHEN:
         raise VtpError(f"stage {stage.name} runs at unknown moment '{stage.when}'; known: {', '.join(WHEN)}")
@@ -329,7 +316,7 @@ def _check_stage(stage: StageInfo, manifest: Manifest) -> None:
         stage.keep in (None, *manifest.visual.keep), f"stage {stage.name} has the unknown keep {stage.keep}"
     )
     graph = manifest.graphs[stage.file]
-    cached = {name for name in graph.inputs if graph.kv and _is_cache(name)}
+    cached = {*graph.carried, *LENGTHS} if graph.kv else set()
     missing = sorted(set(graph.inputs) - set(stage.inputs) - cached)
     _agree(not missing, f"stage {stage.name} feeds nothing to input {missing}")
     for name in stage.inputs:
@@ -353,10 +340,6 @@ def _check_role(stage: StageInfo) -> None:
     }
     for role, has in signs.items():
         _agree(has == (stage.role == role), f"stage {stage.name} does not do what its role {stage.role} says")
-
-
-def _is_cache(name: str) -> bool:
-    return name.startswith("past_key_values.") or name in ("seqlens_k", "total_sequence_length")
 
 
 def _check_flow(manifest: Manifest, keep: int) -> None:

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from vtp.engines import Capabilities, capabilities
-from vtp.engines.graph.memory import CACHE, graph_memory
+from vtp.engines.graph.memory import graph_memory
+from vtp.runtime.bundle.caches import kv_pairs
 from vtp.runtime.bundle.folder import Bundle
 from vtp.runtime.bundle.manifest import SINGLE, GraphInfo, Manifest
 
@@ -100,10 +101,20 @@ def _stage(
 
 
 def cache_bytes(graph: GraphInfo) -> int:
-    """Keys and values of every layer, one buffer each; past and present share it."""
+    """Keys, values and states of every layer, one buffer each; past and present share it."""
+    return kv_bytes(graph) + state_bytes(graph)
+
+
+def kv_bytes(graph: GraphInfo) -> int:
+    """The buffers of keys and values alone; layers may differ in size, and inputs say each."""
     kv = graph.kv
     if kv is None:
         return 0
-    width = _DTYPE_BYTES.get(kv.dtype, 4)
-    buffers = [info.shape for name, info in graph.inputs.items() if name.startswith(CACHE[0])]
-    return sum(int(heads) * kv.capacity * int(size) * width for _, heads, _, size in buffers)
+    shapes = [graph.inputs[name].shape for name in kv_pairs(kv.layers)]
+    numbers = sum(int(heads) * kv.capacity * int(size) for _, heads, _, size in shapes)
+    return numbers * _DTYPE_BYTES.get(kv.dtype, 4)
+
+
+def state_bytes(graph: GraphInfo) -> int:
+    """The states alone, which do not grow."""
+    return sum(state.count * _DTYPE_BYTES.get(state.dtype, 4) for state in graph.states)

@@ -18,10 +18,11 @@ from vtp.runtime.preprocess.clip import ClipSpec
 from vtp.runtime.preprocess.gemma4 import Gemma4Spec
 from vtp.runtime.preprocess.idefics3 import Idefics3Spec
 from vtp.runtime.preprocess.internvl import InternvlSpec
+from vtp.runtime.preprocess.naflex import NaflexSpec
 from vtp.runtime.preprocess.pixtral import PixtralSpec
 from vtp.runtime.preprocess.qwen import QwenSpec
 
-_SPECS = (ClipSpec, QwenSpec, AnyresSpec, InternvlSpec, Idefics3Spec, Gemma4Spec, PixtralSpec)
+_SPECS = (ClipSpec, QwenSpec, AnyresSpec, InternvlSpec, Idefics3Spec, Gemma4Spec, PixtralSpec, NaflexSpec)
 KINDS: dict[str, type[ImageSpec]] = {spec.kind: spec for spec in _SPECS}
 
 _ORDER = (
@@ -31,6 +32,8 @@ _ORDER = (
     *("temporal_patch_size", "merge_size", "pinpoints", "min_tiles", "max_tiles", "longest_edge"),
     *("do_image_splitting", "frames", "pooling_size", "max_soft_tokens"),
 )
+# Written for the kinds that have them alone, so that others are read by versions that do not know these.
+_LATER = ("pooling_size", "max_soft_tokens")
 
 
 def _section() -> type:
@@ -54,7 +57,8 @@ def spec_to_json(spec: ImageSpec) -> dict[str, Any]:
     """The image section as a dictionary of JSON values that `spec_from_json` takes back."""
     values = {name: getattr(spec, name) for name in _names(type(spec))}
     section = vars(ImageSection(kind=spec.kind, **values))
-    return {name: _as_list(value) for name, value in section.items()}
+    written = {name: value for name, value in section.items() if name in values or name not in _LATER}
+    return {name: _as_list(value) for name, value in written.items()}
 
 
 def spec_from_json(section: Mapping[str, Any]) -> ImageSpec:

@@ -1,51 +1,56 @@
-"""The KV cache of one decoder graph: buffers that stay, and how much of them is filled."""
+"""The cache of one decoder graph: buffers that stay, and how much of them is filled."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import copy
 
 import numpy as np
 
 from vtp.engines import Engine, Held, Value, VtpError
-from vtp.runtime.bundle.manifest import KvInfo
+from vtp.runtime.bundle.caches import KvInfo, StateTensors, kv_pairs
+from vtp.runtime.stages.states import States
 
 
 class KvCache:
     """One decoder stage's cache: a fixed buffer per layer, bound as past and as present.
 
     Nothing is copied or reallocated between steps; of every row, `lengths` int32 [B] tokens of `capacity`
-    are filled, `length` of the longest. `resize` makes it one of another batch.
+    are filled, `length` of the longest. `resize` makes it one of another batch. Layers with a state have that
+    in place of a buffer (`States`); such a cache begins anew or goes on, and is never cut back.
     """
 
     feeds: dict[str, Value]
     into: dict[str, Value]
     lengths: np.ndarray
+    states: States
     _buffers: dict[str, Value]
     _binding: Held | None
 
-    def __init__(self, engine: Engine, info: KvInfo, batch: int = 1) -> None:
+    def __init__(
+        self, engine: Engine, info: KvInfo, batch: int = 1, states: Sequence[StateTensors] = ()
+    ) -> None:
         if info.lengths != "seqlens_k":
             raise VtpError(
                 f"the cache convention '{info.lengths}' is unknown to this runtime; update vtp-edge"
             )
         self.capacity = info.capacity
         self._engine = engine
-        self._info = info
+        self._info, self._states = info, states
         self.resize(batch)
 
     def resize(self, batch: int) -> None:
         """Replace the buffers by empty ones for a batch of this number of rows."""
         self._binding = None  # before new buffers are made: two sets may be too much
         self.feeds, self.into, self._buffers = {}, {}, {}
+        self.states = States(self._engine, (), 0)
         info, zeros = self._info, self._engine.zeros
-        slots = [f"{layer}.{part}" for layer in info.layers for part in ("key", "value")]
-        buffers = {slot: zeros(self._shape(slot, batch), info.dtype) for slot in slots}
-        self._use(buffers, np.zeros(batch, np.int32))
+        buffers = {name: zeros(self._shape(name, batch), info.dtype) for name in kv_pairs(info.layers)}
+        self._use(buffers, States(self._engine, self._states, batch), np.zeros(batch, np.int32))
 
-    def _shape(self, slot: str, batch: int) -> tuple[int, ...]:
+    def _shape(self, name: str, batch: int) -> tuple[int, ...]:
         """[B,heads,capacity,head_dim] of one buffer: layers may differ in both, and the graph tells."""
-        _, heads, _, width = self._engine.inputs[f"past_key_values.{slot}"].shape
+        _, heads, _, width = self._engine.inputs[name].shape
         return batch, int(heads), self.capacity, int(width)
 
     def rows(self, first: int, count: int) -> KvCache:
@@ -54,17 +59,18 @@ class KvCache:
         It serves until this one is resized. Only on engines that share rows.
         """
         part, share = copy(self), self._engine.rows
-        buffers = {slot: share(buffer, first, count) for slot, buffer in self._buffers.items()}
-        part._use(buffers, self.lengths[first : first + count])
+        buffers = {name: share(buffer, first, count) for name, buffer in self._buffers.items()}
+        part._use(buffers, self.states.rows(first, count), self.lengths[first : first + count])
         return part
 
     def copy_row(self, source: int, target: int, tokens: int | None = None) -> int:
         """Have row `target` hold the first tokens of row `source` (None: all of them); returns the bytes."""
         count = int(self.lengths[source]) if tokens is None else tokens
+        self._check_whole(count, int(self.lengths[source]))
         for buffer in self._buffers.values():
             self._engine.copy_row(buffer, source, target, count)
         self.lengths[target] = count
-        return sum(
+        return self.states.copy_row(source, target) + sum(
             count * buffer.shape[1] * buffer.shape[3] * buffer.dtype.itemsize
             for buffer in self._buffers.values()
         )
@@ -72,24 +78,23 @@ class KvCache:
     @property
     def bytes(self) -> int:
         """Memory of the buffers."""
-        return sum(int(np.prod(buffer.shape)) * buffer.dtype.itemsize for buffer in self._buffers.values())
+        buffers = self._buffers.values()
+        return self.states.bytes + sum(int(np.prod(one.shape)) * one.dtype.itemsize for one in buffers)
 
     @property
     def length(self) -> int:
         """Tokens of the longest row."""
         return int(self.lengths.max())
 
-    def _use(self, buffers: dict[str, Value], lengths: np.ndarray) -> None:
+    def _use(self, buffers: dict[str, Value], states: States, lengths: np.ndarray) -> None:
         """Bind buffers [B,heads,capacity,head_dim] of which `lengths` int32 [B] tokens are filled."""
-        self._buffers, self.lengths = buffers, lengths
+        self._buffers, self.states, self.lengths = buffers, states, lengths
         self._seqlens = self._engine.zeros(lengths.shape, "int32")
         self._total = self._engine.zeros((), "int32")
-        self.feeds = {
-            **{f"past_key_values.{slot}": buffer for slot, buffer in buffers.items()},
-            "seqlens_k": self._seqlens,
-            "total_sequence_length": self._total,
-        }
-        self.into = {f"present.{slot}": buffer for slot, buffer in buffers.items()}
+        own = {"seqlens_k": self._seqlens, "total_sequence_length": self._total}
+        self.feeds = {**buffers, **states.feeds, **own}
+        pairs = kv_pairs(self._info.layers)
+        self.into = {**{pairs[name]: buffer for name, buffer in buffers.items()}, **states.into}
         self._binding = self._engine.hold(self.feeds, self.into)
 
     def run(self, feeds: Mapping[str, Value]) -> dict[str, Value]:
@@ -103,13 +108,14 @@ class KvCache:
 
     def keep_first(self, tokens: int) -> None:
         """Count only the first `tokens` of every row as filled."""
+        self._check_whole(tokens, self.length)
         self.lengths[:] = tokens
 
     def advance(self, tokens: int | np.ndarray) -> None:
         """Make room for `tokens` more, or int32 [B] for every row its own.
 
-        A row with 0 stays as long as it is, and its next token takes the place of its last. Raises VtpError
-        past the capacity, before anything is written.
+        A row with 0 stays as long as it is, and its next token takes the place of its last; a state takes it
+        in, so that such a row is over. Raises VtpError past the capacity, before anything is written.
         """
         lengths = self.lengths + tokens
         longest = int(lengths.max())
@@ -121,3 +127,8 @@ class KvCache:
         self.lengths[:] = lengths
         self._seqlens.update(self.lengths - 1)
         self._total.update(np.array(longest, np.int32))
+
+    def _check_whole(self, tokens: int, length: int) -> None:
+        """VtpError for a beginning of `length` tokens, where states tell only of all of them or of none."""
+        if self.states and tokens not in (0, length):
+            raise VtpError(f"a state of {length} tokens cannot be cut back to {tokens}; read the prompt anew")

@@ -149,7 +149,7 @@ class OpenedStages:
         _compare(file, "output", graph.outputs, engine.outputs)
         self._engines[file] = engine
         if graph.kv is not None:
-            self.caches[file] = KvCache(engine, graph.kv)
+            self.caches[file] = KvCache(engine, graph.kv, states=graph.states)
 
 
 def _compare(file: str, kind: str, said: Mapping[str, TensorInfo], found: Mapping[str, object]) -> None:

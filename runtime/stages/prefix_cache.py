@@ -115,6 +115,11 @@ def check_prefix(bundle: Bundle) -> None:
             "decoder from a prompt as a whole; leave it out, or export with a method at the vision or "
             "projector site"
         )
+    if any(graph.states for graph in manifest.graphs.values()):
+        raise UsageError(
+            f"prefix_caching does not support this bundle (family {manifest.model.family}): its decoder has "
+            "layers with a state, which cannot be cut back to the beginning of a prompt; leave it out"
+        )
     operators = {node.op for file in files for node in read_graph(bundle.path(file)).nodes}
     if _CAUSAL not in operators:
         raise UsageError(

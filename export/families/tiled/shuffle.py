@@ -1,7 +1,7 @@
-"""Pixel shuffle: factor x factor neighbouring patches of a square view become one visual token.
+"""Pixel shuffle: factor x factor neighbouring patches of a view become one visual token.
 
-Source: `pixel_shuffle` of transformers' modeling_internvl.py and modeling_idefics3.py, which agree: the
-channels of a token are its patches' side by side, row by row.
+Source: `pixel_shuffle` of transformers' modeling_internvl.py and modeling_idefics3.py and `pixel_unshuffle`
+of modeling_lfm2_vl.py, which agree: the channels of a token are its patches' side by side, row by row.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from vtp.export.tower_cues import SCORES
 
 
-def pixel_shuffle(rows: Tensor, factor: int) -> Tensor:
-    """[V,n,C] of square views -> [V,n/factor²,factor²·C]."""
+def pixel_shuffle(rows: Tensor, factor: int, columns: int | None = None) -> Tensor:
+    """[V,n,C] of views with `columns` patches in a row (None: square ones) -> [V,n/factor²,factor²·C]."""
     views, count, width = rows.shape
-    side = int(count**0.5) // factor
-    blocks = rows.reshape(views, side, factor, side, factor, width).permute(0, 1, 3, 2, 4, 5)
-    return blocks.reshape(views, side * side, factor * factor * width)
+    wide = (columns or int(count**0.5)) // factor
+    high = count // factor**2 // wide
+    blocks = rows.reshape(views, high, factor, wide, factor, width).permute(0, 1, 3, 2, 4, 5)
+    return blocks.reshape(views, high * wide, factor * factor * width)
 
 
 class ShuffledEncoder(nn.Module):
@@ -27,20 +28,31 @@ class ShuffledEncoder(nn.Module):
     encoder   gives image_features [V,n,C] and cues of n patches a view
     one_view  True: V is a batch of pictures. False: V views are the parts of one picture, whose tokens follow
               one another.
+    columns   patches in a row of a view; None: as many as there are rows
     A token's scores are the mean of its patches', its vision_keys theirs side by side.
     """
 
-    def __init__(self, encoder: nn.Module, cues: Sequence[str], factor: int, one_view: bool) -> None:
+    def __init__(
+        self,
+        encoder: nn.Module,
+        cues: Sequence[str],
+        factor: int,
+        one_view: bool,
+        columns: int | None = None,
+    ) -> None:
         super().__init__()
-        self.encoder = encoder
+        self.encoder, self.columns = encoder, columns
         self.cues, self.factor, self.one_view = cues, factor, one_view
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
         features, *read = self.encoder(pixel_values)
-        tokens = [pixel_shuffle(features, self.factor)]
+        tokens = [self._tokens(features)]
         for name, cue in zip(self.cues, read, strict=True):
             if name in SCORES:
-                tokens.append(pixel_shuffle(cue.unsqueeze(2), self.factor).mean(dim=2))
+                tokens.append(self._tokens(cue.unsqueeze(2)).mean(dim=2))
             else:
-                tokens.append(pixel_shuffle(cue, self.factor))
+                tokens.append(self._tokens(cue))
         return tuple(tokens) if self.one_view else tuple(item.flatten(0, 1).unsqueeze(0) for item in tokens)
+
+    def _tokens(self, rows: Tensor) -> Tensor:
+        return pixel_shuffle(rows, self.factor, self.columns)

@@ -128,8 +128,7 @@ def first_places(lengths: Lengths, sequence: int) -> Tensor:
     has the same number of tokens in every row.
     """
     later = lengths.seqlens_k.to(torch.int64) + 1 - sequence
-    fresh = lengths.total_sequence_length.to(torch.int64) == sequence
-    return torch.where(fresh, torch.zeros_like(later), later)
+    return torch.where(lengths.fresh(sequence), torch.zeros_like(later), later)
 
 
 def _scatter(cache: Tensor, new: Tensor, start: Tensor) -> Tensor:

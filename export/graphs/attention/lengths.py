@@ -58,6 +58,10 @@ class Lengths:
         past = self.total_sequence_length.to(torch.int64) - sequence
         return (self.seqlens_k.to(torch.int64) - past).clamp(0, sequence - 1)
 
+    def fresh(self, sequence: int) -> Tensor:
+        """Whether this run of `sequence` tokens is on an empty cache, bool []."""
+        return self.total_sequence_length.to(torch.int64) == sequence
+
     def seen(self, place: Tensor, columns: int, rule: Rule, lookahead: Tensor | None) -> Tensor:
         """Which of the cache's first `columns` places tokens at `place` int64 [B,R] see: bool [B,R,columns].
 

@@ -23,6 +23,7 @@ from vtp.engines.errors import VtpError
 from vtp.export.graphs.attention.lengths import Lengths as Lengths
 from vtp.export.graphs.attention.lengths import Rule as Rule
 from vtp.export.graphs.attention.lengths import softcapped as softcapped
+from vtp.export.graphs.attention.states import CONV, append_rows, begun, causal_convolution
 from vtp.export.patched import patched
 from vtp.export.tower_cues import KEYS, reads_cls
 
@@ -67,7 +68,8 @@ class LastRowProbe:
 class Cache:
     """Duck-typed transformers cache: hands new keys and values through, holds the past and present.
 
-    `owners` are the layers whose keys and values layers without any of their own read: reader -> owner.
+    owners           the layers whose keys and values layers without any of their own read: reader -> owner
+    states, carried  what layers had before this run, and have after it: (kind, layer) -> [B,...]
     """
 
     past: dict[int, tuple[Tensor, Tensor]]
@@ -75,9 +77,21 @@ class Cache:
     present: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     probe: LayerProbe | None = None
     owners: Mapping[int, int] = field(default_factory=dict)
+    states: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+    carried: dict[tuple[str, int], Tensor] = field(default_factory=dict)
 
     def update(self, key: Tensor, value: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         return key, value
+
+    def get_conv_state(self, *_: Any, **__: Any) -> None:
+        """None, upon which transformers' layers do what they do with prompts; it serves steps as well."""
+
+    def update_conv_state(self, rows: Tensor, layer: int, *_: Any, **__: Any) -> Tensor:
+        """New inputs of a convolution [B,D,S], behind the last ones before them; see `append_rows`."""
+        count, place = rows.shape[2], (CONV, layer)
+        before = begun(self.states[place], self.lengths.fresh(count))
+        joined, self.carried[place] = append_rows(before, rows, self.lengths.last_index(count) + 1)
+        return joined
 
 
 @dataclass
@@ -375,6 +389,8 @@ def emitting(
         modeling = _modeling(decoder)
         single = "x" in signature(modeling.apply_rotary_pos_emb).parameters
         stack.enter_context(patched(modeling, "apply_rotary_pos_emb", _rotate_rows if single else _rotate))
+        if hasattr(modeling, "causal_conv1d_fn"):
+            stack.enter_context(patched(modeling, "causal_conv1d_fn", causal_convolution))
         yield
 
 

@@ -49,4 +49,5 @@ UNSERVED = {
     "qwen2_vl": _PLACES,
     "qwen2_5_vl": _PLACES,
     "qwen3_vl": _PLACES,
+    "lfm2_vl": "its decoder has states beside the KV cache, which the layout's decoder does not pass on",
 }

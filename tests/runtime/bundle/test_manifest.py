@@ -11,6 +11,7 @@ import pytest
 
 from vtp.engines import VtpError
 from vtp.runtime.bundle.manifest import ROLES, SCHEMA, GenerationInfo, parse_manifest, role_of
+from vtp.runtime.bundle.memory import cache_bytes
 
 Data = dict[str, Any]
 
@@ -215,6 +216,8 @@ def test_wrong_types_are_refused_everywhere(data: Data, wrong: Any) -> None:
         (("graphs", "decoder.onnx", "kv", "layers"), [], "is empty"),
         (("graphs", "decoder.onnx", "kv", "dtype"), "object", "does not fit its inputs"),
         (("graphs", "decoder.onnx", "kv", "heads"), -2, "is empty"),
+        (("graphs", "decoder.onnx", "kv", "heads"), 77, "does not fit its inputs at layer"),
+        (("graphs", "decoder.onnx", "kv", "head_dim"), 77, "does not fit its inputs at layer"),
         (("files", "tokenizer.json"), ..., "lacks tokenizer.json"),
         (("files", "decoder.onnx"), ..., "decoder.onnx is not one of manifest.files"),
         (("image", "kind"), "hologram", "unknown image preprocessing 'hologram'"),
@@ -236,6 +239,24 @@ def test_contradictions_are_refused(data: Data, path: tuple[Any, ...], value: An
     else:
         place[path[-1]] = value
     refuse(data, message)
+
+
+def test_layers_may_differ_in_heads_and_head_dim(data: Data) -> None:
+    """The cache says what the first layer has, the inputs what each has; a size is a number above 0."""
+    graph = data["graphs"]["decoder.onnx"]
+    [first] = graph["kv"]["layers"]
+    graph["kv"]["layers"] = [first, 77]
+    for part in ("key", "value"):
+        other = {"dtype": "float32", "shape": ["batch", 7, "capacity", 24]}
+        graph["inputs"][f"past_key_values.77.{part}"] = other
+        graph["outputs"][f"present.77.{part}"] = other
+    info = parse_manifest(json.dumps(data)).graphs["decoder.onnx"]
+    assert info.kv is not None and (info.kv.heads, info.kv.head_dim) == (2, 8)
+    assert cache_bytes(info) == 2 * (2 * 8 + 7 * 24) * info.kv.capacity * 4
+    for layer, size in ((first, 77), (77, 0), (77, "width")):
+        changed = copy.deepcopy(data)
+        changed["graphs"]["decoder.onnx"]["inputs"][f"past_key_values.{layer}.value"]["shape"][3] = size
+        refuse(changed, f"does not fit its inputs at layer {layer}")
 
 
 def test_a_manifest_from_before_generation_settings_asks_for_none(data: Data) -> None:

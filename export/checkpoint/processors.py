@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from vtp.engines.errors import UsageError, VtpError
-from vtp.runtime.preprocess import anyres, idefics3, internvl, naflex, qwen
+from vtp.export.checkpoint import patch_processors
+from vtp.runtime.preprocess import anyres, idefics3, internvl, qwen
 from vtp.runtime.preprocess.base import CLIP_MEAN, CLIP_STD, ImageSpec, Size, is_int
 from vtp.runtime.preprocess.clip import CLIP_FITS, ClipSpec
 from vtp.runtime.preprocess.fit import FITS, FittedSpec
@@ -183,18 +184,14 @@ def _read_idefics3(values: Settings, asked: _Asked) -> FittedSpec:
     return _fitted(idefics3.Idefics3Spec, values, asked, image_size, **own)
 
 
-def _read_lfm2_vl(values: Settings, asked: _Asked) -> FittedSpec:
-    names = ("encoder_patch_size", "downsample_factor", "min_image_tokens", "max_image_tokens")
-    for name in names:
-        if not (is_int(values[name]) and values[name] >= 1):
-            raise VtpError(f"the image processor's {name} is {values[name]!r}; it must be a positive number")
-    patch, merge, *tokens = (values[name] for name in names)
-    least, most = (count * (patch * merge) ** 2 for count in tokens)
-    if least > most:
-        raise VtpError(f"min_image_tokens {tokens[0]} of the image processor exceeds max_image_tokens")
-    size = asked.size or naflex.default_size(least, most, patch * merge)
-    own = {"min_pixels": least, "max_pixels": most, "patch_size": patch, "merge_size": merge}
-    return _fitted(naflex.NaflexSpec, values, asked, size, **own)
+def _by_patches(read: Callable[[Settings, Size | None], patch_processors.Read]) -> Any:
+    """How a processor of `patch_processors` is read."""
+
+    def spec(values: Settings, asked: _Asked) -> FittedSpec:
+        kind, size, own = read(values, asked.size)
+        return _fitted(kind, values, asked, size, **own)
+
+    return spec
 
 
 def _longest_edge(size: Any, name: str) -> int:
@@ -318,22 +315,15 @@ _PROCESSORS: dict[str, _Processor] = {
     "Idefics3": _IDEFICS3,
     "SmolVLM": _IDEFICS3,
     "Lfm2Vl": _Processor(
-        _read_lfm2_vl,
-        {
-            "resample": 2,
-            "image_mean": _HALF,
-            "image_std": _HALF,
-            "encoder_patch_size": 16,
-            "downsample_factor": 2,
-            "min_image_tokens": 64,
-            "max_image_tokens": 256,
-        },
-        # Tiles, which bundles do not have, and the padding of several pictures to one number of patches.
-        ignored=(
-            *("do_image_splitting", "min_tiles", "max_tiles", "tile_size", "use_thumbnail"),
-            *("max_pixels_tolerance", "max_num_patches", "size", "do_pad", "return_row_col_info"),
-        ),
+        _by_patches(patch_processors.read_lfm2_vl),
+        patch_processors.LFM2_VL,
+        ignored=patch_processors.LFM2_VL_IGNORED,
         torchvision=True,
+    ),
+    "MiniCPMV4_6": _Processor(
+        _by_patches(patch_processors.read_minicpm),
+        patch_processors.MINICPM,
+        ignored=patch_processors.MINICPM_IGNORED,
     ),
 }
 

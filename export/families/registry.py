@@ -10,6 +10,17 @@ from typing import Any
 from vtp.engines import VtpError
 from vtp.export.families.base import Family
 
+# Architectures that were looked at and are not served: why, and what it would take.
+UNSERVED = {
+    "MiniCPMV4_7ForConditionalGeneration": (
+        "its positions lie on a canvas of slices, those of the marks around them as well (Canvas M-RoPE); it "
+        "would take a splice that numbers tokens and marks so"
+    ),
+    "Qwen3_5MoeForConditionalGeneration": (
+        "its decoder routes every token to experts of its own; it would take graphs of routed experts"
+    ),
+}
+
 
 def families() -> list[type[Family]]:
     """Every family, by name."""
@@ -33,6 +44,9 @@ def find_family(config: dict[str, Any]) -> type[Family]:
     for name in [model_class] if model_class else architectures:
         if name in known:
             return known[name]
+    for asked in [model_class or "", *architectures]:
+        if asked in UNSERVED:
+            raise VtpError(f"{asked} is not supported: {UNSERVED[asked]}")
     given = ", ".join(architectures)[:200] or "none"
     silent = architectures and not known.keys() & set(architectures)  # they say what the model is
     kind = "" if silent else f" (model_type {config.get('model_type')!r:.80})"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vtp.export.graphs.attention.operators import Cache, LastRowProbe, LayerProbe, Lengths, active, softcapped
-from vtp.export.graphs.rotary import AxesRotary
+from vtp.export.graphs.rotary import AxesRotary, TextRotary
 from vtp.export.pruners.ops import gather_rows
 from vtp.runtime.bundle.caches import StateTensors
 
@@ -84,7 +84,10 @@ class Decoder:
     @property
     def rotary(self) -> Any:
         """hidden, position_ids -> cos and sin [B,S,d]."""
-        return self.model.rotary_emb if self.axes == 1 else AxesRotary(self.model.rotary_emb, self.axes)
+        own = self.model.rotary_emb
+        if self.axes > 1:
+            return AxesRotary(own, self.axes)
+        return TextRotary(own) if hasattr(own, "recomposition_frequencies") else own
 
     @property
     def heads(self) -> int:

@@ -51,5 +51,6 @@ UNSERVED = {
     "qwen2_5_vl": _PLACES,
     "qwen3_vl": _PLACES,
     "lfm2_vl": _STATES,
+    "minicpmv4_6": _STATES,
     "qwen3_5": _STATES,
 }

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from vtp.engines import UsageError
 from vtp.export.graphs.attention.decomposed import DECOMPOSED, MASKED
 from vtp.export.graphs.attention.fixed_cache import FIXED_CACHE, fix_capacity
 from vtp.export.graphs.attention.fixed_cache import OPSET as FIXED_CACHE_OPSET
 from vtp.export.graphs.attention.operators import GROUPED_QUERY, Attending
+from vtp.export.graphs.attention.states import RECURRENT
 from vtp.export.graphs.decoder import Decoder
 from vtp.export.onnx.emit import OPSET
 from vtp.export.onnx.lower import OPSET as DECOMPOSED_OPSET
@@ -32,7 +34,15 @@ class Target:
     float64: bool
 
     def serving(self, decoder: Decoder) -> Target:
-        """This target for a decoder whose tokens do not just see all before them: masked attention."""
+        """This target for a decoder: masked attention if its tokens do not just see all before them.
+
+        Raises UsageError for linear attention on a target without an operator for it.
+        """
+        if self.attending is not GROUPED_QUERY and any(one.name == RECURRENT for one in decoder.states):
+            raise UsageError(
+                f"target {self.name} has no operator for linear attention, which layers {_some(decoder)} of "
+                "this decoder are: it would take a loop over the prompt; leave out --target, or give ort"
+            )
         causal = decoder.mask_kind == "causal" and not decoder.windows
         plain = causal or self.attending is not GROUPED_QUERY
         return self if plain else replace(self, attending=MASKED)
@@ -50,6 +60,12 @@ class Target:
             for spec in plan.graphs
         ]
         return replace(plan, graphs=graphs)
+
+
+def _some(decoder: Decoder) -> str:
+    """The first layers with a recurrent state, in words."""
+    layers = next(state.layers for state in decoder.states if state.name == RECURRENT)
+    return ", ".join(map(str, layers[:3])) + (" and others" if len(layers) > 3 else "")
 
 
 TARGETS = {

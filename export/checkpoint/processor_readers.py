@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from vtp.engines.errors import UsageError, VtpError
-from vtp.runtime.preprocess import anyres, gemma4, idefics3, internvl, naflex, pixtral, qwen
+from vtp.runtime.preprocess import anyres, gemma4, idefics3, internvl, naflex, navit, pixtral, qwen
 from vtp.runtime.preprocess.base import ImageSpec, Size, is_int
 from vtp.runtime.preprocess.clip import ClipSpec
 from vtp.runtime.preprocess.fit import FITS, FittedSpec
@@ -187,6 +187,20 @@ def read_lfm2_vl(values: Settings, asked: Asked) -> FittedSpec:
     size = asked.size or naflex.default_size(least, most, patch * merge)
     own = {"min_pixels": least, "max_pixels": most, "patch_size": patch, "merge_size": merge}
     return _fitted(naflex.NaflexSpec, values, asked, size, **own)
+
+
+def read_minicpm(values: Settings, asked: Asked) -> FittedSpec:
+    """MiniCPM-V 4.6's patches."""
+    for name in ("patch_size", "scale_resolution"):
+        if not (is_int(values[name]) and values[name] >= 1):
+            raise VtpError(f"the image processor's {name} is {values[name]!r}; it must be a positive number")
+    for name, served in (("downsample_mode", "16x"), ("use_image_id", True)):
+        if values[name] != served:
+            raise VtpError(f"the image processor's {name} is {values[name]!r}; supported: {served!r}")
+    patch, edge = values["patch_size"], values["scale_resolution"]
+    size = asked.size or navit.own_size((edge, edge), edge, patch * navit.MERGE)
+    own = {"max_pixels": edge**2, "patch_size": patch, "merge_size": navit.MERGE}
+    return _fitted(navit.NavitSpec, values, asked, size, **own)
 
 
 def _longest_edge(size: Any, name: str) -> int:

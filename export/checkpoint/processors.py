@@ -211,6 +211,18 @@ _PROCESSORS: dict[str, _Processor] = {
         ),
         torchvision=True,
     ),
+    "MiniCPMV4_6": _Processor(
+        readers.read_minicpm,
+        {
+            "image_mean": _HALF,
+            "image_std": _HALF,
+            "patch_size": 14,
+            "scale_resolution": 448,
+            "downsample_mode": "16x",
+            "use_image_id": True,
+        },
+        ignored=("max_slice_nums", "slice_mode"),  # bundles show a picture in one piece
+    ),
 }
 
 # Processors of videos, where they do something else with a frame than the model's image processor.

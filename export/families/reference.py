@@ -75,11 +75,17 @@ class Reference:
 
     def cache(self) -> DynamicCache:
         """An empty cache of the decoder."""
-        return DynamicCache()
+        layers = range(len(self.text.layers))
+        return DynamicCache() if all(map(self.attends, layers)) else DynamicCache(config=self.text.config)
+
+    def attends(self, layer: int) -> bool:
+        """Whether a decoder layer has keys and values; others have a state."""
+        kinds = getattr(self.text.config, "layer_types", None)
+        return not kinds or kinds[layer] not in ("conv", "linear_attention")
 
     def length(self, cache: DynamicCache, layer: int) -> int:
         """Tokens in a layer's cache; 0 for a layer that has a state instead."""
-        return cache.get_seq_length(layer)
+        return cache.get_seq_length(layer) if self.attends(layer) else 0
 
     def vision(self, pixel_values: Tensor, wanted: Collection[str]) -> dict[str, Tensor]:
         """image_features [1,P,C] in the order of the tokens, before the projector, and the cues `wanted`.
@@ -155,9 +161,9 @@ class Reference:
         hidden [1,S,D] is a prompt on an empty cache, or a single token after `past` others; `image` int64 [n]
         are the places of visual tokens. In most decoders a token sees itself and those before it.
         """
-        del layer, image
+        del image
         size = hidden.shape[1]
-        if size == 1:
+        if size == 1 or not self.attends(layer):
             return None
         assert past == 0, "a prompt starts on an empty cache"
         lowest = torch.full((size, size), torch.finfo(hidden.dtype).min, dtype=hidden.dtype)

@@ -11,11 +11,20 @@ from vtp.engines import VtpError
 from vtp.export.families.base import Family
 
 _SUFFIX = "ForConditionalGeneration"
-# Architectures that transformers knows and that are not served, and why.
-_REFUSED = {
-    "FastVlmForConditionalGeneration": "its vision tower (FastViTHD) is a model of timm, which needs "
-    "torchvision besides, and vtp's export installs neither; it would take both, and a family whose features "
-    "are a convolution's map, without the scores that most methods read"
+# Architectures that were looked at and are not served: why, and what it would take.
+UNSERVED = {
+    "FastVlmForConditionalGeneration": (
+        "its vision tower (FastViTHD) is a model of timm, which needs torchvision besides, and vtp's export "
+        "installs neither; it would take both, and a family whose features are a convolution's map, without "
+        "the scores that most methods read"
+    ),
+    "MiniCPMV4_7ForConditionalGeneration": (
+        "its positions lie on a canvas of slices, those of the marks around them as well (Canvas M-RoPE); it "
+        "would take a splice that numbers tokens and marks so"
+    ),
+    "Qwen3_5MoeForConditionalGeneration": (
+        "its decoder routes every token to experts of its own; it would take graphs of routed experts"
+    ),
 }
 
 
@@ -41,9 +50,9 @@ def find_family(config: dict[str, Any]) -> type[Family]:
     for name in [model_class] if model_class else architectures:
         if name in known:
             return known[name]
-    for name in [model_class] if model_class else architectures:
-        if name in _REFUSED:
-            raise VtpError(f"{name} is not supported: {_REFUSED[name]}")
+    for asked in [model_class or "", *architectures]:
+        if asked in UNSERVED:
+            raise VtpError(f"{asked} is not supported: {UNSERVED[asked]}")
     given = ", ".join(architectures)[:200] or "none"
     silent = architectures and not known.keys() & set(architectures)  # they say what the model is
     kind = "" if silent else f" (model_type {config.get('model_type')!r:.80})"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vtp.export.checkpoint.cache_name import with_cache
 from vtp.export.graphs.attention.operators import Cache, LastRowProbe, LayerProbe, Lengths, active, softcapped
-from vtp.export.graphs.rotary import AxesRotary
+from vtp.export.graphs.rotary import AxesRotary, TextRotary
 from vtp.export.graphs.splice import EmbedTokens
 from vtp.export.pruners.ops import gather_rows
 from vtp.runtime.bundle.caches import StateTensors
@@ -80,7 +80,10 @@ class Decoder:
     @property
     def rotary(self) -> Any:
         """hidden, position_ids -> cos and sin [B,S,d]."""
-        return self.model.rotary_emb if self.axes == 1 else AxesRotary(self.model.rotary_emb, self.axes)
+        own = self.model.rotary_emb
+        if self.axes > 1:
+            return AxesRotary(own, self.axes)
+        return TextRotary(own) if hasattr(own, "recomposition_frequencies") else own
 
     @property
     def heads(self) -> int:

@@ -12,6 +12,22 @@ import torch
 from torch import Tensor, nn
 
 
+class TextRotary(nn.Module):
+    """hidden [B,S,D], position_ids int64 [B,S] -> cos, sin [B,S,d], of an embedding whose axes all agree.
+
+    `rotary` is the model's own, made for several axes.
+    """
+
+    def __init__(self, rotary: Any) -> None:
+        super().__init__()
+        self.rotary = rotary
+
+    def forward(self, hidden: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        angles = position_ids.unsqueeze(2).float() * self.rotary.inv_freq.float()
+        angles, scaling = torch.cat([angles, angles], dim=-1), self.rotary.attention_scaling
+        return (angles.cos() * scaling).to(hidden.dtype), (angles.sin() * scaling).to(hidden.dtype)
+
+
 class AxesRotary(nn.Module):
     """hidden [B,S,D], position_ids int64 [B,S,A] -> cos, sin [B,S,d] in the dtype of hidden.
 

@@ -43,7 +43,7 @@ class ImageSpec(ABC):
 
     All kinds: resize with Pillow's filter `resample`, times `rescale_factor`, minus `mean`, divided by `std`,
     the last two behind their switches. A kind is a subclass that adds its own fields, checks and work
-    (`clip`, `qwen`, `anyres`, `internvl`, `idefics3`, `gemma4`, `pixtral`, `naflex`);
+    (`clip`, `qwen`, `anyres`, `internvl`, `idefics3`, `gemma4`, `pixtral`, `naflex`, `navit`);
     `kinds` reads and writes them.
 
     Raises `VtpError` for a spec that contradicts itself.

@@ -19,10 +19,14 @@ from vtp.runtime.preprocess.gemma4 import Gemma4Spec
 from vtp.runtime.preprocess.idefics3 import Idefics3Spec
 from vtp.runtime.preprocess.internvl import InternvlSpec
 from vtp.runtime.preprocess.naflex import NaflexSpec
+from vtp.runtime.preprocess.navit import NavitSpec
 from vtp.runtime.preprocess.pixtral import PixtralSpec
 from vtp.runtime.preprocess.qwen import QwenSpec
 
-_SPECS = (ClipSpec, QwenSpec, AnyresSpec, InternvlSpec, Idefics3Spec, Gemma4Spec, PixtralSpec, NaflexSpec)
+_SPECS = (
+    *(ClipSpec, QwenSpec, AnyresSpec, InternvlSpec, Idefics3Spec, Gemma4Spec, PixtralSpec, NaflexSpec),
+    NavitSpec,
+)
 KINDS: dict[str, type[ImageSpec]] = {spec.kind: spec for spec in _SPECS}
 
 _ORDER = (

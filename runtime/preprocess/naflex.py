@@ -1,9 +1,9 @@
 """Kind "naflex": LFM2-VL without tiles. One view at a fixed size, handed over as patches, row by row.
 
 Source: transformers' image_processing_lfm2_vl.py with do_image_splitting false. The picture is resized to
-multiples of patch x merge; a row of `pixel_values` is one patch, pixel by pixel with its three channels. That
-processor exists with torchvision alone, so resizing is torch's (see `fixed_point`) and so is the arithmetic:
-mean and deviation are multiplied by 255, and pixels are left as they are.
+multiples of patch x merge; a row of `pixel_values` is one patch, pixel by pixel with its three channels.
+That processor exists with torchvision alone, so resizing is torch's (`resize_fixed_point`), and so is the
+arithmetic: mean and deviation are multiplied by 255, and pixels are left as they are.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import ClassVar
 import numpy as np
 from PIL import Image
 
-from vtp.runtime.media import fixed_point
 from vtp.runtime.preprocess.base import Box, Size, is_int
 from vtp.runtime.preprocess.fit import FittedSpec, pad, padded_box
 
 BILINEAR = 2
+_ROWS = 256  # resized at a time, so that sums of 32 bits stay small beside the picture
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +71,7 @@ class NaflexSpec(FittedSpec):
     def pixels(self, image: Image.Image) -> np.ndarray:
         """Fit, resize, normalise, patchify: float32 [patches, patch x patch x 3]."""
         image = pad(image, self._fitted((image.height, image.width)), self)
-        pixels = fixed_point.resize(np.asarray(image), self.image_size)
+        pixels = resize_fixed_point(np.asarray(image), self.image_size)
         values = self._normalised(pixels)
         patch, (height, width) = self.patch_size, self.image_size
         parts = values.reshape(height // patch, patch, width // patch, patch, 3).transpose(0, 2, 1, 3, 4)
@@ -114,3 +114,54 @@ def _own_size(picture: Size, factor: int, least: int, most: int) -> Size:
         grow = math.sqrt(least / (height * width))
         rows, columns = math.ceil(height * grow / factor), math.ceil(width * grow / factor)
     return rows * factor, columns * factor
+
+
+def resize_fixed_point(pixels: np.ndarray, size: Size) -> np.ndarray:
+    """uint8 [H,W,3] -> uint8 [h,w,3] of `size`, along the width first; an edge that fits is left alone.
+
+    Bilinear with antialiasing as torch does it to uint8: 16-bit weights, rounded between the two passes.
+    Source: `upsample_bilinear2d_aa` of PyTorch's UpSampleKernelAVXAntialias.h, which torchvision's `resize`
+    uses on processors with AVX2. Pillow's own is the same with finer weights; a pixel may differ by one.
+    """
+    for axis in (1, 0):
+        if pixels.shape[axis] != size[axis]:
+            pixels = _along(pixels, axis, size[axis])
+    return pixels
+
+
+def _along(pixels: np.ndarray, axis: int, length: int) -> np.ndarray:
+    first, weights, precision = _weights(pixels.shape[axis], length)
+    if axis == 0:
+        return _summed(pixels, first, weights, precision)
+    strips = range(0, len(pixels), _ROWS)
+    turned = [pixels[top : top + _ROWS].transpose(1, 0, 2) for top in strips]
+    return np.concatenate([_summed(one, first, weights, precision).transpose(1, 0, 2) for one in turned])
+
+
+def _summed(pixels: np.ndarray, first: np.ndarray, weights: np.ndarray, precision: int) -> np.ndarray:
+    """Rows of the result from rows of pixels [n,W,3]: tap j of row i is row first[i] + j."""
+    total = np.full((len(first), *pixels.shape[1:]), 1 << (precision - 1), np.int32)
+    for tap in range(weights.shape[1]):
+        rows = pixels[np.minimum(first + tap, len(pixels) - 1)]  # past the end, weights are 0
+        total += rows * weights[:, tap, None, None]
+    return np.clip(total >> precision, 0, 255).astype(np.uint8)
+
+
+def _weights(source: int, length: int) -> tuple[np.ndarray, np.ndarray, int]:
+    """Of every place of the result: its first source pixel, int32 weights [length,taps], their bits."""
+    scale = source / length
+    support, step = max(scale, 1.0), 1.0 / max(scale, 1.0)
+    taps = math.ceil(support) * 2 + 1
+    first, rows = np.zeros(length, np.int64), np.zeros((length, taps))
+    for place in range(length):
+        centre = scale * (place + 0.5)
+        low = max(int(centre - support + 0.5), 0)
+        count = min(max(min(int(centre + support + 0.5), source) - low, 0), taps)
+        row = [max(0.0, 1.0 - abs((tap + low - centre + 0.5) * step)) for tap in range(count)]
+        first[place] = low
+        rows[place, :count] = np.array(row) / sum(row)
+    largest = rows.max()
+    precision = next(
+        bits for bits in range(23) if bits == 22 or int(0.5 + largest * (1 << (bits + 1))) >= 1 << 15
+    )
+    return first, np.floor(0.5 + rows * (1 << precision)).astype(np.int32), precision

@@ -25,6 +25,7 @@ from ..models.tiny import save_tiny
 from ..models.tiny_families import save_anyres
 from ..models.tiny_gemma import save_gemma, tiny_gemma3, tiny_paligemma
 from ..models.tiny_gemma4 import save_gemma4
+from ..models.tiny_lfm2 import save_lfm2
 from ..models.tiny_pixtral import save_mistral3
 from ..models.tiny_qwen import save_qwen
 from ..models.tiny_split import save_idefics3, save_internvl
@@ -42,6 +43,8 @@ MODELS: dict[str, tuple[Save, tuple[int, int] | None]] = {
     "qwen2": (lambda path: save_qwen(path, "qwen2_vl"), (32, 48)),
     "qwen2.5": (lambda path: save_qwen(path, "qwen2_5_vl", seed=2, tied=True), (32, 48)),
     "qwen3": (lambda path: save_qwen(path, "qwen3_vl", seed=4, layers=4, depth=4), (32, 48)),
+    "qwen3.5": (lambda path: save_qwen(path, "qwen3_5", seed=5, layers=4), (32, 48)),
+    "lfm2": (save_lfm2, (32, 48)),
     "internvl": (lambda path: save_internvl(path), (56, 28)),
     "smolvlm": (lambda path: save_idefics3(path, kind="smolvlm", tied=True, seed=7), (56, 28)),
     "gemma3": (lambda path: save_gemma(path, tiny_gemma3(seed=3)), None),
@@ -62,6 +65,7 @@ CASES = [
             ("fastv", "tensorrt"),
             ("fastv", "jetpack6"),
         )
+        if model != "qwen3.5" or target == "ort"  # linear attention is ONNX Runtime's alone
     ],
 ]
 

@@ -52,6 +52,17 @@ VISION_CONFIG: dict[str, Any] = {
     "spatial_merge_size": MERGE,
     "temporal_patch_size": TIMES,
 }
+# Qwen3.5's: heads of which a half is turned, and every second layer attends; two value heads to a key head.
+LINEAR: dict[str, Any] = {
+    "head_dim": 32,
+    "partial_rotary_factor": 0.5,
+    "full_attention_interval": 2,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 12,
+    "rope_parameters": {**TEXT_CONFIG["rope_parameters"], "partial_rotary_factor": 0.5},
+}
 # Config class, model class, and what differs in its vision config.
 KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "qwen2_vl": (
@@ -82,6 +93,16 @@ KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {
             "deepstack_visual_indexes": [2, 0, 1],
         },
     ),
+    "qwen3_5": (
+        "Qwen3_5Config",
+        "Qwen3_5ForConditionalGeneration",
+        {
+            "hidden_size": 32,
+            "out_hidden_size": 64,
+            "intermediate_size": 48,
+            "num_position_embeddings": 25,
+        },
+    ),
 }
 
 
@@ -94,6 +115,7 @@ def tiny_qwen(
         text_config={
             **TEXT_CONFIG,
             **({"head_dim": 16} if kind == "qwen3_vl" else {}),
+            **(LINEAR if kind == "qwen3_5" else {}),
             "num_hidden_layers": layers,
             "tie_word_embeddings": tied,
         },
@@ -106,11 +128,25 @@ def tiny_qwen(
     )
     model = getattr(transformers, model_class)(config)
     randomize(model, seed)
+    steadied(model)
     model.tie_weights()
     model.generation_config = GenerationConfig(
         eos_token_id=[IM_END, END_OF_TEXT], pad_token_id=END_OF_TEXT, do_sample=False
     )
     return model.eval()
+
+
+def steadied(model: Any) -> None:
+    """Give norms of Qwen3.5's kind weights with which float32 says something, after `randomize`.
+
+    Of small random heads some product is nearly 0, and the norm behind it makes its rounding large: torch in
+    float32 was 5e-3 from float64 in a logit.
+    """
+    for module in model.modules():
+        if type(module).__name__ == "Qwen3_5RMSNorm":  # its weights lie around 0
+            module.weight.data.sub_(1.0)
+        if type(module).__name__ == "Qwen3_5RMSNormGated":
+            module.weight.data.mul_(0.25)
 
 
 def image_processor() -> Any:

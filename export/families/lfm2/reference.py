@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from vtp.export.families.tiled.reference import ShuffledReference
 
@@ -28,15 +27,6 @@ class Lfm2Reference(ShuffledReference):
     def entering(self, layer: Any) -> Any:
         return layer.operator_norm
 
-    def cache(self) -> DynamicCache:
-        return DynamicCache(config=self.text.config)
-
-    def length(self, cache: DynamicCache, layer: int) -> int:
-        return cache.get_seq_length(layer) if self._attends(layer) else 0
-
-    def mask(self, layer: int, hidden: Tensor, image: Tensor, past: int) -> Tensor | None:
-        return super().mask(layer, hidden, image, past) if self._attends(layer) else None
-
     def project(self, image_features: Tensor) -> Tensor:
         projector = self.model.model.multi_modal_projector
         rows = projector.layer_norm(image_features) if projector.use_layer_norm else image_features
@@ -56,9 +46,6 @@ class Lfm2Reference(ShuffledReference):
     def _features(self, pixel_values: Tensor) -> Tensor:
         pixels = pixel_values.to(self.model.dtype)
         return self.model.model.get_image_features(pixels, **self._shape(), return_dict=True).pooler_output[0]
-
-    def _attends(self, layer: int) -> bool:
-        return self.text.config.layer_types[layer] == "full_attention"
 
     def _shape(self) -> dict[str, Tensor]:
         """What transformers is told of the grid of patches."""

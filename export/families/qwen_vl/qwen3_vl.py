@@ -8,13 +8,13 @@ too; methods see the first part alone.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from vtp.export.families.qwen_vl.qwen2_vl import Qwen2VL
-from vtp.export.families.qwen_vl.reference import DeepReference
+from vtp.export.families.qwen_vl.reference import DeepReference, MergedReference
 from vtp.export.families.qwen_vl.tower import DeepProjector, JoinedNorm, PlaceTable, TowerParts
 from vtp.export.graphs.decoder import Decoder
 
@@ -28,7 +28,7 @@ class Qwen3VL(Qwen2VL):
         f"{Qwen2VL.limits}; methods see features and embeddings of the last tower block alone, and kept "
         "tokens take those of the other blocks along"
     )
-    reference = DeepReference
+    reference: ClassVar[type[MergedReference]] = DeepReference
 
     @property
     def decoder(self) -> Decoder:

@@ -103,10 +103,8 @@ class WindowReference(PatchReference):
         return index.argsort()
 
 
-class DeepReference(PatchReference):
-    """Qwen3-VL's: features of earlier tower blocks are added to visual tokens after the first layers."""
-
-    deep: list[Tensor]  # by decoder layer: of every picture looked at, one after the other
+class MergedReference(PatchReference):
+    """Qwen3.5's: the merger's MLP is its two layers."""
 
     @property
     def mlp(self) -> Any:
@@ -114,8 +112,14 @@ class DeepReference(PatchReference):
 
     def project(self, image_features: Tensor) -> Tensor:
         merger = self.tower.merger
-        main = image_features[..., : merger.linear_fc1.in_features]  # a bundle's rows hold the others too
+        main = image_features[..., : merger.linear_fc1.in_features]  # Qwen3-VL's rows hold the others too
         return merger.linear_fc2(merger.act_fn(merger.linear_fc1(main)))
+
+
+class DeepReference(MergedReference):
+    """Qwen3-VL's: features of earlier tower blocks are added to visual tokens after the first layers."""
+
+    deep: list[Tensor]  # by decoder layer: of every picture looked at, one after the other
 
     def tokens(self, pixel_values: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
         tokens = self.model.model.get_image_features(pixel_values, self.grid, return_dict=True)

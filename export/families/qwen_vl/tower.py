@@ -241,7 +241,8 @@ class DeepProjector(nn.Module):
 
     def forward(self, image_features: Tensor) -> Tensor:
         """Project each part by its merger, side by side again."""
-        parts = image_features.chunk(len(self.mergers), dim=-1)
+        count = len(self.mergers)
+        parts = image_features.chunk(count, dim=-1) if count > 1 else (image_features,)
         mergers: list[Any] = list(self.mergers)
         return torch.cat(
             [

@@ -23,7 +23,7 @@ from vtp.engines.errors import VtpError
 from vtp.export.graphs.attention.lengths import Lengths as Lengths
 from vtp.export.graphs.attention.lengths import Rule as Rule
 from vtp.export.graphs.attention.lengths import softcapped as softcapped
-from vtp.export.graphs.attention.states import CONV, append_rows, begun, causal_convolution
+from vtp.export.graphs.attention.states import StateCache, causal_convolution
 from vtp.export.patched import patched
 from vtp.export.tower_cues import KEYS, reads_cls
 
@@ -31,6 +31,7 @@ DECODER_ATTENTION = "vtp_decoder"
 TOWER_ATTENTION = "vtp_tower"
 # Keyword arguments of attention functions that change nothing in a causal decoder graph.
 _HARMLESS = {"dropout", "position_ids", "use_cache", "is_causal", "cache_position"}
+_CENTRED = ("Gemma", "Qwen3_5")  # whose RMS norms lie around 0
 _MOST_SCORES = 1 << 25  # scores of a tower's heads that are laid out at once, where all of them are read
 
 
@@ -65,7 +66,7 @@ class LastRowProbe:
 
 
 @dataclass
-class Cache:
+class Cache(StateCache):
     """Duck-typed transformers cache: hands new keys and values through, holds the past and present.
 
     owners           the layers whose keys and values layers without any of their own read: reader -> owner
@@ -82,16 +83,6 @@ class Cache:
 
     def update(self, key: Tensor, value: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         return key, value
-
-    def get_conv_state(self, *_: Any, **__: Any) -> None:
-        """None, upon which transformers' layers do what they do with prompts; it serves steps as well."""
-
-    def update_conv_state(self, rows: Tensor, layer: int, *_: Any, **__: Any) -> Tensor:
-        """New inputs of a convolution [B,D,S], behind the last ones before them; see `append_rows`."""
-        count, place = rows.shape[2], (CONV, layer)
-        before = begun(self.states[place], self.lengths.fresh(count))
-        joined, self.carried[place] = append_rows(before, rows, self.lengths.last_index(count) + 1)
-        return joined
 
 
 @dataclass
@@ -126,7 +117,9 @@ Norm = Callable[[Tensor, Tensor, float], Tensor]
 
 def rotary_operator(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """ONNX's RotaryEmbedding; see `Rotate`."""
-    return torch.onnx.ops.rotary_embedding(x, cos, sin)
+    width = 2 * cos.shape[-1]
+    turned = torch.onnx.ops.rotary_embedding(x[..., :width], cos, sin)
+    return torch.cat([turned, x[..., width:]], dim=-1) if width < x.shape[-1] else turned
 
 
 def norm_operator(hidden: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -196,6 +189,11 @@ def _decoder_attention(
         return target.look(query, cache.present[cache.owners[layer]], lengths, rule), None
     output, cache.present[layer] = target.decoder(query, key, value, cache.past[layer], lengths, rule)
     return output, None
+
+
+def _linear_attention(*tensors: Tensor, **more: Any) -> tuple[Tensor, Tensor]:
+    """transformers' `torch_chunk_gated_delta_rule`, and its twin for single tokens."""
+    return _active.get().linear_attention(*tensors, **more)
 
 
 def grouped_query_attention(
@@ -311,6 +309,14 @@ def _received(query: Tensor, key: Tensor, scale: float) -> Tensor:
     return torch.softmax(logits, dim=-1).mean(dim=(1, 2))
 
 
+# What layers with a state call, by its name in transformers' modules -> what is traced instead.
+_STATEFUL: dict[str, Callable[..., Any]] = {
+    "causal_conv1d_fn": causal_convolution,
+    "torch_chunk_gated_delta_rule": _linear_attention,
+    "torch_recurrent_gated_delta_rule": _linear_attention,
+}
+
+
 def register() -> None:
     """Make the two attention functions known to transformers under their names."""
     from transformers import AttentionInterface
@@ -344,7 +350,7 @@ def _rms_norm(module: Any, hidden: Tensor) -> Tensor:
 
 
 def _centred_rms_norm(module: Any, hidden: Tensor) -> Tensor:
-    """Gemma's: weights lie around 0, and the product with 1 + weight is taken in float32."""
+    """Of `_CENTRED`: weights lie around 0, and the product with 1 + weight is taken in float32."""
     weight = module.weight.float() + 1.0
     return _attending.get().norm(hidden.float(), weight, module.eps).type_as(hidden)
 
@@ -362,7 +368,7 @@ def _norm_of(module: nn.Module) -> Callable[[Any, Tensor], Tensor] | None:
         return None
     if hasattr(module, "with_scale"):
         return _wide_rms_norm
-    if name.startswith("Gemma"):
+    if name.startswith(_CENTRED):
         return _centred_rms_norm
     return _rms_norm if hasattr(module, "variance_epsilon") else None
 
@@ -389,8 +395,9 @@ def emitting(
         modeling = _modeling(decoder)
         single = "x" in signature(modeling.apply_rotary_pos_emb).parameters
         stack.enter_context(patched(modeling, "apply_rotary_pos_emb", _rotate_rows if single else _rotate))
-        if hasattr(modeling, "causal_conv1d_fn"):
-            stack.enter_context(patched(modeling, "causal_conv1d_fn", causal_convolution))
+        for name, written in _STATEFUL.items():
+            if hasattr(modeling, name):
+                stack.enter_context(patched(modeling, name, written))
         yield
 
 

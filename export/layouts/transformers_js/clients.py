@@ -41,6 +41,7 @@ CLIENTS = {
 # Families that a bundle may be of and this layout does not serve -> why.
 _NO_CLASS = "transformers.js has no class for it"
 _PLACES = "transformers.js numbers positions by the whole picture, and this family's kept tokens keep theirs"
+_STATES = "its decoder has states beside the KV cache, which the layout's decoder does not pass on"
 UNSERVED = {
     "llava_next": _NO_CLASS,
     "llava_onevision": "transformers.js cuts no picture into tiles as this family's processor does",
@@ -49,5 +50,7 @@ UNSERVED = {
     "qwen2_vl": _PLACES,
     "qwen2_5_vl": _PLACES,
     "qwen3_vl": _PLACES,
-    "lfm2_vl": "its decoder has states beside the KV cache, which the layout's decoder does not pass on",
+    "lfm2_vl": _STATES,
+    "minicpmv4_6": _STATES,
+    "qwen3_5": _STATES,
 }

@@ -24,15 +24,14 @@ from vtp.export.verify.reference import reference_generate
 from vtp.runtime import Pipeline
 from vtp.runtime.bundle.folder import open_bundle
 from vtp.runtime.commands.build import profile_of
-from vtp.runtime.generation.options import GenerateOptions
 from vtp.runtime.preprocess import preprocess
 from vtp.runtime.prompt.prompter import Prompter
 from vtp.runtime.result import Timings
 from vtp.runtime.stages.runner import StageRunner
-from vtp.runtime.stages.slots import Slots
 
 from ...models.tiny_lfm2 import lfm2_processor, save_lfm2
 from ...once import Once
+from ...oracles.joining_rows import check_slots
 from ...oracles.several_pictures import TALK, Turns, asked, check_answers, check_batch
 from ...oracles.tensorrt_10_3 import refused
 
@@ -42,16 +41,18 @@ TRT, JETPACK = {"target": "tensorrt"}, {"target": "jetpack6"}
 SIZE, COUNT = (32, 48), 24  # as many patches as the processor pads to
 WORDS = "what shape is the red ?"
 MODELS: dict[str, dict[str, Any]] = {
-    "lfm2": {"kinds": "cac"},
+    "lfm2": {"kinds": "ca", "vision_layers": 1},
+    "early": {"kinds": "cacca", "seed": 3},
     "late": {"kinds": "ccacca", "seed": 1, "kernel": 4, "conv_bias": True, "layernorm": False},
     "wide": {"kinds": "aca", "seed": 2, "side": 12},
 }
 # Bundle: model, wishes.
 BUNDLES: dict[str, tuple[str, dict[str, Any]]] = {
-    "lfm2-vispruner": ("lfm2", {"method": "vispruner", "keep_tokens": f"5,{COUNT}"}),
+    "lfm2-fastervlm": ("lfm2", {"method": "fastervlm", "keep_tokens": f"5,{COUNT}"}),
+    "wide-vispruner": ("wide", {"method": "vispruner", "keep_tokens": "5,9"}),
     "late-none": ("late", {"method": "none"}),
     "wide-none": ("wide", {"method": "none"}),
-    "lfm2-fastv": ("lfm2", {"method": "fastv", "keep_tokens": "6"}),
+    "early-fastv": ("early", {"method": "fastv", "keep_tokens": "6"}),
     "late-dart": ("late", {"method": "dart", "keep_tokens": "6"}),
     "wide-divprune": ("wide", {"method": "divprune", "keep_tokens": "6"}),
     "wide-visionzip": ("wide", {"method": "visionzip", "keep_tokens": "7"}),
@@ -62,11 +63,11 @@ BUNDLES: dict[str, tuple[str, dict[str, Any]]] = {
         {"method": "vispruner", "keep_tokens": "5", "method_options": ["positions=original"]},
     ),
     "late-cdpruner": ("late", {"method": "cdpruner", "keep_tokens": "6"}),
-    "lfm2-tensorrt": ("lfm2", {"method": "fastv", "keep_tokens": "6", **TRT}),
-    "lfm2-jetpack6": ("lfm2", {"method": "fastv", "keep_tokens": "6", **JETPACK}),
+    "early-tensorrt": ("early", {"method": "fastv", "keep_tokens": "6", **TRT}),
+    "early-jetpack6": ("early", {"method": "fastv", "keep_tokens": "6", **JETPACK}),
     "late-half": ("late", {"method": "dart", "keep_tokens": "6", "dtype": "float16"}),
 }
-QUICK = "lfm2-vispruner"
+QUICK = "lfm2-fastervlm"
 NAMES = {name: name if name == QUICK else pytest.param(name, marks=pytest.mark.slow) for name in BUNDLES}
 WHOLE = [item for name, item in NAMES.items() if name == QUICK or name.endswith("none")]
 PRUNED = [item for name, item in NAMES.items() if not name.endswith("none")]
@@ -178,42 +179,7 @@ def test_a_batch_says_what_each_says_alone(bundle: Callable[[str], Made]) -> Non
 
 
 def test_slots_join_and_leave(bundle: Callable[[str], Made], cpu_engine: str) -> None:
-    """A prompt joins after two steps of another; one leaves, its row is taken by the last; a third joins."""
-    pictures, prompts = [noise(*SIZE, seed=seed) for seed in range(3)], ["how many ?", WORDS, "where is it ?"]
-    with Pipeline.load(bundle(QUICK).folder, cpu_engine, 1) as pipe, pipe.claimed() as runner:
-        keep = pipe.manifest.visual.default_keep
-
-        def read(part: StageRunner, place: int) -> list[Any]:
-            request = pipe.prepare(pictures[place], prompts[place], None, GenerateOptions()).request
-            request.load()
-            values = part.prefill_rows(request.keep, request.pictures.pixels, [request.row], Timings())
-            logits = values["logits"].numpy()[0, 0]
-            return [place, int(logits.argmax()), int(values["next_position"].numpy()[0]), [logits]]
-
-        def step(part: StageRunner, rows: list[list[Any]]) -> None:
-            logits = part.step_rows(keep, [row[1] for row in rows], [row[2] for row in rows])
-            for row, found in zip(rows, logits.copy(), strict=True):
-                row[1:3] = int(found.argmax()), row[2] + 1
-                row[3].append(found)
-
-        alone = [read(runner, place) for place in range(3)]
-        for place in range(3):
-            alone[place] = read(runner, place)
-            for _ in range(5):
-                step(runner, [alone[place]])
-        slots = Slots(runner, 3)
-        rows = [read(slots.row(0), 0)]
-        step(slots.first(1), rows), step(slots.first(1), rows)
-        rows.append(read(slots.row(1), 1))
-        step(slots.first(2), rows), step(slots.first(2), rows)
-        slots.move(1, 0)
-        over = rows.pop(0)
-        rows.append(read(slots.row(1), 2))
-        step(slots.first(2), rows), step(slots.first(2), rows)
-        for row in (over, *rows):
-            for found, wanted in zip(row[3], alone[row[0]][3], strict=False):
-                np.testing.assert_allclose(found, wanted, atol=1e-5 * np.abs(wanted).max())
-        assert [len(row[3]) for row in (over, *rows)] == [5, 5, 3] and slots.copies == 1
+    check_slots(bundle(QUICK).folder, cpu_engine, SIZE)
 
 
 @pytest.mark.slow
@@ -224,7 +190,7 @@ def test_several_pictures(bundle: Callable[[str], Made], name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [QUICK, "lfm2-fastv"])
+@pytest.mark.parametrize("name", [QUICK, "early-fastv"])
 def test_openvino_says_the_same(bundle: Callable[[str], Made], name: str) -> None:
     pytest.importorskip("openvino")
     folder, picture, answers = bundle(name).folder, noise(*SIZE, seed=5), []
@@ -238,7 +204,7 @@ def test_openvino_says_the_same(bundle: Callable[[str], Made], name: str) -> Non
 @pytest.mark.trtrtx
 @pytest.mark.skipif(MISSING, reason=f"tensorrt_rtx is not installed: {INSTALL[ENGINE]}")
 def test_every_graph_builds_with_tensorrt(bundle: Callable[[str], Made]) -> None:
-    opened = open_bundle(bundle("lfm2-tensorrt").folder)
+    opened = open_bundle(bundle("early-tensorrt").folder)
     for file, graph in opened.manifest.graphs.items():
         assert refused_nodes(opened.path(file), ENGINE) == []
         assert build_engine(opened.path(file), ENGINE, profile_of(graph)).plan.nbytes, file
@@ -246,7 +212,7 @@ def test_every_graph_builds_with_tensorrt(bundle: Callable[[str], Made]) -> None
 
 @pytest.mark.slow
 def test_jetpack6_writes_what_tensorrt_10_3_takes(bundle: Callable[[str], Made]) -> None:
-    paths = list(bundle("lfm2-jetpack6").folder.glob("*.onnx"))
+    paths = list(bundle("early-jetpack6").folder.glob("*.onnx"))
     assert [line for path in paths for line in refused(path)] == []
 
 

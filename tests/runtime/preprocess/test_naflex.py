@@ -14,9 +14,8 @@ from torch.nn import functional
 
 from vtp.engines import UsageError, VtpError
 from vtp.export.checkpoint.processors import spec_from_processor
-from vtp.runtime.media import fixed_point
 from vtp.runtime.preprocess import preprocess, source_box, spec_from_json, spec_to_json
-from vtp.runtime.preprocess.naflex import NaflexSpec, default_size
+from vtp.runtime.preprocess.naflex import NaflexSpec, default_size, resize_fixed_point
 
 from ...stand_ins.torch_resizing import lfm2_image_processor
 
@@ -71,7 +70,7 @@ def test_resizing_is_torch(old: tuple[int, int], new: tuple[int, int]) -> None:
     for pixels in (noise, np.where(noise > 127, 255, 0).astype(np.uint8)):
         tensor = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None]
         wanted = functional.interpolate(tensor, new, mode="bilinear", antialias=True)[0].permute(1, 2, 0)
-        assert np.array_equal(fixed_point.resize(pixels, new), wanted.numpy())
+        assert np.array_equal(resize_fixed_point(pixels, new), wanted.numpy())
 
 
 def test_other_shapes_are_padded_or_refused() -> None:

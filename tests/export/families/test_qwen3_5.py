@@ -1,0 +1,208 @@
+"""Qwen3.5: linear attention beside full attention, on ONNX Runtime's operator, against transformers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vtp.engines import UsageError, VtpError
+from vtp.export.checkpoint import loading as checkpoint
+from vtp.export.checkpoint.weights import fill
+from vtp.export.cli import main
+from vtp.export.families import find_family
+from vtp.export.graphs.attention.operators import emitting
+from vtp.export.verify.parity import STEPS
+from vtp.export.verify.reference import reference_generate
+from vtp.runtime import Pipeline
+from vtp.runtime.bundle.folder import open_bundle
+from vtp.runtime.preprocess import preprocess
+from vtp.runtime.result import Timings
+from vtp.runtime.stages.runner import StageRunner
+
+from ...models.tiny_qwen import IMAGE, processed, save_qwen, transformers_answer
+from ...once import Once
+from ...oracles.joining_rows import check_slots
+from ...oracles.several_pictures import TALK, WORDS, asked, check_answers, check_batch
+
+SIZE, COUNT = (32, 48), 24
+MODELS: dict[str, dict[str, Any]] = {
+    "short": {"layers": 2, "depth": 1},
+    "deep": {"layers": 5, "seed": 1, "tied": True},
+}
+# Bundle: model, wishes. In "short" layer 1 attends, in "deep" layers 1 and 3.
+BUNDLES: dict[str, tuple[str, dict[str, Any]]] = {
+    "short-fastervlm": ("short", {"method": "fastervlm", "keep_tokens": f"5,{COUNT}"}),
+    "deep-vispruner": ("deep", {"method": "vispruner", "keep_tokens": "6"}),
+    "deep-none": ("deep", {"method": "none"}),
+    "deep-fastv": ("deep", {"method": "fastv", "keep_tokens": "6"}),
+    "deep-divprune": ("deep", {"method": "divprune", "keep_tokens": "7"}),
+    "deep-cdpruner": ("deep", {"method": "cdpruner", "keep_tokens": "7"}),
+    "deep-visionzip": ("deep", {"method": "visionzip", "keep_tokens": "7"}),
+    "deep-half": ("deep", {"method": "fastv", "keep_tokens": "6", "dtype": "float16"}),
+}
+QUICK = "short-fastervlm"
+NAMES = {name: name if name == QUICK else pytest.param(name, marks=pytest.mark.slow) for name in BUNDLES}
+BEFORE, AFTER = [11, 20, 30, 3], [4, 40, 50, 60, 70]
+
+
+@dataclass(frozen=True)
+class Made:
+    """A bundle on disk, and the model it came from."""
+
+    folder: Path
+    model: Any
+
+
+@pytest.fixture(scope="module")
+def folders(saved: Callable[..., Any]) -> Callable[[str], tuple[Path, Any]]:
+    """Folder and model by name; written at the first call."""
+    return lambda name: saved(save_qwen, "qwen3_5", **MODELS[name])
+
+
+@pytest.fixture(scope="module")
+def bundle(once: Once, folders: Callable[[str], Any]) -> Callable[[str], Made]:
+    """A bundle by name, exported, and held against torch, at the first call."""
+
+    def get(name: str) -> Made:
+        model, wishes = BUNDLES[name]
+        folder, torch_model = folders(model)
+        return Made(
+            once.bundle(folder, max_length=256, image_size=SIZE, verify="full", **wishes), torch_model
+        )
+
+    return get
+
+
+def noise(height: int, width: int, seed: int = 0) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+@pytest.mark.parametrize("name", [NAMES[QUICK], NAMES["deep-none"]])
+def test_all_tokens_say_what_transformers_says(bundle: Callable[[str], Made], name: str) -> None:
+    """From the picture on: a prompt of more tokens than transformers takes at a time, 24 greedy ones."""
+    made, picture, before = bundle(name), noise(*SIZE, seed=3), [*BEFORE, *range(40, 90)]
+    with torch.no_grad():
+        answer = transformers_answer(made.model, picture, before, AFTER, 24)
+    opened, tokens = open_bundle(made.folder), list[int]()
+    runner, pixels = StageRunner(opened, "ort-cpu", 1), preprocess(picture, opened.manifest.image)
+    values = runner.prefill(COUNT, pixels, [*before, IMAGE, *AFTER], len(before), Timings())
+    logits, position = values["logits"].numpy()[0, 0], int(values["next_position"].numpy()[0])
+    for wanted in answer.logits:
+        assert np.abs(logits - wanted[0].numpy()).max() < 1e-3
+        tokens.append(int(logits.argmax()))
+        logits = runner.step(COUNT, tokens[-1], position)
+        position += 1
+    runner.close()
+    assert tokens == answer.sequences[0, -24:].tolist()
+    ids = torch.tensor([[*before, *[IMAGE] * COUNT, *AFTER]])
+    reference = find_family(made.model.config.to_dict()).reference
+    given = torch.from_numpy(pixels)
+    alone = reference_generate(made.model, None, ids, given, 24, image_size=SIZE, reference=reference)
+    assert alone.token_ids == tokens
+    kinds = made.model.config.text_config.layer_types
+    assert [bool(length) for length in alone.cache_lengths] == [kind == "full_attention" for kind in kinds]
+
+
+@pytest.mark.parametrize("name", [NAMES[name] for name in BUNDLES if not name.endswith("none")])
+def test_pruned_equals_the_torch_reference(bundle: Callable[[str], Made], name: str) -> None:
+    """The export's own check ran; here is what it found, and that every picture can be answered."""
+    made = bundle(name)
+    with Pipeline.load(made.folder, threads=1) as pipe:
+        report = pipe.manifest.parity["generation"]
+        assert all(found["tokens"] == STEPS for found in report.values()) and report
+        text = made.model.config.text_config
+        layers = [number for number, kind in enumerate(text.layer_types) if kind == "linear_attention"]
+        for kind, shape, dtype in (
+            ("conv", [80, text.linear_conv_kernel_dim], pipe.manifest.dtype),
+            ("recurrent", [4, 8, 12], "float32"),
+        ):
+            states = [
+                one for graph in pipe.manifest.graphs.values() for one in graph.states if one.name == kind
+            ]
+            assert sorted(layer for state in states for layer in state.layers) == layers
+            assert all(state.shape == shape and state.dtype == dtype for state in states)
+        for keep in pipe.manifest.visual.keep:
+            for size in [SIZE, (31, 90), (7, 5)]:
+                result = pipe.generate(noise(*size), "what is it ?", max_new_tokens=4, keep_tokens=keep)
+                assert result.visual_tokens == (COUNT, keep)
+                assert len(set(result.kept)) == keep and result.kept[-1] < COUNT
+
+
+def test_the_tower_is_transformers(folders: Callable[[str], Any]) -> None:
+    """Features and cues of the graph's module against hooks in an unmodified model."""
+    folder, torch_model = folders("short")
+    made = checkpoint.load(folder, "float32", SIZE)
+    fill(made.family.model)
+    pixels = torch.from_numpy(preprocess(noise(*SIZE), made.image))
+    family, names = made.family, ["image_features", "attention_scores", "vision_keys"]
+    with torch.no_grad():
+        with emitting(family.decoder.model, family.tower):
+            given = dict(zip(names, family.vision_encoder(names[1:])(pixels), strict=True))
+            tokens = family.projector(whole=True)(given["image_features"])
+        reference = family.reference(torch_model, SIZE)
+        with reference.eager():
+            wanted = reference.vision(pixels, names)
+            whole, _ = reference.tokens(pixels, tokens)
+    for cue in names:
+        assert torch.allclose(given[cue], wanted[cue], atol=1e-4), cue
+    assert torch.allclose(tokens, whole, atol=1e-4)
+
+
+def test_a_batch_says_what_each_says_alone(bundle: Callable[[str], Made]) -> None:
+    """Rows of unequal length: padding must neither decay a state nor be written into it."""
+    check_batch(bundle(QUICK).folder, SIZE)
+
+
+def test_slots_join_and_leave(bundle: Callable[[str], Made]) -> None:
+    check_slots(bundle(QUICK).folder, "ort-cpu", SIZE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [QUICK, "deep-none"])
+def test_several_pictures(bundle: Callable[[str], Made], name: str) -> None:
+    made = bundle(name)
+    check_answers(made.folder, made.model, processed, SIZE, [asked(WORDS[0], 2), TALK])
+
+
+def test_other_engines_and_prefixes_are_refused(bundle: Callable[[str], Made]) -> None:
+    folder = bundle(QUICK).folder
+    with pytest.raises(
+        UsageError, match=r"family qwen3_5\): its decoder has layers with a state, which cannot"
+    ):
+        Pipeline.load(folder, prefix_caching=True)
+    pytest.importorskip("openvino")
+    with pytest.raises(VtpError, match=r"decoder\.onnx.*LinearAttention"):
+        Pipeline.load(folder, "openvino-cpu")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--method", "adaptprune"], "by keys of layer 2, which has no attention .*layers 1, 3 have"),
+        (
+            ["--method", "none", "--target", "tensorrt"],
+            "target tensorrt has no operator for linear attention, which layers 0, 2, 4 of this decoder are",
+        ),
+        (
+            ["--method", "none", "--target", "jetpack6"],
+            "target jetpack6 has no operator for linear attention",
+        ),
+    ],
+)
+def test_refused_in_one_line(
+    folders: Callable[[str], Any], tmp_path: Path, capsys: Any, flags: list[str], message: str
+) -> None:
+    folder, _ = folders("deep")
+    argv = ["--model", str(folder), "-o", str(tmp_path / "out"), "--image-size", "48x32", *flags]
+    assert main(argv) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert re.search(message, error), error

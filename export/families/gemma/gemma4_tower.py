@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from vtp.export.checkpoint.weights import real
 from vtp.export.graphs.attention.operators import TowerProbe, active
 from vtp.export.patched import patched
+from vtp.export.pruners import ops
 from vtp.export.tower_cues import KEYS, by_block
 
 
@@ -74,7 +75,7 @@ class Gemma4Tower(nn.Module):
 
     @contextmanager
     def _constant_bounds(self) -> Iterator[None]:
-        """Linear layers that clip by numbers, not by tensors: rules that join Max and Min lose these."""
+        """Linear layers that clip by numbers, not by tensors."""
         with ExitStack() as stack:
             for module, before, after in self.bounded:
                 stack.enter_context(patched(module, "forward", partial(_clipped, module, before, after)))
@@ -104,7 +105,26 @@ def _bounds(module: Any, side: str) -> tuple[float, float]:
 
 
 def _clipped(module: Any, before: tuple[float, float], after: tuple[float, float], rows: Tensor) -> Tensor:
-    return module.linear(rows.clamp(*before)).clamp(*after)
+    return torch.ops.vtp.bounded(module.linear(torch.ops.vtp.bounded(rows, *before)), *after)
+
+
+@torch.library.custom_op("vtp::bounded", mutates_args=())
+def _bounded(rows: Tensor, least: float, most: float) -> Tensor:
+    return rows.clamp(least, most).clone()
+
+
+@_bounded.register_fake
+def _(rows: Tensor, least: float, most: float) -> Tensor:
+    return torch.empty_like(rows)
+
+
+@ops.translates(torch.ops.vtp.bounded.default)
+def _write_bounded(rows: Any, least: float, most: float) -> Any:
+    """Clip, whose bounds are constants of its own: torch's clamp becomes Max and Min, and onnxscript joins
+    these under names by which it takes one layer's bounds for another's."""
+    op = ops.onnx_ops()
+    bounds = [op.CastLike(op.Constant(value_float=value), rows) for value in (least, most)]
+    return op.Clip(rows, *bounds)
 
 
 class Gemma4Projector(nn.Module):

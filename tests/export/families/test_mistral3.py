@@ -84,7 +84,8 @@ def bundle(once: Once, saved: Callable[..., Any]) -> Callable[[str], Made]:
 
     def get(name: str) -> Made:
         decoder, method, keep, wishes = BUNDLES[name]
-        folder, model = saved(save_mistral3, decoder)
+        deep = {"layers": 4} if method == "pyramiddrop" else {}  # it prunes before three of them
+        folder, model = saved(save_mistral3, decoder, **deep)
         asked = {"method": method, "keep_tokens": keep, "max_length": 256, "verify": "full", **wishes}
         return Made(once.bundle(folder, **{"image_size": SIZE, **asked}), model)
 

@@ -96,6 +96,7 @@ class Result:
     finish_reason   "eos", "stop" (a stop string, or the response format is complete), "length"
                     (max_new_tokens or the cache is full), "timeout" (timeout_ms), "cancelled"
     tower           {"name", "rows", "of"} of a bundle whose vision tower works on fewer rows; else None
+    restore         whether kept visual tokens drew the attention of the dropped ones (vtp-export --restore)
     logprobs        with the option of that name, an entry for each of `token_ids` that is part of the text:
                     not for the one that ended it, nor for what a stop string cut off
     """
@@ -108,6 +109,7 @@ class Result:
     prompt_tokens: int
     finish_reason: str
     tower: dict[str, Any] | None = None
+    restore: bool = False
     logprobs: list[TokenLogprob] | None = None
 
     @property
@@ -137,6 +139,7 @@ class Result:
             "token_ids": self.token_ids,
             "visual_tokens": self.visual_tokens._asdict(),
             "tower": self.tower,
+            **({"restore": True} if self.restore else {}),
             "kept": self.kept,
             "timings": self.timings.to_dict(),
             "prompt_tokens": self.prompt_tokens,

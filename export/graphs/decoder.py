@@ -80,14 +80,21 @@ class DecoderPart(nn.Module):
 
     hidden [B,S,D], position_ids int64 [B,S] or [B,S,A], seqlens_k int32 [B], total_sequence_length int32 [],
     then the lookahead int64 [B,S] if visual tokens see all those of their picture (mask_kind "image"), then
-    text_rows int64 [B,R] if a cue of TEXT_CUES is asked for, then past key and value [B,G,capacity,d] per
-    layer. A part with the last layer gives logits float32 [B,1,V] of every row's last real position; an
-    earlier part gives hidden_states [B,S,D] and the cues that the pruner after it reads. Both then give
-    present key and value per layer.
+    text_rows int64 [B,R] if a cue of TEXT_CUES is asked for, then key_bias float32 [B,S] if `biased`, then
+    past key and value [B,G,capacity,d] per layer (d has `restore.COLUMNS` more if `biased`). A part with the
+    last layer gives logits float32 [B,1,V] of every row's last real position; an earlier part gives
+    hidden_states [B,S,D] and the cues that the pruner after it reads. Both then give present key and value
+    per layer.
     """
 
     def __init__(
-        self, decoder: Decoder, first: int, end: int, cues: Sequence[str] = (), normed_keys: bool = False
+        self,
+        decoder: Decoder,
+        first: int,
+        end: int,
+        cues: Sequence[str] = (),
+        normed_keys: bool = False,
+        biased: bool = False,
     ):
         super().__init__()
         self.decoder_layers = nn.ModuleList(list(decoder.layers)[first:end])
@@ -103,7 +110,7 @@ class DecoderPart(nn.Module):
         self.lm_head = decoder.lm_head if self.final else None
         # The layer after the cut: its keys (with or without its input norm), and what it is about to see.
         self.next_layer: Any = decoder.layers[end] if {"keys", "next_scores"} & set(cues) else None
-        self.normed_keys = normed_keys
+        self.normed_keys, self.biased = normed_keys, biased
 
     def forward(
         self,
@@ -119,8 +126,9 @@ class DecoderPart(nn.Module):
         rows = past.pop(0) if self.reads_text else None
         if self.mask_kind == "prompt":
             lookahead = torch.zeros_like(position_ids) + hidden.shape[1]
+        key_bias = past.pop(0) if self.biased else None
         pairs = zip(past[::2], past[1::2], strict=True)
-        lengths = Lengths(seqlens_k, total_sequence_length, lookahead, self.windows)
+        lengths = Lengths(seqlens_k, total_sequence_length, lookahead, self.windows, key_bias)
         probe = LayerProbe(self.numbers[-1], rows)
         cache = Cache(
             dict(zip(self.numbers, pairs, strict=True)), lengths, probe=probe if self.cues else None

@@ -97,13 +97,14 @@ def decoder_inputs(layout: BundleLayout, source: str, first: int, end: int, text
         GraphInput("total_sequence_length", torch.tensor(_T, dtype=torch.int32)),
         *([ahead] if layout.has_lookahead else []),
         *([places] if text else []),
+        *([GraphInput("key_bias", torch.zeros(_B, _T), rows)] if layout.restore else []),
         *_past(layout, first, end),
     ]
 
 
 def _past(layout: BundleLayout, first: int, end: int) -> list[GraphInput]:
     decoder = layout.family.decoder
-    buffer = zeros(layout, _B, decoder.kv_heads, _CAPACITY, decoder.head_dim)
+    buffer = zeros(layout, _B, decoder.kv_heads, _CAPACITY, layout.head_dim)
     names = cache_names("past_key_values", first, end)
     return [GraphInput(name, buffer, {0: BATCH, 2: CAPACITY}) for name in names]
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vtp.engines.errors import VtpError
+from vtp.export.graphs.restore import biased
 from vtp.export.patched import patched
 from vtp.export.tower_cues import KEYS, reads_cls
 
@@ -61,12 +62,14 @@ class Lengths:
     lookahead int64 [B,S]: how many tokens after itself each token of this run sees, up to the row's end.
     None: a token sees itself and those before it.
     windows: whether sliding windows are kept to; they need not be where no cache is longer than a window.
+    key_bias float32 [B,S]: added to the logits of this run's keys, now and in later runs; None: nothing.
     """
 
     seqlens_k: Tensor
     total_sequence_length: Tensor
     lookahead: Tensor | None = None
     windows: bool = False
+    key_bias: Tensor | None = None
 
     def last_index(self, sequence: int) -> Tensor:
         """Index int64 [B] of every row's last real token among the `sequence` tokens of this run."""
@@ -216,15 +219,19 @@ def _decoder_attention(
     cache: Cache | LastRowProbe = _active.get()
     layer = module.layer_idx
     scale = float(scaling if scaling is not None else query.shape[-1] ** -0.5)
-    rule = Rule(scale, softcap, sliding_window if cache.lengths.windows else None)
+    rule, width = Rule(scale, softcap, sliding_window if cache.lengths.windows else None), query.shape[-1]
+    if cache.lengths.key_bias is not None:
+        if softcap is not None:
+            raise VtpError("a bias of keys would be bent with the logits of this decoder")
+        query, key, value = biased(query, key, value, cache.lengths.key_bias, scale)
     if cache.probe is not None and layer == cache.probe.layer:
         cache.probe.read(query, key, rule, cache.lengths)
     if isinstance(cache, LastRowProbe):
-        return torch.zeros_like(query).transpose(1, 2), None
+        return torch.zeros_like(query[..., :width]).transpose(1, 2), None
     output, cache.present[layer] = _attending.get().decoder(
         query, key, value, cache.past[layer], cache.lengths, rule
     )
-    return output, None
+    return output if output.shape[-1] == width else output[..., :width], None
 
 
 def grouped_query_attention(

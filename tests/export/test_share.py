@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from vtp.engines import UsageError
+from vtp.export import cli
 from vtp.export.families.llava.tiles import Views
 from vtp.export.families.tiles import Tile, equal_tiles
 from vtp.export.plan.share import Shared, dealt
@@ -163,6 +164,20 @@ def test_every_tile_of_a_picture_keeps_its_share(once, saved, name) -> None:
             if name in ("idefics3", "grid"):  # four tiles and the whole, equally large
                 per_tile = Counter(place // (manifest.visual.count // 5) for place in kept)
                 assert [per_tile[tile] for tile in range(5)] == dealt([4] * 5, keep)
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        (["--share", "frame"], "unknown share 'frame'; choose one of picture, tile"),
+        (["--method", "none", "--restore"], "method none keeps all of them"),
+        (["--layout", "transformers.js", "--method", "vispruner", "--restore"], "no place for --restore"),
+    ],
+)
+def test_flags_that_cannot_be_are_refused_in_one_line(tmp_path: Path, capsys, flags, problem) -> None:
+    assert cli.main([*flags, "-o", str(tmp_path / "bundle")]) == 2
+    told = capsys.readouterr().err
+    assert problem in told and told.count("\n") == 1 and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -120,7 +120,7 @@ def test_parts_of_llava_next_hold_the_patches_of_their_view(tiles, size) -> None
 
 
 BUNDLES: dict[str, tuple[Callable[..., Any], tuple[str, ...], dict[str, Any]]] = {
-    "idefics3": (save_idefics3, (), {"image_size": (56, 56), "method": "fastervlm", "keep_tokens": "5,9"}),
+    "idefics3": (save_idefics3, (), {"image_size": (56, 56), "method": "fastervlm", "keep_tokens": "9"}),
     "grid": (save_idefics3, (), {"image_size": (56, 56), "method": "hiprune", "keep_tokens": "9"}),
     "internvl": (save_internvl, (), {"image_size": (28, 56), "method": "vispruner", "keep_tokens": "7"}),
     "next": (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -69,6 +70,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--tower-option", action="append", default=[], metavar="NAME=VALUE", help="an option of the reduction"
     )
+    add(
+        "--restore",
+        action="store_true",
+        help="kept visual tokens draw the attention of the dropped ones: log(N/K) is added to their logits",
+    )
+    share = add(
+        "--share",
+        default="picture",
+        help="whose budget the tokens are: picture (each keeps K), or tile (K is dealt to a picture's tiles "
+        "by their size, so that none starves) (default: %(default)s)",
+    )
+    suggest(share, ["picture", "tile"])
     add("--method-option", action="append", default=[], metavar="NAME=VALUE", help="an option of the method")
     target = add(
         "--target",
@@ -231,6 +244,8 @@ def _request(args: argparse.Namespace) -> Request:
         frames=None if args.frames is None else whole_number("frames", args.frames, least=0),
         tower=args.tower,
         tower_options=args.tower_option,
+        restore=args.restore,
+        share=args.share,
         verify=args.verify,
         overwrite=args.overwrite,
     )
@@ -270,6 +285,7 @@ def _summary(bundle: Bundle) -> dict[str, Any]:
         "visual_tokens": {"before": manifest.visual.count, "after": manifest.visual.default_keep},
         "keep_tokens": manifest.visual.keep,
         "tower": manifest.tower.to_json() if manifest.tower else None,
+        "restore": manifest.method.restore,
         "bytes": sum(info.bytes for info in manifest.files.values()),
         "parity": manifest.parity,
     }
@@ -297,6 +313,7 @@ def _report(bundle: Bundle, output: Path) -> str:
             "",
             f"{manifest.method.name}: visual tokens {keeps}; {total:.1f} MB in {shown(output)}",
             *_tower_lines(manifest),
+            *_restore_lines(manifest),
             *_generation_lines(manifest.parity),
             "",
             f'next: {command_line("vtp-run", output)} {look} --prompt "what color is the star ?"',
@@ -308,6 +325,12 @@ def _report(bundle: Bundle, output: Path) -> str:
 def _tower_lines(manifest: Manifest) -> list[str]:
     tower = manifest.tower
     return [f"tower {tower.name}: {tower.rows} of {tower.of} rows in its last block"] if tower else []
+
+
+def _restore_lines(manifest: Manifest) -> list[str]:
+    visual = manifest.visual
+    gains = ", ".join(f"{math.log(visual.count / keep):.2f} at {keep}" for keep in visual.keep)
+    return [f"restore: attention logits of kept tokens gain {gains}"] if manifest.method.restore else []
 
 
 def _stage_of(manifest: Manifest, file: str) -> str:

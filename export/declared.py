@@ -20,7 +20,7 @@ BEGIN, END = "<!-- listed: begin -->", "<!-- listed: end -->"
 
 def methods() -> list[dict[str, Any]]:
     """A row per method: name, site, selects or merges, needs, default K of 576 tokens, options, paper; then
-    a row per tower reduction, whose site is "--tower"."""
+    a row per tower reduction, whose site is "--tower", and per add-on, whose site is its flag."""
     rows: list[dict[str, Any]] = [
         {
             "method": pruners.NONE,
@@ -46,7 +46,30 @@ def methods() -> list[dict[str, Any]]:
                     "paper": method.paper,
                 }
             )
-    return [*rows, *_reductions()]
+    return [*rows, *_reductions(), *_ADD_ONS]
+
+
+# What goes beside a method and has a flag of its own.
+_ADD_ONS: tuple[dict[str, Any], ...] = (
+    {
+        "method": "restore",
+        "site": "--restore",
+        "does": "adds log(N/K)",
+        "needs": [],
+        "K of 576": 576,
+        "options": {},
+        "paper": "arXiv 2606.01711",
+    },
+    {
+        "method": "share",
+        "site": "--share",
+        "does": "deals K to tiles",
+        "needs": [],
+        "K of 576": 576,
+        "options": {},
+        "paper": "",
+    },
+)
 
 
 def _reductions() -> list[dict[str, Any]]:

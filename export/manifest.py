@@ -96,7 +96,9 @@ def _method_info(job: Job) -> MethodInfo:
         return MethodInfo(NONE, NONE, {}, job.positions, "")
     first = job.schedules[0][0]
     site = str(site_of(job.schedules[0]))
-    return MethodInfo(first.name, site, dict(first.settings), job.positions, first.paper)
+    return MethodInfo(
+        first.name, site, dict(first.settings), job.positions, first.paper, job.restore, job.share
+    )
 
 
 def _graph_info(spec: GraphSpec, plan: Plan, folder: Path, job: Job) -> GraphInfo:

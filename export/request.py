@@ -13,7 +13,7 @@ from vtp.export.checkpoint.loading import DTYPES, Checkpoint
 from vtp.export.keep_counts import check_keep, keep_for_ratio, parse_keep
 from vtp.export.method_files import DEFAULT
 from vtp.export.plan.bundle_layout import BundleLayout
-from vtp.export.plan.schedule import Schedule, make_schedules
+from vtp.export.plan.schedule import PICTURE, SHARES, Schedule, make_schedules
 from vtp.export.pruners import POSITIONS, Site, parse_options, resolve_method
 from vtp.export.pruners.base import Pruner
 from vtp.export.targets import TARGETS, Target
@@ -36,6 +36,8 @@ class Job:
     max_length  positions of one conversation
     target      as it writes this model's decoder
     dtype       of weights and activations
+    restore     whether kept visual tokens draw the attention of the dropped ones
+    share       whose budget a keep-count is: "picture" or "tile"
     """
 
     model: Checkpoint
@@ -44,12 +46,19 @@ class Job:
     max_length: int
     target: Target
     dtype: str
+    restore: bool = False
+    share: str = PICTURE
 
     @property
     def layout(self) -> BundleLayout:
         """What the plan is made from."""
         return BundleLayout(
-            self.model.family, self.schedules, self.positions, DTYPES[self.dtype], self.max_length
+            self.model.family,
+            self.schedules,
+            self.positions,
+            DTYPES[self.dtype],
+            self.max_length,
+            self.restore,
         )
 
     @property
@@ -96,6 +105,8 @@ class Request:
     frames: int | None = None  # of the videos that the bundle is for; None: pictures
     tower: str = "none"
     tower_options: Sequence[str] = ()
+    restore: bool = False
+    share: str = PICTURE  # whose budget the keep-count is
     verify: str = "full"
     overwrite: bool = False
 
@@ -104,7 +115,8 @@ class Request:
         _check_words(self)
         _check_numbers(self)
         check_output(self.output, self.overwrite)
-        _ = self.choice, self.reduction  # looked up now, so that a wrong method or reduction is refused
+        _check_restore(self)
+        _ = self.reduction  # looked up now, so that a wrong method or reduction is refused
 
     @cached_property
     def choice(self) -> Choice:
@@ -130,6 +142,8 @@ class Request:
             max_length=_max_length(self, model),
             target=TARGETS[self.target].serving(model.family.decoder),
             dtype=self.precision,
+            restore=_served_restore(self, model),
+            share=self.share,
         )
 
 
@@ -147,6 +161,7 @@ def _check_words(request: Request) -> None:
         ("verify", request.verify, VERIFY),
         ("image-fit", request.image_fit, (None, *dict.fromkeys((*FITS, *CLIP_FITS)))),
         ("dtype", request.dtype, (None, *DTYPES)),
+        ("share", request.share, SHARES),
     ):
         if value not in known:
             raise UsageError(f"unknown {name} '{value}'; choose one of {', '.join(filter(None, known))}")
@@ -194,6 +209,20 @@ def _positions(method: type[Pruner], texts: Sequence[str]) -> str:
     return chosen
 
 
+def _check_restore(request: Request) -> None:
+    """Refuse --restore for a method that it does not go with; the method is looked up in any case."""
+    method = request.choice.method
+    if not request.restore:
+        return
+    if method is None:
+        raise UsageError("--restore goes with a method that drops tokens; method none keeps all of them")
+    if method.merges:
+        raise UsageError(
+            f"--restore adds log(N/K) for tokens that are dropped, and method {method.name} merges them into "
+            "the kept ones, unequally; leave out --restore, or choose a method that selects"
+        )
+
+
 # -- for one model -------------------------------------------------------------------------------------------
 
 
@@ -210,15 +239,34 @@ def _served_positions(choice: Choice, model: Checkpoint) -> str:
     return served[0]
 
 
+def _served_restore(request: Request, model: Checkpoint) -> bool:
+    """Whether to restore; refused where the logits are bent after the bias."""
+    config = model.family.decoder.model.config
+    if request.restore and getattr(config, "attn_logit_softcapping", None) is not None:
+        raise UsageError(
+            f"--restore adds to attention logits, and this model's decoder ({config.model_type}) bends them "
+            f"to within {config.attn_logit_softcapping:g} afterwards (attn_logit_softcapping); leave it out"
+        )
+    decoder = model.family.decoder
+    if request.restore and (decoder.states or decoder.owners or decoder.numbered):
+        raise UsageError(
+            f"--restore is not served for family {model.family.name}, whose decoder has layers that carry "
+            "states or read other layers' keys; leave it out"
+        )
+    return request.restore
+
+
 def _schedules(request: Request, model: Checkpoint) -> list[Schedule]:
     """One schedule of pruners per keep-count, checked against what the family serves."""
     choice, count = request.choice, visual_tokens(model)
     if choice.method is None:
         _refuse_keep_for_none(request, count)
+        if request.share != PICTURE:
+            raise UsageError("--share deals out the tokens that are kept; method none keeps all of them")
         return []
     counts = _keep_counts(request, choice.method, count)
     _check_rows(model, counts[-1])
-    return make_schedules(choice.method, model.family, counts, choice.options)
+    return make_schedules(choice.method, model.family, counts, choice.options, request.share)
 
 
 def _check_rows(model: Checkpoint, keep: int) -> None:

@@ -100,6 +100,7 @@ class Result:
     tower           {"name", "rows", "of"} of a bundle whose vision tower works on fewer rows; else None. With
                     stream_reuse, rows are those recomputed of this picture, and "cosine" says how much it
                     was like the reference picture, unless it was computed whole
+    restore         whether kept visual tokens drew the attention of the dropped ones (vtp-export --restore)
     logprobs        with the option of that name, an entry for each of `token_ids` that is part of the text:
                     not for the one that ended it, nor for what a stop string cut off
     """
@@ -112,6 +113,7 @@ class Result:
     prompt_tokens: int
     finish_reason: str
     tower: dict[str, Any] | None = None
+    restore: bool = False
     logprobs: list[TokenLogprob] | None = None
 
     @property
@@ -141,6 +143,7 @@ class Result:
             "token_ids": self.token_ids,
             "visual_tokens": self.visual_tokens._asdict(),
             "tower": self.tower,
+            **({"restore": True} if self.restore else {}),
             "kept": self.kept,
             "timings": self.timings.to_dict(),
             "prompt_tokens": self.prompt_tokens,

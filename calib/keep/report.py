@@ -118,5 +118,7 @@ def finer(manifest: Manifest, keeps: Sequence[int], chosen: int) -> str:
     ]
     first = max(1, below + step)
     grid = f"{first}:{chosen}:{step}"
+    options += ["--share", "tile"] if manifest.method.share == "tile" else []
+    options += ["--restore"] if manifest.method.restore else []
     words = ["--method", manifest.method.name, *options, "--keep-tokens", grid, "--dtype", manifest.dtype]
     return command_line("vtp-export", "--model", "DIR", *words, "-o", "BUNDLE")

@@ -140,9 +140,16 @@ class Decoder:
         """input_ids -> inputs_embeds; `absent` is an id that the table has no row for."""
         return EmbedTokens(self.model.embed_tokens, self.wide(0) - self.width, absent)
 
-    def part(self, first: int, end: int, cues: Sequence[str] = (), normed_keys: bool = False) -> DecoderPart:
+    def part(
+        self,
+        first: int,
+        end: int,
+        cues: Sequence[str] = (),
+        normed_keys: bool = False,
+        biased: bool = False,
+    ) -> DecoderPart:
         """Layers `first` to `end` - 1 as a graph."""
-        return DecoderPart(self, first, end, cues, normed_keys)
+        return DecoderPart(self, first, end, cues, normed_keys, biased)
 
 
 # Cues that a decoder part computes; those named TEXT_CUES need the places of the text tokens.
@@ -155,14 +162,21 @@ class DecoderPart(nn.Module):
 
     hidden [B,S,D], position_ids int64 [B,S] or [B,S,A], seqlens_k int32 [B], total_sequence_length int32 [],
     then the lookahead int64 [B,S] if visual tokens see all those of their picture (mask_kind "image"), then
-    text_rows int64 [B,R] if a cue of TEXT_CUES is asked for, then past key and value [B,G,capacity,d] per
-    layer that has its own, then the states of layers, kind by kind. A part with the last layer gives logits
-    float32 [B,1,V] of every row's last real position; an earlier part gives hidden_states [B,S,D] and the
-    cues that the pruner after it reads. Both then give keys, values and states in the order of the past ones.
+    text_rows int64 [B,R] if a cue of TEXT_CUES is asked for, then key_bias float32 [B,S] if `biased`, then
+    past key and value [B,G,capacity,d] per layer that has its own (d has `restore.COLUMNS` more if `biased`),
+    then the states of layers, kind by kind. A part with the last layer gives logits float32 [B,1,V] of every
+    row's last real position; an earlier part gives hidden_states [B,S,D] and the cues that the pruner after
+    it reads. Both then give keys, values and states in the order of the past ones.
     """
 
     def __init__(
-        self, decoder: Decoder, first: int, end: int, cues: Sequence[str] = (), normed_keys: bool = False
+        self,
+        decoder: Decoder,
+        first: int,
+        end: int,
+        cues: Sequence[str] = (),
+        normed_keys: bool = False,
+        biased: bool = False,
     ):
         super().__init__()
         self.decoder_layers = nn.ModuleList(list(decoder.layers)[first:end])
@@ -183,7 +197,7 @@ class DecoderPart(nn.Module):
         self.lm_head = decoder.lm_head if self.final else None
         # The layer after the cut: its keys (with or without its input norm), and what it is about to see.
         self.next_layer: Any = decoder.layers[end] if {"keys", "next_scores"} & set(cues) else None
-        self.normed_keys, self.entering = normed_keys, decoder.entering
+        self.normed_keys, self.entering, self.biased = normed_keys, decoder.entering, biased
 
     def forward(
         self,
@@ -199,9 +213,10 @@ class DecoderPart(nn.Module):
         rows = past.pop(0) if self.reads_text else None
         if self.mask_kind == "prompt":
             lookahead = torch.zeros_like(position_ids) + hidden.shape[1]
+        key_bias = past.pop(0) if self.biased else None
         keys = 2 * len(self.cached)
         pairs = zip(past[:keys:2], past[1:keys:2], strict=True)
-        lengths = Lengths(seqlens_k, total_sequence_length, lookahead, self.windows, self.near)
+        lengths = Lengths(seqlens_k, total_sequence_length, lookahead, self.windows, self.near, key_bias)
         probe = LayerProbe(self.numbers[-1], rows)
         cache = Cache(
             dict(zip(self.cached, pairs, strict=True)),

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from vtp.export.graphs.restore import bias_of
 from vtp.export.pruners.base import Pruner
 from vtp.export.pruners.ops import gather_rows
 
@@ -53,9 +54,10 @@ class DecoderPruner(nn.Module):
     Inputs: hidden_states [B,S,D], position_ids int64 [B,S] or [B,S,A], image_start, then those that `others`
     names: the method's cues (over all S tokens where they are per token), image_embeds [B,N,D], and at a
     later one of several sites previous_indices int64 [B,n] (which of the image's N tokens arrive); text_rows
-    int64 [B,R] where a later site reads text rows.
+    int64 [B,R] where a later site reads text rows. `restores` is the N of log(N/K), None without it.
     Outputs: keep_indices [B,K] within the image, kept_hidden_states [B,S-n+K,D], kept_position_ids int64
-    [B,S-n+K(,A)] (the original positions), and kept_text_rows int64 [B,R] if text_rows came in.
+    [B,S-n+K(,A)] (the original positions), kept_text_rows int64 [B,R] if text_rows came in, and
+    kept_key_bias float32 [B,S-n+K] if it restores.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class DecoderPruner(nn.Module):
         self.pruner = pruner
         self.others = tuple(others)
         self.widths = widths or {}
+        self.restores: int | None = None
 
     def forward(
         self, hidden_states: Tensor, position_ids: Tensor, image_start: Tensor, *others: Tensor
@@ -76,10 +79,18 @@ class DecoderPruner(nn.Module):
         keep = self.pruner(**self._cues(given, self._visual(start, previous)))
         source = self._source(keep, start, previous, hidden_states.shape[1])
         within = keep if previous is None else torch.gather(previous, 1, keep)
-        answer = (within, gather_rows(hidden_states, source), _rows(position_ids, source))
-        if "text_rows" not in given:
-            return answer
-        return (*answer, self._text_rows(given["text_rows"], start, within))
+        answer: tuple[Tensor, ...] = (within, gather_rows(hidden_states, source), _rows(position_ids, source))
+        if "text_rows" in given:
+            answer = (*answer, self._text_rows(given["text_rows"], start, within))
+        return (*answer, *self._key_bias(hidden_states, self._visual(start, previous), source))
+
+    def _key_bias(self, hidden_states: Tensor, visual: Tensor, source: Tensor) -> tuple[Tensor, ...]:
+        """The bias of what goes on: `source` [B,S-n+K] of the S that arrive, `visual` [B,n] among them."""
+        if self.restores is None:
+            return ()
+        value = bias_of(self.restores, self.pruner.keep)
+        nothing = torch.zeros_like(hidden_states[..., 0], dtype=torch.float32)
+        return (torch.gather(nothing.scatter(1, visual, value), 1, source),)
 
     def _visual(self, start: Tensor, previous: Tensor | None) -> Tensor:
         """Places int64 [B,n] of the visual tokens that arrive: `previous` [B,n] of the N, or all."""

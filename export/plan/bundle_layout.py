@@ -10,6 +10,7 @@ import torch
 
 from vtp.export.families.base import Family
 from vtp.export.graphs.decoder import TEXT_CUES
+from vtp.export.graphs.restore import COLUMNS
 from vtp.export.plan.names import pruner_name
 from vtp.export.plan.schedule import Schedule, site_of
 from vtp.export.pruners.site import Site
@@ -21,6 +22,7 @@ class BundleLayout:
 
     positions   how kept tokens are numbered: "compact" or "original"
     max_length  positions of one conversation
+    restore     whether kept visual tokens draw the attention of the dropped ones (`graphs.restore`)
     """
 
     family: Family
@@ -28,6 +30,7 @@ class BundleLayout:
     positions: str
     dtype: torch.dtype
     max_length: int
+    restore: bool = False
 
     @property
     def site(self) -> Site | None:
@@ -69,6 +72,16 @@ class BundleLayout:
     @property
     def has_lookahead(self) -> bool:
         return self.family.decoder.mask_kind == "image"
+
+    @property
+    def embeds(self) -> list[str]:
+        """What embed_tokens gives."""
+        return ["inputs_embeds", *(["key_bias"] if self.restore else [])]
+
+    def kv_shape(self, layer: int) -> tuple[int, int]:
+        """(heads, width) of a layer's keys in the cache."""
+        heads, width = self.family.decoder.kv_shape(layer)
+        return heads, width + (COLUMNS if self.restore else 0)
 
     @property
     def splice_positions(self) -> str:

@@ -111,6 +111,7 @@ def decoder_inputs(layout: BundleLayout, source: str, first: int, end: int, text
         GraphInput("total_sequence_length", torch.tensor(_T, dtype=torch.int32)),
         *([ahead] if layout.has_lookahead else []),
         *([places] if text else []),
+        *([GraphInput("key_bias", torch.zeros(_B, _T), rows)] if layout.restore else []),
         *_past(layout, first, end),
     ]
 
@@ -121,7 +122,7 @@ def _past(layout: BundleLayout, first: int, end: int) -> list[GraphInput]:
     past = [
         GraphInput(name, zeros(layout, _B, heads, _CAPACITY, size), {0: BATCH, 2: CAPACITY})
         for layer in decoder.cached(first, end)
-        for heads, size in [decoder.kv_shape(layer)]
+        for heads, size in [layout.kv_shape(layer)]
         for name in kv_pairs([layer])
     ]
     for state in decoder.states_of(first, end, layout.dtype):

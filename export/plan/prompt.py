@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
 
 from vtp.export.graphs.decoder import PART_CUES
+from vtp.export.graphs.restore import BiasingSplice, UnbiasedTokens
 from vtp.export.onnx.emit import GraphInput, GraphSpec
 from vtp.export.plan import examples
 from vtp.export.plan.bundle_layout import BundleLayout, reads_rows
@@ -48,7 +52,7 @@ def caches(layout: BundleLayout) -> dict[str, KvInfo]:
 def _cache(layout: BundleLayout, number: int) -> KvInfo:
     decoder, dtype = layout.family.decoder, str(layout.dtype).removeprefix("torch.")
     layers = decoder.cached(*layout.parts[number])
-    heads, head_dim = decoder.kv_shape(layers[0] if layers else decoder.cached(0, len(decoder.layers))[0])
+    heads, head_dim = layout.kv_shape(layers[0] if layers else decoder.cached(0, len(decoder.layers))[0])
     return KvInfo(layers, heads, head_dim, layout.capacity(number), dtype, lengths="seqlens_k")
 
 
@@ -64,8 +68,10 @@ def _embed_tokens(layout: BundleLayout) -> Iterator[GraphSpec | StageInfo]:
     decoder, image = layout.family.decoder, layout.family.image_token_id
     table = decoder.model.embed_tokens
     absent = image if image >= table.num_embeddings else None
-    yield GraphSpec("embed_tokens", decoder.embedding(absent), [examples.input_ids()], ["inputs_embeds"])
-    yield stage("embed_tokens", "prefill", ["input_ids"], ["inputs_embeds"], role="embed")
+    embedding: nn.Module = decoder.embedding(absent)
+    embedding = UnbiasedTokens(embedding) if layout.restore else embedding
+    yield GraphSpec("embed_tokens", embedding, [examples.input_ids()], layout.embeds)
+    yield stage("embed_tokens", "prefill", ["input_ids"], layout.embeds, role="embed")
 
 
 def _text_cues(layout: BundleLayout) -> Iterator[GraphSpec | StageInfo]:
@@ -77,13 +83,16 @@ def _text_cues(layout: BundleLayout) -> Iterator[GraphSpec | StageInfo]:
 
 
 def _splice(layout: BundleLayout) -> Iterator[GraphSpec | StageInfo]:
-    splice = layout.family.splice(layout.splice_positions)
+    splice: Any = layout.family.splice(layout.splice_positions)
+    splice = BiasingSplice(splice, layout.count) if layout.restore else splice
     (embeds, start), (tokens, keep) = examples.prompt_text(layout), examples.visual_tokens(layout)
     inputs = [embeds, tokens, start]
     if splice.reads_keep and layout.on_features:
         inputs.append(keep)
-    outputs = ["prompt_embeds", "position_ids", "next_position", *(["ahead"] if layout.has_lookahead else [])]
-    own = {name: {1: SEQUENCE} for name in ("prompt_embeds", "position_ids", "ahead")}
+    outputs = ["prompt_embeds", "position_ids", "next_position"]
+    outputs += ["ahead"] if layout.has_lookahead else []
+    outputs += ["prompt_bias"] if layout.restore else []
+    own = {name: {1: SEQUENCE} for name in outputs if name != "next_position"}
     yield GraphSpec("splice", splice, inputs, outputs, own)
     reads = {item.name: item.name for item in inputs}
     if layout.kind == "projector":
@@ -99,6 +108,7 @@ class _Flow:
     positions: str = "position_ids"
     rows: str = "text_rows"
     ahead: str = "ahead"
+    bias: str = "prompt_bias"
     kept: str = ""  # which of the image's tokens arrive; all of them before the first cut
 
 
@@ -108,8 +118,9 @@ def _decoder(layout: BundleLayout) -> Iterator[GraphSpec | StageInfo]:
     for number in range(len(layout.cuts)):
         yield from _part(layout, number, cues, flow)
         yield from _decoder_pruners(layout, number, cues, flow)
-        kept = "kept_hidden_states", "kept_position_ids", "kept_text_rows", "kept_ahead", "keep_indices"
-        flow = _Flow(*(name + tail(number, layout.cuts) for name in kept))
+        kept = "hidden_states", "position_ids", "text_rows", "ahead", "key_bias"
+        names = [*(f"kept_{name}" for name in kept), "keep_indices"]
+        flow = _Flow(*(name + tail(number, layout.cuts) for name in names))
     yield from _part(layout, len(layout.cuts), [], flow)
 
 
@@ -119,7 +130,7 @@ def _part(
     """One part, and its run over a prompt."""
     (first, end), cuts = layout.parts[number], layout.cuts
     name, source = part_name(number, cuts), part_source(number, cuts)
-    module = layout.family.decoder.part(first, end, cues, layout.normed_keys)
+    module = layout.family.decoder.part(first, end, cues, layout.normed_keys, layout.restore)
     inputs = examples.decoder_inputs(layout, source, first, end, module.reads_text)
     answer = ["logits"] if module.final else ["hidden_states", *cues]
     present = [to for item in inputs if (to := present_of(item.name))]
@@ -129,6 +140,8 @@ def _part(
         reads["text_rows"] = flow.rows
     if layout.has_lookahead:
         reads["ahead"] = flow.ahead
+    if layout.restore:
+        reads["key_bias"] = flow.bias
     gives = {item: item + tail(number, cuts) for item in answer}
     yield stage(name, "prefill", reads, gives, role=part_role(number, cuts))
 
@@ -143,16 +156,14 @@ def _decoder_pruners(
     reads.update({"previous_indices": flow.kept, "text_rows": flow.rows})
     outputs = ["keep_indices", "kept_hidden_states", "kept_position_ids"]
     outputs += ["kept_text_rows"] if "text_rows" in names else []
+    outputs += ["kept_key_bias"] if layout.restore else []
     outputs += ["kept_ahead"] if layout.has_lookahead else []
-    own = {
-        name: {1: KEPT_SEQUENCE}
-        for name in outputs
-        if name in ("kept_hidden_states", "kept_position_ids", "kept_ahead")
-    }
+    own = {name: {1: KEPT_SEQUENCE} for name in outputs if name not in ("keep_indices", "kept_text_rows")}
     for schedule in layout.schedules:
         file = layout.pruner_file(schedule, number)
         inputs = _decoder_pruner_inputs(layout, schedule, number, names)
         module = layout.family.decoder_pruner(schedule[number], names)
+        module.restores = layout.count if layout.restore else None
         yield GraphSpec(file, module, inputs, outputs, own, rewrite=False)
         yield stage(
             pruner_name(number, len(layout.cuts), None),

@@ -11,7 +11,7 @@ from vtp.runtime.bundle.manifest import StageInfo
 
 def step_stages(layout: BundleLayout) -> Iterator[StageInfo]:
     """Stages: embed_tokens -> decoder, or all its parts in turn."""
-    yield stage("embed_tokens", "step", ["input_ids"], ["inputs_embeds"], role="embed")
+    yield stage("embed_tokens", "step", ["input_ids"], layout.embeds, role="embed")
     hidden, cuts = "inputs_embeds", layout.cuts
     for number in range(len(layout.parts)):
         last, gives = number == len(cuts), "hidden_states" + tail(number, cuts)
@@ -21,6 +21,8 @@ def step_stages(layout: BundleLayout) -> Iterator[StageInfo]:
             reads["text_rows"] = "input_ids"
         if layout.has_lookahead:
             reads["ahead"] = "input_ids"  # a single token is the row's end, and sees no further
+        if layout.restore:
+            reads["key_bias"] = "key_bias"
         outputs = {"logits": "logits"} if last else {"hidden_states": gives}
         yield stage(part_name(number, cuts), "step", reads, outputs, role=part_role(number, cuts))
         hidden = gives

@@ -267,6 +267,7 @@ def _reference(
             image_size=bundle.manifest.image.image_size,
             reference=model.family.reference,
             reduction=model.family.row_reduction,
+            restore=bundle.manifest.method.restore,
         )
 
 

@@ -9,6 +9,7 @@ Rows that a method merged take the places of the tokens they stand for. Slow, si
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
@@ -60,6 +61,7 @@ def reference_generate(
     image_size: tuple[int, int] | None = None,
     reference: type[Reference] = Reference,
     reduction: RowReduction | None = None,
+    restore: bool = False,
 ) -> ReferenceAnswer:
     """Answer one prompt greedily, in the model's dtype.
 
@@ -73,6 +75,7 @@ def reference_generate(
                   then [V,3,H,W], and what a vision or projector site chooses from are the P patches.
     reference     the family's
     reduction     what the tower's own layers are to do with fewer rows, in its long form
+    restore       whether log(N/K) is added to the attention logits of the K visual tokens that a layer sees
 
     Raises VtpError where the model cannot serve the pruner's site, or a decoder site several pictures, and
     UsageError for an unknown `positions`.
@@ -88,7 +91,7 @@ def reference_generate(
     parts = reference(model, image_size)
     first = None if in_decoder or not schedule else schedule[0]
     with torch.no_grad(), parts.eager(), _reduced(parts, reduction, first):
-        decoder = _Decoder(parts, input_ids, in_decoder or positions == "original")
+        decoder = _Decoder(parts, input_ids, in_decoder or positions == "original", restore)
         text = decoder.text_cues()
         looks = [_look(parts, pixels, first, text) for pixels in pictures]
         decoder.start(torch.cat([look.embeds for look in looks], dim=1))
@@ -149,7 +152,7 @@ class _Decoder:
 
     hidden: Tensor
 
-    def __init__(self, parts: Reference, input_ids: Tensor, original: bool) -> None:
+    def __init__(self, parts: Reference, input_ids: Tensor, original: bool, restore: bool) -> None:
         self.parts = parts
         self.text: Any = parts.text
         self.ids = input_ids
@@ -160,6 +163,8 @@ class _Decoder:
         self.kept = torch.arange(len(self.image))
         self.numbers, self.next_number = parts.numbers(input_ids)
         self.cache = parts.cache()
+        self.restore, self.count = restore, len(self.image)
+        self.bias: dict[int, Tensor] = {}  # layer -> what is added to the logits of the keys in its cache
 
     def text_cues(self) -> dict[str, Tensor]:
         """text_embeds [1,R,D], and text_mask float32 [1,R]: 1 after the first picture."""
@@ -231,7 +236,7 @@ class _Decoder:
         return layer.self_attn(
             self.parts.entering(layer)(self.hidden),
             position_embeddings=self.parts.turns(number, self.hidden, self.numbers),
-            attention_mask=self.parts.mask(number, self.hidden, self.image, 0),
+            attention_mask=self._masked(number, 0, self._new_bias()),
             **self.parts.beside_attention(self.numbers),
         )[1]
 
@@ -249,13 +254,34 @@ class _Decoder:
             layer = self.text.layers[number]
             hidden = layer(
                 self.hidden,
-                attention_mask=self.parts.mask(number, self.hidden, self.image, past),
+                attention_mask=self._masked(number, past, self._join_bias(number)),
                 use_cache=True,
                 position_embeddings=self.parts.turns(number, self.hidden, self.numbers),
                 **with_cache(layer, self.cache),
                 **self.parts.beside(number, self.numbers),
             )
             self.hidden = self.parts.after(number, hidden, self.image, self.kept) if prompt else hidden
+
+    def _new_bias(self) -> Tensor:
+        """Of the tokens in `hidden` [S]: log(N/K) for the K visual ones of a prompt, 0 for text."""
+        bias = self.hidden.new_zeros(self.hidden.shape[1])
+        if self.hidden.shape[1] > 1:
+            bias[self.image] = math.log(self.count / len(self.image))
+        return bias
+
+    def _join_bias(self, layer: int) -> Tensor:
+        """Of all tokens that a layer's cache holds once `hidden` has joined it."""
+        known = [self.bias[layer]] if layer in self.bias else []
+        self.bias[layer] = torch.cat([*known, self._new_bias()])
+        return self.bias[layer]
+
+    def _masked(self, layer: int, past: int, bias: Tensor) -> Tensor | None:
+        """A layer's additive mask, with the bias of the keys [past + S] where attention is restored."""
+        mask = self.parts.mask(layer, self.hidden, self.image, past)
+        if not self.restore:
+            return mask
+        added = bias.view(1, 1, 1, -1)
+        return added if mask is None else mask + added
 
     def answer(self, steps: int, eos_ids: Collection[int]) -> tuple[list[int], list[Tensor]]:
         """Go on greedily after the prompt."""

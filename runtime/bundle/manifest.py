@@ -87,13 +87,19 @@ class GraphInfo:
 
 @dataclass(frozen=True)
 class MethodInfo:
-    """How tokens are dropped: the method, its site and the options it was exported with."""
+    """How tokens are dropped: the method, its site and the options it was exported with.
+
+    restore  whether log(N/K) is added to the attention logits of kept visual tokens
+    share    whose budget a keep-count is: "picture", or "tile" (dealt to a picture's tiles by their tokens)
+    """
 
     name: str
     site: str
     options: dict[str, Any]
     positions: str
     paper: str
+    restore: bool = False
+    share: str = "picture"
 
 
 @dataclass(frozen=True)

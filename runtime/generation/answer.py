@@ -167,4 +167,5 @@ def _empty(request: Request, manifest: Manifest) -> Result:
         prompt_tokens=request.prompt.text_tokens,
         finish_reason=CANCELLED,
         tower=manifest.tower.to_json() if manifest.tower else None,
+        restore=manifest.method.restore,
     )

@@ -163,8 +163,13 @@ def hiprune(
     return sorted(order[:keep]), min(gap(middle), gap(last))
 
 
-def otprune(grid: tuple[int, int], keep: int, image_embeds: np.ndarray, gamma: float = 0.01) -> Chosen:
-    """Determinants: after each pick the kernel is what it was, less the part that the pick explains."""
+def otprune(grid: tuple[int, int], keep: int, image_embeds: np.ndarray, gamma: float = 0.0) -> Chosen:
+    """Determinants: after each pick the kernel is what it was, less the part that the pick explains.
+
+    gamma is 0.01 for embeddings 4,096 wide, unless it is told.
+    """
+    if gamma == 0.0:
+        gamma = 0.01 * (4096 / image_embeds.shape[1]) ** 2
     rows = image_embeds.astype(np.float64)
     lengths = [math.sqrt(float(column @ column)) or 1.0 for column in rows.T]
     rows = rows / np.array(lengths)

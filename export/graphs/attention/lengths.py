@@ -41,6 +41,7 @@ class Lengths:
     None: a token sees itself and those before it.
     windows: whether sliding windows are kept to; they need not be where no cache is longer than a window.
     near: whether only layers with a window look ahead.
+    key_bias float32 [B,S]: added to the logits of this run's keys, now and in later runs; None: nothing.
     """
 
     seqlens_k: Tensor
@@ -48,6 +49,7 @@ class Lengths:
     lookahead: Tensor | None = None
     windows: bool = False
     near: bool = False
+    key_bias: Tensor | None = None
 
     def of(self, rule: Rule) -> Lengths:
         """These for a layer of that rule."""

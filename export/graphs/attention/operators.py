@@ -24,6 +24,7 @@ from vtp.export.graphs.attention.lengths import Lengths as Lengths
 from vtp.export.graphs.attention.lengths import Rule as Rule
 from vtp.export.graphs.attention.lengths import softcapped as softcapped
 from vtp.export.graphs.attention.states import StateCache, causal_convolution
+from vtp.export.graphs.restore import biased
 from vtp.export.patched import patched
 from vtp.export.tower_cues import KEYS, reads_cls
 
@@ -177,18 +178,22 @@ def _decoder_attention(
     cache: Cache | LastRowProbe = _active.get()
     layer = module.layer_idx
     scale = float(scaling if scaling is not None else query.shape[-1] ** -0.5)
-    rule = Rule(scale, softcap, sliding_window if cache.lengths.windows else None)
+    rule, width = Rule(scale, softcap, sliding_window if cache.lengths.windows else None), query.shape[-1]
     lengths = cache.lengths.of(rule)
+    if lengths.key_bias is not None:
+        if softcap is not None:
+            raise VtpError("a bias of keys would be bent with the logits of this decoder")
+        query, key, value = biased(query, key, value, lengths.key_bias, scale)
     if cache.probe is not None and layer == cache.probe.layer:
         cache.probe.read(query, key, rule, lengths)
     if isinstance(cache, LastRowProbe):
-        return torch.zeros_like(query).transpose(1, 2), None
+        return torch.zeros_like(query[..., :width]).transpose(1, 2), None
     target = _attending.get()
     if layer in cache.owners:
         assert target.look is not None  # see `Target.serving`
         return target.look(query, cache.present[cache.owners[layer]], lengths, rule), None
     output, cache.present[layer] = target.decoder(query, key, value, cache.past[layer], lengths, rule)
-    return output, None
+    return output if output.shape[-1] == width else output[..., :width], None
 
 
 def _linear_attention(*tensors: Tensor, **more: Any) -> tuple[Tensor, Tensor]:

@@ -26,6 +26,7 @@ def check_request(request: Request) -> None:
     if request.frames is not None:
         raise UsageError(f"layout {NAME} is for pictures, not videos: leave out --frames")
     _check_choice(request.choice)
+    _check_restore(request.restore)
     keeps = [] if request.keep_tokens is None else parse_keep(request.keep_tokens)
     _check_keeps(keeps)
     _check_family(checkpoint.check(checkpoint.resolve(request.model)).name)
@@ -59,10 +60,19 @@ def check_manifest(manifest: Manifest, folder: Path) -> None:
         raise UsageError(_decoder_message(method.name, method.site))
     if any(stage.when != "image" for stage in manifest.stages_of("pruner")):
         raise UsageError(_text_message(method.name))
+    _check_restore(method.restore)
     if method.positions == "original":
         raise UsageError(_positions_message(f"the bundle {folder}"))
     _check_keeps(manifest.visual.keep)
     _check_image(manifest.image)
+
+
+def _check_restore(restore: bool) -> None:
+    if restore:
+        raise UsageError(
+            f"layout {NAME} has no place for --restore: its library's cache and decoder inputs are fixed; "
+            "export without it"
+        )
 
 
 def served_methods() -> list[str]:

@@ -98,6 +98,15 @@ def test_otprune_keeps_one_of_each_kind_and_the_longest_first():
     assert chosen("otprune", (1, 6), 4, cues_of(rows, torch.ones(6))) == [1, 3, 4, 5]
 
 
+def test_otprune_of_narrow_embeddings_is_the_published_one_of_wide_ones_that_lie_alike():
+    rows = torch.randn(40, 16, generator=torch.Generator().manual_seed(2))
+    wide, scores = rows.repeat(1, 4096 // 16), torch.ones(40)
+    published = chosen("otprune", (5, 8), 9, cues_of(wide, scores), gamma=0.01)
+    assert chosen("otprune", (5, 8), 9, cues_of(rows, scores)) == published
+    assert chosen("otprune", (5, 8), 9, cues_of(wide, scores)) == published
+    assert chosen("otprune", (5, 8), 9, cues_of(rows, scores), gamma=0.01) != published
+
+
 @pytest.mark.parametrize(("keep", "crops"), [(64, 16), (192, 5), (128, 8), (32, 32), (576, 1), (1, 576)])
 def test_holov_takes_fewer_crops_the_more_it_keeps(keep, crops):
     assert pruners.find_method("holov")((24, 24), keep).crops == crops
@@ -119,7 +128,7 @@ def test_dart_deals_the_rest_to_its_pivots_in_the_order_of_their_norms():
         ("holov", {"crops": 17}, "crops 17 is outside"),
         ("holov", {"alpha": -0.1}, "alpha -0.1 is outside"),
         ("hiprune", {"alpha": 1.5}, "alpha 1.5 is outside 0 to 1"),
-        ("otprune", {"gamma": 0.0}, "gamma 0.0 is outside 0 to 1000"),
+        ("otprune", {"gamma": -1.0}, "gamma -1.0 is outside 0 to 1000"),
         ("prunesid", {"group": 0}, "group 0 is below 1"),
         ("dart", {"pivots": 0}, "pivots 0 is outside 1 to 16"),
         ("dart", {"keys": "rotated"}, "choose normed or plain"),

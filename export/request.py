@@ -13,12 +13,13 @@ from vtp.export.checkpoint.loading import DTYPES, Checkpoint
 from vtp.export.keep_counts import check_keep, keep_for_ratio, parse_keep
 from vtp.export.method_files import DEFAULT
 from vtp.export.plan.bundle_layout import BundleLayout
-from vtp.export.plan.schedule import PICTURE, SHARES, Schedule, make_schedules
+from vtp.export.plan.schedule import Schedule, make_schedules
 from vtp.export.pruners import POSITIONS, Site, parse_options, resolve_method
 from vtp.export.pruners.base import Pruner
 from vtp.export.targets import TARGETS, Target
 from vtp.export.towers import TowerReduction, parse_reduction
 from vtp.runtime.bundle.folder import check_output
+from vtp.runtime.bundle.manifest import PICTURE, SHARES
 from vtp.runtime.preprocess import CLIP_FITS, FITS
 
 VERIFY = ("full", "layers", "none")

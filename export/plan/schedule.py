@@ -17,9 +17,7 @@ from vtp.export.plan.share import Shared
 from vtp.export.pruners import Site, find_method, method_names
 from vtp.export.pruners.base import Pruner
 from vtp.export.tower_cues import SCORES, of_whole_tower
-
-PICTURE, TILE = "picture", "tile"
-SHARES = (PICTURE, TILE)
+from vtp.runtime.bundle.manifest import PICTURE, TILE
 
 # Cues of the decoder's attention, and in which layer they are read, counted from the one behind the site.
 _LAYER_OF = {"attention_scores": -1, "text_attention": -1, "next_scores": 0, "keys": 0}

@@ -31,6 +31,8 @@ WHEN = ("image", "prefill", "step", STREAM)
 # What a stage does: "text_cues" is what a method reads of the question; "decoder_head" is any part of the
 # decoder that a pruner follows, "decoder" the last part (or all of it), which gives the logits.
 ROLES = ("encoder", "projector", "pruner", "embed", "text_cues", "splice", "decoder_head", "decoder")
+PICTURE, TILE = "picture", "tile"
+SHARES = (PICTURE, TILE)  # whose budget a keep-count is
 TOKENIZER = "tokenizer.json"
 SINGLE = ("batch", "images", "pictures")  # axes that are 1 for one prompt about one picture
 
@@ -99,7 +101,7 @@ class MethodInfo:
     positions: str
     paper: str
     restore: bool = False
-    share: str = "picture"
+    share: str = PICTURE
 
 
 @dataclass(frozen=True)
@@ -210,10 +212,15 @@ class Manifest:
     def to_json(self) -> str:
         """The text of manifest.json."""
         data = {**dataclasses.asdict(self), "image": spec_to_json(self.image)}
+        # What most bundles have not is left out, so that versions that do not know it read them.
         if self.stream is None:
-            del data["stream"]  # so that others are read by versions that do not know it
+            del data["stream"]
+        if not self.method.restore:
+            del data["method"]["restore"]
+        if self.method.share == PICTURE:
+            del data["method"]["share"]
         for graph in data["graphs"].values():
-            if not graph["states"]:  # as above, for versions that know no states
+            if not graph["states"]:
                 del graph["states"]
         return json.dumps(data, indent=1, ensure_ascii=False) + "\n"
 
@@ -266,6 +273,8 @@ def role_of(name: str) -> str:
 def _check(manifest: Manifest) -> None:
     """Hold the parts against each other, so that a stage never meets a name or a number it cannot use."""
     visual, longest = manifest.visual, manifest.model.max_length
+    share = manifest.method.share
+    _agree(share in SHARES, f"manifest.method.share is {quoted(share)}, not one of {', '.join(SHARES)}")
     _agree(len(visual.grid) == 2 and min(visual.grid) > 0, "manifest.visual.grid is not (rows, columns)")
     _agree(visual.count == visual.grid[0] * visual.grid[1], "manifest.visual.count is not rows x columns")
     _agree(all(1 <= keep <= visual.count for keep in visual.keep), "manifest.visual.keep is out of range")

@@ -35,6 +35,7 @@ from vtp.runtime.commands.console import (
     table,
     whole_number,
 )
+from vtp.runtime.commands.cut_off import cut_off_line
 from vtp.runtime.media.images import load_image
 from vtp.runtime.media.own_picture import OWN_PICTURE, OWN_QUESTION
 from vtp.runtime.media.pictures import NO_PICTURE
@@ -48,7 +49,6 @@ from vtp.runtime.media.show_kept import (
 from vtp.runtime.media.videos import load_video
 from vtp.runtime.opening import NEVER_RUN, NEVER_TRIED, Opening
 from vtp.runtime.pipeline import DEFAULT_NEW_TOKENS, Pipeline
-from vtp.runtime.preprocess.cut_off import cut_off_line
 from vtp.runtime.result import Result
 
 PROG = "vtp-run"

@@ -170,7 +170,7 @@ def test_missing_keys_are_refused_at_every_level(data: Data) -> None:
         "generation",
     }  # sections with defaults of their own; frame is of bundles for videos
     later = {"schema", "parity", "calibration", "quantization", "frame", "generation", "tower"}
-    later |= {"restore", "share"}  # of methods; earlier bundles lack them
+
     for path in sections(data):
         if path and path[0] in optional:
             continue

@@ -15,9 +15,9 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 from vtp.engines.errors import UsageError
 from vtp.export.checkpoint.processors import spec_from_processor
+from vtp.runtime.commands.cut_off import cut_off_line, share_cut_off
 from vtp.runtime.commands.run import main
 from vtp.runtime.preprocess import preprocess
-from vtp.runtime.preprocess.cut_off import cut_off_line, share_cut_off
 from vtp.serve.streams.cli import main as watch
 
 from .processor_kinds import CASES, PICTURES, assert_same_bits, noise, saved, theirs

@@ -28,7 +28,6 @@ NAMED |= {"audio_token": "<audio>", "boa_token": "<start_of_audio>", "eoa_token"
 SMALL: dict[str, Any] = {
     "hidden_size_per_layer_input": 8,
     "vocab_size_per_layer_input": 512,
-    "num_kv_shared_layers": 2,
     "use_double_wide_mlp": True,
 }
 LARGE: dict[str, Any] = {
@@ -39,7 +38,7 @@ LARGE: dict[str, Any] = {
     "final_logit_softcapping": 4.0,
 }
 KINDS = {"s": "sliding_attention", "f": "full_attention"}
-LAYERS = {"short": "sfsf", "small": "sssfsf", "large": "sfsf"}  # the last two of smaller ones share
+LAYERS = {"short": "sff", "small": "sssfsf", "large": "sfsf"}  # the last, or last two, of smaller ones share
 
 
 def tiny_gemma4(kind: str = "small", seed: int = 0) -> Any:
@@ -69,7 +68,7 @@ def tiny_gemma4(kind: str = "small", seed: int = 0) -> Any:
             },
             "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
         },
-        **(LARGE if large else SMALL),
+        **(LARGE if large else {**SMALL, "num_kv_shared_layers": 1 if kind == "short" else 2}),
     )
     vision = Gemma4VisionConfig(
         hidden_size=32,

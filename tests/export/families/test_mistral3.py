@@ -84,8 +84,8 @@ def bundle(once: Once, saved: Callable[..., Any]) -> Callable[[str], Made]:
 
     def get(name: str) -> Made:
         decoder, method, keep, wishes = BUNDLES[name]
-        deep = {"layers": 4} if method == "pyramiddrop" else {}  # it prunes before three of them
-        folder, model = saved(save_mistral3, decoder, **deep)
+        layers = 4 if method == "pyramiddrop" else 2 if name in QUICK else 3  # it prunes before three of them
+        folder, model = saved(save_mistral3, decoder, layers=layers)
         asked = {"method": method, "keep_tokens": keep, "max_length": 256, "verify": "full", **wishes}
         return Made(once.bundle(folder, **{"image_size": SIZE, **asked}), model)
 

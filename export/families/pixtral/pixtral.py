@@ -23,7 +23,7 @@ class LlavaPixtralReference(PixtralReference):
     def edge(self) -> int:
         return 1
 
-    def norm(self, states: Tensor) -> Tensor:
+    def normed(self, states: Tensor) -> Tensor:
         return states
 
     def project(self, image_features: Tensor) -> Tensor:

@@ -61,14 +61,14 @@ class PixtralReference(Reference):
             for hook in hooks:
                 hook.remove()
         states = out.hidden_states[self.model.config.vision_feature_layer]
-        cues = {"image_features": self._side_by_side(self.norm(states), pixel_values)}
+        cues = {"image_features": self._side_by_side(self.normed(states), pixel_values)}
         for name in set(SCORES) & set(wanted):
             cues[name] = self._side_by_side(seen[name].unsqueeze(2), pixel_values).mean(dim=2)
         if "vision_keys" in wanted:
             cues["vision_keys"] = self._side_by_side(seen["vision_keys"], pixel_values)
         return cues
 
-    def norm(self, states: Tensor) -> Tensor:
+    def normed(self, states: Tensor) -> Tensor:
         """What the tower's patches go through before they are merged."""
         return self.projector.norm(states)
 

@@ -76,7 +76,7 @@ def test_a_short_max_length_bounds_what_is_usual(exported: Callable[[str], Any])
     from vtp.export.manifest import _graph_info
 
     folder = exported("adaptprune").folder
-    plan, job = SimpleNamespace(caches={}), SimpleNamespace(max_length=40, keep=[7], count=16)
+    plan, job = SimpleNamespace(caches={}, states={}), SimpleNamespace(max_length=40, keep=[7], count=16)
     for path in folder.glob("*.onnx"):
         spec = SimpleNamespace(name=path.stem, module=None)
         axes = _graph_info(spec, plan, folder, job).axes  # type: ignore[arg-type]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import base64
 import json
 import os
-import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -197,19 +198,30 @@ def test_what_hangs_is_ended_at_the_end() -> None:
     assert told == ["--on-alert is not done, and is ended; 2 more alerts are left out"]
 
 
-@pytest.mark.slow  # it interrupts the process that it runs in: beside others, only by itself
+AMID = """
+import json, signal, sys, threading, time
+from pathlib import Path
+from vtp.serve.streams.sinks.hooks import Command, Hook
+log, alerted = Path(sys.argv[1]), json.loads(sys.argv[2])
+hook = Hook("--on-alert", Command(f"sh -c 'echo $$ >> {log}; exec sleep 60'"), print)
+for _ in range(3):
+    hook.put(alerted)
+while not (log.exists() and log.read_text().endswith(chr(10))):
+    time.sleep(0.01)
+threading.Timer(0.3, signal.pthread_kill, (threading.get_ident(), signal.SIGINT)).start()
+try:
+    hook.close(seconds=30)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
 def test_ctrl_c_amid_the_last_wait_ends_the_command(tmp_path: Path) -> None:
-    """Nothing is left running, nor started for the alerts that waited."""
+    """Nothing is left running, nor started for the alerts that waited; in a process of its own."""
     log = tmp_path / "log"
-    hook = Hook("--on-alert", Command(f"sh -c 'echo $$ >> {log}; exec sleep 60'"), print)
-    for _ in range(3):
-        hook.put(ALERTED)
-    wait_for(lambda: log.exists() and log.read_text().endswith("\n"))
-    main = threading.main_thread().ident
-    assert main is not None
-    threading.Timer(0.3, signal.pthread_kill, (main, signal.SIGINT)).start()
-    with pytest.raises(KeyboardInterrupt):
-        hook.close(seconds=30)
+    command = [sys.executable, "-c", AMID, str(log), json.dumps(ALERTED)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=50)
+    assert (done.stdout, done.stderr) == ("interrupted\n", "")
     started = log.read_text().split()
     assert len(started) == 1
     with pytest.raises(ProcessLookupError):

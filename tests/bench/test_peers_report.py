@@ -162,7 +162,9 @@ def test_the_first_figures_are_the_tables_at_equal_precision() -> None:
     rows = {row[0]: row[-1] for row in lines_of(peers_report.summary(RESULTS))}
     for at, peer in (("float32", "transformers-onnx"), (BOTH.name, "openvino-int4")):
         name = cells.NAMES[peer]
-        assert f"{rows[f'{at}: {name}']} times as long in {at} ({name})" in said
+        short = name.removesuffix(", all tokens")
+        assert f"In {at} {short} takes {rows[f'{at}: {name}']} times as long." in said
+    assert f"Pruning alone makes {rows['float32: ' + cells.NAMES['vtp none']]}: vtp with every token" in said
     assert said.count("times as long") == 2 and "(`make bench`: `llava-ov-0.5b`, 2 threads" in said
     assert "95 % intervals" in said
     assert "least and the greatest" in peers_report.won({**RESULTS, "rounds": TURNS - 1})

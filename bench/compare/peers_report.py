@@ -255,8 +255,8 @@ def _fewer_bits(results: Mapping[str, Any]) -> list[str]:
     ]
     said = (
         "vtp's bundles were made by `vtp-calib quantize`'s machinery on the built-in pictures. The weights "
-        "are random, so this says what fewer bits save and nothing of what they cost (docs/calibration.md "
-        "has that, on a trained model)."
+        "are random, so this says what fewer bits save and nothing of what they cost "
+        "([calibration.md](calibration.md) has that, on a trained model)."
     )
     return ["## Fewer bits", said, "\n".join(lines)] if lines else []
 

@@ -13,7 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from vtp.bench.common.checkout import checkout
-from vtp.bench.common.pairs import PRECISIONS, TURNS, Precision, beside_ours, fastest_of, find_pair, parts_of
+from vtp.bench.common.pairs import (
+    FLOAT,
+    PRECISIONS,
+    TURNS,
+    Precision,
+    beside_ours,
+    fastest_of,
+    find_pair,
+    parts_of,
+)
 from vtp.bench.compare.cells import (
     both,
     called,
@@ -87,20 +96,33 @@ def with_table(text: str, short: str, begin: str = BEGIN, end: str = END) -> str
 
 
 def won(results: Mapping[str, Any]) -> str:
-    """The README's first figures: how many times longer the fastest unpruned peer of a precision takes."""
-    pairs = [(at, find_pair(results, fastest_of(results, at), at.ours)) for at in PRECISIONS]
-    found = [
-        f"{ratio_cell(pair['ttft'])} times as long in {at.name} ({called(pair['theirs'])})"
-        for at, pair in pairs
-        if pair
-    ]
+    """The README's first figures: how many times longer the fastest unpruned peer of a precision takes.
+
+    What pruning costs in accuracy stands under them in the README, from `make methods`.
+    """
     cpu, day = results["machine"]["processor"], results["machine"]["time"][:10]
     on = f"`{results['model']}`, {results['threads']} threads of {cpu}, {day}"
-    return (
-        f"To the first token, the fastest peer that keeps every visual token takes {'; '.join(found)}, as "
-        f"vtp with {results['keep']} kept in the same precision (`{_command(results)}`: {on}; in brackets "
-        f"{_BRACKETS[results['rounds'] >= TURNS]}; [docs/bench.md](docs/bench.md))."
-    )
+    said = [
+        f"With {results['keep']} visual tokens kept, vtp's first token comes sooner than that of the fastest "
+        "peer, which reads every token.",
+        *_gains(results),
+        f"(`{_command(results)}`: {on}; in brackets {_BRACKETS[results['rounds'] >= TURNS]}; "
+        "[docs/bench.md](docs/bench.md).)",
+    ]
+    return " ".join(said)
+
+
+def _gains(results: Mapping[str, Any]) -> Iterator[str]:
+    """A sentence for each precision that was measured, and one about pruning alone in float32."""
+    for at in PRECISIONS:
+        pair = find_pair(results, fastest_of(results, at), at.ours)
+        if pair:
+            name = called(pair["theirs"]).removesuffix(", all tokens")
+            yield f"In {at.name} {name} takes {ratio_cell(pair['ttft'])} times as long."
+    alone = find_pair(results, FLOAT.whole, FLOAT.ours)
+    if alone:
+        ratio = ratio_cell(alone["ttft"])
+        yield f"vtp itself, with every token, takes {ratio} times as long: that much is pruning."
 
 
 def summary(results: Mapping[str, Any]) -> str:
@@ -233,8 +255,8 @@ def _fewer_bits(results: Mapping[str, Any]) -> list[str]:
     ]
     said = (
         "vtp's bundles were made by `vtp-calib quantize`'s machinery on the built-in pictures. The weights "
-        "are random, so this says what fewer bits save and nothing of what they cost (docs/calibration.md "
-        "has that, on a trained model)."
+        "are random, so this says what fewer bits save and nothing of what they cost "
+        "([calibration.md](calibration.md) has that, on a trained model)."
     )
     return ["## Fewer bits", said, "\n".join(lines)] if lines else []
 

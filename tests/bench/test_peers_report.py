@@ -162,8 +162,11 @@ def test_the_first_figures_are_the_tables_at_equal_precision() -> None:
     rows = {row[0]: row[-1] for row in lines_of(peers_report.summary(RESULTS))}
     for at, peer in (("float32", "transformers-onnx"), (BOTH.name, "openvino-int4")):
         name = cells.NAMES[peer]
-        assert f"{rows[f'{at}: {name}']} times as long in {at} ({name})" in said
-    assert said.count("times as long") == 2 and "(`make bench`: `llava-ov-0.5b`, 2 threads" in said
+        short = name.removesuffix(", all tokens")
+        assert f"In {at} {short} takes {rows[f'{at}: {name}']} times as long." in said
+    whole = rows[f"float32: {cells.NAMES['vtp none']}"]
+    assert f"vtp itself, with every token, takes {whole} times as long: that much is pruning." in said
+    assert said.count("times as long") == 3 and "(`make bench`: `llava-ov-0.5b`, 2 threads" in said
     assert "95 % intervals" in said
     assert "least and the greatest" in peers_report.won({**RESULTS, "rounds": TURNS - 1})
 

@@ -24,9 +24,9 @@ from vtp.runtime.commands.arguments import (
     add_threads,
 )
 from vtp.runtime.commands.console import Parser, note, real_number, run_command, whole_number
-from vtp.runtime.commands.cut_off import cut_off_line
 from vtp.runtime.decisions.question import LABELS, LETTERS
 from vtp.runtime.hub.bundles import local_bundle
+from vtp.runtime.media.cut_off import cut_off_line
 from vtp.runtime.opening import NEVER_RUN, NEVER_TRIED
 from vtp.runtime.pipeline import DEFAULT_NEW_TOKENS, Pipeline
 from vtp.runtime.preprocess import ImageSpec

@@ -47,10 +47,12 @@ class Asker:
         now_ns    the node's clock
         said      called in the asker's thread with each answer, and
         failed    with a line about a message that could not be answered
-        noted     with a line about pictures that the model does not see whole, once for each size
+        noted     with a line about pictures that the model does not see whole, once for each size, and about
+                  an alert whose answers the model would not give, once for each alert
         """
         self._model, self._settings, self._now_ns = model, settings, now_ns
         self._said, self._failed, self._noted = said, failed, noted
+        self._doubted: set[str] = set()  # alerts
         self._sizes: set[tuple[int, int]] = set()  # of pictures that were looked at, (width, height)
         self._newest: Newest[Received] = Newest()
         self._stopped = threading.Event()
@@ -194,6 +196,9 @@ class Asker:
         raised = self._alarm.decide(
             decision.probabilities["yes"], settings.alert_threshold, settings.alert_hysteresis
         )
+        if settings.alert not in self._doubted and (line := decision.doubt):
+            self._doubted.add(settings.alert)
+            self._noted(line)
         return settings.alert, decision, raised
 
     def _fail(self, futures: list[Future[Answer]], error: Exception) -> None:

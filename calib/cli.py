@@ -262,6 +262,11 @@ def _score(args: argparse.Namespace) -> None:
     header = ["bundle", "score (95 %)", f"against {shown(rows[0][0])} (95 %)", "TTFT ms"]
     say(table(header, [_line(row, number) for number, row in enumerate(found)]))
     say(f"\n{len(samples)} questions, metric {metric}, paired bootstrap")
+    if any(row["ttft_of_an_earlier_run"] for row in found):
+        say(
+            f"* taken by an earlier run, from {shown(out / 'answers.jsonl')}: what else the machine did then "
+            "is not known; another --journal takes all times anew"
+        )
     against.report(besides, baselines.notes, f"{PROG} score")
 
 
@@ -288,6 +293,7 @@ def _compared(name: str, marks: Marks, first: Marks) -> dict[str, Any]:
         "difference": [gap.value, gap.low, gap.high],
         "within_noise": gap.low <= 0 <= gap.high,
         "ttft_ms": round(marks.ttft, 3),
+        "ttft_of_an_earlier_run": marks.earlier,
     }
 
 
@@ -297,7 +303,8 @@ def _line(row: dict[str, Any], number: int) -> list[str]:
         noise = ", noise" if row["within_noise"] else ""
         value, low, high = row["difference"]
         gap = f"{value:+.3f} ({low:+.3f} to {high:+.3f}{noise})"
-    return [row["bundle"], str(stats.Estimate(*row["score"])), gap, f"{row['ttft_ms']:.1f}"]
+    ttft = f"{row['ttft_ms']:.1f}{'*' if row['ttft_of_an_earlier_run'] else ''}"
+    return [row["bundle"], str(stats.Estimate(*row["score"])), gap, ttft]
 
 
 if __name__ == "__main__":

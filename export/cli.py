@@ -63,8 +63,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tower",
         default="none",
         metavar="NAME[:VALUE]",
-        help="less work in the vision tower: ipcv[:KEEP], tome[:MERGE], downsample[:SIZE] or none (default: "
-        "%(default)s)",
+        help="less work in the vision tower: downsample[:SIZE], ipcv[:KEEP], stc[:RECOMPUTE] (of a camera), "
+        "tome[:MERGE] or none (default: %(default)s)",
     )
     suggest(tower, [NONE, *reduction_names()])
     add(
@@ -306,7 +306,6 @@ def _report(bundle: Bundle, output: Path) -> str:
     ]
     keeps = ", ".join(f"{manifest.visual.count} → {keep}" for keep in manifest.visual.keep)
     total = sum(info.bytes for info in manifest.files.values()) / 1e6
-    look = "--image PICTURE" if manifest.image.frames is None else "--video FOLDER"
     return "\n".join(
         [
             table(["stage", "file", "MB", "parity"], rows),
@@ -316,10 +315,23 @@ def _report(bundle: Bundle, output: Path) -> str:
             *_restore_lines(manifest),
             *_generation_lines(manifest.parity),
             "",
-            f'next: {command_line("vtp-run", output)} {look} --prompt "what color is the star ?"',
-            f"or: {command_line('vtp-serve', output)}",
+            *_next_lines(manifest, output),
         ]
     )
+
+
+def _next_lines(manifest: Manifest, output: Path) -> list[str]:
+    """The command to go on with: to ask, or, for TensorRT, to build the engines where they are to run."""
+    build = command_line("vtp-build", output, "--engine", "tensorrt")
+    if manifest.target == "jetpack6":
+        return [f"next, on the Jetson: {build}"]
+    if manifest.target != "ort":
+        return [f"next, on the machine with the GPU: {build} (or --engine tensorrt-rtx)"]
+    look = "--image PICTURE" if manifest.image.frames is None else "--video FOLDER"
+    return [
+        f'next: {command_line("vtp-run", output)} {look} --prompt "what color is the star ?"',
+        f"or: {command_line('vtp-serve', output)}",
+    ]
 
 
 def _tower_lines(manifest: Manifest) -> list[str]:

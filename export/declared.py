@@ -81,7 +81,7 @@ def _reductions() -> list[dict[str, Any]]:
             "site": "--tower",
             "does": "reduces",
             "needs": [],
-            "K of 576": 576,
+            "K of 576": kind.left(576),
             "options": dict(kind.options),
             "paper": kind.paper,
         }

@@ -20,7 +20,7 @@ from typing import Any
 
 from vtp.calib.adapters.answering import NEW_TOKENS, Answerer, Part, generation_options, split_keep
 from vtp.engines import AUTO, UsageError
-from vtp.runtime.commands.console import run_command
+from vtp.runtime.commands.console import DONE, run_command, say
 
 PROG = "vtp.calib.adapters.vlmevalkit"
 _USAGE = f"usage: python -m {PROG} BUNDLE[:K] --data SET ..., from a checkout of VLMEvalKit"
@@ -80,6 +80,12 @@ def parts_of(message: Iterable[Mapping[str, Any]]) -> Iterator[Part]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Register a bundle and run VLMEvalKit's own command; returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] in (["-h"], ["--help"]):
+        say(
+            f"{_USAGE}\n\nWhat stands behind the bundle goes to VLMEvalKit's run.py; "
+            "for its flags: python run.py --help"
+        )
+        return DONE
     return run_command(PROG, lambda: _run(words), "--debug" in words)
 
 

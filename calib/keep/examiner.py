@@ -28,11 +28,15 @@ _TIMED = 15  # questions that are timed here where others answered
 
 @dataclass(frozen=True)
 class Marks:
-    """One keep-count's result: a score from 0 to 1 for every question, and the median TTFT in ms."""
+    """One keep-count's result: a score from 0 to 1 for every question, and the median TTFT in ms.
+
+    earlier  whether an earlier run took times that are among the median's
+    """
 
     keep: int
     scores: list[float]
     ttft: float
+    earlier: bool = False
 
 
 @dataclass(frozen=True)
@@ -141,7 +145,9 @@ class Examiner:
     def marks(self, keep: int, metric: str, reference: Sequence[Answer] | None = None) -> Marks:
         """Score the answers at a keep-count; `reference` holds the unpruned ones, for metric "agreement"."""
         answers = self.answers(keep)
-        return Marks(keep, score(answers, self.samples, metric, reference), self._ttft(keep, answers))
+        scores, ttft = score(answers, self.samples, metric, reference), self._ttft(keep, answers)
+        earlier = any(self._journal.is_earlier(self._name, keep, sample.key) for sample in self.samples)
+        return Marks(keep, scores, ttft, earlier)
 
     def _ask(self, samples: Sequence[Sample], keep: int) -> None:
         size = self._workers.group

@@ -44,6 +44,7 @@ class Journal:
     def __init__(self, file: Path) -> None:
         """Open `file`, reading what an earlier run left; a line that a kill cut short is dropped."""
         self._answers: dict[tuple[str, int, str], Answer] = {}
+        self._earlier: set[tuple[str, int, str]] = set()
         self._path = file
         check_outside(file)
         try:
@@ -56,6 +57,7 @@ class Journal:
         except VtpError:
             self._file.close()
             raise
+        self._earlier.update(self._answers)
 
     def _read(self, file: Path) -> None:
         if try_lock(self._file.fileno()) is False:
@@ -75,6 +77,10 @@ class Journal:
         """An answer that is known already."""
         return self._answers.get((bundle, keep, question))
 
+    def is_earlier(self, bundle: str, keep: int, question: str) -> bool:
+        """Whether an answer is an earlier run's, and its time with it."""
+        return (bundle, keep, question) in self._earlier
+
     def add(self, bundle: str, keep: int, question: str, answer: Answer) -> None:
         """Write an answer down; it is on its way to the disk when this returns. VtpError on a full disk."""
         entry: dict[str, Any] = {"bundle": bundle, "keep": keep, "question": question, **asdict(answer)}
@@ -84,6 +90,7 @@ class Journal:
         except OSError as error:
             raise self._refused(error) from error
         self._answers[bundle, keep, question] = answer
+        self._earlier.discard((bundle, keep, question))
 
     def close(self) -> None:
         """Close the file, and let another run have it."""

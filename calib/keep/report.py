@@ -14,6 +14,7 @@ from vtp.runtime.bundle.manifest import Manifest
 from vtp.runtime.commands.console import table
 from vtp.runtime.shell import command_line
 
+_BUILT_IN = ("model", "llava", 128, 512)  # its name, family, width and vocabulary
 _HEADER = ["kept", "score (95 %)", "of unpruned (95 %)", "TTFT ms", ""]
 
 
@@ -104,7 +105,7 @@ def draw(file: Path, search: Search, title: str) -> bool:
 def finer(manifest: Manifest, keeps: Sequence[int], chosen: int) -> str:
     """The vtp-export line for a grid between the choice and the next smaller keep-count; "" if none is left.
 
-    DIR stands for the model, BUNDLE for the result.
+    DIR stands for the model, unless it is the built-in one, and BUNDLE for the result.
     """
     below = max((keep for keep in keeps if keep < chosen), default=0)
     step = max(1, (chosen - below) // 4)
@@ -121,4 +122,11 @@ def finer(manifest: Manifest, keeps: Sequence[int], chosen: int) -> str:
     options += ["--share", "tile"] if manifest.method.share == "tile" else []
     options += ["--restore"] if manifest.method.restore else []
     words = ["--method", manifest.method.name, *options, "--keep-tokens", grid, "--dtype", manifest.dtype]
-    return command_line("vtp-export", "--model", "DIR", *words, "-o", "BUNDLE")
+    model = [] if _is_built_in(manifest) else ["--model", "DIR"]
+    return command_line("vtp-export", *model, *words, "-o", "BUNDLE")
+
+
+def _is_built_in(manifest: Manifest) -> bool:
+    """Whether vtp-export takes this model without --model: other folders are called model, of other sizes."""
+    model = manifest.model
+    return (model.name, model.family, model.hidden_size, model.vocab_size) == _BUILT_IN

@@ -89,6 +89,11 @@ class TowerReduction(ABC):
         del shape
         return count
 
+    @classmethod
+    def left(cls, count: int) -> int:
+        """How many visual tokens it leaves, by its default, of a picture's `count`: for lists of methods."""
+        return count
+
     def wrong(self, option: str, why: str) -> UsageError:
         """The error for an option's value."""
         value = self.settings[option]

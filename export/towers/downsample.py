@@ -19,6 +19,8 @@ from vtp.export.towers.base import TowerReduction, TowerShape
 from vtp.runtime.preprocess import ImageSpec
 from vtp.runtime.preprocess.clip import ClipSpec
 
+_WHOLE_EDGE = 336
+
 
 class Downsample(TowerReduction):
     """size, pixels along an edge of the picture that the tower is given."""
@@ -27,6 +29,11 @@ class Downsample(TowerReduction):
     paper = "arXiv 2510.07143"
     main = "size"
     options: ClassVar[dict[str, Any]] = {"size": 224}
+
+    @classmethod
+    def left(cls, count: int) -> int:
+        """Of CLIP's 336 pixels an edge, as LLaVA-1.5 has them with 576 tokens: 256 at 224."""
+        return count * cls.options["size"] ** 2 // _WHOLE_EDGE**2
 
     def check_settings(self) -> None:
         if self.settings["size"] < 1:

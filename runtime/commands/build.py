@@ -371,8 +371,8 @@ def _report(rows: list[dict], folder: Path) -> str:
             text += f"\n{shown(row['graph'])} was built without the plugin: {shown(row['note'])}"
     if not all(row["gate"] for row in rows):
         text += (
-            "\nnot compared: no GPU here to run them; an engine runs only after this command has held it "
-            "against ONNX Runtime on the device"
+            "\nbuilt, and not compared: no GPU here to run them; run the same command on the device that has "
+            "one: an engine is usable once it was held against ONNX Runtime there"
         )
     return text
 

@@ -35,7 +35,7 @@ from vtp.runtime.commands.console import (
     table,
     whole_number,
 )
-from vtp.runtime.commands.cut_off import cut_off_line
+from vtp.runtime.media.cut_off import cut_off_line
 from vtp.runtime.media.images import load_image
 from vtp.runtime.media.own_picture import OWN_PICTURE, OWN_QUESTION
 from vtp.runtime.media.pictures import NO_PICTURE

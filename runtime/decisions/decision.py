@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from vtp.engines.errors import UsageError, quoted_argument
+from vtp.engines.errors import UsageError, quoted_argument, shown
 from vtp.runtime.decisions.question import SCORE, Question
 from vtp.runtime.generation.arguments import is_number
 from vtp.runtime.generation.logprobs import log_softmax
 from vtp.runtime.result import Timings, VisualTokens
 
 _HOTTEST = 100.0
+_LITTLE_MASS = 0.01
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,17 @@ class Decision:
     prompt_tokens: int
     timings: Timings
     tower: dict[str, Any] | None = None
+
+    @property
+    def doubt(self) -> str | None:
+        """A line that says that the answers mean little, if `label_mass` is below 0.01; else None."""
+        if self.label_mass >= _LITTLE_MASS:
+            return None
+        named = ", ".join(shown(name, 40) for name in self.probabilities)
+        return (
+            f"the model gives its answers ({named}) together a probability of {self.label_mass:.1g}: it "
+            "would write something else, and how it decides among them means little"
+        )
 
     def to_json(self) -> dict[str, Any]:
         """JSON values, as `Result.to_json` gives them."""

@@ -27,8 +27,13 @@ def _held_keep(wanted: int | None, manifest: Manifest) -> int:
     """One of the bundle's own keep-counts; None: its default."""
     visual = manifest.visual
     keep = visual.default_keep if wanted is None else wanted
-    if not is_whole(keep) or keep not in visual.keep:
-        held = ", ".join(map(str, visual.keep))
+    held = ", ".join(map(str, visual.keep))
+    if not is_whole(keep):
+        raise UsageError(
+            f"keep_tokens {quoted_argument(wanted)} is not a whole number; choose one of those that this "
+            f"bundle holds: {held}"
+        )
+    if keep not in visual.keep:
         raise UsageError(
             f"keep_tokens {quoted_argument(wanted)} is not in this bundle, which holds {held}; "
             "choose one of them, or export with --keep-tokens"

@@ -5,8 +5,10 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, TypedDict, TypeVar
+from functools import wraps
+from typing import Any, TypedDict, TypeVar, cast
 
+from vtp.engines.errors import nearest, quoted_argument
 from vtp.runtime.generation.arguments import is_whole
 from vtp.runtime.generation.sampling import Sampler
 
@@ -91,7 +93,10 @@ _Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
 def takes_options(method: _Method) -> _Method:
-    """Show the fields of `GenerateOptions` in the signature of a method that takes them as **options."""
+    """Show the fields of `GenerateOptions` in the signature of a method that takes them as **options.
+
+    A keyword that is neither one of them nor the method's own is a TypeError of the method's name.
+    """
     own = inspect.signature(method)
     named = [one for one in own.parameters.values() if one.kind is not inspect.Parameter.VAR_KEYWORD]
     added = [
@@ -100,5 +105,16 @@ def takes_options(method: _Method) -> _Method:
         )
         for item in fields(GenerateOptions)
     ]
-    method.__signature__ = own.replace(parameters=[*named, *added])  # type: ignore[attr-defined]
-    return method
+    known = [one.name for one in (*named, *added)][1:]  # without self
+
+    @wraps(method)
+    def called(*args: Any, **keywords: Any) -> Any:
+        if unknown := next((name for name in keywords if name not in known), None):
+            raise TypeError(
+                f"{method.__qualname__}() got an unexpected keyword argument {quoted_argument(unknown)}"
+                f"{nearest(unknown, known)}"
+            )
+        return method(*args, **keywords)
+
+    called.__signature__ = own.replace(parameters=[*named, *added])  # type: ignore[attr-defined]
+    return cast(_Method, called)

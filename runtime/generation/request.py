@@ -15,6 +15,7 @@ from vtp.runtime.generation.logprobs import alternatives
 from vtp.runtime.generation.options import GenerateOptions
 from vtp.runtime.generation.sampling import Sampler
 from vtp.runtime.generation.stopping import Clock, StopSignal
+from vtp.runtime.media.cut_off import CutOffWarner
 from vtp.runtime.media.given import Encoded, encoded_pictures
 from vtp.runtime.media.images import COLORS
 from vtp.runtime.media.pictures import Images, Pictures
@@ -60,6 +61,7 @@ class RequestMaker:
         self._manifest = manifest
         self._prompter = prompter
         self._engine = engine
+        self._cut_off = CutOffWarner(manifest.image)
         self.formats = Formats(prompter)
 
     def make(
@@ -107,8 +109,10 @@ class RequestMaker:
             raise UsageError(f"color {quoted_argument(color)} is not known; choose {' or '.join(COLORS)}")
         if isinstance(image, Encoded):
             pictures: Pictures = encoded_pictures(image, self._manifest, keep)
+        elif isinstance(image, Pictures):
+            pictures = image
         else:
-            pictures = image if isinstance(image, Pictures) else Pictures(image, self._manifest.image, color)
+            pictures = Pictures(image, self._manifest.image, color, self._cut_off.see)
         if len(pictures) > 1:
             self._check_several(len(pictures))
         pictures.check(timings)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import Enum
 from typing import Any, TypeAlias
 
@@ -39,13 +39,20 @@ class PictureError(VtpError):
 class Pictures:
     """What a caller gave as `image`; its length is the number of pictures (a video is one, NO_PICTURE none).
 
-    `pixels` holds pixel_values of one picture each, between `load` and `release`.
+    `pixels` holds pixel_values of one picture each, between `load` and `release`. `see` is told the width and
+    height of each picture that is decoded (of a video, of its first frame).
     """
 
-    def __init__(self, image: Any, spec: ImageSpec, color: str = "rgb") -> None:
+    def __init__(
+        self,
+        image: Any,
+        spec: ImageSpec,
+        color: str = "rgb",
+        see: Callable[[int, int], None] = lambda width, height: None,
+    ) -> None:
         several = spec.frames is None and isinstance(image, list | tuple)
         self._sources: Sequence[Any] = image if several else [] if image is NO_PICTURE else [image]
-        self._spec, self._color = spec, color
+        self._spec, self._color, self._see = spec, color, see
         self.pixels: list[np.ndarray] = []
         if not self._sources and image is not NO_PICTURE:
             raise UsageError("no picture is given; give one, a list of at least one, or NO_PICTURE")
@@ -73,8 +80,12 @@ class Pictures:
     def _load_one(self, source: Any) -> Any:
         frames = self._spec.frames
         if frames is None:
-            return load_image(source, self._color)
-        return load_video(source, frames, self._color)
+            picture = load_image(source, self._color)
+            self._see(*picture.size)
+            return picture
+        clip = load_video(source, frames, self._color)
+        self._see(*clip[0].size)
+        return clip
 
     def release(self) -> None:
         """Give the memory of `pixels` back."""

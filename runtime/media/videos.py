@@ -167,10 +167,10 @@ def _sampled_files(path: Path, frames: int) -> list[Path]:
     return [files[place] for place in sample_frames(len(files), frames, f"'{path}'")]
 
 
-def _by_number(file: Path) -> list[tuple[int, str]]:
-    """The name cut into words and numbers, so that frame2 comes before frame10."""
-    parts = re.split(r"(\d+)", file.name)
-    return [(int(part), part) if part.isdecimal() else (-1, part) for part in parts]
+def _by_number(file: Path) -> tuple[list[tuple[int, str]], str]:
+    """The name cut into words and numbers, so that frame comes before frame2, and that before frame10."""
+    parts = re.split(r"(\d+)", file.stem)
+    return [(int(part), part) if part.isdecimal() else (-1, part) for part in parts], file.suffix
 
 
 def _from_open_file(file: BinaryIO, name: str, frames: int) -> list[Image.Image]:

@@ -19,6 +19,7 @@ from starlette.types import Scope
 from vtp.engines import UsageError
 from vtp.runtime.bundle.manifest import VisualInfo
 from vtp.runtime.constrained.errors import FormatError
+from vtp.runtime.media.cut_off import cut_off_line
 from vtp.runtime.media.pictures import NO_PICTURE, Images
 from vtp.runtime.prompt.forms import forms_of, one_video
 from vtp.runtime.result import Result, TokenLogprob
@@ -235,10 +236,16 @@ async def ask(request: Request, model: Model, question: Question) -> Asked:
     except BaseException:
         tally.end(500)
         raise
-    notes = [text for picture in pictures for text in picture.notes]
     sizes = [picture.size for picture in pictures]
-    told_of = [*dict.fromkeys(notes), *taken.notes]
+    told_of = [*notes_about(model, pictures), *taken.notes]
     return Asked(request, model, taken.ticket, told_of, sizes, chosen, tally, taken.again)
+
+
+def notes_about(model: Model, pictures: Sequence[Picture]) -> list[str]:
+    """What was done to the pictures, and how much of their sides the model does not see: each line once."""
+    done = [text for picture in pictures for text in picture.notes]
+    cut = [cut_off_line(model.manifest.image, *picture.size) for picture in pictures]
+    return list(dict.fromkeys([*done, *(line for line in cut if line)]))
 
 
 async def read_pictures(pictures: Sequence[PictureSource], service: Service) -> list[Picture]:

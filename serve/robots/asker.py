@@ -13,6 +13,7 @@ import numpy as np
 from vtp.engines import VtpError
 from vtp.engines.errors import shown
 from vtp.runtime.decisions.decision import Decision
+from vtp.runtime.media.cut_off import cut_off_line
 from vtp.serve.robots.answers import Alarm, Answer, Received
 from vtp.serve.robots.images import picture_of
 from vtp.serve.robots.model import Model
@@ -38,6 +39,7 @@ class Asker:
         now_ns: Callable[[], int],
         said: Callable[[Answer], None],
         failed: Callable[[str], None],
+        noted: Callable[[str], None] = lambda line: None,
     ) -> None:
         """Nothing runs before `start`.
 
@@ -45,9 +47,13 @@ class Asker:
         now_ns    the node's clock
         said      called in the asker's thread with each answer, and
         failed    with a line about a message that could not be answered
+        noted     with a line about pictures that the model does not see whole, once for each size, and about
+                  an alert whose answers the model would not give, once for each alert
         """
         self._model, self._settings, self._now_ns = model, settings, now_ns
-        self._said, self._failed = said, failed
+        self._said, self._failed, self._noted = said, failed, noted
+        self._doubted: set[str] = set()  # alerts
+        self._sizes: set[tuple[int, int]] = set()  # of pictures that were looked at, (width, height)
         self._newest: Newest[Received] = Newest()
         self._stopped = threading.Event()
         self._wake = threading.Condition()
@@ -165,6 +171,7 @@ class Asker:
     def _answer(self, received: Received) -> Answer | None:
         settings, asked = self._settings(), self._now_ns()
         picture = picture_of(received.message)
+        self._note_sides(picture.shape[1], picture.shape[0])
         result = None
         if settings.prompt.strip():
             result = self._model.ask(picture, settings, self._stopped)
@@ -174,6 +181,14 @@ class Asker:
         dropped, self._last = received.number - self._last - 1, received.number
         return Answer(received, settings.prompt, result, asked, self._now_ns(), dropped, alert)
 
+    def _note_sides(self, width: int, height: int) -> None:
+        """Say how much of the sides the model does not see, once for each size."""
+        if (width, height) in self._sizes:
+            return
+        self._sizes.add((width, height))
+        if line := cut_off_line(self._model.pipeline.manifest.image, width, height):
+            self._noted(line)
+
     def _decide(self, picture: np.ndarray, settings: Settings) -> tuple[str, Decision, bool] | None:
         if not settings.alert.strip():
             return None
@@ -181,6 +196,9 @@ class Asker:
         raised = self._alarm.decide(
             decision.probabilities["yes"], settings.alert_threshold, settings.alert_hysteresis
         )
+        if settings.alert not in self._doubted and (line := decision.doubt):
+            self._doubted.add(settings.alert)
+            self._noted(line)
         return settings.alert, decision, raised
 
     def _fail(self, futures: list[Future[Answer]], error: Exception) -> None:

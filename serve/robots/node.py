@@ -82,7 +82,14 @@ class Robot:
             self._phase = Phase.ACTIVE
             kind, topic = self._image_topic()
         self.health.activated(self._now_ns(), topic)
-        self._asker = Asker(self._model, lambda: self._settings, self._now_ns, self._said, self._failed)
+        self._asker = Asker(
+            self._model,
+            lambda: self._settings,
+            self._now_ns,
+            self._said,
+            self._failed,
+            lambda line: self._log().warning(line),
+        )
         self._subscribe(kind, topic, _Arrivals(self._asker, self.health, self._now_ns).come)
         self._asker.start()
         self._log().info(f"asking about {topic}")

@@ -64,6 +64,12 @@ class FrameAnswer:
         return self._ran.timings.tower
 
     @property
+    def tower_idle(self) -> bool:
+        """Whether the picture was that of the frame before, of which the tower computed nothing again."""
+        first = self.alerts[0].decision if self.alerts else self.result
+        return first is not None and bool(first.timings.reused_stages)
+
+    @property
     def _ran(self) -> Result | Decision:
         return self.alerts[0].decision if self.result is None else self.result
 

@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image
 
 from vtp.engines import UsageError, VtpError, capabilities
-from vtp.engines.errors import shown
+from vtp.engines.errors import quoted, shown
 from vtp.runtime.bundle.stream_info import compares
 from vtp.runtime.commands.arguments import (
     A_BUNDLE,
@@ -24,9 +24,9 @@ from vtp.runtime.commands.arguments import (
     add_threads,
 )
 from vtp.runtime.commands.console import Parser, note, real_number, run_command, whole_number
-from vtp.runtime.commands.cut_off import cut_off_line
 from vtp.runtime.decisions.question import LABELS, LETTERS
 from vtp.runtime.hub.bundles import local_bundle
+from vtp.runtime.media.cut_off import cut_off_line
 from vtp.runtime.opening import NEVER_RUN, NEVER_TRIED
 from vtp.runtime.pipeline import DEFAULT_NEW_TOKENS, Pipeline
 from vtp.runtime.preprocess import ImageSpec
@@ -184,12 +184,12 @@ def _run(args: argparse.Namespace) -> None:
             stack.enter_context(closing(TypedPrompts(watcher, _tell)))
         if seconds is not None:
             stack.enter_context(_ending(watcher, seconds))
-        _watch(watcher, sinks, answers)
+        _watch(watcher, pipe, sinks, answers)
 
 
-def _watch(watcher: Watcher, sinks: Sequence[Sink], most: int | None) -> None:
+def _watch(watcher: Watcher, pipe: Pipeline, sinks: Sequence[Sink], most: int | None) -> None:
     """Answer until it is over; the summary is told however it ends."""
-    tally = Tally(watcher)
+    tally = Tally(watcher, pipe.manifest.stream)
     try:
         for answer in watcher:
             tally.add(answer)
@@ -233,7 +233,7 @@ def _sinks(args: argparse.Namespace, pipe: Pipeline, source: Source) -> list[Sin
     sinks: list[Sink] = [json_lines(source.name, pipe.engine) if args.json else say_answer]
     if args.show_kept:
         sinks.append(KeptPictures(Path(args.show_kept), pipe.manifest))
-    return [_sides_note(pipe.manifest.image), *sinks]
+    return [_sides_note(pipe.manifest.image), _doubt_note(), *sinks]
 
 
 def _sides_note(spec: ImageSpec) -> Sink:
@@ -246,6 +246,19 @@ def _sides_note(spec: ImageSpec) -> Sink:
         told.append(True)
 
     return note_sides
+
+
+def _doubt_note() -> Sink:
+    """Says once for each alert that the model would write something other than its answers."""
+    told: set[str] = set()
+
+    def note_doubt(answer: FrameAnswer) -> None:
+        for reading in answer.alerts:
+            if reading.question not in told and (line := reading.decision.doubt):
+                told.add(reading.question)
+                _tell(f"alert {quoted(reading.question, 40)}: {line}")
+
+    return note_doubt
 
 
 def _page(watcher: Watcher, port: str, source: Source) -> Any:

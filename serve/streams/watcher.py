@@ -16,7 +16,7 @@ from PIL import Image
 from vtp.engines import UsageError, VtpError
 from vtp.engines.errors import quoted_argument
 from vtp.runtime.generation.arguments import is_number
-from vtp.runtime.generation.options import OptionKeywords
+from vtp.runtime.generation.options import OptionKeywords, takes_options
 from vtp.runtime.pipeline import Pipeline
 from vtp.serve.streams.alerts import Alert, AlertReading
 from vtp.serve.streams.answer import FrameAnswer
@@ -39,6 +39,7 @@ class Watcher:
     and watcher serve one iteration at a time; the pipeline is not closed with the watcher.
     """
 
+    @takes_options
     def __init__(
         self,
         pipeline: Pipeline,

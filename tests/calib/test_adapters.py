@@ -105,3 +105,8 @@ def test_a_harness_that_is_missing_is_one_line(words: list[str], capsys: Any, tm
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert ("vlmeval is not installed" if words[:1] == ["bundle"] else "no bundle; usage: python -m") in said
+
+
+def test_help_is_a_usage(capsys: Any) -> None:
+    assert vlmevalkit.main(["--help"]) == 0
+    assert capsys.readouterr().out.startswith("usage: python -m vtp.calib.adapters.vlmevalkit BUNDLE[:K]")

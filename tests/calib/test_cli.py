@@ -215,9 +215,14 @@ def test_score_compares_bundles_on_the_same_questions(exported, data, tmp_path, 
     assert [row["bundle"] for row in rows] == ["none:16", "vispruner:3", "vispruner:6"]
     assert rows[0]["score"][0] == 1 and rows[0]["difference"] == [0, 0, 0]
     assert all(row["difference"][0] == pytest.approx(row["score"][0] - 1) for row in rows)
+    assert [row["ttft_of_an_earlier_run"] for row in rows] == [False] * 3
+    lines = (tmp_path / "s/answers.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "s/answers.jsonl").write_text("".join(lines[:12]))  # without those of vispruner:6
     assert calib("score", *arguments) == 0
     table = capsys.readouterr().out
-    assert "vispruner:6" in table and "6 questions, metric exact, paired bootstrap" in table
+    assert "6 questions, metric exact, paired bootstrap" in table and "* taken by an earlier run" in table
+    marked = {line.split()[0]: line.rstrip().endswith("*") for line in table.splitlines()[2:5]}
+    assert marked == {"none:16": True, "vispruner:3": True, "vispruner:6": False}
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ from PIL import Image
 
 from vtp.calib import metrics, stats
 from vtp.calib.data import Sample, load_samples
-from vtp.calib.keep import search
+from vtp.calib.keep import report, search
 from vtp.calib.keep.examiner import Marks
 from vtp.calib.keep.journal import Answer, Journal
 from vtp.engines import UsageError, VtpError
+from vtp.runtime.bundle.folder import open_bundle
+from vtp.scenes import model_dir
 
 # -- data ----------------------------------------------------------------------------------------------------
 
@@ -332,3 +335,16 @@ def test_a_memory_budget_tries_only_what_fits() -> None:
         search.best_fitting(needs, 107, trials(rates))
     with pytest.raises(UsageError, match="not a valid size"):
         search.best_fitting(needs, -1, trials(rates))
+
+
+def test_a_finer_grid_of_the_built_in_model_names_no_folder(exported: Any) -> None:
+    """Other folders are called model as well."""
+    manifest = open_bundle(exported("vispruner").folder).manifest
+    text = json.loads((model_dir() / "config.json").read_text())["text_config"]
+    sizes = {"hidden_size": text["hidden_size"], "vocab_size": text["vocab_size"]}
+    own = replace(manifest.model, name=model_dir().name, **sizes)
+    for model, begins in (
+        (own, "vtp-export --method vispruner"),
+        (replace(own, vocab_size=32064), "vtp-export --model DIR "),
+    ):
+        assert report.finer(replace(manifest, model=model), [2, 6], 6).startswith(begins)

@@ -327,3 +327,9 @@ def test_questions_are_split_by_picture() -> None:
     assert not {one.image for one in chosen} & {one.image for one in rest}
     few, all_of_them = quantize.split(samples, 8)
     assert len(few) == 8 and all_of_them == samples
+
+
+def test_the_times_that_are_told_are_those_of_the_ratio() -> None:
+    """One slow turn moves neither."""
+    timed = quantize.Timed([120.0, 100.0, 900.0], [100.0, 80.0, 100.0])
+    assert timed.faster.value == 1.2 and timed.faster.low <= 1.2 <= timed.faster.high

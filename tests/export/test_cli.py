@@ -10,12 +10,14 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from vtp.export.cli import main
+from vtp.export.cli import _next_lines, main
+from vtp.export.method_files import reduction_names
 from vtp.runtime.bundle.folder import open_bundle
 
 BIN = Path(sys.executable).parent
@@ -322,3 +324,20 @@ def test_a_current_folder_that_is_gone_is_one_line(tmp_path: Path) -> None:
     done = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 1 and done.stderr.count("\n") == 1
     assert "vtp-export: error: the current folder no longer exists" in done.stderr
+
+
+def test_the_next_command_is_the_targets(exported: Callable[[str], Any]) -> None:
+    manifest = open_bundle(exported("vispruner").folder).manifest
+    for target, start in (
+        ("ort", "next: vtp-run made --image PICTURE "),
+        ("tensorrt", "next, on the machine with the GPU: vtp-build made --engine tensorrt "),
+        ("jetpack6", "next, on the Jetson: vtp-build made --engine tensorrt"),
+    ):
+        assert _next_lines(replace(manifest, target=target), Path("made"))[0].startswith(start)
+
+
+def test_help_names_every_reduction(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(["--help"]) == 0
+    said = " ".join(capfd.readouterr().out.split())
+    told = said.partition("less work in the vision tower: ")[2].partition(" or none")[0]
+    assert [word.partition("[")[0] for word in told.split() if "[" in word] == reduction_names()

@@ -63,11 +63,17 @@ class Desk:
     now_ns: int = 10**12
     said: queue.Queue[Answer] = field(default_factory=queue.Queue)
     failed: queue.Queue[str] = field(default_factory=queue.Queue)
+    noted: list[str] = field(default_factory=list)
     count: int = 0
 
     def __post_init__(self) -> None:
         self.asker = Asker(
-            self.model, lambda: self.settings, lambda: self.now_ns, self.said.put, self.failed.put
+            self.model,
+            lambda: self.settings,
+            lambda: self.now_ns,
+            self.said.put,
+            self.failed.put,
+            self.noted.append,
         )
 
     def put(self, **fields: Any) -> None:
@@ -128,6 +134,8 @@ def test_the_newest_message_is_asked_about_and_the_others_are_counted(desk: Desk
         assert one.visual_tokens == wanted.visual_tokens
     assert second.asked_ns - second.frame.taken_ns == 10**6
     assert second.said_ns - second.asked_ns == 5 * 10**6
+    (line,) = desk.noted  # once for the size of both
+    assert line.startswith("24% of a picture of 32x24 is cut off at its sides")
 
 
 def test_settings_hold_from_the_next_frame_on(desk: Desk) -> None:

@@ -93,7 +93,24 @@ def test_keep_tokens_chooses(split: Pipeline, picture: Image.Image) -> None:
     assert split.generate(picture, PROMPT, max_new_tokens=1, keep_tokens=np.int64(4)).visual_tokens.after == 4
 
 
-@pytest.mark.parametrize("keep", [0, -4, 5, 16, 4.0, True, "4", [4], float("nan")])
+@pytest.mark.parametrize("keep", [4.0, True, "4", [4], float("nan")])
+def test_a_keep_count_is_a_whole_number(split: Pipeline, picture: Image.Image, keep: Any) -> None:
+    refuse(
+        r"keep_tokens .* is not a whole number; choose one of those that this bundle holds: 4, 7$",
+        lambda: split.generate(picture, PROMPT, keep_tokens=keep),
+    )
+
+
+@pytest.mark.parametrize("method", ["generate", "stream"])
+def test_an_unknown_keyword_is_told_with_the_nearest(
+    split: Pipeline, picture: Image.Image, method: str
+) -> None:
+    wanted = rf"Pipeline.{method}\(\) got .* argument 'max_tokens'; did you mean 'max_new_tokens'\?"
+    with pytest.raises(TypeError, match=wanted):
+        getattr(split, method)(picture, PROMPT, max_tokens=4)
+
+
+@pytest.mark.parametrize("keep", [0, -4, 5, 16])
 def test_a_keep_count_that_is_not_there(split: Pipeline, picture: Image.Image, keep: Any) -> None:
     refuse(
         r"not in this bundle, which holds 4, 7; ", lambda: split.generate(picture, PROMPT, keep_tokens=keep)

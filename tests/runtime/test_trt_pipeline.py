@@ -208,7 +208,7 @@ def test_without_a_gpu_nothing_is_compared_and_the_report_says_so(
         build._row(build.BuiltGraph("a.onnx", build.StoredEngine(plan, read_stamp(plan), False), 0.0))
         for plan in sorted(tmp_path.glob("*.plan"))
     ]
-    assert "not compared: no GPU here to run them" in build._report(rows, tmp_path)
+    assert "built, and not compared: no GPU here to run them" in build._report(rows, tmp_path)
     with pytest.raises(VtpError, match="'tensorrt' cannot run here: no NVIDIA driver"):
         load(bundle, tmp_path)
 

@@ -250,6 +250,12 @@ def test_transparency_is_flattened_and_said(site: Site) -> None:
     ]
 
 
+def test_sides_that_are_cut_off_are_said(site: Site) -> None:
+    answer = site.chat([*[shown(Image.new("RGB", (64, 48)))] * 2, words("how many ?")], max_tokens=1)
+    (line,) = answer.json["vtp"]["notes"]
+    assert line.startswith("24% of a picture of 64x48 is cut off at its sides")
+
+
 # -- addresses and methods -----------------------------------------------------------------------------------
 
 

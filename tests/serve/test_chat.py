@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from vtp.runtime import NO_PICTURE, Pipeline
+from vtp.runtime.media.cut_off import cut_off_line
 from vtp.runtime.scheduler import Scheduler
 
 from .client import CHAT, Site, data_url, serving, shown, words
@@ -183,7 +184,8 @@ def test_conversations_are_asked_as_they_are(
     wanted = alone.generate(pictures, messages=messages, max_new_tokens=12)
     answer = site.send(CHAT, {"messages": openai_turns(turns, picture), "max_tokens": 12})
     assert answer.status == 200, answer.content
-    assert answer.text == wanted.raw_text and answer.json["vtp"]["notes"] == []
+    cut = cut_off_line(alone.manifest.image, *picture.size)
+    assert answer.text == wanted.raw_text and answer.json["vtp"]["notes"] == [cut]
 
 
 HARMLESS: list[dict[str, Any]] = [

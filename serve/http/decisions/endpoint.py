@@ -15,7 +15,7 @@ from starlette.responses import Response
 from vtp.runtime.decisions.decision import Decision
 from vtp.runtime.media.pictures import NO_PICTURE, Images
 from vtp.runtime.scheduler import DecisionTicket
-from vtp.serve.http.asking import Tally, keep_of, read_pictures
+from vtp.serve.http.asking import Tally, keep_of, notes_about, read_pictures
 from vtp.serve.http.decisions.request import Asking, DecisionsRequest, read_decisions
 from vtp.serve.http.errors import GONE, ApiError
 from vtp.serve.http.fields import read_fields
@@ -39,8 +39,7 @@ async def decisions(request: Request) -> Response:
         made = await _while_listening(request, _decide_all(model, asked, pictures, tally))
         for decision in made:
             service.metrics.decided(model.name, decision)
-    notes = list(dict.fromkeys(text for picture in pictures for text in picture.notes))
-    return JsonResponse(_body(model, asked.questions, made, notes))
+    return JsonResponse(_body(model, asked.questions, made, notes_about(model, pictures)))
 
 
 @asynccontextmanager

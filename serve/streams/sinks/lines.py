@@ -31,7 +31,13 @@ def say_answer(answer: FrameAnswer) -> None:
     if answer.skipped:
         figures.append(f"{answer.skipped} skipped")
     told = [*([" ".join(answer.text.split())] if answer.result else []), *map(_alert, answer.alerts)]
-    say(f"{time_of(answer.frame)}  {' | '.join(told)}  ({', '.join(figures)})")
+    say(f"{_place_of(answer.frame)}  {' | '.join(told)}  ({', '.join(figures)})")
+
+
+def _place_of(frame: Frame) -> str:
+    """Its time; of a folder's file, whose time is the file's, also its name."""
+    named = frame.clock == UNIX and frame.name
+    return f"{time_of(frame)}  {shown(frame.name, 40)}" if named else time_of(frame)
 
 
 def _alert(reading: AlertReading) -> str:

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Iterable
 from typing import Any
 
+from vtp.runtime.bundle.stream_info import StreamInfo
 from vtp.serve.streams.answer import FrameAnswer
 from vtp.serve.streams.watcher import Watcher
 
@@ -15,13 +16,17 @@ _KEPT = 10_000  # ages of the last answers; a watch may go on for months
 
 
 class Tally:
-    """Counts answers; the ages are of the last 10,000."""
+    """Counts answers; the ages are of the last 10,000.
 
-    def __init__(self, watcher: Watcher) -> None:
-        self._watcher = watcher
+    stream  what the bundle says of its tower, if that reuses pictures
+    """
+
+    def __init__(self, watcher: Watcher, stream: StreamInfo | None = None) -> None:
+        self._watcher, self._stream = watcher, stream
         self._started = time.monotonic()
         self.dropped = 0
         self.reused: int | None = None  # frames of which the tower recomputed a part; None: it reuses nothing
+        self._whole = 0  # frames that it computed whole
         self.asked_ages: deque[float] = deque(maxlen=_KEPT)
         self.ages: deque[float] = deque(maxlen=_KEPT)
 
@@ -29,7 +34,9 @@ class Tally:
         """Count one."""
         self.dropped += answer.dropped
         if (tower := answer.tower) is not None:
-            self.reused = (self.reused or 0) + (tower["rows"] < tower["of"])
+            recomputed = tower["rows"] < tower["of"]
+            self.reused = (self.reused or 0) + recomputed
+            self._whole += not recomputed and not answer.tower_idle
         self.asked_ages.append(answer.asked_age)
         self.ages.append(answer.age)
 
@@ -56,11 +63,21 @@ class Tally:
         age = told["age_ms"]
         ages = f"; age at the answer p50 {age['p50']:.0f} ms, p95 {age['p95']:.0f} ms" if age else ""
         skipped = f", {told['skipped']} skipped (nothing changed)" if told["skipped"] else ""
-        skipped += f", {self.reused} recomputed in part" if self.reused is not None else ""
+        skipped += f", {self.reused} recomputed in part{self._why_whole}" if self.reused is not None else ""
         return (
             f"{told['seen']} frames seen, {told['asked']} asked about, {told['dropped']} dropped{skipped} in "
             f"{told['seconds']:.1f} s ({told['fps']:.2f} answers/s){ages}"
         )
+
+    @property
+    def _why_whole(self) -> str:
+        """Why no frame was recomputed in part, where several were computed."""
+        if self.reused or self._whole < 2 or self._stream is None:
+            return ""
+        if self._stream.pictures == 1:
+            return " (the bundle was made with every=1, which computes each whole)"
+        least = self._stream.least_cosine
+        return f" (each was too unlike the one before: the tower asks for a mean cosine of {least:g})"
 
 
 def percentile(values: Iterable[float], share: float) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 from vtp.engines.errors import UsageError
 from vtp.export.checkpoint.processors import spec_from_processor
-from vtp.runtime.commands.cut_off import cut_off_line, share_cut_off
 from vtp.runtime.commands.run import main
+from vtp.runtime.media.cut_off import cut_off_line, share_cut_off
+from vtp.runtime.pipeline import Pipeline
 from vtp.runtime.preprocess import preprocess
 from vtp.serve.streams.cli import main as watch
 
@@ -95,3 +97,15 @@ def test_vtp_watch_says_so_once(
     assert watch([str(exported("vispruner").folder), str(tmp_path), *ask]) == 0
     out, err = capsys.readouterr()
     assert out.count("\n") == 2 and err.count("of a picture of 120x90 is cut off") == 1
+
+
+def test_python_is_warned_once_where_it_asked(exported: Callable[[str], Any], picture_file: Path) -> None:
+    square, wide = np.zeros((50, 50, 3), np.uint8), np.zeros((48, 64, 3), np.uint8)
+    with Pipeline.load(exported("vispruner").folder, "ort-cpu", threads=1) as pipe:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            pipe.generate(square, "how ?", max_new_tokens=1)
+        with pytest.warns(UserWarning, match="24% of a picture of 64x48 is cut off at its sides") as told:
+            pipe.generate(wide, "how ?", max_new_tokens=1)
+            pipe.generate_batch([picture_file], ["how ?"], max_new_tokens=1)
+    assert [one.filename for one in told] == [__file__]

@@ -157,11 +157,13 @@ def test_odd_sizes_and_other_layouts_of_pixels(tmp_path: Path, codec: str, layou
 def test_a_folder_gives_its_pictures_by_number(tmp_path: Path) -> None:
     for number in (10, 2, 1):
         Image.fromarray(scene()[:, : 100 + number]).save(tmp_path / f"frame{number}.png")
+    Image.fromarray(scene()[:, :100]).save(tmp_path / "frame.png")
     (tmp_path / "notes.txt").write_text("no picture")
-    frames = list(open_source(str(tmp_path)))
+    first, *frames = open_source(str(tmp_path))
+    assert first.name == "frame.png"  # as it stands before frame1 in a list
     assert [frame.name for frame in frames] == ["frame1.png", "frame2.png", "frame10.png"]
     assert [frame.load().width for frame in frames] == [101, 102, 110]
-    assert [frame.number for frame in frames] == [0, 1, 2] and {frame.clock for frame in frames} == {UNIX}
+    assert [frame.number for frame in frames] == [1, 2, 3] and {frame.clock for frame in frames} == {UNIX}
     assert FolderSource(tmp_path).every_frame and not FolderSource(tmp_path, fps=5).every_frame
     assert frames[0].stamp_ns == (tmp_path / "frame1.png").stat().st_mtime_ns
 

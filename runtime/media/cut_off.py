@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
+
 from vtp.runtime.preprocess import ImageSpec, source_box
 
-__all__ = ["cut_off_line", "share_cut_off"]
+__all__ = ["CutOffWarner", "cut_off_line", "share_cut_off"]
 
 _WORTH_SAYING = 0.02  # a pixel here and there is rounding
 
@@ -26,3 +29,28 @@ def cut_off_line(spec: ImageSpec, width: int, height: int) -> str | None:
         f"{share:.0%} of a picture of {width}x{height} is cut off at its sides, as this model's image "
         "processor does; vtp-export --image-fit letterbox makes a bundle that sees all of it"
     )
+
+
+class CutOffWarner:
+    """Warns a Python program of the first picture that loses its sides; commands say it in their own lines.
+
+    A program that shows pictures of many sizes is warned once, not once a size.
+    """
+
+    def __init__(self, spec: ImageSpec) -> None:
+        self._spec = spec
+        self._done = False
+
+    def see(self, width: int, height: int) -> None:
+        """Look at the size of a picture that is going to be answered about."""
+        if not self._done and (line := cut_off_line(self._spec, width, height)):
+            self._done = True
+            warnings.warn(line, stacklevel=_level_of_caller())
+
+
+def _level_of_caller() -> int:
+    """The `stacklevel` by which a warning of `see` names the line that called this library."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).startswith("vtp."):
+        frame, level = frame.f_back, level + 1
+    return level

@@ -221,7 +221,8 @@ def test_ctrl_c_amid_the_last_wait_ends_the_command(tmp_path: Path) -> None:
     log = tmp_path / "log"
     command = [sys.executable, "-c", AMID, str(log), json.dumps(ALERTED)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=50)
-    assert (done.stdout, done.stderr) == ("interrupted\n", "")
+    told = "--on-alert is not done, and is ended; 2 more alerts are left out\ninterrupted\n"
+    assert (done.stdout, done.stderr) == (told, "")
     started = log.read_text().split()
     assert len(started) == 1
     with pytest.raises(ProcessLookupError):

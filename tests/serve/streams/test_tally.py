@@ -57,5 +57,7 @@ def test_files_are_named_and_alerts_that_mean_little_are_told_once(
     out, error = capsys.readouterr()
     assert [line.split("  ")[1] for line in out.splitlines()] == ["a.png", "a2.png"]
     assert error.count("the model gives its answers (yes, no) together a probability of ") == 1
-    assert main([*asked[:-2], "--alert", "what color is the star ? [blue|red|green]", "--labels", "texts"]) == 0
+    assert (
+        main([*asked[:-2], "--alert", "what color is the star ? [blue|red|green]", "--labels", "texts"]) == 0
+    )
     assert "together a probability" not in capsys.readouterr().err

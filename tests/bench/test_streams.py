@@ -14,6 +14,7 @@ from vtp.bench.studies.watching import stream
 from vtp.runtime import Pipeline
 
 
+@pytest.mark.slow
 def test_a_stream_is_played_whole_reused_and_behind_a_gate(exported: Callable[[str], Any]) -> None:
     folder = exported("stc").folder
     with (

@@ -54,6 +54,7 @@ def test_a_cached_snapshot_is_used(
     assert checkpoint.load(checkpoint.resolve("org/name"), "float32").name == "org/name"
 
 
+@pytest.mark.slow  # it waits for the client's own ten seconds
 def test_a_hub_that_never_answers(tmp_path: Path) -> None:
     """It takes the connection and says nothing: given up after seconds, not minutes."""
     import subprocess

@@ -154,7 +154,7 @@ def test_batches_conversations_and_text_alone(restored, exported, picture: Image
 @pytest.mark.parametrize(
     ("model", "wishes"),
     [
-        ("gqa", {"method": "fastv", "keep_tokens": "5"}),
+        pytest.param("gqa", {"method": "fastv", "keep_tokens": "5"}, marks=pytest.mark.slow),
         pytest.param("four", {"method": "pyramiddrop", "keep_tokens": "4"}, marks=pytest.mark.slow),
         pytest.param("four", {"method": "sparsevlm", "keep_tokens": "4,7"}, marks=pytest.mark.slow),
         pytest.param("gqa", {"method": "vispruner", "dtype": "float16"}, marks=pytest.mark.slow),

@@ -71,7 +71,7 @@ def test_generation_is_verified_at_every_keep_count(bundles, name):
     }
 
 
-@pytest.mark.parametrize("name", ["Blurring", "BlurringLate"])
+@pytest.mark.parametrize("name", [pytest.param("Blurring", marks=pytest.mark.slow), "BlurringLate"])
 def test_merged_rows_of_float16_bundles_are_verified(tmp_path, model_path, name):
     """The reference computes in float32 with rows that the bundle gives in float16."""
     request = Request(

@@ -216,6 +216,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: rank.get(item.nodeid.partition("::")[0], len(rank)))
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object) -> None:
+    """End a run whose test process died, and name the test: with `--dist loadfile` xdist waits for ever."""
+    if error:
+        session = node.config.pluginmanager.getplugin("dsession")
+        session.shouldstop = f"test process {node.gateway.id} died: {error}"
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_finish() -> None:
     """Leave what the imports made out of every later garbage collection: torch's tracer causes thousands."""

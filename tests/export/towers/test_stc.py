@@ -276,7 +276,7 @@ def test_a_manifest_that_contradicts_itself(bundle: Bundle, change: Any, words: 
         ("siglip", {"dtype": "float16"}),
         ("clip", {"verify": "layers"}),
         ("siglip", {"target": "jetpack6"}),
-        ("clip", {"method": "adaptprune", "target": "tensorrt"}),
+        ("clip", {"target": "tensorrt"}),
     ],
 )
 def test_other_forms_are_held_against_torch(

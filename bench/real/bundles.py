@@ -48,7 +48,7 @@ class Exports:
         return self._bundle(method, ",".join(map(str, sorted(keeps))), progress, note)
 
     def check_disk(self, methods: int) -> None:
-        """Raise VtpError if the disk cannot hold so many bundles of the model: each holds all weights."""
+        """Raise VtpError if the disk cannot hold that many bundles of the model: each holds all weights."""
         need, free = methods * self._bundle_bytes, free_disk(self.work)
         if need > free:
             raise VtpError(

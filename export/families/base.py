@@ -289,3 +289,16 @@ def _rotary_kinds(rope: Mapping[str, Any]) -> list[str]:
     """The kinds of rotary embedding that `rope_parameters` names: one, or one for each kind of layer."""
     kinds = [part for part in rope.values() if isinstance(part, Mapping)] or [rope]
     return [part.get("rope_type", "default") for part in kinds]
+
+
+def marks_of(tokenizer: Any, names: Sequence[str]) -> list[str]:
+    """The special tokens that a tokenizer has under its own names, such as "start_image_token".
+
+    Raises VtpError if it lacks one.
+    """
+    marks = [mark for name in names if (mark := getattr(tokenizer, name, None)) is not None]
+    if len(marks) < len(names):
+        raise VtpError(
+            f"the tokenizer does not say what its {' and '.join(names)} are; fix tokenizer_config.json"
+        )
+    return marks

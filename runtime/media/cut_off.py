@@ -21,7 +21,7 @@ def share_cut_off(spec: ImageSpec, width: int, height: int) -> float:
 
 
 def cut_off_line(spec: ImageSpec, width: int, height: int) -> str | None:
-    """What to tell whoever shows such a picture; None: (nearly) all of it is seen."""
+    """What to tell the person who shows such a picture; None: (nearly) all of it is seen."""
     share = share_cut_off(spec, width, height)
     if share < _WORTH_SAYING:
         return None

@@ -12,6 +12,7 @@ refuse      it is refused, in one line.
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from dataclasses import dataclass
 
 from PIL import Image
@@ -68,6 +69,31 @@ class FittedSpec(ImageSpec):
         padded = _padded(picture, (height, width))
         check_area(picture, padded, f"padded to the shape of {width}x{height}")
         return padded
+
+
+@dataclass(frozen=True, kw_only=True)
+class OneViewSpec(FittedSpec):
+    """A kind that shows a picture in one view, of the bundle's image size."""
+
+    @abstractmethod
+    def own_size(self, picture: Size) -> Size:
+        """(height, width) that the processor gives a picture of that size."""
+
+    @property
+    def fixed_size(self) -> Size:
+        """(H, W) of the resized picture."""
+        return self.image_size
+
+    def padded(self, image: Image.Image) -> Image.Image:
+        """A picture padded to the view's shape, where the processor would give it another."""
+        return pad(image, self._fitted((image.height, image.width)), self)
+
+    def boxes(self, width: int, height: int) -> tuple[Box, ...]:
+        """The whole picture with its padding."""
+        return (padded_box((height, width), self._fitted((height, width))),)
+
+    def _fitted(self, picture: Size) -> Size:
+        return self.fitted_size(picture, self.own_size(picture), self.image_size)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,15 +15,15 @@ import numpy as np
 from PIL import Image
 
 from vtp.engines.errors import VtpError
-from vtp.runtime.preprocess.base import Box, Size
-from vtp.runtime.preprocess.fit import FittedSpec, pad, padded_box
+from vtp.runtime.preprocess.base import Size
+from vtp.runtime.preprocess.fit import OneViewSpec
 from vtp.runtime.preprocess.pixels import resize, values_of
 
 BUDGETS = (70, 140, 280, 560, 1120)  # most tokens of a picture, of which the processor knows these
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gemma4Spec(FittedSpec):
+class Gemma4Spec(OneViewSpec):
     """[patches, values]: `patch_size` cuts the picture, `pooling_size` patches along an edge make one token.
 
     `max_soft_tokens` is the budget, the most tokens that a picture may have.
@@ -55,11 +55,6 @@ class Gemma4Spec(FittedSpec):
         )
 
     @property
-    def fixed_size(self) -> Size:
-        """(H, W) of the resized picture."""
-        return self.image_size
-
-    @property
     def shape(self) -> tuple[int, ...]:
         """[patches, patch x patch x 3]."""
         rows, columns = (edge // self.patch_size for edge in self.image_size)
@@ -67,18 +62,13 @@ class Gemma4Spec(FittedSpec):
 
     def pixels(self, image: Image.Image) -> np.ndarray:
         """Fit, resize, patchify: float32 [patches, patch x patch x 3]."""
-        image = resize(pad(image, self._fitted((image.height, image.width)), self), self.image_size, self)
+        image = resize(self.padded(image), self.image_size, self)
         patch, (height, width) = self.patch_size, self.image_size
         parts = values_of(image, self).reshape(3, height // patch, patch, width // patch, patch)
         return np.ascontiguousarray(parts.transpose(1, 3, 2, 4, 0)).reshape(self.shape)
 
-    def boxes(self, width: int, height: int) -> tuple[Box, ...]:
-        """The whole picture with its padding."""
-        return (padded_box((height, width), self._fitted((height, width))),)
-
-    def _fitted(self, picture: Size) -> Size:
-        own = _own_size(picture, self.patch_size, self.pooling_size, self.max_soft_tokens)
-        return self.fitted_size(picture, own, self.image_size)
+    def own_size(self, picture: Size) -> Size:
+        return _own_size(picture, self.patch_size, self.pooling_size, self.max_soft_tokens)
 
 
 def default_size(patch: int, pooling: int, budget: int) -> Size:

@@ -15,15 +15,15 @@ from typing import ClassVar
 import numpy as np
 from PIL import Image
 
-from vtp.runtime.preprocess.base import Box, Size, is_int
-from vtp.runtime.preprocess.fit import FittedSpec, pad, padded_box
+from vtp.runtime.preprocess.base import Size, is_int
+from vtp.runtime.preprocess.fit import OneViewSpec
 
 BILINEAR = 2
 _ROWS = 256  # resized at a time, so that sums of 32 bits stay small beside the picture
 
 
 @dataclass(frozen=True, kw_only=True)
-class NaflexSpec(FittedSpec):
+class NaflexSpec(OneViewSpec):
     """[patches, patch x patch x 3]: `patch_size` cuts the picture, `merge_size` patches an edge make a token.
 
     The processor's own range of sizes is `min_pixels` to `max_pixels`.
@@ -58,11 +58,6 @@ class NaflexSpec(FittedSpec):
         )
 
     @property
-    def fixed_size(self) -> Size:
-        """(H, W) of the resized picture."""
-        return self.image_size
-
-    @property
     def shape(self) -> tuple[int, ...]:
         """[patches, patch x patch x 3]."""
         rows, columns = (edge // self.patch_size for edge in self.image_size)
@@ -70,16 +65,12 @@ class NaflexSpec(FittedSpec):
 
     def pixels(self, image: Image.Image) -> np.ndarray:
         """Fit, resize, normalise, patchify: float32 [patches, patch x patch x 3]."""
-        image = pad(image, self._fitted((image.height, image.width)), self)
+        image = self.padded(image)
         pixels = resize_fixed_point(np.asarray(image), self.image_size)
         values = self._normalised(pixels)
         patch, (height, width) = self.patch_size, self.image_size
         parts = values.reshape(height // patch, patch, width // patch, patch, 3).transpose(0, 2, 1, 3, 4)
         return np.ascontiguousarray(parts).reshape(self.shape)
-
-    def boxes(self, width: int, height: int) -> tuple[Box, ...]:
-        """The whole picture with its padding."""
-        return (padded_box((height, width), self._fitted((height, width))),)
 
     def _normalised(self, pixels: np.ndarray) -> np.ndarray:
         """uint8 [.,3] -> float32; torch rounds mean and deviation to float32 before it multiplies them."""
@@ -91,9 +82,8 @@ class NaflexSpec(FittedSpec):
     def _factor(self) -> int:
         return self.patch_size * self.merge_size
 
-    def _fitted(self, picture: Size) -> Size:
-        own = _own_size(picture, self._factor, self.min_pixels, self.max_pixels)
-        return self.fitted_size(picture, own, self.image_size)
+    def own_size(self, picture: Size) -> Size:
+        return _own_size(picture, self._factor, self.min_pixels, self.max_pixels)
 
 
 def default_size(min_pixels: int, max_pixels: int, factor: int) -> Size:

@@ -13,15 +13,15 @@ from typing import ClassVar
 import numpy as np
 from PIL import Image
 
-from vtp.runtime.preprocess.base import Box, Size, is_int
-from vtp.runtime.preprocess.fit import FittedSpec, pad, padded_box
+from vtp.runtime.preprocess.base import Size, is_int
+from vtp.runtime.preprocess.fit import OneViewSpec
 from vtp.runtime.preprocess.pixels import resize, values_of
 
 MERGE = 4  # patches along an edge of a visual token, merged in two steps
 
 
 @dataclass(frozen=True, kw_only=True)
-class NavitSpec(FittedSpec):
+class NavitSpec(OneViewSpec):
     """[patches, 3 x patch x patch]: `patch_size` cuts the picture, `merge_size` patches an edge make a token.
 
     `max_pixels` is a square number: the pixels that the processor gives a picture, before it rounds.
@@ -41,17 +41,12 @@ class NavitSpec(FittedSpec):
         fits = is_int(most) and most >= 1 and math.isqrt(most) ** 2 == most
         self.require(fits, f"max_pixels must be a positive square number, not {most!r}")
         height, width = self.image_size
-        tall, wide = self._own_size(self.image_size)
+        tall, wide = self.own_size(self.image_size)
         self.require(
             (tall, wide) == (height, width),
             f"image size {width}x{height} is not one that this processor gives a picture of that shape; give "
             f"{wide}x{tall}",
         )
-
-    @property
-    def fixed_size(self) -> Size:
-        """(H, W) of the resized picture."""
-        return self.image_size
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -61,19 +56,12 @@ class NavitSpec(FittedSpec):
 
     def pixels(self, image: Image.Image) -> np.ndarray:
         """Fit, resize, patchify: float32 [patches, 3 x patch x patch]."""
-        image = resize(pad(image, self._fitted((image.height, image.width)), self), self.image_size, self)
+        image = resize(self.padded(image), self.image_size, self)
         patch, (height, width) = self.patch_size, self.image_size
         parts = values_of(image, self).reshape(3, height // patch, patch, width // patch, patch)
         return np.ascontiguousarray(parts.transpose(1, 3, 0, 2, 4)).reshape(self.shape)
 
-    def boxes(self, width: int, height: int) -> tuple[Box, ...]:
-        """The whole picture with its padding."""
-        return (padded_box((height, width), self._fitted((height, width))),)
-
-    def _fitted(self, picture: Size) -> Size:
-        return self.fitted_size(picture, self._own_size(picture), self.image_size)
-
-    def _own_size(self, picture: Size) -> Size:
+    def own_size(self, picture: Size) -> Size:
         return own_size(picture, math.isqrt(self.max_pixels), self.patch_size * self.merge_size)
 
 

@@ -13,13 +13,13 @@ from typing import ClassVar
 import numpy as np
 from PIL import Image
 
-from vtp.runtime.preprocess.base import Box, Size
-from vtp.runtime.preprocess.fit import FittedSpec, pad, padded_box
+from vtp.runtime.preprocess.base import Size
+from vtp.runtime.preprocess.fit import OneViewSpec
 from vtp.runtime.preprocess.pixels import resize, values_of
 
 
 @dataclass(frozen=True, kw_only=True)
-class PixtralSpec(FittedSpec):
+class PixtralSpec(OneViewSpec):
     """[1, 3, H, W]; `patch_size` are the pixels of a token along an edge."""
 
     kind: ClassVar[str] = "pixtral"
@@ -43,28 +43,16 @@ class PixtralSpec(FittedSpec):
         )
 
     @property
-    def fixed_size(self) -> Size:
-        """(H, W) of the resized picture."""
-        return self.image_size
-
-    @property
     def shape(self) -> tuple[int, ...]:
         """[1, 3, H, W]."""
         return 1, 3, *self.image_size
 
     def pixels(self, image: Image.Image) -> np.ndarray:
         """Fit and resize: float32 [1, 3, H, W]."""
-        image = pad(image, self._fitted((image.height, image.width)), self)
+        image = self.padded(image)
         return values_of(resize(image, self.image_size, self), self)[None]
 
-    def boxes(self, width: int, height: int) -> tuple[Box, ...]:
-        """The whole picture with its padding."""
-        return (padded_box((height, width), self._fitted((height, width))),)
-
-    def _fitted(self, picture: Size) -> Size:
-        return self.fitted_size(picture, self._own_size(picture), self.image_size)
-
-    def _own_size(self, picture: Size) -> Size:
+    def own_size(self, picture: Size) -> Size:
         """transformers' rule."""
         height, width = picture
         ratio = max(height / self.longest_edge, width / self.longest_edge)

@@ -15,15 +15,15 @@ import numpy as np
 from PIL import Image
 
 from vtp.engines.errors import VtpError
-from vtp.runtime.preprocess.base import Box, Size, is_int
-from vtp.runtime.preprocess.fit import FittedSpec, pad, padded_box
+from vtp.runtime.preprocess.base import Size, is_int
+from vtp.runtime.preprocess.fit import OneViewSpec
 from vtp.runtime.preprocess.pixels import resize, values_of
 
 _MOST_UNEVEN = 200  # most that the longest edge may be, in shortest edges
 
 
 @dataclass(frozen=True, kw_only=True)
-class QwenSpec(FittedSpec):
+class QwenSpec(OneViewSpec):
     """[patches, values]: `patch_size`, `temporal_patch_size`, `merge_size` cut the picture.
 
     The processor's own range of sizes is `min_pixels` to `max_pixels`.
@@ -57,11 +57,6 @@ class QwenSpec(FittedSpec):
         )
 
     @property
-    def fixed_size(self) -> Size:
-        """(H, W) of the resized picture."""
-        return self.image_size
-
-    @property
     def shape(self) -> tuple[int, ...]:
         """[patches, 3 x temporal x patch x patch]."""
         rows, columns = self._grid
@@ -69,17 +64,13 @@ class QwenSpec(FittedSpec):
 
     def pixels(self, image: Image.Image) -> np.ndarray:
         """Fit, resize, patchify: float32 [patches, 3 x temporal x patch x patch]."""
-        image = resize(pad(image, self._fitted((image.height, image.width)), self), self.image_size, self)
+        image = resize(self.padded(image), self.image_size, self)
         patch, merge, times = self.patch_size, self.merge_size, self.temporal_patch_size
         rows, columns = self._grid
         parts = values_of(image, self).reshape(3, rows // merge, merge, patch, columns // merge, merge, patch)
         parts = parts.transpose(1, 4, 2, 5, 0, 3, 6)  # [rows, columns, merge, merge, 3, patch, patch]
         frames = np.broadcast_to(parts[:, :, :, :, :, None], (*parts.shape[:5], times, patch, patch))
         return np.ascontiguousarray(frames).reshape(self.shape)
-
-    def boxes(self, width: int, height: int) -> tuple[Box, ...]:
-        """The whole picture with its padding."""
-        return (padded_box((height, width), self._fitted((height, width))),)
 
     @property
     def _grid(self) -> tuple[int, int]:
@@ -90,15 +81,14 @@ class QwenSpec(FittedSpec):
     def _factor(self) -> int:
         return self.patch_size * self.merge_size
 
-    def _fitted(self, picture: Size) -> Size:
+    def own_size(self, picture: Size) -> Size:
         long, short = max(picture), min(picture)
         if long > _MOST_UNEVEN * short:
             raise VtpError(
                 f"a picture of {picture[1]}x{picture[0]} is too long: one edge may be at most "
                 f"{_MOST_UNEVEN} times the other for this model; crop it first"
             )
-        own = _smart_resize(picture, self._factor, self.min_pixels, self.max_pixels)
-        return self.fitted_size(picture, own, self.image_size)
+        return _smart_resize(picture, self._factor, self.min_pixels, self.max_pixels)
 
 
 def default_size(min_pixels: int, max_pixels: int, factor: int) -> Size:

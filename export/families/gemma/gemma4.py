@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vtp.engines import VtpError
 from vtp.export.checkpoint.weights import source_of
-from vtp.export.families.base import Family
+from vtp.export.families.base import Family, marks_of
 from vtp.export.families.gemma.gemma4_decoder import Gemma4Decoder
 from vtp.export.families.gemma.gemma4_reference import Gemma4Reference
 from vtp.export.families.gemma.gemma4_tower import Gemma4Projector, Gemma4Tower
@@ -122,12 +122,7 @@ class Gemma4(Family):
         return self.model.config.image_token_id
 
     def read_marks(self, tokenizer: Any) -> None:
-        marks = [getattr(tokenizer, name, None) for name in _MARKS]
-        if None in marks:
-            raise VtpError(
-                f"the tokenizer does not say what its {' and '.join(_MARKS)} are; fix tokenizer_config.json"
-            )
-        self._around = tokenizer.convert_tokens_to_ids(marks)
+        self._around = tokenizer.convert_tokens_to_ids(marks_of(tokenizer, _MARKS))
 
     @property
     def placeholder_ids(self) -> list[int]:

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from vtp.engines import VtpError
-from vtp.export.families.base import Family
+from vtp.export.families.base import Family, marks_of
 from vtp.export.families.minicpm.reference import MiniCPMReference
 from vtp.export.families.minicpm.tower import FACTOR, MergerMlp, MergingTower
 from vtp.export.families.qwen_vl.qwen3_5 import LIMITS, delta_states
@@ -68,12 +68,7 @@ class MiniCPMV4_6(Family):
         self.size = image.image_size
 
     def read_marks(self, tokenizer: Any) -> None:
-        marks = [getattr(tokenizer, name, None) for name in _MARKS]
-        if None in marks:
-            raise VtpError(
-                f"the tokenizer does not say what its {' and '.join(_MARKS)} are; fix tokenizer_config.json"
-            )
-        number, over, start, end = marks
+        number, over, start, end = marks_of(tokenizer, _MARKS)
         image = tokenizer.convert_ids_to_tokens(self.image_token_id)
         block = tokenizer(f"{number}0{over}{start}{image}{end}", add_special_tokens=False)["input_ids"]
         self._ids = [int(one) for one in block]

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from vtp.engines import VtpError
-from vtp.export.families.base import Family
+from vtp.export.families.base import Family, marks_of
 from vtp.export.families.tiled.reference import InternVLReference
 from vtp.export.families.tiled.shuffle import ShuffledEncoder
 from vtp.export.families.tiles import Tile, equal_tiles
@@ -112,12 +112,7 @@ class InternVL(Family):
         return self.model.config.image_token_id
 
     def read_marks(self, tokenizer: Any) -> None:
-        marks = [getattr(tokenizer, name, None) for name in _MARKS]
-        if None in marks:
-            raise VtpError(
-                f"the tokenizer does not say what its {' and '.join(_MARKS)} are; fix tokenizer_config.json"
-            )
-        self._around = tokenizer.convert_tokens_to_ids(marks)
+        self._around = tokenizer.convert_tokens_to_ids(marks_of(tokenizer, _MARKS))
 
     @property
     def placeholder_ids(self) -> list[int]:

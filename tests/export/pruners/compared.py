@@ -124,7 +124,7 @@ CASES = {
     "hiprune": [*ANY, Case((6, 5), 12, {"alpha": 0.9}), Case((4, 5), 3, {"alpha": 1.0})],
     "prunesid": [*ANY, Case((6, 6), 20, {"group": 3})],
     "change": [*ANY, Case((1, 9), 4)],
-    "evs": [  # frames of so many patches
+    "evs": [  # frames of these numbers of patches
         Case((4, 4), 4),
         Case((3, 5), 11),
         Case((3, 5), 15),

@@ -19,7 +19,7 @@ from PIL import Image
 
 from vtp.engines.errors import VtpError
 from vtp.runtime.media.images import MAX_PIXELS
-from vtp.runtime.preprocess.base import Box, ImageSpec, Size
+from vtp.runtime.preprocess.base import Box, ImageSpec, Size, is_int
 from vtp.runtime.preprocess.pixels import check_area, mean_colour, paste
 
 FITS = ("letterbox", "stretch", "refuse")
@@ -83,6 +83,25 @@ class OneViewSpec(FittedSpec):
     def fixed_size(self) -> Size:
         """(H, W) of the resized picture."""
         return self.image_size
+
+    def require_multiples(self, factor: int, units: str) -> None:
+        """Raise `VtpError` unless both edges are whole `units` of `factor` pixels."""
+        height, width = self.image_size
+        self.require(
+            height % factor == 0 and width % factor == 0,
+            f"image size {width}x{height} is not made of whole {units}; give multiples of {factor}",
+        )
+
+    def require_pixels(self, min_pixels: int, max_pixels: int) -> None:
+        """Raise `VtpError` unless the image size has as many pixels as the processor gives pictures."""
+        for name, count in (("min_pixels", min_pixels), ("max_pixels", max_pixels)):
+            self.require(is_int(count) and count >= 1, f"{name} must be positive, not {count!r}")
+        (height, width), area = self.image_size, math.prod(self.image_size)
+        self.require(
+            min_pixels <= area <= max_pixels,
+            f"image size {width}x{height} has {area} pixels; this processor takes {min_pixels} to "
+            f"{max_pixels}",
+        )
 
     def padded(self, image: Image.Image) -> Image.Image:
         """A picture padded to the view's shape, where the processor would give it another."""

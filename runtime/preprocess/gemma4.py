@@ -44,10 +44,7 @@ class Gemma4Spec(OneViewSpec):
             f"max_soft_tokens must be one of {', '.join(map(str, BUDGETS))}, not {self.max_soft_tokens!r}",
         )
         (height, width), token = self.image_size, self.patch_size * self.pooling_size
-        self.require(
-            height % token == 0 and width % token == 0,
-            f"image size {width}x{height} is not made of whole tokens; give multiples of {token}",
-        )
+        self.require_multiples(token, "tokens")
         self.require(
             _is_made(self.image_size, token, self.max_soft_tokens),
             f"image size {width}x{height} has {height * width // token**2} tokens of {token}x{token}, and no "

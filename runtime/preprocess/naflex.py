@@ -15,7 +15,7 @@ from typing import ClassVar
 import numpy as np
 from PIL import Image
 
-from vtp.runtime.preprocess.base import Size, is_int
+from vtp.runtime.preprocess.base import Size
 from vtp.runtime.preprocess.fit import OneViewSpec
 
 BILINEAR = 2
@@ -40,22 +40,10 @@ class NaflexSpec(OneViewSpec):
         """An image size that the processor could give to some picture."""
         super().check()
         self.require_lengths("patch_size", "merge_size")
-        least, most = self.min_pixels, self.max_pixels
-        for name, count in (("min_pixels", least), ("max_pixels", most)):
-            self.require(is_int(count) and count >= 1, f"{name} must be positive, not {count!r}")
         self.require(self.resample == BILINEAR, f"resample must be {BILINEAR}, not {self.resample}")
         self.require(self.do_rescale and self.do_normalize, "kind naflex needs do_rescale and do_normalize")
-        height, width = self.image_size
-        self.require(
-            height % self._factor == 0 and width % self._factor == 0,
-            f"image size {width}x{height} is not made of whole visual tokens; give multiples of "
-            f"{self._factor}",
-        )
-        self.require(
-            least <= height * width <= most,
-            f"image size {width}x{height} has {height * width} pixels; this processor takes {least} to "
-            f"{most}",
-        )
+        self.require_multiples(self._factor, "visual tokens")
+        self.require_pixels(self.min_pixels, self.max_pixels)
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -32,10 +32,7 @@ class PixtralSpec(OneViewSpec):
         super().check()
         self.require_lengths("patch_size", "longest_edge")
         (height, width), token = self.image_size, self.patch_size
-        self.require(
-            height % token == 0 and width % token == 0,
-            f"image size {width}x{height} is not made of whole tokens; give multiples of {token}",
-        )
+        self.require_multiples(token, "tokens")
         most = _up_to(self.longest_edge, token)
         self.require(
             max(height, width) <= most,

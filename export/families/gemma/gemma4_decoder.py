@@ -53,15 +53,8 @@ class Gemma4Decoder(Decoder):
         del absent  # padding takes the place of visual tokens, as in transformers
         return _Embedding(self)
 
-    def part(
-        self,
-        first: int,
-        end: int,
-        cues: Sequence[str] = (),
-        normed_keys: bool = False,
-        biased: bool = False,
-    ) -> DecoderPart:
-        return _Part(self, first, end, cues, normed_keys, biased)
+    def part(self, *asked: Any, **more: Any) -> DecoderPart:
+        return _Part(self, *asked, **more)
 
 
 class _Embedding(nn.Module):

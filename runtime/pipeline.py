@@ -139,7 +139,8 @@ class Pipeline:
         hashed = flag("check_hashes", check_hashes)
         checked = flag("check_memory", check_memory) and not switched_off()
         caching, earlier = flag("prefix_caching", prefix_caching), flag("reuse_prompt", reuse_prompt)
-        how = replace(opening or Opening(), stream_reuse=flag("stream_reuse", stream_reuse))
+        given, reuse = opening or Opening(), flag("stream_reuse", stream_reuse)
+        how = replace(given, stream_reuse=reuse or given.stream_reuse)
 
         def load(folder: Path) -> Pipeline:
             opened = open_bundle(folder, hashed)

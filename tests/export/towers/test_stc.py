@@ -20,6 +20,7 @@ from vtp.export.towers import parse_reduction
 from vtp.runtime import Pipeline
 from vtp.runtime.bundle.folder import Bundle, open_bundle
 from vtp.runtime.bundle.manifest import parse_manifest
+from vtp.runtime.opening import Opening
 from vtp.runtime.parity_gate import cases
 from vtp.runtime.stages.boundary import find_boundary
 from vtp.runtime.triton.repository import write_repository
@@ -193,6 +194,10 @@ def test_reuse_is_refused_where_there_is_none(bundle: Bundle, exported: Callable
         UsageError, match="makes no use of earlier pictures; leave out stream_reuse, or export"
     ):
         Pipeline.load(exported("vispruner").folder, engine="ort-cpu", stream_reuse=True)
+    with pytest.raises(
+        UsageError, match="makes no use of earlier pictures; leave out stream_reuse, or export"
+    ):
+        Pipeline.load(exported("vispruner").folder, engine="ort-cpu", opening=Opening(stream_reuse=True))
     with pytest.raises(UsageError, match="does not go together with a vision feature cache; choose one"):
         Pipeline.load(bundle.folder, engine="ort-cpu", stream_reuse=True, vision_feature_cache=1)
     with pytest.raises(UsageError, match="stream_reuse"):

@@ -16,6 +16,7 @@ from vtp.engines.openvino.library import DEVICES, load_openvino
 from vtp.engines.openvino.reading import read_model, reason, version
 from vtp.engines.openvino.reductions import keep_reductions_apart
 from vtp.engines.openvino.request import Request, check_fit
+from vtp.engines.openvino.ties import order_ties
 from vtp.engines.openvino.value import OvValue, adopted, array_of
 
 
@@ -69,6 +70,7 @@ class OvEngine(Engine):
             )
         try:
             self.caches = rewrite_attention(model)
+            order_ties(model)
             keep_reductions_apart(model)
             self.compiled = _compile(model, DEVICES[name], threads)
         except VtpError as error:

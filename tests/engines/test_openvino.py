@@ -231,6 +231,33 @@ def test_sums_are_not_joined_with_what_follows(tmp_path: Path) -> None:
     np.testing.assert_array_equal(engine.run({"starts": engine.put(starts)})["y"].numpy(), wanted)
 
 
+@pytest.mark.parametrize(("rows", "width", "keep"), [(1, 37, 9), (2, 576, 64), (3, 576, 500), (2, 6, 6)])
+def test_of_equal_scores_the_lower_index_wins(tmp_path: Path, rows: int, width: int, keep: int) -> None:
+    """As on ONNX Runtime: of 37 equal scores OpenVINO's TopK takes any nine, in any order."""
+    nodes = [
+        helper.make_node("TopK", ["scores", "count"], ["most", "largest"], largest=1),
+        helper.make_node("TopK", ["scores", "count"], ["least", "smallest"], largest=0),
+        helper.make_node("ArgMax", ["scores"], ["first"], axis=1, keepdims=1),
+        helper.make_node("ArgMin", ["scores"], ["lowest"], axis=1, keepdims=0),
+        helper.make_node("Add", ["largest", "first"], ["moved"]),
+    ]
+    count = helper.make_tensor("count", TensorProto.INT64, [1], [keep])
+    outputs = [info(name, FLOAT, ["b", keep]) for name in ("most", "least")]
+    outputs += [info(name, TensorProto.INT64, ["b", keep]) for name in ("largest", "smallest", "moved")]
+    outputs += [info("lowest", TensorProto.INT64, ["b"])]
+    inputs = [info("scores", FLOAT, ["b", width])]
+    path = save(tmp_path / "g.onnx", nodes, inputs, outputs, [count])
+    engines = [open_graph(path, name, 1) for name in (NAME, "ort-cpu")]
+    rng = np.random.default_rng(11)
+    for levels in (1, 2, 5, 40):
+        scores = rng.integers(0, levels, (rows, width)).astype(np.float32)
+        order = np.argsort(-scores, axis=1, kind="stable")[:, :keep]
+        found, wanted = (engine.run({"scores": engine.put(scores)}) for engine in engines)
+        np.testing.assert_array_equal(found["largest"].numpy(), order)
+        for name in wanted:
+            np.testing.assert_array_equal(found[name].numpy(), wanted[name].numpy(), name)
+
+
 _LOAD = """
 from pathlib import Path
 from vtp.engines.openvino.library import load_openvino

@@ -122,11 +122,14 @@ def test_the_list_refuses_what_the_newer_target_writes(bundle_of: Get) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("method", picture_methods()[1:])
 def test_every_method_is_in_the_list(tmp_path: Path, method: str) -> None:
-    """Whole bundles of eight layers: methods that act at several depths, with all their cues."""
+    """Whole bundles of eight layers: methods that act at several depths, with all their cues.
+
+    In float16, whose casts the list has to have as well. Numbers are held elsewhere: through eight layers of
+    random weights torch's own float16 is 0.7 % of a row away from its float32, and ONNX Runtime's 1.7 %.
+    """
     save_tiny(tmp_path / "model", layers=8, vision_layers=2)
-    wish = Request(
-        tmp_path / "bundle", str(tmp_path / "model"), method, "5", target="jetpack6", max_length=64
-    )
+    source, out = str(tmp_path / "model"), tmp_path / "bundle"
+    wish = Request(out, source, method, "5", target="jetpack6", max_length=64, verify="none")
     assert [line for path in export(wish).folder.glob("*.onnx") for line in refused(path)] == []
 
 

@@ -215,12 +215,21 @@ def test_default_keep_counts_are_the_papers():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("target", ["ort", "jetpack6"])
 @pytest.mark.parametrize("name", ["cdpruner", *STAGED])
-def test_a_bundle_of_each_holds_against_torch(tmp_path, model_folder, name):
+def test_a_bundle_of_each_holds_against_torch(tmp_path, model_folder, name, target):
     from vtp.export.exporter import Request, export
 
-    source = str(model_folder("gqa"))
-    done = export(Request(tmp_path / "bundle", model=source, method=name, keep_tokens="3,6", verify="full"))
+    wish = Request(
+        tmp_path / "bundle",
+        model=str(model_folder("four")),
+        method=name,
+        keep_tokens="3,6",
+        target=target,
+        dtype="float32",
+        verify="full",
+    )
+    done = export(wish)
     assert (done.folder / "manifest.json").is_file()
 
 

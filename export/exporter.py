@@ -98,8 +98,8 @@ def _emit_graphs(job: Job, plan: Plan, store: WeightStore, progress: Progress) -
 def _open_graphs(folder: Path, progress: Progress, note: Callable[[str], None]) -> None:
     """Refuse a bundle whose graphs do not open, the least that is held where nothing is verified."""
     progress("open every graph")
-    if left := open_each(open_bundle(folder)):
-        note(f"{', '.join(left)} {'were' if len(left) > 1 else 'was'} not opened here: see vtp-doctor")
+    if not open_each(open_bundle(folder)):
+        note("no graph was opened, since ONNX Runtime is missing: see vtp-doctor")
 
 
 def _verify(folder: Path, manifest: Manifest, job: Job, plan: Plan, mode: str, progress: Progress) -> None:

@@ -310,33 +310,54 @@ def _run_options(graph: int) -> Any:
     return options
 
 
+def check_opens(path: Path) -> None:
+    """VtpError for a graph that ONNX Runtime's CPU provider does not open. Its weights are not copied.
+
+    Everything is fused but what is particular to this processor: for that ONNX Runtime makes copies of the
+    weights, of float16 ones in float32, so that a graph takes more than twice its file in memory.
+    """
+    ort = load_onnxruntime()
+    options = _session_options()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    _load(path, options, [_PROVIDERS["ort-cpu"]], disabled_optimizers=["ConstantFolding"])
+
+
 def _open_session(path: Path, name: str, threads: int | None, cuda_graph: bool = False) -> Any:
     """Open a graph on the engine's provider; VtpError if it cannot be loaded or CUDA does not start."""
-    ort = load_onnxruntime()
-
-    options = ort.SessionOptions()
-    options.log_severity_level = 4  # what goes wrong is raised; a log line as well would be said twice
-    # A bundle is several sessions in turn: threads that went on spinning would take the next one's cores.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    # int8 activations stay as they are written. Made uint8 for x86, they fall out with the `output_dtype`
-    # that ONNX Runtime gives to those it moves past a Reshape, and it refuses the graph (its issue 25526).
-    options.add_session_config_entry("session.qdqisint8allowed", "1")
+    options = _session_options()
     if threads:
         options.intra_op_num_threads = threads
     providers: list[Any] = [_PROVIDERS["ort-cpu"]]
     if name == CUDA:
         record_assignment(options)
         providers.insert(0, (_PROVIDERS[CUDA], {"enable_cuda_graph": "1"} if cuda_graph else {}))
+    session = _load(path, options, providers)
+    if session.get_providers()[0] != _PROVIDERS[name]:
+        raise VtpError("ONNX Runtime could not start CUDA on this machine; check the driver, or use ort-cpu")
+    return session
+
+
+def _session_options() -> Any:
+    options = load_onnxruntime().SessionOptions()
+    options.log_severity_level = 4  # what goes wrong is raised; a log line as well would be said twice
+    # A bundle is several sessions in turn: threads that went on spinning would take the next one's cores.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    # int8 activations stay as they are written. Made uint8 for x86, they fall out with the `output_dtype`
+    # that ONNX Runtime gives to those it moves past a Reshape, and it refuses the graph (its issue 25526).
+    options.add_session_config_entry("session.qdqisint8allowed", "1")
+    return options
+
+
+def _load(path: Path, options: Any, providers: list[Any], **how: Any) -> Any:
+    ort = load_onnxruntime()
     try:
         # Its own second try prints four lines, and on CUDA would go on without it.
-        session = ort.InferenceSession(str(path), options, providers=providers, enable_fallback=0)
+        return ort.InferenceSession(str(path), options, providers=providers, enable_fallback=0, **how)
     except Exception as error:  # as above
         raise VtpError(
             f"ONNX Runtime {ort.__version__} cannot load {path.name}: {_one_line(error)}"
         ) from error
-    if session.get_providers()[0] != _PROVIDERS[name]:
-        raise VtpError("ONNX Runtime could not start CUDA on this machine; check the driver, or use ort-cpu")
-    return session
 
 
 def _one_line(error: BaseException) -> str:

@@ -65,7 +65,8 @@ class OTPrune(Pruner):
         rows = image_embeds.to(torch.float64 if self.exact else torch.float32)
         gram = ops.products(rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-12))
         added = ops.products(gram) * (self.settings["gamma"] or PUBLISHED * (WIDTH / rows.shape[-1]) ** 2)
-        diagonal = (added * torch.eye(self.count)).sum(dim=2) + 1  # rows of the identity: N numbers are read
+        places = torch.arange(self.count) * (self.count + 1)
+        diagonal = added.flatten(1).index_select(1, places) + 1
         root = diagonal.sqrt()
         likeness = added / (root.unsqueeze(1) * root.unsqueeze(2))
         if self.exact:

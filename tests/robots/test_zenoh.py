@@ -37,7 +37,8 @@ def zenoh_python() -> str | None:
     """A Python that has zenoh, both clients, vtp and ONNX Runtime; None if there is none."""
     python = os.environ.get("VTP_ZENOH_PYTHON") or str(ROOT / "build" / "zenoh" / "bin" / "python")
     try:
-        found = subprocess.run([python, "-c", NEEDED], capture_output=True, check=False)
+        where = {**os.environ, "CYDR_CACHE_DIR": str(Path(python).parents[1] / "cydr")}  # of pyzeros
+        found = subprocess.run([python, "-c", NEEDED], env=where, capture_output=True, check=False)
     except OSError:
         return None
     return python if found.returncode == 0 else None

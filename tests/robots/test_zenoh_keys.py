@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 from rosbags.typesys import Stores, get_typestore
 
 from vtp.engines import UsageError, VtpError
-from vtp.serve.robots.cdr import BOOL, IMAGE, STRING, bool_message, read_string, string_message
+from vtp.serve.robots.cdr import BOOL, STRING, bool_message, read_string, string_message
 from vtp.serve.robots.zenoh.cli import build_parser, node_of, settings_of
 from vtp.serve.robots.zenoh.keys import HASHES, PUBLISHES, SUBSCRIBES, Node, QoS, attachment, gid_of
 from vtp.serve.robots.zenoh.network import Network, check_endpoint
@@ -165,8 +166,8 @@ def test_the_domain_is_the_flags_or_the_environments() -> None:
 # -- beside ROS itself ---------------------------------------------------------------------------------------
 
 IN_ROS = """
-import rclpy, time
-from rclpy.serialization import serialize_message
+import json, rclpy, sys
+from rclpy.serialization import deserialize_message
 from sensor_msgs.msg import CompressedImage, Image
 from std_msgs.msg import Bool, String
 rclpy.init()
@@ -175,18 +176,19 @@ for kind in (Image, CompressedImage, String, Bool):
     publisher = node.create_publisher(kind, f"/{kind.__name__}", 1)
     (found,) = node.get_publishers_info_by_topic(f"/{kind.__name__}")
     print(found.topic_type, found.topic_type_hash)
-print(bytes(serialize_message(String(data="käse"))).hex(), bytes(serialize_message(Bool(data=True))).hex())
+texts = [deserialize_message(bytes.fromhex(data), String).data for data in sys.argv[1:-1]]
+print(json.dumps([*texts, deserialize_message(bytes.fromhex(sys.argv[-1]), Bool).data]))
 """
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(ros_python() is None, reason="ROS 2 is not installed; run: make test-ros")
 def test_hashes_and_messages_are_those_of_rclpy() -> None:
-    done = subprocess.run(
-        [ros_python() or "", "-c", IN_ROS], env=environment(), capture_output=True, text=True, check=False
-    )
+    texts = ["", "a", "abc", "käse"]
+    data = [*map(string_message, texts), bool_message(True)]
+    words = [ros_python() or "", "-c", IN_ROS, *(one.hex() for one in data)]
+    done = subprocess.run(words, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    *kinds, messages = done.stdout.splitlines()
+    *kinds, read = done.stdout.splitlines()
     assert dict(line.split(" ", 1) for line in kinds) == HASHES
-    assert messages.split() == [string_message("käse").hex(), bool_message(True).hex()]
-    assert IMAGE in HASHES
+    assert json.loads(read) == [*texts, True]

@@ -20,9 +20,10 @@ LLAMACPP_OPTIONS := -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON -DBUILD_SHARED_L
   -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_UI=OFF -DLLAMA_USE_PREBUILT_UI=OFF
 TRITON_PYTHON ?= /usr/bin/python3
 ROS_PYTHON ?= python3.11
+ZENOH_PYTHON ?= $(PYTHON)
 OLDEST_PINS := numpy==1.24.4 pillow==9.5.0 tokenizers==0.20.0 jinja2==3.1.6
 
-.PHONY: setup demo test test-all fuzz trtrtx test-trtrtx test-oldest test-triton test-ray test-page test-js test-clients test-evals test-ros kill soak soak-serve check accuracy methods real bench llamacpp test-llamacpp scaling scenes reader docs release test-newest test-notebook clean
+.PHONY: setup demo test test-all fuzz trtrtx test-trtrtx test-oldest test-triton test-ray test-page test-js test-clients test-evals test-ros test-zenoh kill soak soak-serve check accuracy methods real bench llamacpp test-llamacpp scaling scenes reader docs release test-newest test-notebook clean
 
 setup: .venv/.installed  ## make .venv and install vtp into it
 
@@ -110,6 +111,14 @@ test-ros: setup  ## vtp-ros2 against real rclpy over real middleware, in build/r
 	  'ros-kilted-rclpy[fastrtps]==9.1.2' ros-kilted-sensor-msgs==5.5.1 ros-kilted-std-msgs==5.5.1 \
 	  ros-kilted-std-srvs==5.5.1 ros-kilted-diagnostic-msgs==5.5.1
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/robots -m "slow or not slow"
+
+# ZENOH_PYTHON must be 3.11 to 3.14, and a C compiler there, as pyzeros wants.
+test-zenoh: setup  ## vtp-zenoh beside two other makers' clients over a real router, in build/zenoh (300 MB, minutes)
+	test -x build/zenoh/bin/python || $(ZENOH_PYTHON) -m venv build/zenoh
+	build/zenoh/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(EDITABLE) \
+	  -e '.[ort,zenoh]' zenoh-ros2-sdk==0.1.8 pyzeros==0.1.0
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/robots/test_zenoh.py tests/robots/test_zenoh_keys.py \
+	  tests/robots/test_zenoh_node.py -m "slow or not slow"
 
 soak-serve: setup  ## the same of vtp-serve under mixed load: streams, clients that leave, bad input (SOAK=3600)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak.server --seconds $(SOAK)

@@ -145,7 +145,7 @@ def test_every_command_is_known_without_any_extra() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert {"ort", "export", "serve"} <= set(extras)
     absent = HEAVY | {"onnxruntime", "openvino", "starlette", "uvicorn", "llguidance", "av", "mcap", "ray"}
-    absent |= {"matplotlib", "rclpy", "cv2"}
+    absent |= {"matplotlib", "rclpy", "cv2", "zenoh"}
     blocked = f"import sys; sys.modules.update(dict.fromkeys({sorted(absent)})); "
     done = python(f"{blocked} from vtp.entry import _parsers; print(*_parsers())")
     assert (done.stdout.split(), done.stderr) == ([*COMMANDS, "completion"], "")

@@ -357,9 +357,10 @@ def test_importing_the_light_rooms_loads_nothing_heavy() -> None:
     light = ["vtp", "vtp.engines", "vtp.runtime", "vtp.runtime.commands.run", "vtp.scenes"]
     light += ["vtp.scenes.generator.pictures", "vtp.serve.cli", "vtp.serve.http.app"]
     light += ["vtp.serve.streams.cli", "vtp.serve.robots.ros2", "vtp.serve.robots.node"]
+    light += ["vtp.serve.robots.zenoh.cli"]
     script = (
         f"import sys; [__import__(name) for name in {light}]; "
-        f"print(sorted({HEAVY | {'onnxruntime', 'openvino', 'av'}} & set(sys.modules)))"
+        f"print(sorted({HEAVY | {'onnxruntime', 'openvino', 'av', 'zenoh'}} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
@@ -376,12 +377,21 @@ def test_importing_vtp_alone_loads_nothing_of_the_house() -> None:
 
 def test_commands_show_help_without_torch() -> None:
     """`vtp-export --help` neither needs nor waits for the export extra."""
-    blocked = "; ".join(
-        f"sys.modules['{name}'] = None"
-        for name in ("torch", "transformers", "onnx", "onnxruntime", "openvino", "starlette", "uvicorn", "av")
+    absent = (
+        "torch",
+        "transformers",
+        "onnx",
+        "onnxruntime",
+        "openvino",
+        "starlette",
+        "uvicorn",
+        "av",
+        "zenoh",
     )
+    blocked = "; ".join(f"sys.modules['{name}'] = None" for name in absent)
     commands = ("vtp.export.cli", "vtp.runtime.commands.run", "vtp.calib.cli", "vtp.serve.cli")
-    for command in (*commands, "vtp.serve.streams.cli", "vtp.serve.robots.ros2"):
+    robots = ("vtp.serve.streams.cli", "vtp.serve.robots.ros2", "vtp.serve.robots.zenoh.cli")
+    for command in (*commands, *robots):
         script = f"import sys; {blocked}; from {command} import main; main(['--help'])"
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
         assert (done.returncode, done.stderr) == (0, "")

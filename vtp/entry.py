@@ -42,6 +42,10 @@ COMMANDS = {
         "vtp.serve.robots.ros2",
         "Answer a question about a camera's newest picture, as a ROS 2 lifecycle node.",
     ),
+    "zenoh": (
+        "vtp.serve.robots.zenoh.cli",
+        "Answer a question about a camera's newest picture, as a node of rmw_zenoh without ROS.",
+    ),
 }
 COMPLETION = ("vtp.runtime.commands.completion.cli", "Print what completes these commands in a shell.")
 _DONE, _FAILED, _BAD_USAGE, _INTERRUPTED = 0, 1, 2, 130
@@ -166,3 +170,4 @@ def _refuse(word: str) -> int:
 vtp_export, vtp_run, vtp_serve = partial(start, "export"), partial(start, "run"), partial(start, "serve")
 vtp_watch, vtp_calib, vtp_build = partial(start, "watch"), partial(start, "calib"), partial(start, "build")
 vtp_doctor, vtp_bench, vtp_ros2 = partial(start, "doctor"), partial(start, "bench"), partial(start, "ros2")
+vtp_zenoh = partial(start, "zenoh")

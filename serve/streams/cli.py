@@ -67,7 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
         "source",
         metavar="SOURCE",
         help="a camera (/dev/video0), a URL (rtsp://, http://), a video file, a folder of pictures or "
-        "mcap:FILE#TOPIC",
+        "mcap:FILE#TOPIC, or zenoh:TOPIC",
     )
     add("--prompt", metavar="TEXT", help="what to ask about each frame; type another one while it runs")
     add("--stdin", action="store_true", help="take new prompts from standard input, also from a program")

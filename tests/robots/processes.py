@@ -50,10 +50,13 @@ def environment() -> dict[str, str]:
 
 
 class Process:
-    """A child whose lines of JSON are read as they come; what it logs goes into `log`."""
+    """A child whose lines of JSON are read as they come; what it logs goes into `log`.
 
-    def __init__(self, words: Sequence[str], **options: Any) -> None:
-        python = ros_python()
+    python  that runs it; None: ROS' own
+    """
+
+    def __init__(self, words: Sequence[str], python: str | None = None, **options: Any) -> None:
+        python = python or ros_python()
         assert python is not None
         self._child = subprocess.Popen(
             [python, *words],

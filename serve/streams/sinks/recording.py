@@ -9,8 +9,8 @@ from types import TracebackType
 from vtp.engines import UsageError, VtpError
 from vtp.engines.errors import shown
 from vtp.runtime.media.images import reason
+from vtp.serve.robots.cdr import STRING, string_message
 from vtp.serve.streams.answer import FrameAnswer
-from vtp.serve.streams.sources.cdr import STRING, string_message
 
 __all__ = ["McapAnswers"]
 

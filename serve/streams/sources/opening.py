@@ -13,9 +13,10 @@ from vtp.serve.streams.frames import Source
 from vtp.serve.streams.sources.folder import FolderSource
 from vtp.serve.streams.sources.names import source_name
 from vtp.serve.streams.sources.recording import RecordingSource
+from vtp.serve.streams.sources.topic import TopicSource, read_address
 from vtp.serve.streams.sources.video import Address, VideoSource
 
-_MCAP = "mcap:"
+_MCAP, _ZENOH = "mcap:", "zenoh:"
 _SCHEMES = ("rtsp", "rtsps", "http", "https", "rtmp", "rtmps", "rtp", "udp", "tcp", "srt")
 
 
@@ -25,6 +26,9 @@ def check_source(text: str, fps: float | None = None) -> None:
         return _check_url(text)
     if text.startswith("ros2:"):
         raise UsageError(f"'{source_name(text)}' is a ROS 2 topic, which vtp-ros2 watches; use that command")
+    if text.startswith(_ZENOH):
+        read_address(text.removeprefix(_ZENOH))
+        return
     if text.startswith(_MCAP):
         return _check_file(Path(_recording(text)[0]))
     mode = _mode(Path(text))
@@ -42,7 +46,7 @@ def open_source(
 ) -> Source:
     """Open a source.
 
-    text         /dev/video0, a URL, a video file, a folder of pictures, or mcap:FILE#TOPIC
+    text         /dev/video0, a URL, a video file, a folder of pictures, mcap:FILE#TOPIC, or zenoh:TOPIC
     every_frame  of files: no frame is dropped, and none has to wait for its time
     fps          of a folder: pictures a second; None: the next as soon as it can be taken
     tell         called with a line when a live stream is lost, and when it is back
@@ -52,6 +56,9 @@ def open_source(
     check_source(text, fps)
     if "://" in text:
         return VideoSource(Address.of(text), every_frame, tell)
+    if text.startswith(_ZENOH):
+        _refuse_live(text, every_frame)
+        return TopicSource(text.removeprefix(_ZENOH))
     if text.startswith(_MCAP):
         file, topic = _recording(text)
         return RecordingSource(Path(file), topic, every_frame)
@@ -62,6 +69,15 @@ def open_source(
         return VideoSource(Address(str(path), name, "v4l2"), every_frame, tell)
     # Without "file:", FFmpeg would read a name such as concat:a|b in its own way.
     return VideoSource(Address(f"file:{path.absolute()}", name), every_frame, tell)
+
+
+def _refuse_live(text: str, every_frame: bool) -> None:
+    """Raise UsageError for a topic of which every frame is wanted."""
+    if every_frame:
+        raise UsageError(
+            f"--every-frame is for recordings, and {source_name(text)} is live: frames would pile up; leave "
+            "it out"
+        )
 
 
 def _recording(text: str) -> tuple[str, str | None]:

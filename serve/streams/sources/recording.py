@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from vtp.engines import UsageError, VtpError
 from vtp.engines.errors import shown
 from vtp.runtime.media.images import open_regular
-from vtp.serve.robots.images import picture_of
-from vtp.serve.streams.frames import ROS, Frame
-from vtp.serve.streams.sources.cdr import COMPRESSED, IMAGE, read_message
+from vtp.serve.robots.cdr import COMPRESSED, IMAGE
+from vtp.serve.streams.frames import Frame
+from vtp.serve.streams.sources.messages import frame_of
 from vtp.serve.streams.sources.names import source_name
 from vtp.serve.streams.sources.pacing import Pace
 
@@ -45,7 +43,7 @@ class RecordingSource:
             for number, (schema, _, message) in enumerate(messages):
                 if self._closed.is_set() or (pace is not None and not pace.wait(message.log_time / 1e9)):
                     return
-                yield _frame(number, schema.name, message)
+                yield frame_of(number, schema.name, message.data, message.log_time)
 
     def close(self) -> None:
         """End the iteration."""
@@ -104,18 +102,3 @@ def _kind(summary: Any, channel: Any) -> str:
     schema = summary.schemas.get(channel.schema_id)
     name = schema.name if schema else "messages without a type"
     return name if channel.message_encoding == "cdr" else f"{name} in {channel.message_encoding or 'bytes'}"
-
-
-def _frame(number: int, kind: str, recorded: Any) -> Frame:
-    """The frame of a record; of a message that is damaged, loading it says so."""
-    now = time.monotonic()
-    try:
-        message = read_message(kind, recorded.data)
-    except VtpError as error:
-        return Frame(partial(_refuse, error), number, recorded.log_time, now, ROS)
-    stamp = message.header.stamp_ns or recorded.log_time
-    return Frame(partial(picture_of, message), number, stamp, now, ROS, message.header.frame_id)
-
-
-def _refuse(error: VtpError) -> Any:
-    raise error

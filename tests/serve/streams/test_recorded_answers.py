@@ -14,8 +14,8 @@ from PIL import Image
 
 from vtp import Pipeline
 from vtp.engines import VtpError
+from vtp.serve.robots.cdr import string_message
 from vtp.serve.streams.cli import main
-from vtp.serve.streams.sources.cdr import string_message
 from vtp.serve.streams.sources.recording import RecordingSource
 from vtp.serve.streams.watcher import Watcher
 

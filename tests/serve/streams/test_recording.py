@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from vtp.engines import VtpError
+from vtp.serve.robots.cdr import COMPRESSED, IMAGE, read_message
 from vtp.serve.streams.frames import ROS
-from vtp.serve.streams.sources.cdr import COMPRESSED, IMAGE, read_message
 from vtp.serve.streams.sources.opening import open_source
 from vtp.serve.streams.sources.recording import RecordingSource
 
@@ -114,7 +114,7 @@ def test_big_endian_messages_are_read() -> None:
 def test_messages_that_are_cut_off_are_refused(kind: str) -> None:
     whole = raw(0) if kind == IMAGE else png(0)
     for length in [*range(90), len(whole) - 1]:
-        with pytest.raises(VtpError, match="a recorded message is"):
+        with pytest.raises(VtpError, match="a message is"):
             read_message(kind, whole[:length])
 
 

@@ -353,11 +353,15 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
 def test_a_live_stream_waits_for_nobody(live: Camera) -> None:
     with pytest.raises(VtpError, match="--every-frame is for recordings, and http://127"):
         open_source(live.url, every_frame=True)
+    with pytest.raises(VtpError, match="--every-frame is for recordings, and zenoh:/image is live"):
+        open_source("zenoh:/image", every_frame=True)
 
 
 def test_other_kinds_are_refused(tmp_path: Path, clip: Path) -> None:
     assert "URLs may begin with rtsp://" in refusal("ftp://user:secret@host/x")
     assert "vtp-ros2" in refusal("ros2:/camera/image")
+    assert "topic '9a' is not a name of ROS" in refusal("zenoh:9a")
+    assert "'robot:7447' is not an address of zenoh" in refusal("zenoh:robot:7447#/camera/image")
     assert "--fps is for a folder" in refusal(str(clip), fps=2)
     check_source(str(clip))
 

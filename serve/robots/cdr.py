@@ -1,4 +1,4 @@
-"""Messages of ROS 2 as they are recorded, in CDR: pictures are read, and text is written.
+"""Messages of ROS 2 as they are recorded and sent, in CDR: pictures and text are read, answers are written.
 
 Written from OMG's DDSI-RTPS (plain CDR, version 1): values are aligned to their own size, counted from behind
 the four bytes that say the byte order; strings end with a zero byte that their length counts.
@@ -13,7 +13,8 @@ from vtp.engines import VtpError
 
 _LITTLE = {0x00: False, 0x01: True}  # plain CDR, by the second byte
 IMAGE, COMPRESSED = "sensor_msgs/msg/Image", "sensor_msgs/msg/CompressedImage"
-STRING = "std_msgs/msg/String"
+STRING, BOOL = "std_msgs/msg/String", "std_msgs/msg/Bool"
+_HEADER = b"\x00\x01\x00\x00"  # plain CDR, little endian
 
 
 @dataclass(frozen=True)
@@ -57,10 +58,20 @@ def read_message(kind: str, data: bytes) -> Image | CompressedImage:
     return Image(header, height, width, encoding, reader.number("I"), reader.bytes())
 
 
+def read_string(data: bytes) -> str:
+    """The text of a message of type `STRING`. Raises VtpError for bytes of none."""
+    return _Reader(data).text()
+
+
 def string_message(text: str) -> bytes:
     """A message of type `STRING`."""
     value = text.encode() + b"\0"
-    return b"\x00\x01\x00\x00" + struct.pack("<I", len(value)) + value
+    return _HEADER + struct.pack("<I", len(value)) + value
+
+
+def bool_message(value: bool) -> bytes:
+    """A message of type `BOOL`."""
+    return _HEADER + bytes([value])
 
 
 class _Reader:
@@ -68,7 +79,7 @@ class _Reader:
 
     def __init__(self, data: bytes) -> None:
         if len(data) < 4 or data[0] != 0 or data[1] not in _LITTLE:
-            raise VtpError("a recorded message is not in plain CDR, which ROS 2 writes; record it again")
+            raise VtpError("a message is not in plain CDR, which ROS 2 writes; send or record it again")
         self._data = memoryview(data)[4:]
         self._order = "<" if _LITTLE[data[1]] else ">"
         self._place = 0
@@ -90,6 +101,6 @@ class _Reader:
     def _take(self, size: int) -> memoryview:
         taken = self._data[self._place : self._place + size]
         if len(taken) < size:
-            raise VtpError("a recorded message is cut off; record it again")
+            raise VtpError("a message is cut off; send or record it again")
         self._place += size
         return taken

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from vtp.export.exporter import Request, export
 from vtp.export.onnx import emit as emitting
+from vtp.export.onnx import optimize as optimizing
 from vtp.export.onnx import shortcuts as shortening
 from vtp.export.onnx.emit import GraphInput, GraphSpec, WeightStore, emit
 from vtp.export.onnx.shortcuts import shortcuts
@@ -68,6 +69,14 @@ class Mixed(nn.Module):
         ).mean(-1)
 
 
+class Rewritten(nn.Module):
+    """What onnxscript's rules merge: transposes one after the other, bounds one after the other."""
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        turned = image.permute(0, 2, 3, 1).permute(0, 3, 1, 2)
+        return turned * 2, image.clamp(min=0.0).clamp(max=1.0)
+
+
 class Decomposed(nn.Module):
     """An operator that is only known by what it is made of."""
 
@@ -110,6 +119,7 @@ MODULES = [
     (Mask, True),
     (Reversed, True),
     (Mixed, True),
+    (Rewritten, True),
     (Decomposed, False),
     (InPlace, False),
     (CopyInPlace, False),
@@ -128,6 +138,7 @@ def settled(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
 def long_way(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(emitting, "shortcuts", contextlib.nullcontext)
+    monkeypatch.setattr(optimizing, "screened_rules", contextlib.nullcontext)
 
 
 def drawn(path: Path) -> dict[str, str]:

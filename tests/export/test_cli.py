@@ -206,8 +206,13 @@ def test_an_export_that_is_stopped_half_way(
 # -- what a good export prints -------------------------------------------------------------------------------
 
 
-def test_the_report(model_folder: Callable[[str], Path], tmp_path: Path, picture_file: Path) -> None:
-    """The command itself, checked fully: table, counts, fidelity, and a next command that works."""
+def test_the_report(
+    model_folder: Callable[[str], Path],
+    tmp_path: Path,
+    picture_file: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Checked fully: table, counts, fidelity, and a next command that works; test_readme starts a process."""
     out = tmp_path / "new" / "bundle"
     argv = [
         "--model",
@@ -219,9 +224,10 @@ def test_the_report(model_folder: Callable[[str], Path], tmp_path: Path, picture
         "-o",
         str(out),
     ]
-    done = subprocess.run([str(BIN / "vtp-export"), *argv], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+    capfd.readouterr()  # saving a tiny model shows a bar
+    code, (said, progress) = run(argv), capfd.readouterr()
+    assert code == 0, progress
+    lines = said.splitlines()
     assert lines[0].split() == ["stage", "file", "MB", "parity"]
     rows = {line.split()[0]: line.split() for line in lines[2:8]}
     assert list(rows) == ["vision_encoder", "pruner", "projector", "embed_tokens", "splice", "decoder"]
@@ -232,10 +238,10 @@ def test_the_report(model_folder: Callable[[str], Path], tmp_path: Path, picture
         )
         assert float(row[2]) == round(size / 1e6, 2)
     assert "indices equal" in lines[3] and "end to end" in lines[7]
-    assert "visual tokens 16 → 6" in done.stdout  # floor(16 * 0.4 + 1e-6)
-    assert "16 of 16 greedy tokens equal torch's" in done.stdout
-    assert all(PROGRESS.fullmatch(line) for line in done.stderr.splitlines()), done.stderr
-    assert len(done.stderr.splitlines()) == 8
+    assert "visual tokens 16 → 6" in said  # floor(16 * 0.4 + 1e-6)
+    assert "16 of 16 greedy tokens equal torch's" in said
+    assert all(PROGRESS.fullmatch(line) for line in progress.splitlines()), progress
+    assert len(progress.splitlines()) == 8
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["bundle"]
     following, or_served = lines[-2:]

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import onnx_ir
+import onnx_ir.schemas
 import pytest
 import torch
 from torch import Tensor, nn
@@ -194,6 +196,19 @@ def test_tables_are_made_once_and_stay_apart() -> None:
         first["aten::add.Tensor"].clear()
         del first["aten::sub.Tensor"]
     assert second["aten::add.Tensor"] and second["aten::sub.Tensor"]
+
+
+def test_signatures_are_read_once_and_are_the_operators_own() -> None:
+    read = onnx_ir.schemas.OpSignature.from_op_schema
+    for name, version in (("Add", 14), ("Add", 6), ("TopK", 23), ("Cast", 23)):
+        plain = read(onnx.defs.get_schema(name, version))
+        with shortcuts():
+            twice = [
+                onnx_ir.schemas.OpSignature.from_op_schema(onnx.defs.get_schema(name, version))
+                for _ in range(2)
+            ]
+        assert twice[0] is twice[1] and repr(twice[0]) == repr(plain)
+    assert onnx_ir.schemas.OpSignature.from_op_schema == read
 
 
 @pytest.mark.parametrize("name", ["from_torchlib", "decompose_with_registry"])

@@ -219,6 +219,10 @@ def _is_text(sample: Sample) -> bool:
 
 def _checked(reader: Callable[..., list[Sample]]) -> Callable[..., list[Sample]]:
     def read(content: Any, folder: Path, annotations: Path | None) -> list[Sample]:
+        """The samples of a file's `content`; pictures lie in `folder`.
+
+        Raises UsageError in one line that names the format, if an entry lacks something.
+        """
         try:
             samples = reader(content, folder, annotations)
             wrong = next((sample for sample in samples if not _is_text(sample)), None)

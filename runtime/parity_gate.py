@@ -196,6 +196,10 @@ class _RecordingEngine(Engine):
         return _HostValue(np.zeros(shape, dtype))
 
     def run(self, feeds: Mapping[str, Value], into: Mapping[str, Value] | None = None) -> dict[str, Value]:
+        """Open the graph, run it, note what went in and came out, and close it again.
+
+        Outputs are written into the values of `into` that have their names.
+        """
         self.feeds = {name: value.view() for name, value in feeds.items()}
         engine = open_graph(self._path, _ORACLE)
         try:

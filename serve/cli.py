@@ -149,6 +149,7 @@ def _run(args: argparse.Namespace) -> None:
     server = Server(models, settings, access_log=args.debug)
 
     def load() -> None:
+        """Load the bundles in their order, each served as soon as it is there, until the server stops."""
         for name, bundle in zip(names, args.bundle, strict=True):
             if not models.stopping:
                 if line := slots_note(manifest_of(bundle), options["slots"], args.engine, memory_room()):

@@ -98,7 +98,6 @@ LONG_TAIL = re.compile(
             r"test_split.*\[internvl-vispruner\]",  # internvl-none, idefics3-vispruner
             r"test_onevision_videos.*test_a_pruned_video_equals_the_torch_reference",  # test_video_llava's
             r"test_split.*test_pruned_equals_the_torch_reference\[idefics3-fastv\]",  # qwen, gemma
-            r"test_gemma.*test_unpruned_equals_transformers\[pali2-none\]",  # pali-vispruner, gemma3-none
             r"test_video_llava.*test_a_picture_equals_transformers",  # its videos; pictures are llava's
             r"test_qwen.*test_pruned_equals_the_torch_reference\[(2|3)-fastv\]",
             r"test_qwen.*test_the_reference_chooses_alike\[2-fastv\]",  # 3-fastv

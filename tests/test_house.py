@@ -100,9 +100,13 @@ def test_every_module_that_fails_is_named() -> None:
         check()
 
 
-def imports(path: Path) -> Iterator[tuple[str, bool]]:
+@cache
+def imports(path: Path) -> list[tuple[str, bool]]:
     """Dotted names that a file imports, and whether at the top level (not inside a function)."""
-    tree = parsed(path)
+    return list(_imports(parsed(path), path))
+
+
+def _imports(tree: ast.Module, path: Path) -> Iterator[tuple[str, bool]]:
     top = {id(node) for node in tree.body}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -112,7 +116,8 @@ def imports(path: Path) -> Iterator[tuple[str, bool]]:
             yield node.module or "", id(node) in top
 
 
-def modules_imported(path: Path) -> set[str]:
+@cache
+def modules_imported(path: Path) -> frozenset[str]:
     """The house's own modules that a file imports, wherever it does: in functions and for types, too."""
     found: set[str] = set()
     for node in ast.walk(parsed(path)):
@@ -122,7 +127,7 @@ def modules_imported(path: Path) -> set[str]:
             module = node.module or ""
             names = {f"{module}.{alias.name}" for alias in node.names}
             found |= {name if name in MODULES else module for name in names}
-    return found & set(MODULES)
+    return frozenset(found & set(MODULES))
 
 
 def room(module: str) -> str:
@@ -186,8 +191,8 @@ def test_the_wheel_holds_every_module_once_and_no_study() -> None:
 def test_nothing_that_is_shipped_writes_beside_itself() -> None:
     """A module may read what lies in its own package; what it writes goes where the user says."""
     for path in shipped():
-        tree = parsed(path)
-        for node in ast.walk(tree):
+        source = path.read_text(encoding="utf-8")
+        for node in ast.walk(parsed(path)) if "__file__" in source and "parents" in source else ():
             text = ast.unparse(node) if isinstance(node, ast.expr) else ""
             assert "__file__" not in text or "parents" not in text, f"{path} leaves its own folder: {text}"
 
@@ -280,8 +285,13 @@ def loaded(path: Path) -> Iterator[str]:
     """Top packages that a module imports, and those whose names it hands to an import function."""
     yield from (name.split(".")[0] for name, _ in imports(path))
     for node in ast.walk(parsed(path)):
-        if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in LOADERS:
+        if isinstance(node, ast.Call) and called(node) in LOADERS:
             yield from (name for name in LIBRARIES if name in ast.unparse(node))
+
+
+def called(node: ast.Call) -> str:
+    """The last name of what is called."""
+    return getattr(node.func, "attr", getattr(node.func, "id", ""))
 
 
 LOADERS = {"import_module", "__import__"}

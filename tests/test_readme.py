@@ -34,6 +34,7 @@ PAGES = [
     *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")),
 ]
 FIRST = "Three commands"
+PROGRESS = re.compile(r"\[ *\d+\.\d s\] \d+\. [a-z].*")
 # Run by the default tests, beside the first three.
 QUICK = ("vtp-build bundle --triton models", "vtp-doctor bundle")
 # What cannot run in a test, and why; everything else in the README's command blocks is run as it stands.
@@ -77,6 +78,12 @@ def everything() -> dict[str, list[str]]:
 
 
 def carry_out(line: str, folder: Path) -> str:
+    """What one of the README's lines says in `folder`."""
+    done = carried_out(line, folder)
+    return done.stdout + done.stderr
+
+
+def carried_out(line: str, folder: Path) -> subprocess.CompletedProcess[str]:
     """Run one of the README's lines in `folder`: MODEL is the built-in model."""
     words = shlex.split(line)
     if words[0] == "make":
@@ -87,7 +94,7 @@ def carry_out(line: str, folder: Path) -> str:
         words[:1] = [sys.executable, "-m", "optimum.commands.optimum_cli"]
     done = run(["scenes/model" if word == "MODEL" else word for word in words], folder)
     assert done.returncode == 0, f"{line}: {done.stdout}{done.stderr}"
-    return done.stdout + done.stderr
+    return done
 
 
 def make_desk(folder: Path) -> Path:
@@ -103,8 +110,10 @@ def tried(once: Once) -> Path:
     def run_first(folder: Path) -> None:
         folder.mkdir()
         make_desk(folder)
-        said = "\n".join(carry_out(line, folder) for line in lines_of(FIRST))
+        done = [carried_out(line, folder) for line in lines_of(FIRST)]
+        said = "\n".join(one.stdout + one.stderr for one in done)
         (folder / "said").write_text(said, encoding="utf-8")
+        (folder / "errors").write_text(done[0].stderr + done[2].stderr, encoding="utf-8")
 
     return once.folder("readme", run_first)
 
@@ -132,7 +141,10 @@ def check_shown(said: str) -> None:
 
 def test_the_first_commands_print_what_is_shown(desk: Path) -> None:
     check_shown((desk / "said").read_text(encoding="utf-8"))
-    assert lines_of(FIRST)[0] == "vtp-export --method adaptprune -o bundle"
+    first, _, third = lines_of(FIRST)
+    assert (first, third) == ("vtp-export --method adaptprune -o bundle", "vtp-export")
+    errors = (desk / "errors").read_text(encoding="utf-8").splitlines()
+    assert errors and all(PROGRESS.fullmatch(line) for line in errors), errors  # no library says anything
     with Image.open(desk / "kept.png") as kept, Image.open(OWN_PICTURE) as own:
         assert kept.size == own.size
 

@@ -24,6 +24,7 @@ from vtp.export.exporter import Request, export
 from vtp.runtime import Pipeline
 from vtp.runtime.commands.arguments import add_debug, whole
 from vtp.runtime.commands.console import Parser, Progress, run_command
+from vtp.runtime.commands.tables import markdown_table
 from vtp.scenes.exam import EXAMS, Item, Score, blank, held_out, score
 
 METHODS = "none,random,uniform,fastv,vispruner,adaptprune"
@@ -111,18 +112,15 @@ def _answer(pipe: Pipeline, item: Item, keep: int, blank_picture: bool) -> str:
 def markdown(rows: Sequence[Row], count: int) -> str:
     """A Markdown table: one line per row, exact match in percent with its 95 % interval, then by kind."""
     kinds = [kind for kind in rows[0].scores if kind != "all"]
-    lines = [
-        f"| method | kept of 576 | exact match % (95 %) | {' | '.join(kinds)} |",
-        f"|---|---:|---:|{'---:|' * len(kinds)}",
-    ]
+    lines = []
     for row in rows:
         low, high = row.total.interval
-        by_kind = " | ".join(f"{100 * row.scores[kind].rate:.1f}" for kind in kinds)
-        lines.append(
-            f"| {row.method} | {row.keep} | **{100 * row.total.rate:.1f}** "
-            f"({100 * low:.1f}–{100 * high:.1f}) | {by_kind} |"
-        )
-    return "\n".join(lines)
+        match = f"**{100 * row.total.rate:.1f}** ({100 * low:.1f}–{100 * high:.1f})"
+        by_kind = [f"{100 * row.scores[kind].rate:.1f}" for kind in kinds]
+        lines.append([row.method, str(row.keep), match, *by_kind])
+    return markdown_table(
+        ["method", "kept of 576", "exact match % (95 %)", *kinds], lines, left=1, tight=True
+    )
 
 
 def _plain(row: Row) -> dict[str, object]:

@@ -28,6 +28,7 @@ from vtp.export.checkpoint.cache_name import with_cache
 from vtp.export.cli import quiet_libraries
 from vtp.runtime.commands.arguments import add_debug, add_threads
 from vtp.runtime.commands.console import Parser, Progress, run_command
+from vtp.runtime.commands.tables import markdown_table
 from vtp.scenes import model_dir
 from vtp.scenes.exam import EXAMS, SEED, Item, by_picture, held_out, is_right, report, score
 
@@ -190,16 +191,14 @@ def compare(items: Sequence[Item], whole: np.ndarray, without: np.ndarray, block
 def markdown(rows: Sequence[Row]) -> str:
     """A Markdown table in points of exact match lost."""
     kinds = list(rows[0].by_kind)
-    lines = [
-        f"| block | without | lost (95 %) | used | {' | '.join(kinds)} |",
-        f"|---:|---|---:|---|{'---:|' * len(kinds)}",
-    ]
+    lines = []
     for row in rows:
         low, high = (100 * bound for bound in row.interval)
-        cells = " | ".join(f"{100 * row.by_kind[kind]:.1f}" for kind in kinds)
+        cells = [f"{100 * row.by_kind[kind]:.1f}" for kind in kinds]
         lost = f"{100 * row.loss:.1f} ({low:.1f} to {high:.1f})"
-        lines.append(f"| {row.block} | {row.part} | {lost} | {'yes' if row.used else 'no'} | {cells} |")
-    return "\n".join(lines)
+        lines.append([str(row.block), row.part, lost, "yes" if row.used else "no", *cells])
+    header = ["block", "without", "lost (95 %)", "used", *kinds]
+    return markdown_table(header, lines, align="rlrlr", tight=True)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vtp.runtime.commands.tables import markdown_table
 from vtp.scenes.exam import wilson
 
 ROOT = Path(__file__).parents[2]
@@ -50,20 +51,15 @@ def summary(results: Mapping[str, Any]) -> str:
     """The table of docs/methods.md: exact match in percent by keep-count, best first at the middle one."""
     methods, keeps = _methods(results), _keeps(results)
     cells = {(row["method"], row["keep"]): row for row in results["rows"]}
-    lines = [
-        f"| method | site | {' | '.join(f'K = {keep}' for keep in keeps)} | TTFT at {_middle(keeps)}, ms |"
-    ]
-    lines.append(f"|---|---|{'---:|' * (len(keeps) + 1)}")
-    for method in methods:
-        rates = " | ".join(f"{_percent(cells[method, keep], results):.1f}" for keep in keeps)
-        row = cells[method, _middle(keeps)]
-        lines.append(f"| {method} | {row['site']} | {rates} | {row['ttft']:.0f} |")
+    header = ["method", "site", *(f"K = {keep}" for keep in keeps), f"TTFT at {_middle(keeps)}, ms"]
     none = next(row for row in results["rows"] if row["method"] == "none" and row["keep"] != "blank")
-    empty = " | ".join([""] * (len(keeps) - 1))
-    lines.insert(
-        2, f"| none (all {none['keep']}) | - | {_percent(none, results):.1f} | {empty} | {none['ttft']:.0f} |"
-    )
-    return "\n".join(lines)
+    empty, whole = [""] * (len(keeps) - 1), f"{_percent(none, results):.1f}"
+    rows = [[f"none (all {none['keep']})", "-", whole, *empty, f"{none['ttft']:.0f}"]]
+    for method in methods:
+        rates = [f"{_percent(cells[method, keep], results):.1f}" for keep in keeps]
+        row = cells[method, _middle(keeps)]
+        rows.append([method, row["site"], *rates, f"{row['ttft']:.0f}"])
+    return markdown_table(header, rows, left=2, tight=True)
 
 
 def page(results: Mapping[str, Any]) -> str:
@@ -147,10 +143,9 @@ def _middle(keeps: Sequence[int]) -> int:
 
 def _table(results: Mapping[str, Any], cell: Any) -> str:
     keeps, cells = _keeps(results), {(row["method"], row["keep"]): row for row in results["rows"]}
-    lines = [f"| method | {' | '.join(f'K = {keep}' for keep in keeps)} |", f"|---|{'---:|' * len(keeps)}"]
-    for method in _methods(results):
-        lines.append(f"| {method} | {' | '.join(cell(cells[method, keep]) for keep in keeps)} |")
-    return "\n".join(lines)
+    header = ["method", *(f"K = {keep}" for keep in keeps)]
+    rows = [[method, *(cell(cells[method, keep]) for keep in keeps)] for method in _methods(results)]
+    return markdown_table(header, rows, left=1, tight=True)
 
 
 def _percent(row: Mapping[str, Any], results: Mapping[str, Any]) -> float:

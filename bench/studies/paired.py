@@ -27,6 +27,7 @@ from vtp.runtime import Pipeline
 from vtp.runtime.bundle.folder import MANIFEST
 from vtp.runtime.commands.arguments import add_debug, add_threads, whole
 from vtp.runtime.commands.console import Parser, Progress, run_command
+from vtp.runtime.commands.tables import markdown_table
 from vtp.scenes.exam import SEED, Item, by_picture, held_out, is_right
 
 ANSWER_TOKENS = 12  # the longest answer of the exam has fewer
@@ -114,21 +115,19 @@ def interval(
 
 def markdown(first: str, right: dict[str, np.ndarray], keeps: Sequence[int], pictures: Sequence[int]) -> str:
     """A Markdown table in percent and points, one line per keep-count and other method."""
-    lines = [
-        f"| kept | {first} % | against | its % | difference (95 %) | only {first} right | only it right |",
-        "|---:|---:|---|---:|---:|---:|---:|",
-    ]
+    header = ["kept", f"{first} %", "against", "its %", "difference (95 %)"]
+    header += [f"only {first} right", "only it right"]
+    rows = []
     for place, keep in enumerate(keeps):
         mine = right[first][place]
         for other in [name for name in right if name != first]:
             theirs = right[other][place]
             low, high = interval(mine.astype(float) - theirs, pictures)
-            lines.append(
-                f"| {keep} | {100 * mine.mean():.1f} | {other} | {100 * theirs.mean():.1f} | "
-                f"{100 * (mine.mean() - theirs.mean()):+.1f} ({100 * low:+.1f} to {100 * high:+.1f}) | "
-                f"{int((mine & ~theirs).sum())} | {int((theirs & ~mine).sum())} |"
-            )
-    return "\n".join(lines)
+            gap = 100 * (mine.mean() - theirs.mean())
+            row = [str(keep), f"{100 * mine.mean():.1f}", other, f"{100 * theirs.mean():.1f}"]
+            row += [f"{gap:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"]
+            rows.append([*row, str(int((mine & ~theirs).sum())), str(int((theirs & ~mine).sum()))])
+    return markdown_table(header, rows, align="rrlr", tight=True)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from vtp.export.pruners.base import Pruner
 from vtp.export.tower_cues import SCORES
 from vtp.runtime.commands.arguments import add_debug, whole
 from vtp.runtime.commands.console import Parser, run_command
+from vtp.runtime.commands.tables import markdown_table
 
 TEXT, HEADS = 60, 16
 
@@ -67,7 +68,7 @@ def _run(args: argparse.Namespace) -> None:
     grid = parse_grid(args.grid)
     count = grid[0] * grid[1]
     cues = random_cues(count, args.width)
-    lines: dict[str, str] = {}
+    sizes: dict[str, list[str]] = {}
     sessions: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         for name in args.methods:
@@ -75,7 +76,7 @@ def _run(args: argparse.Namespace) -> None:
             path = Path(folder) / f"{name}.onnx"
             emit_pruner(pruner, cues, path)
             size = sum(file.stat().st_size for file in Path(folder).glob(f"{name}.onnx*"))
-            lines[name] = f"{len(onnx.load(path).graph.node)} | {size / 1024:.0f}"
+            sizes[name] = [str(len(onnx.load(path).graph.node)), f"{size / 1024:.0f}"]
             sessions[name] = _session(path)
     least = dict.fromkeys(sessions, np.inf)
     for _ in range(args.runs):
@@ -84,9 +85,8 @@ def _run(args: argparse.Namespace) -> None:
             started = time.perf_counter()
             session.run(None, given)
             least[name] = min(least[name], (time.perf_counter() - started) * 1e3)
-    print("| method | ms | nodes | KiB |\n|---|---:|---:|---:|")
-    for name in sessions:
-        print(f"| {name} | {least[name]:.1f} | {lines[name]} |")
+    rows = [[name, f"{least[name]:.1f}", *sizes[name]] for name in sessions]
+    print(markdown_table(["method", "ms", "nodes", "KiB"], rows, 1, tight=True))
     print(f"\nN = {count}, K = {args.keep}, width {args.width}; least of {args.runs} runs, one thread")
 
 

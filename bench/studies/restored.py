@@ -21,11 +21,10 @@ from vtp.export.exporter import Request, export
 from vtp.runtime import Pipeline
 from vtp.runtime.commands.arguments import add_debug, whole
 from vtp.runtime.commands.console import Parser, Progress, run_command
+from vtp.runtime.commands.tables import markdown_table
 from vtp.scenes.exam import EXAMS, Item, held_out, score
 
-HEADER = (
-    "| method | kept of 576 | plain % | restored % | difference, points (95 %) |\n|---|---:|---:|---:|---:|"
-)
+HEADER = ["method", "kept of 576", "plain %", "restored %", "difference, points (95 %)"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,12 +50,12 @@ def _run(args: argparse.Namespace) -> None:
     started, progress = time.monotonic(), Progress()
     quiet_libraries()
     items = list(held_out(args.count, args.seed, EXAMS[args.exam]))
-    lines = [HEADER]
+    rows = []
     for method in args.methods.split(","):
         marks = {restore: _marks(args, method, restore, items, progress) for restore in (False, True)}
-        lines += [_line(method, keep, marks[False][keep], marks[True][keep]) for keep in marks[True]]
+        rows += [_row(method, keep, marks[False][keep], marks[True][keep]) for keep in marks[True]]
     progress.end()
-    print("\n".join(lines))
+    print(markdown_table(HEADER, rows, left=1, tight=True))
     print(f"\n{len(items)} questions, seed {args.seed}, {time.monotonic() - started:.0f} s")
 
 
@@ -82,11 +81,11 @@ def _mark(pipe: Pipeline, item: Item, keep: int) -> float:
     return score([item], [answer])["all"].rate
 
 
-def _line(method: str, keep: int, plain: Sequence[float], restored: Sequence[float]) -> str:
+def _row(method: str, keep: int, plain: Sequence[float], restored: Sequence[float]) -> list[str]:
     one, two = (100 * sum(marks) / len(marks) for marks in (plain, restored))
     gap = stats.difference(restored, plain)
     value, low, high = (100 * part for part in (gap.value, gap.low, gap.high))
-    return f"| {method} | {keep} | {one:.1f} | {two:.1f} | {value:+.1f} ({low:+.1f} to {high:+.1f}) |"
+    return [method, str(keep), f"{one:.1f}", f"{two:.1f}", f"{value:+.1f} ({low:+.1f} to {high:+.1f})"]
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from vtp.engines import UsageError
 from vtp.runtime import Pipeline
 from vtp.runtime.commands.arguments import add_debug, whole
 from vtp.runtime.commands.console import Parser, Progress, real_number, run_command, say
+from vtp.runtime.commands.tables import markdown_table
 from vtp.serve.streams.gate import DEFAULT_CHANGE, Gate
 
 
@@ -73,10 +74,10 @@ def _encoders(pipe: Pipeline) -> set[str]:
     return {stage.name for stage in pipe.manifest.stages_of("encoder")}
 
 
-def render(seen: Mapping[str, Sequence[Seen]]) -> list[str]:
-    """Lines of Markdown: for each phase the frames asked about and computed whole, right answers, times."""
-    head = " | ".join(f"{phase}: asked, whole, right | tower, frame ms" for phase in PHASES)
-    lines = [f"| way | {head} |", "|---|" + "---|---|" * len(PHASES)]
+def render(seen: Mapping[str, Sequence[Seen]]) -> str:
+    """A Markdown table: for each phase the frames asked about and computed whole, right answers, times."""
+    head = [title for phase in PHASES for title in (f"{phase}: asked, whole, right", "tower, frame ms")]
+    rows = []
     for name, frames in seen.items():
         cells = []
         for phase in PHASES:
@@ -86,8 +87,8 @@ def render(seen: Mapping[str, Sequence[Seen]]) -> list[str]:
                 f"{_mean(one.right for one in of):.1%}",
                 f"{_mean(one.tower_ms for one in of):.1f}, {_mean(one.ms for one in of):.1f}",
             ]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return lines
+        rows.append([name, *cells])
+    return markdown_table(["way", *head], rows, tight=True)
 
 
 def _mean(values: Iterator[Any]) -> float:
@@ -120,7 +121,7 @@ def _run(args: Any) -> None:
             for way in ways:
                 seen[way.name] += play(way, stream(number))
         progress.end()
-    say("\n".join(render(seen)))
+    say(render(seen))
 
 
 def _ways(args: Any, least: float, stack: ExitStack) -> Iterator[Way]:

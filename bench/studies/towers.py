@@ -34,6 +34,7 @@ from vtp.export.pruners import picture_methods
 from vtp.runtime import Pipeline
 from vtp.runtime.commands.arguments import add_debug, add_threads, whole
 from vtp.runtime.commands.console import Parser, Progress, run_command
+from vtp.runtime.commands.tables import markdown_table
 from vtp.scenes import model_dir
 from vtp.scenes.exam import EXAMS, SEED, Item, held_out
 
@@ -160,10 +161,7 @@ def _costs(
     keeps: Sequence[int],
 ) -> str:
     """Unpruned and pruned apart: rates, and the difference to no reduction with its interval."""
-    lines = [
-        f"| tower | GFLOP | kept | right, % | difference (95 %) | {' | '.join(kinds)} |",
-        f"|---|---:|---:|---:|---:|{'---:|' * len(kinds)}",
-    ]
+    rows = []
     for tower in towers:
         for name, place in [("all", -1), *((str(keep), place) for place, keep in enumerate(keeps))]:
             mine, base = (_mean_rows(taken, each, place) for each in (tower, NONE))
@@ -171,13 +169,12 @@ def _costs(
                 continue
             low, high = (100 * end for end in interval(mine - base, pictures))
             difference = f"{100 * (mine - base).mean():+.1f} ({low:+.1f} to {high:+.1f})"
-            by_kind = " | ".join(f"{100 * mine[kind].mean():.1f}" for kind in kinds.values())
+            by_kind = [f"{100 * mine[kind].mean():.1f}" for kind in kinds.values()]
             gflop = next(one.gflop for (_, which), one in taken.items() if which == tower)
-            lines.append(
-                f"| {tower} | {gflop:.2f} | {name} | {100 * mine.mean():.1f} | "
-                f"{'' if tower == NONE else difference} | {by_kind} |"
-            )
-    return "\n".join(lines)
+            right = f"{100 * mine.mean():.1f}"
+            rows.append([tower, f"{gflop:.2f}", name, right, "" if tower == NONE else difference, *by_kind])
+    header = ["tower", "GFLOP", "kept", "right, %", "difference (95 %)", *kinds]
+    return markdown_table(header, rows, left=1, tight=True)
 
 
 def _mean_rows(taken: Mapping[tuple[str, str], Taken], tower: str, place: int) -> np.ndarray | None:
@@ -195,13 +192,13 @@ def _rates(
     kinds: np.ndarray | None,
 ) -> str:
     heads = [f"{tower}, {keep}" for tower in towers for keep in keeps]
-    lines = [f"| method | {' | '.join(heads)} |", f"|---|{'---:|' * len(heads)}"]
+    rows = []
     methods = [method for method in dict.fromkeys(method for method, _ in taken) if method != NONE]
     methods.sort(key=lambda method: -taken[method, NONE].of(kinds).mean())
     for method in methods:
         rates = [rate for tower in towers for rate in taken[method, tower].of(kinds)]
-        lines.append(f"| {method} | {' | '.join(f'{100 * rate:.1f}' for rate in rates)} |")
-    return "\n".join(lines)
+        rows.append([method, *(f"{100 * rate:.1f}" for rate in rates)])
+    return markdown_table(["method", *heads], rows, left=1, tight=True)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from vtp.export.keep_counts import parse_keep
 from vtp.export.pruners import find_method
 from vtp.runtime.commands.arguments import add_debug, whole
 from vtp.runtime.commands.console import Parser, run_command
+from vtp.runtime.commands.tables import markdown_row, markdown_table
 from vtp.scenes import model_dir
 from vtp.scenes.exam import by_picture, held_out
 
@@ -59,11 +60,11 @@ def _run(args: argparse.Namespace) -> None:
     keeps = parse_keep(args.keep)[::-1]
     ruler = Ruler()
     exam = ruler.read(args.count, args.seed)
-    print(f"| rule | {' | '.join(map(str, keeps))} |\n|---|{'---:|' * len(keeps)}")
+    print(markdown_table(["rule", *map(str, keeps)], [], left=1, tight=True))
     for name, (rule, original) in rules().items():
         if args.only in name:
             rates = [100 * ruler.rate(exam, rule, keep, original) for keep in keeps]
-            print(f"| {name} | {' | '.join(f'{rate:.1f}' for rate in rates)} |", flush=True)
+            print(markdown_row([name, *(f"{rate:.1f}" for rate in rates)]), flush=True)
     print(f"\n{args.count} questions, seed {args.seed}")
 
 

@@ -24,6 +24,7 @@ from vtp.bench.common.figures import ratio, spread
 from vtp.runtime import Pipeline
 from vtp.runtime.commands.arguments import add_debug, whole
 from vtp.runtime.commands.console import Parser, Progress, run_command, say
+from vtp.runtime.commands.tables import markdown_table
 from vtp.scenes.exam import EXAMS, Item, held_out
 from vtp.scenes.generator.pictures import (
     COLORS,
@@ -129,15 +130,15 @@ def gated(streams: Sequence[list[Asked]], least: float | None) -> dict[str, dict
     }
 
 
-def gate_table(streams: Sequence[list[Asked]]) -> list[str]:
-    """Lines of Markdown."""
-    head = " | ".join(f"{phase}: asked, right, ms a frame" for phase in PHASES)
-    lines = [f"| gate | {head} |", "|---|" + "---|" * len(PHASES)]
+def gate_table(streams: Sequence[list[Asked]]) -> str:
+    """A Markdown table: for each phase the frames asked about, right answers and times."""
+    rows = []
     for least in (None, *GATES):
         found = gated(streams, least)
         cells = [f"{one['asked']:.0%}, {one['right']:.1%}, {one['ms']:.1f}" for one in found.values()]
-        lines.append(f"| {'off' if least is None else f'{least:g}'} | {' | '.join(cells)} |")
-    return lines
+        rows.append(["off" if least is None else f"{least:g}", *cells])
+    head = [f"{phase}: asked, right, ms a frame" for phase in PHASES]
+    return markdown_table(["gate", *head], rows, tight=True)
 
 
 def alert_lines(pipe: Pipeline, items: Iterable[Item], kind: str) -> list[str]:
@@ -192,7 +193,7 @@ def _run(args: Any) -> None:
         kind, items = asked_of(args.exam, args.questions)
         alerts = alert_lines(pipe, items, kind)
         progress.end()
-    say("\n".join([*(gate_table(streams) if streams else []), "", *alerts]))
+    say("\n".join([*([gate_table(streams)] if streams else []), "", *alerts]))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from vtp.engines.disk.whole import whole_file
 from vtp.engines.errors import MESSAGE_LENGTH, shown
 from vtp.runtime.bundle.manifest import Manifest
 from vtp.runtime.commands.console import table
+from vtp.runtime.commands.tables import markdown_table
 from vtp.runtime.shell import command_line
 
 _BUILT_IN = ("model", "llava", 128, 512)  # its name, family, width and vocabulary
@@ -26,11 +27,12 @@ def text(search: Search, floor: float | None) -> str:
 def markdown(search: Search, floor: float | None, kinds: Kinds, caption: str) -> str:
     """The same with what is wrong, as a Markdown table to paste, under its caption."""
     header = [*_HEADER[:3], "wrong numbers", "wrong words", *_HEADER[3:]]
-    lines = [header, ["---:"] * (len(header) - 1) + ["---"]]
+    lines = []
     for tried in search.tried:
         row, scores = _row(tried, search, floor), tried.marks.scores
         lines.append([*row[:3], str(kinds.numbers(scores)), str(kinds.words(scores)), *row[3:]])
-    return "\n".join([shown(caption, MESSAGE_LENGTH), "", *(f"| {' | '.join(line)} |" for line in lines)])
+    align = "r" * (len(header) - 1) + "l"
+    return f"{shown(caption, MESSAGE_LENGTH)}\n\n{markdown_table(header, lines, align=align)}"
 
 
 def _row(tried: Tried, search: Search, floor: float | None) -> list[str]:

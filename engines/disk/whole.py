@@ -93,6 +93,7 @@ def undisturbed(read: Callable[Concatenate[Path, P], R]) -> Callable[Concatenate
 
     @functools.wraps(read)
     def reading(folder: str | Path, *args: P.args, **kwargs: P.kwargs) -> R:
+        """`read` of the folder, again while another process replaces it; VtpError after the last try."""
         folder = Path(folder)
         for _ in range(_TRIES):
             _await(folder)

@@ -64,6 +64,10 @@ def register_greedy(trt: Any, trtp: Any, found: Greedy, ptx: str) -> None:
         outputs: tuple[trtp.TensorDesc],
         tactic: int,
     ) -> tuple[str, str, trtp.KernelLaunchParams, trtp.SymIntExprs]:
+        """How the kernel runs: name, PTX, one block for each row of scores, and the numbers N and keep.
+
+        scores float32 [B,N], factors float32 [B,N,N], keep int32 [1] -> outputs: picks int64 [B,keep].
+        """
         params = trtp.KernelLaunchParams()
         params.grid_x = scores.shape_expr[0]  # a block for each picture
         params.block_x = THREADS

@@ -76,6 +76,7 @@ class PoolingProjector(nn.Module):
         self.register_buffer("weights", along[0].T.contiguous(), persistent=False)
 
     def forward(self, image_features: Tensor) -> Tensor:
+        """image_features [1,F*n*n,C] -> tokens [1,F*m*m,D], one more with `line_end`; see the class."""
         patches = self.projector(image_features)
         side, pooled, width = self.side, self.pooled, patches.shape[-1]
         weights = self.weights.to(patches.dtype)

@@ -56,6 +56,7 @@ class Splice(nn.Module):
         image_start: Tensor,
         keep_indices: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
+        """prompt_embeds [B,S,D], position_ids [B,S] and next_position [B]; see the class."""
         at, prompt = self._merged(inputs_embeds, image_embeds, image_start)
         total, same = prompt.shape[1], torch.zeros_like(image_start[:, 0])
         if not self.original:
@@ -106,6 +107,7 @@ class TextCues(nn.Module):
     def forward(
         self, inputs_embeds: Tensor, image_start: Tensor, text_length: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """text_embeds [B*I,R,D], text_mask [B*I,R] and text_rows [B,R]; see the class."""
         text, images = inputs_embeds.shape[1], image_start.shape[1]
         place = torch.arange(text - images * self.placeholders).unsqueeze(0)  # [1,R]
         before = (image_start - torch.arange(images) * self.placeholders).unsqueeze(1)  # text before each

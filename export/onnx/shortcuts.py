@@ -1,6 +1,7 @@
 """What `torch.onnx.export` does anew for every graph although the result is known: half of an export's time.
 
-It fills the table of translations with some 600 functions, and traces the exported program a second time to
+It fills the table of translations with some 600 functions, reads the signature of an ONNX operator from its
+schema at every use, and traces the exported program a second time to
 decompose operators and a third time to convert operands of different types. The table is the same each time,
 and the graphs of this package are nearly free of operators that want decomposing: the few there are can be
 replaced where they stand. A program with anything else in it (an operator that mutates, one that has no
@@ -58,6 +59,9 @@ def shortcuts() -> Iterator[None]:
             stack.enter_context(
                 patched(registry, "from_torchlib", staticmethod(_remembered(registry.from_torchlib)))
             )
+            signature = import_module("onnx_ir.schemas").OpSignature
+            read = staticmethod(_read_once(signature.from_op_schema))
+            stack.enter_context(patched(signature, "from_op_schema", read))
             decompose = _unless_settled(passes.decompose_with_registry)
             stack.enter_context(patched(passes, "decompose_with_registry", decompose))
         except (ImportError, AttributeError, KeyError):  # another torch: slower, not different
@@ -79,6 +83,20 @@ def _remembered(build: Callable[..., Any]) -> Callable[..., Any]:
         return made
 
     return from_torchlib
+
+
+@cache
+def _read_once(read: Callable[..., Any]) -> Callable[..., Any]:
+    """`read`, which is asked once for each operator and version of it."""
+    made: dict[tuple[str, str, int], Any] = {}
+
+    def from_op_schema(op_schema: Any) -> Any:
+        key = op_schema.domain, op_schema.name, op_schema.since_version
+        if key not in made:
+            made[key] = read(op_schema)
+        return made[key]
+
+    return from_op_schema
 
 
 def _by_known_values(

@@ -89,6 +89,8 @@ class Ipcv(RowReduction):
         chosen: list[_LongChoice] = []
 
         def whole(number: int, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+            """The `forward` of layer `number`, rows [B,N,C] in and out, around its `original` one."""
+
             def forward(hidden: Tensor, *rest: Any, **named: Any) -> Tensor:
                 seen[number] = hidden
                 if number == cut:

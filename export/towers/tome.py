@@ -79,6 +79,7 @@ class Tome(RowReduction):
         groups: list[list[list[int]]] = []  # of every picture or tile
 
         def merging(number: int, layer: Any) -> Callable[..., Tensor]:
+            """The `forward` of layer `number`, rows [B,N,C] in and out: attention, means of groups, MLP."""
             block = Block(layer)
 
             def forward(hidden: Tensor, *_: Any, **__: Any) -> Tensor:

@@ -10,7 +10,7 @@ from itertools import zip_longest
 
 from vtp.engines.errors import MESSAGE_LENGTH, shown
 
-__all__ = ["markdown_table", "table"]
+__all__ = ["markdown_row", "markdown_table", "table"]
 
 _GAP = "  "
 _NARROWEST = 8  # no column is folded to fewer characters
@@ -36,14 +36,30 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], width: int | Non
     return "\n".join(lines)
 
 
-def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], left: int | None = None) -> str:
+def markdown_table(
+    header: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    left: int | None = None,
+    *,
+    align: str | None = None,
+    tight: bool = False,
+) -> str:
     """A Markdown table of cells that are Markdown already.
 
-    left  columns, from the first, that are aligned left, the rest right; None: all left
+    left   columns, from the first, that are aligned left, the rest right; None: all left
+    align  instead of `left`, how each column is aligned: "l" or "r", the last letter for all that remain
+    tight  no spaces in the line below the header
     """
     words = len(header) if left is None else left
-    marks = ["---"] * words + ["---:"] * (len(header) - words)
-    return "\n".join(f"| {' | '.join(line)} |" for line in (header, marks, *rows))
+    letters = (align or "l" * words + "r").ljust(len(header), (align or "r")[-1])[: len(header)]
+    marks = [{"l": "---", "r": "---:"}[letter] for letter in letters]
+    below = f"|{'|'.join(marks)}|" if tight else markdown_row(marks)
+    return "\n".join([markdown_row(header), below, *map(markdown_row, rows)])
+
+
+def markdown_row(cells: Sequence[str]) -> str:
+    """One line of it, for a study that prints its rows as it finds them."""
+    return f"| {' | '.join(cells)} |"
 
 
 def _lines(row: Sequence[str], widths: Sequence[int], numeric: Sequence[bool]) -> list[str]:

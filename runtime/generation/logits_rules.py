@@ -105,6 +105,7 @@ class _RepetitionPenalty(_Rule):
         self._read = 0
 
     def apply(self, scores: np.ndarray, ids: list[int]) -> None:
+        """Divide or multiply the scores of all tokens so far; VtpError if one becomes infinite."""
         self._seen = np.union1d(self._seen, np.asarray(ids[self._read :], np.int64))
         self._read = len(ids)
         places = self._seen[self._seen < len(scores)]

@@ -38,6 +38,7 @@ class FittedSpec(ImageSpec):
     fit: str = "letterbox"
 
     def check(self) -> None:
+        """Raise VtpError in one line for a size, a fit or a setting that no picture can go through."""
         super().check()
         self.require_lengths("image_height", "image_width")
         self.require(self.do_resize, f"kind {self.kind} needs do_resize")

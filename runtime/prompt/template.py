@@ -238,6 +238,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         return self.binop_table[operator](left, right)
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
+        """Call an object for a template: charge its work beforehand, and count what it makes."""
         charge(CALL + ELEMENT * (len(args) + len(kwargs)))
         if isinstance(__obj, BuiltinMethodType) or _of_markup(__obj):
             args = charge_method(__obj.__name__, __obj.__self__, args, kwargs)

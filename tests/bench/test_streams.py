@@ -35,7 +35,7 @@ def test_the_table_counts_each_phase() -> None:
         Seen("cut and still", True, 1.0, True, 8.0, 20.0),
         Seen("cut and still", False, 0.0, True, 0.0, 1.0),
     ]
-    assert render({"both": drift + still})[2] == (
+    assert render({"both": drift + still}).splitlines()[2] == (
         "| both | 100%, 50%, 50.0% | 5.0, 15.0 | 50%, 50%, 100.0% | 4.0, 10.5 |"
     )
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from vtp.engines import UsageError
 from vtp.export.cli import _next_lines, main
 from vtp.export.method_files import reduction_names
 from vtp.runtime.bundle.folder import open_bundle
@@ -205,8 +206,13 @@ def test_an_export_that_is_stopped_half_way(
 # -- what a good export prints -------------------------------------------------------------------------------
 
 
-def test_the_report(model_folder: Callable[[str], Path], tmp_path: Path, picture_file: Path) -> None:
-    """The command itself, checked fully: table, counts, fidelity, and a next command that works."""
+def test_the_report(
+    model_folder: Callable[[str], Path],
+    tmp_path: Path,
+    picture_file: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Checked fully: table, counts, fidelity, and a next command that works; test_readme starts a process."""
     out = tmp_path / "new" / "bundle"
     argv = [
         "--model",
@@ -218,9 +224,10 @@ def test_the_report(model_folder: Callable[[str], Path], tmp_path: Path, picture
         "-o",
         str(out),
     ]
-    done = subprocess.run([str(BIN / "vtp-export"), *argv], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+    capfd.readouterr()  # saving a tiny model shows a bar
+    code, (said, progress) = run(argv), capfd.readouterr()
+    assert code == 0, progress
+    lines = said.splitlines()
     assert lines[0].split() == ["stage", "file", "MB", "parity"]
     rows = {line.split()[0]: line.split() for line in lines[2:8]}
     assert list(rows) == ["vision_encoder", "pruner", "projector", "embed_tokens", "splice", "decoder"]
@@ -231,10 +238,10 @@ def test_the_report(model_folder: Callable[[str], Path], tmp_path: Path, picture
         )
         assert float(row[2]) == round(size / 1e6, 2)
     assert "indices equal" in lines[3] and "end to end" in lines[7]
-    assert "visual tokens 16 → 6" in done.stdout  # floor(16 * 0.4 + 1e-6)
-    assert "16 of 16 greedy tokens equal torch's" in done.stdout
-    assert all(PROGRESS.fullmatch(line) for line in done.stderr.splitlines()), done.stderr
-    assert len(done.stderr.splitlines()) == 8
+    assert "visual tokens 16 → 6" in said  # floor(16 * 0.4 + 1e-6)
+    assert "16 of 16 greedy tokens equal torch's" in said
+    assert all(PROGRESS.fullmatch(line) for line in progress.splitlines()), progress
+    assert len(progress.splitlines()) == 8
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["bundle"]
     following, or_served = lines[-2:]
@@ -245,23 +252,22 @@ def test_the_report(model_folder: Callable[[str], Path], tmp_path: Path, picture
     assert again.returncode == 0, again.stderr
 
 
-def test_optimum_cli_is_the_same_command(model_folder: Callable[[str], Path], tmp_path: Path) -> None:
-    optimum = [str(BIN / "optimum-cli"), "export", "vtp"]
-    argv = [
-        "--model",
-        str(model_folder("mha")),
-        "--method",
-        "uniform",
-        "--keep-tokens",
-        "4",
-        "--verify",
-        "none",
-    ]
-    done = subprocess.run(
-        [*optimum, *argv, "-o", str(tmp_path / "out"), "--json"], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["visual_tokens"] == {"before": 16, "after": 4}
+def test_optimum_cli_is_the_same_command(
+    model_folder: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Optimum's own entry point finds and runs it; the test below starts its command as a process."""
+    from optimum.commands import optimum_cli
+
+    argv = ["--model", str(model_folder("mha")), "--method", "uniform", "--keep-tokens", "4"]
+    argv += ["--verify", "none", "-o", str(tmp_path / "out"), "--json"]
+    monkeypatch.setattr(sys, "argv", ["optimum-cli", "export", "vtp", *argv])
+    with pytest.raises(SystemExit) as left:
+        optimum_cli.main()
+    assert left.value.code == 0
+    assert json.loads(capfd.readouterr().out)["visual_tokens"] == {"before": 16, "after": 4}
     open_bundle(tmp_path / "out", check_hashes=True)
 
 
@@ -300,10 +306,9 @@ def test_lists(flag: str, names: list[str], capsys: pytest.CaptureFixture[str]) 
 
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
-    command = [str(BIN / "vtp-export"), "--method", "nope", "-o", str(tmp_path / "out"), "--debug"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode != 0
-    assert "Traceback" in done.stderr and "UsageError: unknown method 'nope'" in done.stderr
+    """The error leaves the command as it was raised, and Python prints what it prints of any other."""
+    with pytest.raises(UsageError, match="unknown method 'nope'"):
+        main(["--method", "nope", "-o", str(tmp_path / "out"), "--debug"])
 
 
 def test_without_torch_the_extra_is_named(tmp_path: Path) -> None:

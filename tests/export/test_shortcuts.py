@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import onnx_ir
+import onnx_ir.schemas
 import pytest
 import torch
 from torch import Tensor, nn
 
 from vtp.export.exporter import Request, export
 from vtp.export.onnx import emit as emitting
+from vtp.export.onnx import optimize as optimizing
 from vtp.export.onnx import shortcuts as shortening
 from vtp.export.onnx.emit import GraphInput, GraphSpec, WeightStore, emit
 from vtp.export.onnx.shortcuts import shortcuts
@@ -68,6 +71,14 @@ class Mixed(nn.Module):
         ).mean(-1)
 
 
+class Rewritten(nn.Module):
+    """What onnxscript's rules merge: transposes one after the other, bounds one after the other."""
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        turned = image.permute(0, 2, 3, 1).permute(0, 3, 1, 2)
+        return turned * 2, image.clamp(min=0.0).clamp(max=1.0)
+
+
 class Decomposed(nn.Module):
     """An operator that is only known by what it is made of."""
 
@@ -110,6 +121,7 @@ MODULES = [
     (Mask, True),
     (Reversed, True),
     (Mixed, True),
+    (Rewritten, True),
     (Decomposed, False),
     (InPlace, False),
     (CopyInPlace, False),
@@ -128,6 +140,7 @@ def settled(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
 def long_way(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(emitting, "shortcuts", contextlib.nullcontext)
+    monkeypatch.setattr(optimizing, "screened_rules", contextlib.nullcontext)
 
 
 def drawn(path: Path) -> dict[str, str]:
@@ -183,6 +196,19 @@ def test_tables_are_made_once_and_stay_apart() -> None:
         first["aten::add.Tensor"].clear()
         del first["aten::sub.Tensor"]
     assert second["aten::add.Tensor"] and second["aten::sub.Tensor"]
+
+
+def test_signatures_are_read_once_and_are_the_operators_own() -> None:
+    read = onnx_ir.schemas.OpSignature.from_op_schema
+    for name, version in (("Add", 14), ("Add", 6), ("TopK", 23), ("Cast", 23)):
+        plain = read(onnx.defs.get_schema(name, version))
+        with shortcuts():
+            twice = [
+                onnx_ir.schemas.OpSignature.from_op_schema(onnx.defs.get_schema(name, version))
+                for _ in range(2)
+            ]
+        assert twice[0] is twice[1] and repr(twice[0]) == repr(plain)
+    assert onnx_ir.schemas.OpSignature.from_op_schema == read
 
 
 @pytest.mark.parametrize("name", ["from_torchlib", "decompose_with_registry"])

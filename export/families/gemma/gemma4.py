@@ -106,6 +106,7 @@ class Gemma4(Family):
 
     @property
     def decoder(self) -> Gemma4Decoder:
+        """Its layers: windows, keys and values that later layers share, logits bent by a soft cap."""
         text = self.model.model.language_model
         return Gemma4Decoder(
             text,

@@ -30,6 +30,7 @@ class LookaheadSplice(Splice):
         image_start: Tensor,
         keep_indices: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
+        """Outputs of `Splice`, and `ahead` int64 [B,S] behind them."""
         answer = super().forward(inputs_embeds, image_embeds, image_start, keep_indices)
         visual = image_embeds.shape[1]
         starts = widened(image_start, visual - self.placeholders)
@@ -56,5 +57,6 @@ class OneBasedSplice(Splice):
         image_start: Tensor,
         keep_indices: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
+        """Outputs of `Splice`, `position_ids` [B,S] and `next_position` [B] greater by 1."""
         prompt, numbers, coming = super().forward(inputs_embeds, image_embeds, image_start, keep_indices)
         return prompt, numbers + 1, coming + 1

@@ -99,6 +99,7 @@ class Lfm2VL(Family):
 
     @property
     def decoder(self) -> Decoder:
+        """Its layers: those of kind "conv" keep a state [hidden_size, conv_L_cache], the others a cache."""
         text = self.model.model.language_model
         kinds = text.config.layer_types
         layers = tuple(number for number, kind in enumerate(kinds) if kind == CONV)

@@ -37,6 +37,10 @@ class LlavaNext(Llava):
     unreduced = "how its tiles are packed depends on their size"
 
     def prepare(self, image: ImageSpec) -> None:
+        """Note how the tiles of this picture size are packed.
+
+        Raises VtpError if config.json and the image processor choose other tiles for it.
+        """
         assert isinstance(image, AnyresSpec)  # see image_kinds
         points = [(point[0], point[1]) for point in self.model.config.image_grid_pinpoints]
         if best_resolution(image.image_size, points) != image.resolution:

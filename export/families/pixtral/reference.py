@@ -36,6 +36,11 @@ class PixtralReference(Reference):
         return self.model.model.multi_modal_projector
 
     def vision(self, pixel_values: Tensor, wanted: Collection[str]) -> dict[str, Tensor]:
+        """Features [1,N,C] of the merged tokens and the `wanted` cues, by hooks in the unmodified tower.
+
+        pixel_values [1,3,H,W]. A token's scores are the mean of its patches', its vision_keys theirs side by
+        side.
+        """
         blocks, seen = self.blocks, dict[str, Tensor]()
 
         def look(name: str) -> Any:

@@ -45,6 +45,10 @@ class ShuffledEncoder(nn.Module):
         self.cues, self.factor, self.one_view = cues, factor, one_view
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+        """Features [V,P,factor²·C], and scores [V,P] or vision_keys, of the P tokens of each view [V,3,H,W].
+
+        Without `one_view` the views follow one another in one row: [1,V·P,·].
+        """
         features, *read = self.encoder(pixel_values)
         tokens = [self._tokens(features)]
         for name, cue in zip(self.cues, read, strict=True):

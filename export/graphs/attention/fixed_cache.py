@@ -44,6 +44,7 @@ def on_fixed_cache(write: Write, attend: TowerAttend) -> Attend:
         lengths: Lengths,
         rule: Rule,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """query [B,H,S,d], key, value [B,G,S,d], past [B,G,C,d] twice -> output [B,S,H,d], the new cache."""
         start = first_places(lengths, query.shape[2])
         keys, values = (write(cache, new, start) for cache, new in zip(past, (key, value), strict=True))
         return look(query, (keys, values), lengths, rule), (keys, values)
@@ -61,6 +62,7 @@ def look_at(attend: TowerAttend) -> Look:
     def attention_to_cache(
         query: Tensor, present: tuple[Tensor, Tensor], lengths: Lengths, rule: Rule
     ) -> Tensor:
+        """query [B,H,S,d], present [B,G,C,d] twice -> output [B,S,H,d]."""
         keys, values = present
         place = first_places(lengths, query.shape[2]).unsqueeze(1) + torch.arange(query.shape[2])
         mask = lengths.seen(place, keys.shape[2], rule, lengths.lookahead).unsqueeze(1)

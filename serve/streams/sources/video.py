@@ -344,6 +344,7 @@ def _picture_of(frame: Any) -> Callable[[], np.ndarray]:
     """The conversion to RGB, or RGBA, put off: of most frames nobody asks for it."""
 
     def picture() -> np.ndarray:
+        """The frame as uint8 [H,W,3] or [H,W,4], upright; VtpError for pixels that cannot be converted."""
         transparent = any(component.is_alpha for component in frame.format.components)
         try:
             pixels = frame.to_ndarray(format="rgba" if transparent else "rgb24")

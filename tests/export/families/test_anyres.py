@@ -6,11 +6,9 @@ import json
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -23,12 +21,14 @@ from vtp.engines import UsageError, VtpError
 from vtp.export.cli import main
 from vtp.export.exporter import Request, export
 from vtp.export.families.llava.tiles import Views
-from vtp.export.verify.parity import STEPS
 from vtp.runtime import Pipeline
+from vtp.runtime.bundle.folder import open_bundle
+from vtp.runtime.preprocess import preprocess
 
 from ...models.tiny import BOS, CHAT_TEMPLATE, IMAGE, tiny_tokenizer
 from ...models.tiny_families import GRIDS, image_processor, packed, save_anyres, tiny_anyres
 from ...once import Once
+from .compared import Made, bundles_of, check_answers_of_any_size, follow, marked, noise
 
 # (height, width): two by two views, with padding above and below cut off, and three views beside one another.
 SIZES = {"square": (56, 56), "wide": (40, 56), "row": (28, 84)}
@@ -59,19 +59,10 @@ BUNDLES: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 SLOW = {"next-row-none", "next-original", "next-visionzip", "next-sparsevlm", "onevision-square-none"}
 SLOW |= {"onevision-holov", "onevision-fastv", "next-divprune"}
-NAMES = [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in BUNDLES]
-UNPRUNED = [item for name, item in zip(BUNDLES, NAMES, strict=True) if name.endswith("none")]
-PRUNED = [item for name, item in zip(BUNDLES, NAMES, strict=True) if not name.endswith("none")]
+NAMES = marked(BUNDLES, BUNDLES.keys() - SLOW)
+UNPRUNED = [item for name, item in NAMES.items() if name.endswith("none")]
+PRUNED = [item for name, item in NAMES.items() if not name.endswith("none")]
 EDGES = st.integers(1, 2000)
-
-
-@dataclass(frozen=True)
-class Made:
-    """A bundle on disk, the model it came from, and its image size."""
-
-    folder: Path
-    model: Any
-    image_size: tuple[int, int]
 
 
 @pytest.fixture(scope="module")
@@ -87,20 +78,8 @@ def folders(saved: Callable[..., Any]) -> Callable[[str], tuple[Path, Any]]:
 
 @pytest.fixture(scope="module")
 def bundle(once: Once, folders: Callable[[str], Any]) -> Callable[[str], Made]:
-    """A bundle by name, exported, and held against torch, at the first call."""
-
-    def get(name: str) -> Made:
-        model, size, wishes = BUNDLES[name]
-        folder, torch_model = folders(model)
-        made = once.bundle(folder, max_length=256, image_size=SIZES[size], verify="full", **wishes)
-        return Made(made, torch_model, SIZES[size])
-
-    return get
-
-
-def noise(height: int, width: int, seed: int = 0) -> Image.Image:
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
+    table = {name: (kind, {"image_size": SIZES[size], **own}) for name, (kind, size, own) in BUNDLES.items()}
+    return bundles_of(table, once, folders, max_length=256)
 
 
 # -- the order of the tokens ---------------------------------------------------------------------------------
@@ -154,46 +133,22 @@ def transformers_answer(made: Made, picture: Image.Image, words: list[int], step
 @pytest.mark.parametrize("name", UNPRUNED)
 def test_unpruned_equals_transformers(bundle: Callable[[str], Made], name: str) -> None:
     """From the picture on: preprocessing, tiles, packing, decoder; 24 greedy tokens and their logits."""
-    from vtp.runtime.bundle.folder import open_bundle
-    from vtp.runtime.preprocess import preprocess
-    from vtp.runtime.result import Timings
-    from vtp.runtime.stages.runner import StageRunner
-
     made, words = bundle(name), [40, 50, 60, 70]
     picture = noise(*made.image_size, seed=3)
     with torch.no_grad():
         answer, count = transformers_answer(made, picture, words, 24)
-    opened = open_bundle(made.folder)
-    assert opened.manifest.visual.count == count
-    runner = StageRunner(opened, "ort-cpu", 1)
-    values = runner.prefill(
-        count, preprocess(picture, opened.manifest.image), [BOS, IMAGE, *words], 1, Timings()
+    manifest = open_bundle(made.folder).manifest
+    assert manifest.visual.count == count
+    tokens, _ = follow(
+        made.folder, preprocess(picture, manifest.image), [BOS, IMAGE, *words], 1, answer.logits
     )
-    logits, position = values["logits"].numpy()[0, 0], int(values["next_position"].numpy()[0])
-    tokens: list[int] = []
-    for wanted in answer.logits:
-        assert np.abs(logits - wanted[0].numpy()).max() < 1e-3
-        tokens.append(int(logits.argmax()))
-        logits = runner.step(count, tokens[-1], position)
-        position += 1
-    runner.close()
     assert tokens == answer.sequences[0, -24:].tolist()
 
 
 @pytest.mark.parametrize("name", PRUNED)
 def test_pruned_equals_the_torch_reference(bundle: Callable[[str], Made], name: str) -> None:
     """The export's own check ran; here is what it found, and that every picture can be answered."""
-    made = bundle(name)
-    with Pipeline.load(made.folder) as pipe:
-        visual = pipe.manifest.visual
-        report = pipe.manifest.parity["generation"]
-        assert all(found["tokens"] == STEPS for found in report.values()) and report
-        for keep in visual.keep:
-            for size in [made.image_size, (31, 90), (7, 5)]:
-                result = pipe.generate(noise(*size), "what is it ?", max_new_tokens=4, keep_tokens=keep)
-                assert (result.visual_tokens.before, result.visual_tokens.after) == (visual.count, keep)
-                assert len(result.kept) == len(set(result.kept)) == keep
-                assert result.kept == sorted(result.kept) and result.kept[-1] < visual.count
+    check_answers_of_any_size(bundle(name), "what is it ?")
 
 
 def test_the_whole_way_equals_transformers_processor(bundle: Callable[[str], Made]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,26 +15,22 @@ from PIL import Image
 
 from vtp.engines import UsageError, VtpError
 from vtp.engines.ort.session import OrtEngine
-from vtp.engines.tensorrt.library import refused_nodes
 from vtp.export.exporter import Request, export
 from vtp.export.families.gemma.gemma3 import Gemma3
 from vtp.export.families.gemma.lookahead import lookahead
 from vtp.export.families.gemma.paligemma import PaliGemma
 from vtp.export.graphs.attention import operators as attention
 from vtp.export.graphs.attention.operators import Lengths, Rule
-from vtp.export.verify.parity import STEPS
 from vtp.export.verify.reference import reference_generate
-from vtp.runtime import Pipeline
 from vtp.runtime.bundle.folder import open_bundle
 from vtp.runtime.preprocess import preprocess
 from vtp.runtime.prompt.prompter import Prompter
-from vtp.runtime.result import Timings
-from vtp.runtime.stages.runner import StageRunner
 
 from ...models.tiny_gemma import BOS, processor_of, save_gemma, tiny_gemma3, tiny_paligemma
 from ...once import Once
-from ...oracles.several_pictures import TALK, Turns, asked, check_answers, check_batch
-from ..pruners.test_trtrtx import ENGINE, MISSING, build
+from ...oracles.several_pictures import TALK, Turns, asked, by_transformers, check_answers, check_batch
+from ..pruners.test_trtrtx import ENGINE, MISSING
+from .compared import Made, bundles_of, check_answers_of_any_size, check_builds, follow, marked, noise
 
 COUNT, MAX_LENGTH, WORDS = 16, 128, "what shape is it ?"
 MODELS: dict[str, Callable[[], Any]] = {
@@ -56,6 +51,7 @@ BUNDLES: dict[str, tuple[str, str, str | None, dict[str, Any]]] = {
     "pali-visionzip": ("pali", "visionzip", "6", {}),
     "pali-half": ("pali", "fastv", "6", HALF),
     "pali2-none": ("pali2", "none", None, {}),
+    "pali2-vispruner": ("pali2", "vispruner", "5,9,16", {}),  # with all tokens as well
     "pali2-fastv": ("pali2", "fastv", "6", {}),
     "pali2-sparsevlm": ("pali2_deep", "sparsevlm", "6", {}),
     "pali2-tensorrt": ("pali2", "adaptprune", "6", TENSORRT),
@@ -69,19 +65,10 @@ BUNDLES: dict[str, tuple[str, str, str | None, dict[str, Any]]] = {
     "gemma3-half": ("gemma3", "vispruner", "6", HALF),
     "gemma3-tensorrt": ("gemma3", "fastv", "6", TENSORRT),
 }
-QUICK = {"pali-vispruner", "pali2-none", "gemma3-none", "gemma3-fastv"}
-NAMES = {name: name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in BUNDLES}
-UNPRUNED = [item for name, item in NAMES.items() if name.endswith("none")]
+QUICK = {"pali2-vispruner", "gemma3-none", "gemma3-fastv"}
+NAMES = marked(BUNDLES, QUICK)
+UNPRUNED = [item for name, item in NAMES.items() if name.endswith("none") or name == "pali2-vispruner"]
 PRUNED = [item for name, item in NAMES.items() if not name.endswith("none")]
-
-
-@dataclass(frozen=True)
-class Made:
-    """A bundle on disk, the model it came from, and that model's name."""
-
-    folder: Path
-    model: Any
-    kind: str
 
 
 def save_named(path: Path, name: str) -> Any:
@@ -100,21 +87,20 @@ def folders(saved: Callable[..., Any]) -> Callable[[str], tuple[Path, Any]]:
 
 @pytest.fixture(scope="module")
 def bundle(once: Once, folders: Callable[[str], Any]) -> Callable[[str], Made]:
-    """A bundle by name, exported, and held against torch, at the first call."""
-
-    def get(name: str) -> Made:
-        kind, method, keep, wishes = BUNDLES[name]
-        folder, model = folders(kind)
-        length = MAX_LENGTH if kind.startswith("pali") else 256  # room for a talk about three pictures
-        asked = {"method": method, "keep_tokens": keep, "max_length": length, "verify": "full", **wishes}
-        return Made(once.bundle(folder, **asked), model, kind)
-
-    return get
-
-
-def noise(height: int, width: int, seed: int = 0) -> Image.Image:
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
+    """Those of Gemma 3 have room for a talk about three pictures."""
+    table = {
+        name: (
+            kind,
+            {
+                "method": method,
+                "keep_tokens": keep,
+                "max_length": MAX_LENGTH if kind.startswith("pali") else 256,
+                **wishes,
+            },
+        )
+        for name, (kind, method, keep, wishes) in BUNDLES.items()
+    }
+    return bundles_of(table, once, folders)
 
 
 # -- what tokens see -----------------------------------------------------------------------------------------
@@ -220,11 +206,7 @@ def test_unpruned_equals_transformers(bundle: Callable[[str], Made], name: str) 
     """From the picture and the words on: 24 tokens and their logits, of the bundle and of the reference."""
     made = bundle(name)
     given = processed(made.model, [noise(40, 70, seed=3)], asked(WORDS, 1))
-    made.model.generation_config.eos_token_id = None
-    with torch.no_grad():
-        answer = made.model.generate(
-            **given, max_new_tokens=24, do_sample=False, output_logits=True, return_dict_in_generate=True
-        )
+    said, logits = by_transformers(made.model, given, 24)
     opened = open_bundle(made.folder)
     prompter = Prompter(opened.manifest.text, opened.path("tokenizer.json"))
     prompt = prompter.encode(prompter.messages_for(WORDS))
@@ -232,46 +214,29 @@ def test_unpruned_equals_transformers(bundle: Callable[[str], Made], name: str) 
     place = prompt.image_start
     assert [*prompt.ids[:place], *[image] * COUNT, *prompt.ids[place + 1 :]] == given["input_ids"][0].tolist()
 
-    runner = StageRunner(opened, "ort-cpu", 1)
     pixels = preprocess(noise(40, 70, seed=3), opened.manifest.image)
     assert np.array_equal(pixels, given["pixel_values"].numpy())
-    values = runner.prefill(COUNT, pixels, prompt.ids, place, Timings())
-    logits, position = values["logits"].numpy()[0, 0], int(values["next_position"].numpy()[0])
-    tokens: list[int] = []
-    for wanted in answer.logits:
-        assert np.abs(logits - wanted[0].numpy()).max() < 1e-3
-        tokens.append(int(logits.argmax()))
-        logits = runner.step(COUNT, tokens[-1], position)
-        position += 1
-    runner.close()
-    assert tokens == answer.sequences[0, -24:].tolist()
+    tokens, _ = follow(made.folder, pixels, prompt.ids, place, logits)
+    assert tokens == said
 
     reference = reference_generate(
         made.model, None, given["input_ids"], given["pixel_values"], 24, reference=REFERENCES[made.kind]
     )
     assert reference.token_ids == tokens
-    for ours, theirs in zip(reference.step_logits, answer.logits, strict=True):
-        assert float((ours - theirs[0]).abs().max()) < 1e-4
+    for ours, theirs in zip(reference.step_logits, logits, strict=True):
+        assert float((ours - theirs).abs().max()) < 1e-4
 
 
 @pytest.mark.parametrize("name", PRUNED)
 def test_pruned_equals_the_torch_reference(bundle: Callable[[str], Made], name: str) -> None:
     """The export's own check ran; here is what it found, and that every picture can be answered."""
-    made = bundle(name)
-    with Pipeline.load(made.folder, engine="ort-cpu") as pipe:
-        visual = pipe.manifest.visual
-        report = pipe.manifest.parity["generation"]
-        assert all(found["tokens"] == STEPS for found in report.values()) and report
-        for keep in visual.keep:
-            result = pipe.generate(noise(31, 90), WORDS, max_new_tokens=4, keep_tokens=keep)
-            assert (result.visual_tokens.before, result.visual_tokens.after) == (COUNT, keep)
-            assert len(set(result.kept)) == keep and result.kept == sorted(result.kept)
+    check_answers_of_any_size(bundle(name), WORDS, COUNT)
 
 
 @pytest.mark.parametrize(
     "name",
     [
-        name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
+        NAMES[name]
         for name, (_, method, _, wishes) in BUNDLES.items()
         if method not in ("fastv", "adaptprune", "sparsevlm") and wishes not in (HALF, TENSORRT)
     ],
@@ -287,7 +252,7 @@ def test_several_pictures(bundle: Callable[[str], Made], name: str) -> None:
     check_answers(made.folder, made.model, processing, (40, 70), talks)
 
 
-@pytest.mark.parametrize("name", ["pali-vispruner", pytest.param("gemma3-vispruner", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", [NAMES[f"{kind}-vispruner"] for kind in ("pali2", "pali", "gemma3")])
 def test_batches_of_several_pictures(bundle: Callable[[str], Made], name: str) -> None:
     check_batch(bundle(name).folder, (40, 70))
 
@@ -297,14 +262,11 @@ def test_batches_of_several_pictures(bundle: Callable[[str], Made], name: str) -
 @pytest.mark.skipif(MISSING, reason="tensorrt_rtx is not installed")
 @pytest.mark.parametrize("name", ["pali2-tensorrt", "gemma3-tensorrt"])
 def test_every_graph_builds_with_tensorrt_rtx(bundle: Callable[[str], Made], name: str) -> None:
-    opened = open_bundle(bundle(name).folder)
-    for file in opened.manifest.graphs:
-        assert refused_nodes(opened.path(file), ENGINE) == []
-        assert build(opened.path(file)), file
+    check_builds(bundle(name).folder, ENGINE)
 
 
 def test_paligemma_takes_one_question(bundle: Callable[[str], Made]) -> None:
-    opened = open_bundle(bundle("pali-vispruner").folder)
+    opened = open_bundle(bundle("pali2-vispruner").folder)
     prompter = Prompter(opened.manifest.text, opened.path("tokenizer.json"))
     turns = prompter.messages_for("what ?")
     assert prompter.encode(turns).text == "<image><bos>what ?\n"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,27 +11,31 @@ import pytest
 import torch
 
 from vtp.engines import UsageError, VtpError
-from vtp.engines.tensorrt.library import refused_nodes
 from vtp.export.checkpoint.loading import load
 from vtp.export.checkpoint.unsupported import refuse_unsupported
 from vtp.export.exporter import Request, export
 from vtp.export.families.gemma.gemma4 import Gemma4
-from vtp.export.families.gemma.gemma4_reference import Gemma4Reference
-from vtp.export.pruners import find_method
 from vtp.export.verify.parity import STEPS
-from vtp.export.verify.reference import reference_generate
-from vtp.runtime import NO_PICTURE, Pipeline
+from vtp.runtime import Pipeline
 from vtp.runtime.bundle.folder import open_bundle
 from vtp.runtime.bundle.memory import cache_bytes
 from vtp.runtime.preprocess import preprocess, spec_to_json
-from vtp.runtime.result import Timings
-from vtp.runtime.stages.runner import StageRunner
 
 from ...models.tiny_gemma4 import processed, save_gemma4
 from ...once import Once
 from ...oracles.several_pictures import TALK, asked, by_transformers, check_answers, check_batch, noises
 from ...oracles.tensorrt_10_3 import refused
-from ..pruners.test_trtrtx import ENGINE, MISSING, build
+from ..pruners.test_trtrtx import ENGINE, MISSING
+from .compared import (
+    Made,
+    bundles_of,
+    check_builds,
+    check_choice,
+    check_openvino,
+    check_text_alone,
+    follow,
+    marked,
+)
 
 COUNT, SIZE, WORDS = 64, (96, 96), "what shape is it ?"
 HALF, TENSORRT, JETPACK = {"dtype": "float16"}, {"target": "tensorrt"}, {"target": "jetpack6"}
@@ -56,29 +59,18 @@ BUNDLES: dict[str, tuple[str, str, str | None, dict[str, Any]]] = {
     "large-tensorrt": ("large", "fastv", "20", TENSORRT),
 }
 QUICK = {"short-vispruner"}  # with all tokens as well
-NAMES = {name: name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in BUNDLES}
+NAMES = marked(BUNDLES, QUICK)
 SOME = [NAMES[name] for name, (*_, wishes) in BUNDLES.items() if wishes not in (HALF, TENSORRT, JETPACK)]
-
-
-@dataclass(frozen=True)
-class Made:
-    """A bundle on disk, and the model it came from."""
-
-    folder: Path
-    model: Any
 
 
 @pytest.fixture(scope="module")
 def bundle(once: Once, saved: Callable[..., Any]) -> Callable[[str], Made]:
     """A bundle by name, exported and held against torch at the first call."""
-
-    def get(name: str) -> Made:
-        kind, method, keep, wishes = BUNDLES[name]
-        folder, model = saved(save_gemma4, kind)
-        asked = {"method": method, "keep_tokens": keep, "max_length": 384, "verify": "full", **wishes}
-        return Made(once.bundle(folder, **asked), model)
-
-    return get
+    table = {
+        name: (kind, {"method": method, "keep_tokens": keep, **wishes})
+        for name, (kind, method, keep, wishes) in BUNDLES.items()
+    }
+    return bundles_of(table, once, lambda kind: saved(save_gemma4, kind), max_length=384)
 
 
 # -- generation ----------------------------------------------------------------------------------------------
@@ -104,46 +96,25 @@ def test_with_all_tokens_it_equals_transformers(bundle: Callable[[str], Made], n
         assert wide == given["input_ids"][0].tolist()
         result = pipe.generate(picture, WORDS, max_new_tokens=len(tokens), keep_tokens=COUNT)
         assert result.token_ids == tokens
-    runner = StageRunner(opened, "ort-cpu", 1)
-    values = runner.prefill(COUNT, pixels, prompt.ids, place, Timings())
-    found, position = values["logits"].numpy()[0, 0], int(values["next_position"].numpy()[0])
-    for number, wanted in enumerate(logits):
-        assert np.abs(found - wanted.numpy()).max() < 1e-3
-        found = runner.step(COUNT, tokens[number], position + number)
-    runner.close()
+    assert follow(made.folder, pixels, prompt.ids, place, logits)[0] == tokens
 
 
 @pytest.mark.parametrize("name", SOME)
 def test_pruned_equals_the_torch_reference(bundle: Callable[[str], Made], name: str) -> None:
     """Which tokens are kept, by a pruner and cues of the reference's own making, and what is said then."""
     made, (_, method, _, wishes) = bundle(name), BUNDLES[name]
-    with Pipeline.load(made.folder, threads=1) as pipe:
-        manifest = pipe.manifest
-        steps = 2 if wishes.get("verify") == "layers" else STEPS
-        report = manifest.parity["generation"]
-        assert report and all(one["tokens"] == one["equal"] == steps for one in report.values())
-        if method in ("none", "sparsevlm"):  # whose sites the export has already held against torch
-            return
-        pipe.manifest.text.__dict__["eos_token_ids"] = ()
-        size, grid = manifest.image.image_size, manifest.visual.grid
-        picture = noises(1, *size)[0]
-        for keep in manifest.visual.keep:
-            result = pipe.generate(picture, WORDS, max_new_tokens=12, keep_tokens=keep)
-            prompt = pipe._prompter.encode(asked(WORDS, 1), 1)
-            place, image = prompt.image_start, manifest.text.image_token_id
-            wide = [*prompt.ids[:place], *[image] * manifest.visual.count, *prompt.ids[place + 1 :]]
-            wanted = reference_generate(
-                made.model,
-                find_method(method)(tuple(grid), keep, **manifest.method.options),
-                torch.tensor([wide]),
-                torch.from_numpy(preprocess(picture, manifest.image)),
-                12,
-                positions=manifest.method.positions,
-                image_size=size,
-                reference=Gemma4Reference,
-            )
-            assert result.token_ids == wanted.token_ids
-            assert result.kept == wanted.keep_indices.tolist() and len(result.kept) == keep
+    report = open_bundle(made.folder).manifest.parity["generation"]
+    steps = 2 if wishes.get("verify") == "layers" else STEPS
+    assert report and all(one["tokens"] == one["equal"] == steps for one in report.values())
+    if method not in ("none", "sparsevlm"):  # whose sites the export has already held against torch
+        check_choice(made, WORDS, wide_ids)
+
+
+def wide_ids(picture: Any, pipe: Pipeline) -> torch.Tensor:
+    """The prompt [1,S] with a placeholder for every visual token."""
+    prompt, image = pipe._prompter.encode(asked(WORDS, 1), 1), pipe.manifest.text.image_token_id
+    places = [image] * pipe.manifest.visual.count
+    return torch.tensor([[*prompt.ids[: prompt.image_start], *places, *prompt.ids[prompt.image_start + 1 :]]])
 
 
 @pytest.mark.slow
@@ -175,25 +146,13 @@ def _unpadded(pictures: list[Any], turns: list[dict[str, Any]]) -> dict[str, Any
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["small-fastv", "large-fastv"])
 def test_text_alone(bundle: Callable[[str], Made], name: str) -> None:
-    made, words = bundle(name), "what color is the star ? " * 4
-    with Pipeline.load(made.folder, threads=1) as pipe:
-        pipe.manifest.text.__dict__["eos_token_ids"] = ()
-        prompt = pipe._prompter.encode(asked(words, 0), 0)
-        ids = torch.tensor([prompt.ids])
-        tokens, _ = by_transformers(made.model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
-        assert pipe.generate(NO_PICTURE, words, max_new_tokens=len(tokens)).token_ids == tokens
+    check_text_alone(bundle(name))
 
 
 @pytest.mark.slow
 def test_openvino_answers_the_same(bundle: Callable[[str], Made]) -> None:
-    pytest.importorskip("openvino", reason="openvino is not installed")
     for name in ("small-fastv", "large-vispruner"):
-        answers = []
-        for engine in ("ort-cpu", "openvino-cpu"):
-            with Pipeline.load(bundle(name).folder, engine=engine, threads=1) as pipe:
-                result = pipe.generate(noises(1, *SIZE)[0], WORDS, max_new_tokens=16, keep_tokens=20)
-                answers.append((result.token_ids, result.kept))
-        assert answers[0] == answers[1]
+        check_openvino(bundle(name).folder, SIZE, WORDS, 20)
 
 
 def test_caches_of_unequal_layers(bundle: Callable[[str], Made]) -> None:
@@ -211,10 +170,7 @@ def test_caches_of_unequal_layers(bundle: Callable[[str], Made]) -> None:
 @pytest.mark.skipif(MISSING, reason="tensorrt_rtx is not installed")
 @pytest.mark.parametrize("name", ["small-tensorrt", "large-tensorrt"])
 def test_every_graph_builds_with_tensorrt_rtx(bundle: Callable[[str], Made], name: str) -> None:
-    opened = open_bundle(bundle(name).folder)
-    for file in opened.manifest.graphs:
-        assert refused_nodes(opened.path(file), ENGINE) == []
-        assert build(opened.path(file)), file
+    check_builds(bundle(name).folder, ENGINE)
 
 
 # -- what is refused -----------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib import util
 from pathlib import Path
 from typing import Any
@@ -15,25 +14,31 @@ import torch
 from PIL import Image
 
 from vtp.engines import UsageError, VtpError
-from vtp.engines.tensorrt.library import INSTALL, build_engine, refused_nodes
+from vtp.engines.tensorrt.library import INSTALL
 from vtp.export.cli import main
 from vtp.export.families import find_family
 from vtp.export.families.lfm2.places import resampling
-from vtp.export.verify.parity import STEPS
 from vtp.export.verify.reference import reference_generate
 from vtp.runtime import Pipeline
 from vtp.runtime.bundle.folder import open_bundle
-from vtp.runtime.commands.build import profile_of
 from vtp.runtime.preprocess import preprocess
 from vtp.runtime.prompt.prompter import Prompter
-from vtp.runtime.result import Timings
-from vtp.runtime.stages.runner import StageRunner
 
 from ...models.tiny_lfm2 import lfm2_processor, save_lfm2
 from ...once import Once
 from ...oracles.joining_rows import check_slots
-from ...oracles.several_pictures import TALK, Turns, asked, check_answers, check_batch
+from ...oracles.several_pictures import TALK, Turns, asked, by_transformers, check_answers, check_batch
 from ...oracles.tensorrt_10_3 import refused
+from .compared import (
+    Made,
+    bundles_of,
+    check_answers_of_any_size,
+    check_builds,
+    check_openvino,
+    follow,
+    marked,
+    noise,
+)
 
 ENGINE = "tensorrt-rtx"
 MISSING = util.find_spec("tensorrt_rtx") is None
@@ -68,17 +73,9 @@ BUNDLES: dict[str, tuple[str, dict[str, Any]]] = {
     "late-half": ("late", {"method": "dart", "keep_tokens": "6", "dtype": "float16"}),
 }
 QUICK = "lfm2-fastervlm"
-NAMES = {name: name if name == QUICK else pytest.param(name, marks=pytest.mark.slow) for name in BUNDLES}
+NAMES = marked(BUNDLES, [QUICK])
 WHOLE = [item for name, item in NAMES.items() if name == QUICK or name.endswith("none")]
 PRUNED = [item for name, item in NAMES.items() if not name.endswith("none")]
-
-
-@dataclass(frozen=True)
-class Made:
-    """A bundle on disk, and the model it came from."""
-
-    folder: Path
-    model: Any
 
 
 @pytest.fixture(scope="module")
@@ -89,20 +86,7 @@ def folders(saved: Callable[..., Any]) -> Callable[[str], tuple[Path, Any]]:
 
 @pytest.fixture(scope="module")
 def bundle(once: Once, folders: Callable[[str], Any]) -> Callable[[str], Made]:
-    """A bundle by name, exported, and held against torch, at the first call."""
-
-    def get(name: str) -> Made:
-        model, wishes = BUNDLES[name]
-        folder, torch_model = folders(model)
-        made = once.bundle(folder, max_length=192, image_size=SIZE, verify="full", **wishes)
-        return Made(made, torch_model)
-
-    return get
-
-
-def noise(height: int, width: int, seed: int = 0) -> Image.Image:
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
+    return bundles_of(BUNDLES, once, folders, max_length=192, image_size=SIZE)
 
 
 def processed(pictures: list[Image.Image], turns: Turns) -> Any:
@@ -120,26 +104,14 @@ def test_all_tokens_say_what_transformers_says(bundle: Callable[[str], Made], na
     """From picture and words on: preprocessing, prompt, tower, decoder; 24 greedy tokens, their logits."""
     made, picture = bundle(name), noise(*SIZE, seed=3)
     given = processed([picture], asked(WORDS, 1))
-    made.model.generation_config.eos_token_id = None
-    options = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True}
-    with torch.no_grad():
-        answer = made.model.generate(**given, max_new_tokens=24, **options)
+    said, logits = by_transformers(made.model, given, 24)
     opened = open_bundle(made.folder)
     prompter = Prompter(opened.manifest.text, opened.path("tokenizer.json"))
     prompt = prompter.encode(prompter.messages_for(WORDS))
     pixels = preprocess(picture, opened.manifest.image)
     assert np.array_equal(pixels, given["pixel_values"][0].numpy())
-    runner, tokens = StageRunner(opened, "ort-cpu", 1), list[int]()
-    values = runner.prefill(COUNT, pixels, prompt.ids, prompt.image_start, Timings())
-    logits, position = values["logits"].numpy()[0, 0], int(values["next_position"].numpy()[0])
-    assert position == given["input_ids"].shape[1]
-    for wanted in answer.logits:
-        assert np.abs(logits - wanted[0].numpy()).max() < 1e-3
-        tokens.append(int(logits.argmax()))
-        logits = runner.step(COUNT, tokens[-1], position)
-        position += 1
-    runner.close()
-    assert tokens == answer.sequences[0, -24:].tolist()
+    tokens, position = follow(made.folder, pixels, prompt.ids, prompt.image_start, logits)
+    assert position == given["input_ids"].shape[1] and tokens == said
     alone = reference_generate(
         made.model,
         None,
@@ -159,18 +131,11 @@ def test_all_tokens_say_what_transformers_says(bundle: Callable[[str], Made], na
 def test_pruned_equals_the_torch_reference(bundle: Callable[[str], Made], name: str) -> None:
     """The export's own check ran; here is what it found, and that every picture can be answered."""
     made = bundle(name)
-    with Pipeline.load(made.folder, threads=1) as pipe:
-        report = pipe.manifest.parity["generation"]
-        assert all(found["tokens"] == STEPS for found in report.values()) and report
-        states = [state for graph in pipe.manifest.graphs.values() for state in graph.states]
-        kinds = made.model.config.text_config.layer_types
-        convolving = [number for number, kind in enumerate(kinds) if kind == "conv"]
-        assert sorted(layer for state in states for layer in state.layers) == convolving
-        for keep in pipe.manifest.visual.keep:
-            for size in [SIZE, (31, 90), (7, 5)]:
-                result = pipe.generate(noise(*size), WORDS, max_new_tokens=4, keep_tokens=keep)
-                assert result.visual_tokens == (COUNT, keep)
-                assert len(set(result.kept)) == keep and result.kept[-1] < COUNT
+    manifest = check_answers_of_any_size(made, WORDS, COUNT)
+    states = [state for graph in manifest.graphs.values() for state in graph.states]
+    kinds = made.model.config.text_config.layer_types
+    convolving = [number for number, kind in enumerate(kinds) if kind == "conv"]
+    assert sorted(layer for state in states for layer in state.layers) == convolving
 
 
 def test_a_batch_says_what_each_says_alone(bundle: Callable[[str], Made]) -> None:
@@ -192,22 +157,14 @@ def test_several_pictures(bundle: Callable[[str], Made], name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [QUICK, "early-fastv"])
 def test_openvino_says_the_same(bundle: Callable[[str], Made], name: str) -> None:
-    pytest.importorskip("openvino")
-    folder, picture, answers = bundle(name).folder, noise(*SIZE, seed=5), []
-    for engine in ("ort-cpu", "openvino-cpu"):
-        with Pipeline.load(folder, engine, 1) as pipe:
-            answers.append(pipe.generate(picture, WORDS, max_new_tokens=12))
-    assert answers[0].token_ids == answers[1].token_ids and answers[0].kept == answers[1].kept
+    check_openvino(bundle(name).folder, SIZE, WORDS, 5 if name == QUICK else 6)
 
 
 @pytest.mark.slow
 @pytest.mark.trtrtx
 @pytest.mark.skipif(MISSING, reason=f"tensorrt_rtx is not installed: {INSTALL[ENGINE]}")
 def test_every_graph_builds_with_tensorrt(bundle: Callable[[str], Made]) -> None:
-    opened = open_bundle(bundle("early-tensorrt").folder)
-    for file, graph in opened.manifest.graphs.items():
-        assert refused_nodes(opened.path(file), ENGINE) == []
-        assert build_engine(opened.path(file), ENGINE, profile_of(graph)).plan.nbytes, file
+    check_builds(bundle("early-tensorrt").folder, ENGINE)
 
 
 @pytest.mark.slow

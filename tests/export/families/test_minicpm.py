@@ -5,37 +5,30 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from transformers.vision_utils import get_vision_nearest_position_ids
 
 from vtp.engines import UsageError, VtpError
-from vtp.export.checkpoint import loading as checkpoint
 from vtp.export.checkpoint.processors import spec_from_processor
-from vtp.export.checkpoint.weights import fill
 from vtp.export.cli import main
 from vtp.export.families import find_family
 from vtp.export.families.minicpm.tower import nearest_places
-from vtp.export.graphs.attention.operators import emitting
-from vtp.export.verify.parity import STEPS
 from vtp.export.verify.reference import reference_generate
 from vtp.runtime import Pipeline
 from vtp.runtime.bundle.folder import open_bundle
 from vtp.runtime.preprocess import preprocess, source_box, spec_from_json, spec_to_json
 from vtp.runtime.prompt.prompter import Prompter
-from vtp.runtime.result import Timings
-from vtp.runtime.stages.runner import StageRunner
 
 from ...models.tiny_minicpm import minicpm_images, processed, save_minicpm
 from ...once import Once
 from ...oracles.joining_rows import check_slots
-from ...oracles.several_pictures import asked
+from ...oracles.several_pictures import asked, by_transformers
+from .compared import Made, bundles_of, check_answers_of_any_size, check_tower, follow, noise
 
 SIZE, COUNT = (32, 48), 6
 WORDS = "what shape is the red ?"
@@ -55,14 +48,6 @@ BUNDLES: dict[str, tuple[str, dict[str, Any]]] = {
 FIRST = "short-fastervlm"  # no bundle is quick: Qwen3.5's tests hold the decoder, and here the tower's do
 
 
-@dataclass(frozen=True)
-class Made:
-    """A bundle on disk, and the model it came from."""
-
-    folder: Path
-    model: Any
-
-
 @pytest.fixture(scope="module")
 def folders(saved: Callable[..., Any]) -> Callable[[str], tuple[Path, Any]]:
     """Folder and model by name; written at the first call."""
@@ -71,20 +56,7 @@ def folders(saved: Callable[..., Any]) -> Callable[[str], tuple[Path, Any]]:
 
 @pytest.fixture(scope="module")
 def bundle(once: Once, folders: Callable[[str], Any]) -> Callable[[str], Made]:
-    """A bundle by name, exported, and held against torch, at the first call."""
-
-    def get(name: str) -> Made:
-        model, wishes = BUNDLES[name]
-        folder, torch_model = folders(model)
-        made = once.bundle(folder, max_length=192, image_size=SIZE, verify="full", **wishes)
-        return Made(made, torch_model)
-
-    return get
-
-
-def noise(height: int, width: int, seed: int = 0) -> Image.Image:
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
+    return bundles_of(BUNDLES, once, folders, max_length=192, image_size=SIZE)
 
 
 def patches(given: Any) -> np.ndarray:
@@ -100,10 +72,7 @@ def test_all_tokens_say_what_transformers_says(bundle: Callable[[str], Made], na
     """From picture and words on: preprocessing, prompt, tower, decoder; 16 greedy tokens, their logits."""
     made, picture = bundle(name), noise(*SIZE, seed=3)
     given = processed(picture, asked(WORDS, 1))
-    made.model.generation_config.eos_token_id = None
-    options = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True}
-    with torch.no_grad():
-        answer = made.model.generate(**given, max_new_tokens=16, **options)
+    said, logits = by_transformers(made.model, given, 16)
     opened = open_bundle(made.folder)
     prompter = Prompter(opened.manifest.text, opened.path("tokenizer.json"))
     prompt, pixels = prompter.encode(prompter.messages_for(WORDS)), preprocess(picture, opened.manifest.image)
@@ -111,17 +80,8 @@ def test_all_tokens_say_what_transformers_says(bundle: Callable[[str], Made], na
     image = made.model.config.image_token_id
     wanted_ids = given["input_ids"][0].tolist()
     assert [one for one in prompt.ids if one != image] == [one for one in wanted_ids if one != image]
-    runner, tokens = StageRunner(opened, "ort-cpu", 1), list[int]()
-    values = runner.prefill(COUNT, pixels, prompt.ids, prompt.image_start, Timings())
-    logits, position = values["logits"].numpy()[0, 0], int(values["next_position"].numpy()[0])
-    assert position == len(wanted_ids)
-    for wanted in answer.logits:
-        assert np.abs(logits - wanted[0].numpy()).max() < 1e-3
-        tokens.append(int(logits.argmax()))
-        logits = runner.step(COUNT, tokens[-1], position)
-        position += 1
-    runner.close()
-    assert tokens == answer.sequences[0, -16:].tolist()
+    tokens, position = follow(made.folder, pixels, prompt.ids, prompt.image_start, logits)
+    assert position == len(wanted_ids) and tokens == said
     reference = find_family(made.model.config.to_dict()).reference
     ids, rows = given["input_ids"], torch.from_numpy(pixels)
     alone = reference_generate(made.model, None, ids, rows, 16, image_size=SIZE, reference=reference)
@@ -132,37 +92,13 @@ def test_all_tokens_say_what_transformers_says(bundle: Callable[[str], Made], na
 @pytest.mark.parametrize("name", [name for name in BUNDLES if not name.endswith("none")])
 def test_pruned_equals_the_torch_reference(bundle: Callable[[str], Made], name: str) -> None:
     """The export's own check ran; here is what it found, and that every picture can be answered."""
-    with Pipeline.load(bundle(name).folder, threads=1) as pipe:
-        report = pipe.manifest.parity["generation"]
-        assert all(found["tokens"] == STEPS for found in report.values()) and report
-        for keep in pipe.manifest.visual.keep:
-            for size in [SIZE, (31, 90), (7, 5)]:
-                result = pipe.generate(noise(*size), WORDS, max_new_tokens=4, keep_tokens=keep)
-                assert result.visual_tokens == (COUNT, keep)
-                assert len(set(result.kept)) == keep and result.kept[-1] < COUNT
+    check_answers_of_any_size(bundle(name), WORDS, COUNT)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_tower_is_transformers(folders: Callable[[str], Any], name: str) -> None:
     """Features and cues, in front of the merging and behind it, against hooks in an unmodified model."""
-    folder, torch_model = folders(name)
-    made = checkpoint.load(folder, "float32", SIZE)
-    fill(made.family.model)
-    pixels = torch.from_numpy(preprocess(noise(*SIZE), made.image))
-    family = made.family
-    names = ["image_features", "attention_scores", "vision_keys", "early_scores", "middle_received"]
-    with torch.no_grad():
-        with emitting(family.decoder.model, family.tower):
-            given = dict(zip(names, family.vision_encoder(names[1:])(pixels), strict=True))
-            tokens = family.projector(whole=True)(given["image_features"])
-        reference = family.reference(torch_model, SIZE)
-        with reference.eager():
-            wanted = reference.vision(pixels, names)
-            whole, _ = reference.tokens(pixels, tokens)
-    for cue in names:
-        assert given[cue].shape == wanted[cue].shape
-        assert torch.allclose(given[cue], wanted[cue], atol=1e-4), cue
-    assert torch.allclose(tokens, whole, atol=1e-4)
+    check_tower(*folders(name), SIZE, ["early_scores", "middle_received"])
 
 
 @pytest.mark.parametrize(("grid", "side"), [((8, 12), 5), ((32, 32), 70), ((28, 36), 14), ((1, 3), 3)])

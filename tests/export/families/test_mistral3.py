@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from vtp.engines import UsageError, VtpError
-from vtp.engines.tensorrt.library import refused_nodes
 from vtp.export.checkpoint.loading import load
 from vtp.export.families import find_family
 from vtp.export.families.llava.llava import Llava
 from vtp.export.families.pixtral.mistral3 import Mistral3
 from vtp.export.families.pixtral.pixtral import Pixtral
-from vtp.export.pruners import find_method
 from vtp.export.verify.parity import STEPS
-from vtp.export.verify.reference import reference_generate
-from vtp.runtime import NO_PICTURE, Pipeline
+from vtp.runtime import Pipeline
 from vtp.runtime.bundle.folder import open_bundle
 from vtp.runtime.preprocess import preprocess
 from vtp.runtime.prompt.prompter import Prompter
@@ -39,7 +35,8 @@ from ...oracles.several_pictures import (
     noises,
 )
 from ...oracles.tensorrt_10_3 import refused
-from ..pruners.test_trtrtx import ENGINE, MISSING, build
+from ..pruners.test_trtrtx import ENGINE, MISSING
+from .compared import Made, bundles_of, check_builds, check_choice, check_openvino, check_text_alone, marked
 
 SIZE, GRID, WORDS = (32, 40), (4, 5), "what shape is it ?"
 HALF, TENSORRT, JETPACK = {"dtype": "float16"}, {"target": "tensorrt"}, {"target": "jetpack6"}
@@ -66,28 +63,23 @@ BUNDLES: dict[str, tuple[str, str, str | None, dict[str, Any]]] = {
     "pixtral-visionzip": ("pixtral", "visionzip", "6", SMALL),
 }
 QUICK = {"ministral3-vispruner"}  # with all tokens as well
-NAMES = {name: name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in BUNDLES}
+NAMES = marked(BUNDLES, QUICK)
 SOME = [NAMES[name] for name, (*_, wishes) in BUNDLES.items() if wishes not in (HALF, TENSORRT, JETPACK)]
-
-
-@dataclass(frozen=True)
-class Made:
-    """A bundle on disk, and the model it came from."""
-
-    folder: Path
-    model: Any
 
 
 @pytest.fixture(scope="module")
 def bundle(once: Once, saved: Callable[..., Any]) -> Callable[[str], Made]:
     """A bundle by name, exported and held against torch at the first call."""
+    table = {
+        name: (decoder, {"method": method, "keep_tokens": keep, **wishes})
+        for name, (decoder, method, keep, wishes) in BUNDLES.items()
+    }
 
     def get(name: str) -> Made:
-        decoder, method, keep, wishes = BUNDLES[name]
-        layers = 4 if method == "pyramiddrop" else 2 if name in QUICK else 3  # it prunes before three of them
-        folder, model = saved(save_mistral3, decoder, layers=layers)
-        asked = {"method": method, "keep_tokens": keep, "max_length": 256, "verify": "full", **wishes}
-        return Made(once.bundle(folder, **{"image_size": SIZE, **asked}), model)
+        # PyramidDrop prunes before three layers.
+        layers = 4 if name.endswith("pyramiddrop") else 2 if name in QUICK else 3
+        folders = partial(saved, save_mistral3, layers=layers)
+        return bundles_of(table, once, folders, max_length=256, image_size=SIZE)(name)
 
     return get
 
@@ -141,32 +133,18 @@ def test_marks_stay_in_the_prompt(bundle: Callable[[str], Made]) -> None:
 def test_pruned_equals_the_torch_reference(bundle: Callable[[str], Made], name: str) -> None:
     """Which tokens are kept, by a pruner and cues of the reference's own making, and what is said then."""
     made, (_, method, _, wishes) = bundle(name), BUNDLES[name]
-    with Pipeline.load(made.folder, threads=1) as pipe:
-        manifest = pipe.manifest
-        report = manifest.parity["generation"]
-        steps = 2 if wishes.get("verify") == "layers" else STEPS
-        assert report and all(one["tokens"] == one["equal"] == steps for one in report.values())
-        if method in ("none", "pyramiddrop"):  # whose sites the export has already held against torch
-            return
-        manifest.text.__dict__["eos_token_ids"] = ()
-        size = manifest.image.image_size
-        picture = noises(1, *size)[0]
-        for keep in manifest.visual.keep:
-            result = pipe.generate(picture, WORDS, max_new_tokens=12, keep_tokens=keep)
-            wanted = reference_generate(
-                made.model,
-                find_method(method)(tuple(manifest.visual.grid), keep, **manifest.method.options),
-                processed([picture], asked(WORDS, 1), max(size), 1 if name.startswith("pixtral") else 2)[
-                    "input_ids"
-                ],
-                torch.from_numpy(preprocess(picture, manifest.image)),
-                12,
-                positions=manifest.method.positions,
-                image_size=size,
-                reference=find_family(made.model.config.to_dict()).reference,
-            )
-            assert result.token_ids == wanted.token_ids
-            assert result.kept == wanted.keep_indices.tolist() and len(result.kept) == keep
+    report = open_bundle(made.folder).manifest.parity["generation"]
+    steps = 2 if wishes.get("verify") == "layers" else STEPS
+    assert report and all(one["tokens"] == one["equal"] == steps for one in report.values())
+    if method in ("none", "pyramiddrop"):  # whose sites the export has already held against torch
+        return
+
+    def ids_of(picture: Any, pipe: Pipeline) -> Any:
+        edge = 1 if name.startswith("pixtral") else 2
+        longest = max(pipe.manifest.image.image_size)
+        return processed([picture], asked(WORDS, 1), longest, edge)["input_ids"]
+
+    check_choice(made, WORDS, ids_of)
 
 
 @pytest.mark.slow
@@ -195,23 +173,12 @@ def test_several_pictures_and_a_conversation(bundle: Callable[[str], Made], name
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["ministral3-fastv", "mistral-fastv"])
 def test_text_alone(bundle: Callable[[str], Made], name: str) -> None:
-    made, words = bundle(name), "what color is the star ? " * 4
-    with Pipeline.load(made.folder, threads=1) as pipe:
-        pipe.manifest.text.__dict__["eos_token_ids"] = ()
-        ids = torch.tensor([pipe._prompter.encode(asked(words, 0), 0).ids])
-        tokens, _ = by_transformers(made.model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
-        assert pipe.generate(NO_PICTURE, words, max_new_tokens=len(tokens)).token_ids == tokens
+    check_text_alone(bundle(name))
 
 
 @pytest.mark.slow
 def test_openvino_answers_the_same(bundle: Callable[[str], Made]) -> None:
-    pytest.importorskip("openvino", reason="openvino is not installed")
-    answers = []
-    for engine in ("ort-cpu", "openvino-cpu"):
-        with Pipeline.load(bundle("ministral3-fastv").folder, engine=engine, threads=1) as pipe:
-            result = pipe.generate(noises(1, *SIZE)[0], WORDS, max_new_tokens=16)
-            answers.append((result.token_ids, result.kept))
-    assert answers[0] == answers[1]
+    check_openvino(bundle("ministral3-fastv").folder, SIZE, WORDS, 6)
 
 
 @pytest.mark.slow
@@ -219,10 +186,7 @@ def test_openvino_answers_the_same(bundle: Callable[[str], Made]) -> None:
 @pytest.mark.skipif(MISSING, reason="tensorrt_rtx is not installed")
 @pytest.mark.parametrize("name", ["ministral3-tensorrt", "mistral-tensorrt"])
 def test_every_graph_builds_with_tensorrt_rtx(bundle: Callable[[str], Made], name: str) -> None:
-    opened = open_bundle(bundle(name).folder)
-    for file in opened.manifest.graphs:
-        assert refused_nodes(opened.path(file), ENGINE) == []
-        assert build(opened.path(file)), file
+    check_builds(bundle(name).folder, ENGINE)
 
 
 # -- what is refused -----------------------------------------------------------------------------------------

@@ -6,33 +6,25 @@ import json
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib import util
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from vtp.engines import UsageError, VtpError
 from vtp.engines.tensorrt.library import INSTALL, build_engine, refused_nodes
 from vtp.export.checkpoint import loading as checkpoint
-from vtp.export.checkpoint.weights import fill
 from vtp.export.cli import main
 from vtp.export.exporter import Request, export
-from vtp.export.graphs.attention.operators import emitting
 from vtp.export.pruners import find_method
-from vtp.export.verify.parity import STEPS
 from vtp.export.verify.reference import reference_generate
 from vtp.runtime import Pipeline
 from vtp.runtime.bundle.folder import open_bundle
 from vtp.runtime.commands.build import profile_of
 from vtp.runtime.parity_gate import cases
 from vtp.runtime.preprocess import preprocess
-from vtp.runtime.result import Timings
-from vtp.runtime.stages.runner import StageRunner
 
 from ...models.tiny_qwen import (
     CHAT_TEMPLATE,
@@ -48,6 +40,7 @@ from ...models.tiny_qwen import (
 )
 from ...once import Once
 from ...oracles.several_pictures import TALK, WORDS, asked, check_answers, check_batch
+from .compared import Made, bundles_of, check_answers_of_any_size, check_tower, follow, marked, noise
 
 # (height, width): 4 x 6 merged tokens, and 5 x 3.
 SIZES = {"wide": (32, 48), "tall": (40, 24)}
@@ -87,19 +80,10 @@ BUNDLES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "2-half": ("2", "wide", {"method": "vispruner", "keep_tokens": "9", "dtype": "float16"}),
 }
 QUICK = {"2-none", "2-fastv", "2.5-vispruner", "3-none", "3-fastv"}
-NAMES = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in BUNDLES]
-UNPRUNED = [item for name, item in zip(BUNDLES, NAMES, strict=True) if name.endswith("none")]
-PRUNED = [item for name, item in zip(BUNDLES, NAMES, strict=True) if not name.endswith("none")]
+NAMES = marked(BUNDLES, QUICK)
+UNPRUNED = [item for name, item in NAMES.items() if name.endswith("none")]
+PRUNED = [item for name, item in NAMES.items() if not name.endswith("none")]
 BEFORE, AFTER = [11, 20, 30, 3], [4, 40, 50, 60, 70]
-
-
-@dataclass(frozen=True)
-class Made:
-    """A bundle on disk, the model it came from, and its image size."""
-
-    folder: Path
-    model: Any
-    image_size: tuple[int, int]
 
 
 @pytest.fixture(scope="module")
@@ -115,20 +99,8 @@ def folders(saved: Callable[..., Any]) -> Callable[[str], tuple[Path, Any]]:
 
 @pytest.fixture(scope="module")
 def bundle(once: Once, folders: Callable[[str], Any]) -> Callable[[str], Made]:
-    """A bundle by name, exported, and held against torch, at the first call."""
-
-    def get(name: str) -> Made:
-        model, size, wishes = BUNDLES[name]
-        folder, torch_model = folders(model)
-        made = once.bundle(folder, max_length=256, image_size=SIZES[size], verify="full", **wishes)
-        return Made(made, torch_model, SIZES[size])
-
-    return get
-
-
-def noise(height: int, width: int, seed: int = 0) -> Image.Image:
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
+    table = {name: (kind, {"image_size": SIZES[size], **own}) for name, (kind, size, own) in BUNDLES.items()}
+    return bundles_of(table, once, folders, max_length=256)
 
 
 # -- the tower -----------------------------------------------------------------------------------------------
@@ -138,26 +110,8 @@ def noise(height: int, width: int, seed: int = 0) -> Image.Image:
 @pytest.mark.parametrize("name", MODELS)
 def test_the_tower_is_transformers(folders: Callable[[str], Any], name: str, size: str) -> None:
     """Features and cues of the graph's module against hooks in an unmodified model."""
-    folder, torch_model = folders(name)
-    made = checkpoint.load(folder, "float32", SIZES[size])
-    fill(made.family.model)
-    pixels = torch.from_numpy(preprocess(noise(*SIZES[size]), made.image))
-    family, names = made.family, ["image_features", "attention_scores", "vision_keys"]
-    with torch.no_grad():
-        with emitting(family.decoder.model, family.tower):
-            given = dict(zip(names, family.vision_encoder(names[1:])(pixels), strict=True))
-            tokens = family.projector(whole=True)(given["image_features"])
-        reference = family.reference(torch_model, SIZES[size])
-        with reference.eager():
-            wanted = reference.vision(pixels, names)
-            whole, _ = reference.tokens(pixels, tokens)
-    whole = torch.cat([whole, *(block[None] for block in getattr(reference, "deep", []))], dim=-1)
+    tokens, wanted, family = check_tower(*folders(name), SIZES[size])
     assert tokens.shape == (1, family.grid[0] * family.grid[1], family.decoder.wide(0))
-    given["image_features"] = given["image_features"][..., : family.feature_width]
-    for cue in names:
-        assert given[cue].shape == wanted[cue].shape
-        assert torch.allclose(given[cue], wanted[cue], atol=1e-4), cue
-    assert torch.allclose(tokens, whole, atol=1e-4)
     assert float(wanted["attention_scores"].sum()) == pytest.approx(1 / MERGE**2, abs=1e-4)
 
 
@@ -171,36 +125,15 @@ def test_unpruned_equals_transformers(bundle: Callable[[str], Made], name: str) 
     picture = noise(*made.image_size, seed=3)
     with torch.no_grad():
         answer = transformers_answer(made.model, picture, BEFORE, AFTER, 24)
-    opened = open_bundle(made.folder)
-    count = opened.manifest.visual.count
-    runner = StageRunner(opened, "ort-cpu", 1)
-    pixels = preprocess(picture, opened.manifest.image)
-    values = runner.prefill(count, pixels, [*BEFORE, IMAGE, *AFTER], len(BEFORE), Timings())
-    logits, position = values["logits"].numpy()[0, 0], int(values["next_position"].numpy()[0])
-    tokens: list[int] = []
-    for wanted in answer.logits:
-        assert np.abs(logits - wanted[0].numpy()).max() < 1e-3
-        tokens.append(int(logits.argmax()))
-        logits = runner.step(count, tokens[-1], position)
-        position += 1
-    runner.close()
+    pixels = preprocess(picture, open_bundle(made.folder).manifest.image)
+    tokens, _ = follow(made.folder, pixels, [*BEFORE, IMAGE, *AFTER], len(BEFORE), answer.logits)
     assert tokens == answer.sequences[0, -24:].tolist()
 
 
 @pytest.mark.parametrize("name", PRUNED)
 def test_pruned_equals_the_torch_reference(bundle: Callable[[str], Made], name: str) -> None:
     """The export's own check ran; here is what it found, and that every picture can be answered."""
-    made = bundle(name)
-    with Pipeline.load(made.folder) as pipe:
-        visual = pipe.manifest.visual
-        report = pipe.manifest.parity["generation"]
-        assert all(found["tokens"] == STEPS for found in report.values()) and report
-        for keep in visual.keep:
-            for size in [made.image_size, (31, 90), (7, 5)]:
-                result = pipe.generate(noise(*size), "what is it ?", max_new_tokens=4, keep_tokens=keep)
-                assert (result.visual_tokens.before, result.visual_tokens.after) == (visual.count, keep)
-                assert len(result.kept) == len(set(result.kept)) == keep
-                assert result.kept == sorted(result.kept) and result.kept[-1] < visual.count
+    check_answers_of_any_size(bundle(name), "what is it ?")
 
 
 @pytest.mark.parametrize("name", sorted(name for name in QUICK if not name.endswith("none")))

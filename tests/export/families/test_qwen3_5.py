@@ -4,33 +4,25 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from vtp.engines import UsageError, VtpError
-from vtp.export.checkpoint import loading as checkpoint
-from vtp.export.checkpoint.weights import fill
 from vtp.export.cli import main
 from vtp.export.families import find_family
-from vtp.export.graphs.attention.operators import emitting
-from vtp.export.verify.parity import STEPS
 from vtp.export.verify.reference import reference_generate
 from vtp.runtime import Pipeline
 from vtp.runtime.bundle.folder import open_bundle
 from vtp.runtime.preprocess import preprocess
-from vtp.runtime.result import Timings
-from vtp.runtime.stages.runner import StageRunner
 
 from ...models.tiny_qwen import IMAGE, processed, save_qwen, transformers_answer
 from ...once import Once
 from ...oracles.joining_rows import check_slots
 from ...oracles.several_pictures import TALK, WORDS, asked, check_answers, check_batch
+from .compared import Made, bundles_of, check_answers_of_any_size, check_tower, follow, marked, noise
 
 SIZE, COUNT = (32, 48), 24
 MODELS: dict[str, dict[str, Any]] = {
@@ -49,16 +41,8 @@ BUNDLES: dict[str, tuple[str, dict[str, Any]]] = {
     "deep-half": ("deep", {"method": "fastv", "keep_tokens": "6", "dtype": "float16"}),
 }
 QUICK = "short-fastervlm"
-NAMES = {name: name if name == QUICK else pytest.param(name, marks=pytest.mark.slow) for name in BUNDLES}
+NAMES = marked(BUNDLES, [QUICK])
 BEFORE, AFTER = [11, 20, 30, 3], [4, 40, 50, 60, 70]
-
-
-@dataclass(frozen=True)
-class Made:
-    """A bundle on disk, and the model it came from."""
-
-    folder: Path
-    model: Any
 
 
 @pytest.fixture(scope="module")
@@ -69,21 +53,7 @@ def folders(saved: Callable[..., Any]) -> Callable[[str], tuple[Path, Any]]:
 
 @pytest.fixture(scope="module")
 def bundle(once: Once, folders: Callable[[str], Any]) -> Callable[[str], Made]:
-    """A bundle by name, exported, and held against torch, at the first call."""
-
-    def get(name: str) -> Made:
-        model, wishes = BUNDLES[name]
-        folder, torch_model = folders(model)
-        return Made(
-            once.bundle(folder, max_length=256, image_size=SIZE, verify="full", **wishes), torch_model
-        )
-
-    return get
-
-
-def noise(height: int, width: int, seed: int = 0) -> Image.Image:
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
+    return bundles_of(BUNDLES, once, folders, max_length=256, image_size=SIZE)
 
 
 @pytest.mark.parametrize("name", [NAMES[QUICK], NAMES["deep-none"]])
@@ -92,16 +62,8 @@ def test_all_tokens_say_what_transformers_says(bundle: Callable[[str], Made], na
     made, picture, before = bundle(name), noise(*SIZE, seed=3), [*BEFORE, *range(40, 90)]
     with torch.no_grad():
         answer = transformers_answer(made.model, picture, before, AFTER, 24)
-    opened, tokens = open_bundle(made.folder), list[int]()
-    runner, pixels = StageRunner(opened, "ort-cpu", 1), preprocess(picture, opened.manifest.image)
-    values = runner.prefill(COUNT, pixels, [*before, IMAGE, *AFTER], len(before), Timings())
-    logits, position = values["logits"].numpy()[0, 0], int(values["next_position"].numpy()[0])
-    for wanted in answer.logits:
-        assert np.abs(logits - wanted[0].numpy()).max() < 1e-3
-        tokens.append(int(logits.argmax()))
-        logits = runner.step(COUNT, tokens[-1], position)
-        position += 1
-    runner.close()
+    pixels = preprocess(picture, open_bundle(made.folder).manifest.image)
+    tokens, _ = follow(made.folder, pixels, [*before, IMAGE, *AFTER], len(before), answer.logits)
     assert tokens == answer.sequences[0, -24:].tolist()
     ids = torch.tensor([[*before, *[IMAGE] * COUNT, *AFTER]])
     reference = find_family(made.model.config.to_dict()).reference
@@ -116,45 +78,21 @@ def test_all_tokens_say_what_transformers_says(bundle: Callable[[str], Made], na
 def test_pruned_equals_the_torch_reference(bundle: Callable[[str], Made], name: str) -> None:
     """The export's own check ran; here is what it found, and that every picture can be answered."""
     made = bundle(name)
-    with Pipeline.load(made.folder, threads=1) as pipe:
-        report = pipe.manifest.parity["generation"]
-        assert all(found["tokens"] == STEPS for found in report.values()) and report
-        text = made.model.config.text_config
-        layers = [number for number, kind in enumerate(text.layer_types) if kind == "linear_attention"]
-        for kind, shape, dtype in (
-            ("conv", [80, text.linear_conv_kernel_dim], pipe.manifest.dtype),
-            ("recurrent", [4, 8, 12], "float32"),
-        ):
-            states = [
-                one for graph in pipe.manifest.graphs.values() for one in graph.states if one.name == kind
-            ]
-            assert sorted(layer for state in states for layer in state.layers) == layers
-            assert all(state.shape == shape and state.dtype == dtype for state in states)
-        for keep in pipe.manifest.visual.keep:
-            for size in [SIZE, (31, 90), (7, 5)]:
-                result = pipe.generate(noise(*size), "what is it ?", max_new_tokens=4, keep_tokens=keep)
-                assert result.visual_tokens == (COUNT, keep)
-                assert len(set(result.kept)) == keep and result.kept[-1] < COUNT
+    manifest = check_answers_of_any_size(made, "what is it ?", COUNT)
+    text = made.model.config.text_config
+    layers = [number for number, kind in enumerate(text.layer_types) if kind == "linear_attention"]
+    for kind, shape, dtype in (
+        ("conv", [80, text.linear_conv_kernel_dim], manifest.dtype),
+        ("recurrent", [4, 8, 12], "float32"),
+    ):
+        states = [one for graph in manifest.graphs.values() for one in graph.states if one.name == kind]
+        assert sorted(layer for state in states for layer in state.layers) == layers
+        assert all(state.shape == shape and state.dtype == dtype for state in states)
 
 
 def test_the_tower_is_transformers(folders: Callable[[str], Any]) -> None:
     """Features and cues of the graph's module against hooks in an unmodified model."""
-    folder, torch_model = folders("short")
-    made = checkpoint.load(folder, "float32", SIZE)
-    fill(made.family.model)
-    pixels = torch.from_numpy(preprocess(noise(*SIZE), made.image))
-    family, names = made.family, ["image_features", "attention_scores", "vision_keys"]
-    with torch.no_grad():
-        with emitting(family.decoder.model, family.tower):
-            given = dict(zip(names, family.vision_encoder(names[1:])(pixels), strict=True))
-            tokens = family.projector(whole=True)(given["image_features"])
-        reference = family.reference(torch_model, SIZE)
-        with reference.eager():
-            wanted = reference.vision(pixels, names)
-            whole, _ = reference.tokens(pixels, tokens)
-    for cue in names:
-        assert torch.allclose(given[cue], wanted[cue], atol=1e-4), cue
-    assert torch.allclose(tokens, whole, atol=1e-4)
+    check_tower(*folders("short"), SIZE)
 
 
 def test_a_batch_says_what_each_says_alone(bundle: Callable[[str], Made]) -> None:

@@ -4,39 +4,32 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib import util
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from transformers import GptOssConfig, InternVLConfig, Qwen3Config, Qwen3MoeConfig
 
 from vtp.engines import VtpError
-from vtp.engines.tensorrt.library import INSTALL, build_engine, refused_nodes
+from vtp.engines.tensorrt.library import INSTALL
 from vtp.export.checkpoint.loading import load
 from vtp.export.cli import main
 from vtp.export.families import find_family
 from vtp.export.families.tiled.internvl import InternVL
-from vtp.export.verify.parity import STEPS
 from vtp.export.verify.reference import reference_generate
-from vtp.runtime import Pipeline
 from vtp.runtime.bundle.folder import open_bundle
-from vtp.runtime.commands.build import profile_of
 from vtp.runtime.preprocess import preprocess
 from vtp.runtime.prompt.prompter import Prompter
-from vtp.runtime.result import Timings
-from vtp.runtime.stages.runner import StageRunner
 
 from ...models.tiny_split import idefics3_processor, internvl_processor, save_idefics3, save_internvl
 from ...once import Once
-from ...oracles.several_pictures import TALK, Turns, asked, check_answers, check_batch
+from ...oracles.several_pictures import TALK, Turns, asked, by_transformers, check_answers, check_batch
 from ...oracles.tensorrt_10_3 import refused
+from .compared import Made, Size, bundles_of, check_answers_of_any_size, check_builds, follow, marked, noise
 
-Size = tuple[int, int]  # (height, width)
 ENGINE = "tensorrt-rtx"
 MISSING = util.find_spec("tensorrt_rtx") is None
 TRT, JETPACK = {"target": "tensorrt"}, {"target": "jetpack6"}
@@ -101,20 +94,10 @@ BUNDLES: dict[str, tuple[str, Size, dict[str, Any]]] = {
     "internvl-float16": ("internvl", (28, 56), {"method": "vispruner", "keep_tokens": "5", **TRT}),
 }
 SMALL = {"internvl-none", "internvl-vispruner", "idefics3-none", "idefics3-vispruner", "idefics3-fastv"}
-NAMES = [name if name in SMALL else pytest.param(name, marks=pytest.mark.slow) for name in BUNDLES]
-UNPRUNED = [item for name, item in zip(BUNDLES, NAMES, strict=True) if name.endswith("none")]
-PRUNED = [item for name, item in zip(BUNDLES, NAMES, strict=True) if not name.endswith("none")]
+NAMES = marked(BUNDLES, SMALL)
+UNPRUNED = [item for name, item in NAMES.items() if name.endswith("none")]
+PRUNED = [item for name, item in NAMES.items() if not name.endswith("none")]
 WORDS = "what shape is the red ?"
-
-
-@dataclass(frozen=True)
-class Made:
-    """A bundle on disk, the model it came from, that model's processor, its image size."""
-
-    folder: Path
-    model: Any
-    processor: Any
-    image_size: Size
 
 
 @pytest.fixture(scope="module")
@@ -130,40 +113,16 @@ def folders(saved: Callable[..., Any]) -> Callable[[str], tuple[Path, Any]]:
 
 @pytest.fixture(scope="module")
 def bundle(once: Once, folders: Callable[[str], Any]) -> Callable[[str], Made]:
-    """A bundle by name, exported, and held against torch, at the first call."""
-
-    def get(name: str) -> Made:
-        model, size, wishes = BUNDLES[name]
-        folder, torch_model = folders(model)
-        made = once.bundle(folder, max_length=256, image_size=size, verify="full", **wishes)
-        return Made(made, torch_model, MODELS[model][1](torch_model, size), size)
-
-    return get
-
-
-def noise(height: int, width: int, seed: int = 0) -> Image.Image:
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
+    table = {name: (kind, {"image_size": size, **own}) for name, (kind, size, own) in BUNDLES.items()}
+    return bundles_of(table, once, folders, max_length=256)
 
 
 def processed(made: Made, pictures: list[Image.Image], turns: Turns) -> Any:
     """transformers' own processing of pictures and a talk: tiles, chat template, marks, placeholders."""
-    text = made.processor.apply_chat_template(turns, add_generation_prompt=True)
+    processor = MODELS[made.kind][1](made.model, made.image_size)
+    text = processor.apply_chat_template(turns, add_generation_prompt=True)
     more = not text.startswith("<s>")  # as `apply_chat_template(tokenize=True)` does it
-    return made.processor(images=pictures, text=text, add_special_tokens=more, return_tensors="pt")
-
-
-def transformers_answer(made: Made, given: Any, steps: int) -> Any:
-    """transformers' own greedy generation."""
-    made.model.generation_config.eos_token_id = None
-    with torch.no_grad():
-        return made.model.generate(
-            **given,
-            max_new_tokens=steps,
-            do_sample=False,
-            output_logits=True,
-            return_dict_in_generate=True,
-        )
+    return processor(images=pictures, text=text, add_special_tokens=more, return_tensors="pt")
 
 
 @pytest.mark.parametrize("name", UNPRUNED)
@@ -172,7 +131,7 @@ def test_unpruned_equals_transformers(bundle: Callable[[str], Made], name: str) 
     made = bundle(name)
     picture = noise(*made.image_size, seed=3)
     given = processed(made, [picture], asked(WORDS, 1))
-    answer = transformers_answer(made, given, 24)
+    said, logits = by_transformers(made.model, given, 24)
     opened = open_bundle(made.folder)
     prompter = Prompter(opened.manifest.text, opened.path("tokenizer.json"))
     prompt, count = prompter.encode(prompter.messages_for(WORDS)), opened.manifest.visual.count
@@ -183,17 +142,8 @@ def test_unpruned_equals_transformers(bundle: Callable[[str], Made], name: str) 
     assert [item for item in prompt.ids if item != image] == [item for item in wanted_ids if item != image]
     pixels = preprocess(picture, opened.manifest.image)
     assert np.array_equal(pixels, given["pixel_values"].reshape(pixels.shape).numpy())
-    runner, tokens = StageRunner(opened, "ort-cpu", 1), list[int]()
-    values = runner.prefill(count, pixels, prompt.ids, prompt.image_start, Timings())
-    logits, position = values["logits"].numpy()[0, 0], int(values["next_position"].numpy()[0])
-    assert position == len(wanted_ids)
-    for wanted in answer.logits:
-        assert np.abs(logits - wanted[0].numpy()).max() < 1e-3
-        tokens.append(int(logits.argmax()))
-        logits = runner.step(count, tokens[-1], position)
-        position += 1
-    runner.close()
-    assert tokens == answer.sequences[0, -24:].tolist()
+    tokens, position = follow(made.folder, pixels, prompt.ids, prompt.image_start, logits)
+    assert position == len(wanted_ids) and tokens == said
 
 
 @pytest.mark.parametrize("name", UNPRUNED)
@@ -201,7 +151,7 @@ def test_the_reference_equals_transformers(bundle: Callable[[str], Made], name: 
     """What pruned bundles are held against is the model itself where nothing is pruned."""
     made = bundle(name)
     given = processed(made, [noise(*made.image_size, seed=4)], asked(WORDS, 1))
-    wanted = transformers_answer(made, given, 8).sequences[0, -8:].tolist()
+    wanted, _ = by_transformers(made.model, given, 8)
     pixels = given["pixel_values"].flatten(0, -4)
     reference = find_family(made.model.config.to_dict()).reference
     answer = reference_generate(
@@ -213,23 +163,13 @@ def test_the_reference_equals_transformers(bundle: Callable[[str], Made], name: 
 @pytest.mark.parametrize("name", PRUNED)
 def test_pruned_equals_the_torch_reference(bundle: Callable[[str], Made], name: str) -> None:
     """The export's own check ran; here is what it found, and that every picture can be answered."""
-    made = bundle(name)
-    with Pipeline.load(made.folder) as pipe:
-        visual = pipe.manifest.visual
-        report = pipe.manifest.parity["generation"]
-        assert all(found["tokens"] == STEPS for found in report.values()) and report
-        for keep in visual.keep:
-            for size in [made.image_size, (31, 90), (7, 5)]:
-                result = pipe.generate(noise(*size), WORDS, max_new_tokens=4, keep_tokens=keep)
-                assert (result.visual_tokens.before, result.visual_tokens.after) == (visual.count, keep)
-                assert len(result.kept) == len(set(result.kept)) == keep
-                assert result.kept == sorted(result.kept) and result.kept[-1] < visual.count
+    check_answers_of_any_size(bundle(name), WORDS)
 
 
 @pytest.mark.parametrize(
     "name",
     [
-        name if name in SMALL else pytest.param(name, marks=pytest.mark.slow)
+        NAMES[name]
         for name, (_, _, wishes) in BUNDLES.items()
         if wishes["method"] in ("none", "vispruner", "divprune", "visionzip", "cdpruner")
         and "target" not in wishes
@@ -259,10 +199,7 @@ def test_batches_of_several_pictures(bundle: Callable[[str], Made], name: str) -
 @pytest.mark.skipif(MISSING, reason=f"tensorrt_rtx is not installed: {INSTALL[ENGINE]}")
 @pytest.mark.parametrize("name", [name for name in BUNDLES if name.endswith("float16")])
 def test_every_graph_builds_with_tensorrt(bundle: Callable[[str], Made], name: str) -> None:
-    opened = open_bundle(bundle(name).folder)
-    for file, graph in opened.manifest.graphs.items():
-        assert refused_nodes(opened.path(file), ENGINE) == []
-        assert build_engine(opened.path(file), ENGINE, profile_of(graph)).plan.nbytes, file
+    check_builds(bundle(name).folder, ENGINE)
 
 
 @pytest.mark.slow

@@ -28,12 +28,12 @@ from vtp.runtime.commands.run import main
 from vtp.runtime.media.videos import load_video
 from vtp.runtime.preprocess import preprocess
 from vtp.runtime.prompt.prompter import Prompter
-from vtp.runtime.result import Timings
-from vtp.runtime.stages.runner import StageRunner
 
 from ...models.tiny import BOS, IMAGE
 from ...models.tiny_video import COUNT, PROCESSOR, VIDEO, clip, pixels_of, save_video_llava, video_tokenizer
 from ...once import Once
+from ...oracles.several_pictures import by_transformers
+from .compared import follow
 
 FRAMES = 3
 TOKENS = FRAMES * (COUNT + 1)
@@ -63,47 +63,21 @@ def noise(height: int, width: int) -> Image.Image:
     return Image.fromarray(clip(1, height, width)[0])
 
 
-def follow(folder: Path, pixels: np.ndarray, ids: list[int], start: int, wanted: Any) -> list[int]:
-    """Greedy tokens of an unpruned bundle, whose logits stay within 1e-3 of those `wanted`."""
-    opened = open_bundle(folder)
-    runner, count = StageRunner(opened, "ort-cpu", 1), opened.manifest.visual.count
-    values = runner.prefill(count, pixels, ids, start, Timings())
-    logits, position = values["logits"].numpy()[0, 0], int(values["next_position"].numpy()[0])
-    tokens: list[int] = []
-    for step in wanted:
-        assert np.abs(logits - step[0].numpy()).max() < 1e-3
-        tokens.append(int(logits.argmax()))
-        logits = runner.step(count, tokens[-1], position)
-        position += 1
-    runner.close()
-    return tokens
-
-
-def generate(torch_model: Any, ids: torch.Tensor, **pixels: torch.Tensor) -> Any:
-    """20 greedy tokens of transformers' own, with their logits."""
-    torch_model.generation_config.eos_token_id = None
-    with torch.no_grad():
-        return torch_model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=20,
-            do_sample=False,
-            output_logits=True,
-            return_dict_in_generate=True,
-            **pixels,
-        )
+def generate(model: Any, ids: torch.Tensor, **pixels: torch.Tensor) -> tuple[list[int], list[torch.Tensor]]:
+    """20 greedy tokens of transformers' own, and the logits [V] behind each."""
+    return by_transformers(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids), **pixels})
 
 
 def test_a_picture_equals_transformers(bundle: Callable[..., Path], model: tuple[Path, Any]) -> None:
     """From the picture on: 20 greedy tokens and their logits."""
     words, picture = [40, 50, 60, 70], noise(61, 90)
     pixels = pixels_of(np.asarray(picture)[None])
-    answer = generate(model[1], torch.tensor([[BOS, *[IMAGE] * COUNT, *words]]), pixel_values=pixels)
+    said, logits = generate(model[1], torch.tensor([[BOS, *[IMAGE] * COUNT, *words]]), pixel_values=pixels)
     folder = bundle("none", None)
     ours = preprocess(picture, open_bundle(folder).manifest.image)
     assert np.array_equal(ours, pixels.numpy())
-    tokens = follow(folder, ours, [BOS, IMAGE, *words], 1, answer.logits)
-    assert tokens == answer.sequences[0, -20:].tolist()
+    tokens, _ = follow(folder, ours, [BOS, IMAGE, *words], 1, logits)
+    assert tokens == said
 
 
 def transformers_ids(frames: torch.Tensor) -> torch.Tensor:
@@ -128,7 +102,7 @@ def test_a_video_equals_transformers(bundle: Callable[..., Path], model: tuple[P
     frames = pixels_of(video[taken])
     ids = transformers_ids(frames)
     assert int((ids == VIDEO).sum()) == TOKENS
-    answer = generate(model[1], ids, pixel_values_videos=frames[None])
+    said, logits = generate(model[1], ids, pixel_values_videos=frames[None])
     opened = open_bundle(folder)
     ours = preprocess(load_video(video, FRAMES), opened.manifest.image)
     assert np.array_equal(ours, frames.numpy())
@@ -136,8 +110,8 @@ def test_a_video_equals_transformers(bundle: Callable[..., Path], model: tuple[P
     prompt = prompter.encode(prompter.messages_for(ASKED))
     start = prompt.image_start
     assert [*prompt.ids[:start], *[VIDEO] * TOKENS, *prompt.ids[start + 1 :]] == ids[0].tolist()
-    tokens = follow(folder, ours, prompt.ids, start, answer.logits)
-    assert tokens == answer.sequences[0, -20:].tolist()
+    tokens, _ = follow(folder, ours, prompt.ids, start, logits)
+    assert tokens == said
     # What pruned bundles are held against says the same where nothing is pruned.
     reference = reference_generate(model[1], None, ids, frames, 20, reference=ClipReference)
     assert reference.token_ids == tokens

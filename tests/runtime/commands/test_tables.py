@@ -7,10 +7,11 @@ import pty
 import re
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
-from vtp.runtime.commands.tables import table
+from vtp.runtime.commands.tables import markdown_table, table
 
 HEADER = ["engine", "ms", "why it does not run here"]
 ROWS = [
@@ -53,3 +54,18 @@ def test_the_terminals_own_width_is_taken() -> None:
     os.close(parent)
     assert done.returncode == 0
     assert max(map(len, re.split(r"\r?\n", text))) <= 50 and "libnvinfer.so.10" in text
+
+
+def test_markdown_columns_are_aligned_as_asked() -> None:
+    header, rows = ["kept", "method", "%", "ms"], [["6", "fastv", "1.5", "2"]]
+
+    def marks(**how: Any) -> str:
+        first, below, last = markdown_table(header, rows, **how).splitlines()
+        assert (first, last) == ("| kept | method | % | ms |", "| 6 | fastv | 1.5 | 2 |")
+        return below
+
+    assert marks() == "| --- | --- | --- | --- |"
+    assert marks(left=1) == "| --- | ---: | ---: | ---: |"
+    assert marks(left=0, tight=True) == "|---:|---:|---:|---:|"
+    assert marks(align="rlr", tight=True) == "|---:|---|---:|---:|"
+    assert markdown_table(["a"], [], tight=True) == "| a |\n|---|"

@@ -184,7 +184,7 @@ def _run(args: argparse.Namespace) -> None:
         )
         sinks = _sinks(args, pipe, source)
         if args.show_kept:
-            sinks.append(_kept_sink(stack, Path(args.show_kept), pipe))
+            sinks.append(_kept_sink(stack, Path(args.show_kept), pipe, source))
         if args.mcap is not None:
             sinks.append(stack.enter_context(McapAnswers(Path(args.mcap))))
         if args.page is not None:
@@ -244,10 +244,10 @@ def _sinks(args: argparse.Namespace, pipe: Pipeline, source: Source) -> list[Sin
     return [_sides_note(pipe.manifest.image), _doubt_note(), *sinks]
 
 
-def _kept_sink(stack: ExitStack, path: Path, pipe: Pipeline) -> Sink:
+def _kept_sink(stack: ExitStack, path: Path, pipe: Pipeline, source: Source) -> Sink:
     """Pictures in a folder, or a video, which is ended when `stack` is."""
     if is_video(path):
-        return stack.enter_context(KeptVideo(path, pipe.manifest))
+        return stack.enter_context(KeptVideo(path, pipe.manifest, getattr(source, "every_frame", False)))
     return KeptPictures(path, pipe.manifest)
 
 

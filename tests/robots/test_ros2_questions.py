@@ -66,7 +66,12 @@ def test_a_node_asks_once_when_it_is_called(
                 assert success
                 (said,) = until(lambda: talk.topic("json")[-1:], robot)
                 assert text == pipeline.generate(scenes[place_of(said)], QUESTION).text
-        assert len(talk.topic("json")) == 3
+            assert talk.set(prompt=OTHER) == [True, ""]  # another question, once
+            success, text = talk.ask()
+            (said,) = until(lambda: talk.topic("json")[3:], robot)
+            assert (success, said["prompt"]) == (True, OTHER)
+            assert text == pipeline.generate(scenes[place_of(said)], OTHER).text
+        assert len(talk.topic("json")) == 4
 
 
 def test_a_whole_number_is_taken_for_a_rate_and_holds(bundle: Path, pictures: Path, talk: Peer) -> None:

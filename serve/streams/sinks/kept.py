@@ -41,7 +41,8 @@ _ENCODERS = {
 }
 _LARGEST = 1920  # pixels of the longer edge
 _MILLISECOND = Fraction(1, 1000)
-_LEAST, _MOST = 10, 5000  # milliseconds for which a frame is shown
+_SECOND = 1000  # milliseconds
+_LEAST, _MOST = 10, 5 * _SECOND  # for which a frame is shown
 
 
 def is_video(path: Path) -> bool:
@@ -85,10 +86,13 @@ class KeptPictures:
 class KeptVideo:
     """Writes one video, which begins with the first answer and has its frame's size. A context manager."""
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
-        """After `check_kept`. Raises VtpError for a bundle that shows no grid."""
+    def __init__(self, path: Path, manifest: Manifest, timeless: bool = False) -> None:
+        """After `check_kept`. Raises VtpError for a bundle that shows no grid.
+
+        timeless  the source has no time of its own, as a folder of pictures: each is shown for a second
+        """
         check_one_view(manifest.image)
-        self._path, self._manifest = path, manifest
+        self._path, self._manifest, self._timeless = path, manifest, timeless
         self._av = load_av()
         self._out: _Encoded | None = None
         self._shown: Frame | None = None
@@ -98,7 +102,7 @@ class KeptVideo:
         """Write one. Raises VtpError if the file cannot be written."""
         picture = _drawn(answer, self._manifest)
         if self._shown is not None:
-            self._at += min(max(_between(self._shown, answer.frame), _LEAST), _MOST)
+            self._at += min(max(self._between(self._shown, answer.frame), _LEAST), _MOST)
         self._shown = answer.frame
         try:
             self._out = self._out or _Encoded(self._av, self._path, _even(picture.size))
@@ -116,6 +120,13 @@ class KeptVideo:
         except (OSError, self._av.error.FFmpegError) as error:
             self._out = out
             raise self._given_up(error) from None
+
+    def _between(self, before: Frame, frame: Frame) -> int:
+        """Milliseconds from one frame to another: by their stamps, but for what comes here as it is taken,
+        and for files of a folder, whose stamps are the files' own."""
+        if frame.clock != UNIX:
+            return (frame.stamp_ns - before.stamp_ns) // 10**6
+        return _SECOND if self._timeless else round((frame.arrived - before.arrived) * 1e3)
 
     def _given_up(self, error: Exception) -> VtpError:
         """Close what cannot be written on, and what to say. An .mp4 without its end cannot be played."""
@@ -185,14 +196,6 @@ def _drawn(answer: FrameAnswer, manifest: Manifest) -> Image.Image:
     rows, columns = manifest.visual.grid[:2]
     kept = [index for index in answer.kept if index >= 0]
     return show_kept(answer.frame.load(), manifest.image, (rows, columns), kept)
-
-
-def _between(before: Frame, frame: Frame) -> int:
-    """Milliseconds from one frame to another: by their stamps, but for files of a folder, whose stamps are
-    the files' own."""
-    if frame.clock == UNIX:
-        return round((frame.arrived - before.arrived) * 1e3)
-    return (frame.stamp_ns - before.stamp_ns) // 10**6
 
 
 def _even(size: tuple[int, int]) -> tuple[int, int]:

@@ -123,9 +123,17 @@ def test_the_time_between_frames_is_the_streams_but_for_long_waits(pipe: Pipelin
             video(replace(given, frame=frame))
     assert times(tmp_path / "kept.mkv") == [0.0, 0.04, 0.05, 5.05, 5.06]
     with KeptVideo(tmp_path / "live.mkv", pipe.manifest) as video:
-        for arrived in (7.0, 7.5, 7.75):  # of a folder, whose stamps are its files' own
+        for arrived in (7.0, 7.5, 7.75):  # as it is taken
             video(replace(given, frame=replace(given.frame, arrived=arrived)))
     assert times(tmp_path / "live.mkv") == [0.0, 0.5, 0.75]
+
+
+def test_pictures_of_a_folder_are_shown_for_a_second_each(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = pictures(tmp_path / "in", (64, 48), (64, 48), (64, 48))
+    run(capsys, tiny, source, "--show-kept", tmp_path / "kept.mp4")
+    assert times(tmp_path / "kept.mp4") == [0.0, 1.0, 2.0]
 
 
 def test_without_an_answer_there_is_no_file(pipe: Pipeline, tmp_path: Path) -> None:

@@ -15,6 +15,11 @@ from vtp.engines import UsageError, VtpError
 from vtp.export.checkpoint.loading import load
 from vtp.export.checkpoint.weights import fill
 from vtp.export.exporter import Request, export
+from vtp.export.families.base import Family
+from vtp.export.families.gemma.gemma3 import Gemma3
+from vtp.export.families.llava.llava_onevision import LlavaOnevision
+from vtp.export.families.llava.video_llava import VideoLlavaClips
+from vtp.export.families.tiled.internvl import InternVL
 from vtp.export.graphs.attention.operators import emitting
 from vtp.export.towers import parse_reduction
 from vtp.runtime import Pipeline
@@ -296,6 +301,32 @@ def test_other_towers_are_refused(tmp_path: Path) -> None:
     save_qwen(tmp_path / "model", "qwen2_5_vl")
     with pytest.raises(UsageError, match="family qwen2_5_vl does not serve tower stc"):
         export(Request(tmp_path / "out", str(tmp_path / "model"), "none", tower="stc"))
+
+
+@pytest.mark.parametrize(
+    ("family", "why"),
+    [
+        (
+            InternVL,
+            "family internvl does not serve tower stc: a reference picture would be kept for every tile",
+        ),
+        (
+            LlavaOnevision,
+            "family llava_onevision does not serve tower stc: a reference picture would be kept",
+        ),
+        (Gemma3, "family gemma3 does not serve tower stc: what it keeps of a picture's 4,096 patches"),
+        (
+            VideoLlavaClips,
+            "does not serve tower stc: it is for single pictures of a camera, not for clips",
+        ),
+    ],
+)
+def test_the_reason_is_the_towers_own(family: type[Family], why: str) -> None:
+    with pytest.raises(UsageError, match=why):
+        family.check_reduction("stc")
+    with pytest.raises(UsageError) as other:
+        family.check_reduction("downsample")
+    assert why not in str(other.value)
 
 
 @pytest.mark.parametrize(

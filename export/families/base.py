@@ -57,7 +57,7 @@ class Family(ABC):
     reference       its reference: where an unmodified transformers model is cut
     media           what it looks at: "image", or "video" for a family's `clips`
     clips           the same models as a family that answers about videos, where they can
-    reductions      the tower reductions that it serves, and `unreduced`, why not others
+    reductions      the tower reductions that it serves; `unreduced`: why not others, `unreused`: why not stc
 
     reduced is what `reduce` was given: None for a whole tower.
     """
@@ -77,6 +77,7 @@ class Family(ABC):
     clips: ClassVar[type[Family] | None] = None
     reductions: ClassVar[tuple[str, ...]] = ()
     unreduced: ClassVar[str] = ""
+    unreused: ClassVar[str] = ""
     reduced: Reduced | None = None
 
     def __init__(self, model: Any) -> None:
@@ -118,7 +119,8 @@ class Family(ABC):
         """Raise UsageError for a tower reduction that is not in `reductions`."""
         if name not in cls.reductions:
             served = ", ".join(("none", *cls.reductions))
-            because = f": {cls.unreduced}" if cls.unreduced else ""
+            why = cls.unreused if name == Stc.name and cls.unreused else cls.unreduced
+            because = f": {why}" if why else ""
             raise UsageError(f"family {cls.name} does not serve tower {name}{because}; choose {served}")
 
     @property

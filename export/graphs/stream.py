@@ -20,9 +20,15 @@ class ReferenceEncoder(VisionEncoder):
     """
 
     def __init__(
-        self, embed: nn.Module, layers: Sequence[nn.Module], has_cls: bool, cues: Sequence[str], reuse: Stc
+        self,
+        embed: nn.Module,
+        layers: Sequence[nn.Module],
+        has_cls: bool,
+        cues: Sequence[str],
+        reuse: Stc,
+        norm: nn.Module | None = None,
     ) -> None:
-        super().__init__(embed, layers, has_cls, cues)
+        super().__init__(embed, layers, has_cls, cues, norm)
         self.reuse = reuse
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
@@ -36,7 +42,8 @@ class ReferenceEncoder(VisionEncoder):
 
     def _answer(self, made: Encoded) -> tuple[Tensor, ...]:
         read = {"attention_scores": made.scores, "vision_keys": made.keys}
-        features = made.hidden[:, 1:] if self.has_cls else made.hidden
+        hidden = made.hidden if self.norm is None else self.norm(made.hidden)
+        features = hidden[:, 1:] if self.has_cls else hidden
         return (features, *(found for name in self.cues if (found := read[name]) is not None))
 
 

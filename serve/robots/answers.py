@@ -76,6 +76,12 @@ class Answer:
         return self._source.visual_tokens
 
     @property
+    def tower(self) -> dict[str, float] | None:
+        """With `stream_reuse`: rows of the tower that were recomputed, of how many, and their cosine to the
+        reference's unless it was computed whole; else None."""
+        return self.timings.tower
+
+    @property
     def _source(self) -> Result | Decision:
         if self.result is not None:
             return self.result
@@ -97,6 +103,7 @@ class Answer:
             "text": self.text,
             "finish_reason": self.result.finish_reason if self.result else "decided",
             "visual_tokens": self.visual_tokens._asdict(),
+            **({} if self.tower is None else {"tower": self.tower}),
             "timings": self.timings.to_dict(),
         }
         if self.alert is not None:

@@ -64,7 +64,8 @@ class Asker:
         self._thread = threading.Thread(target=self._run, name="vtp-asker", daemon=True)
 
     def start(self) -> None:
-        """Begin to ask."""
+        """Begin to ask; nothing is reused of what was asked about before."""
+        self._model.begin()
         self._thread.start()
 
     def put(self, received: Received) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
 
 from vtp.engines import UsageError, VtpError
+from vtp.runtime.bundle.stream_info import compares, uses_earlier
 from vtp.runtime.decisions.decision import Decision
 from vtp.runtime.decisions.question import Question
 from vtp.runtime.generation.options import GenerateOptions
@@ -19,12 +21,17 @@ from vtp.serve.robots.settings import Settings, check_asks
 
 __all__ = ["Model"]
 
+_FROM_GREY = (
+    "the bundle's method keeps what changed; without the parameter stream_reuse: what differs from grey"
+)
+
 
 class Model:
     """A pipeline, and how a node's settings ask it. One thread asks; `cancel` and `check` are for any."""
 
-    def __init__(self, pipeline: Pipeline) -> None:
-        self.pipeline = pipeline
+    def __init__(self, pipeline: Pipeline, notes: Sequence[str] = ()) -> None:
+        """`notes` are lines that whoever reads the log should know about this bundle here."""
+        self.pipeline, self.notes = pipeline, tuple(notes)
         self._lock = threading.Lock()
         self._stream: Stream | None = None
 
@@ -37,14 +44,16 @@ class Model:
         if not settings.bundle:
             raise UsageError("there is no bundle: set the parameter bundle to a folder that vtp-export made")
         check_asks(settings)
-        # A question and an alert about one picture share what the vision stages gave.
-        shared = 1 if settings.alert and settings.prompt else 0
         pipeline = Pipeline.load(
-            settings.bundle, settings.engine, settings.threads or None, vision_feature_cache=shared
+            settings.bundle,
+            settings.engine,
+            settings.threads or None,
+            vision_feature_cache=_cached(settings),
+            stream_reuse=settings.stream_reuse,
         )
         try:
             _check_single(pipeline)
-            model = cls(pipeline)
+            model = cls(pipeline, _notes(pipeline, settings))
             model.check(settings)
             pipeline.warmup()
         except BaseException:
@@ -60,6 +69,12 @@ class Model:
         if settings.alert.strip():
             question = Question.of(settings.alert)
             self.pipeline.prepare_decision(blank, question, _options(settings, 1))
+
+    def begin(self) -> None:
+        """Reuse nothing of pictures that were asked about before."""
+        if uses_earlier(self.pipeline.manifest):
+            with self.pipeline.claimed() as runner:
+                runner.images.forget()
 
     def ask(self, picture: np.ndarray, settings: Settings, stopped: threading.Event) -> Result | None:
         """The answer to the standing question; None if it was cancelled, or `stopped` before it began."""
@@ -97,6 +112,17 @@ def _options(settings: Settings, most: int | None = None) -> GenerateOptions:
     return GenerateOptions(
         max_new_tokens=most or settings.max_tokens, keep_tokens=settings.keep_tokens or None
     )
+
+
+def _cached(settings: Settings) -> int:
+    """Pictures whose vision stages are kept, so that a question and an alert about one share them; with
+    `stream_reuse` the stages keep the last picture themselves."""
+    return int(bool(settings.alert and settings.prompt) and not settings.stream_reuse)
+
+
+def _notes(pipeline: Pipeline, settings: Settings) -> list[str]:
+    from_grey = compares(pipeline.manifest.stages) and not settings.stream_reuse
+    return [*pipeline.notes, *([_FROM_GREY] if from_grey else [])]
 
 
 def _check_single(pipeline: Pipeline) -> None:

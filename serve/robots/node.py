@@ -73,6 +73,8 @@ class Robot:
             self._phase = Phase.UNCONFIGURED
             raise
         self._log().info(f"loaded {quoted(settings.bundle)} on {self._model.pipeline.engine}")
+        for line in self._model.notes:
+            self._log().warning(line)
 
     def activate(self) -> None:
         """Subscribe, and ask about what comes."""

@@ -47,6 +47,7 @@ class Settings:
     alert_hysteresis: float = 0.1
     image_transport: str = RAW
     stale_after: float = 1.0
+    stream_reuse: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,10 +81,14 @@ PARAMETERS = {
     "stale_after": Parameter(
         "seconds after which /diagnostics calls the newest frame stale", least=_TINY, most=_LONGEST
     ),
+    "stream_reuse": Parameter(
+        "make use of the frames before: of a bundle made with --tower stc or --method change",
+        Phase.UNCONFIGURED,
+    ),
 }
 
 _TYPES = {field.name: type(field.default) for field in fields(Settings)}
-_SAID = {bool: "a truth value", int: "a whole number", float: "a number", str: "text"}
+_SAID = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 
 def changed(settings: Settings, values: Mapping[str, Any], phase: Phase) -> Settings:

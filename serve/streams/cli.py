@@ -35,7 +35,8 @@ from vtp.serve.streams.answer import FrameAnswer
 from vtp.serve.streams.frames import Frame, Source
 from vtp.serve.streams.gate import DEFAULT_CHANGE, Gate
 from vtp.serve.streams.sinks.hooks import Command, Hook, Webhook
-from vtp.serve.streams.sinks.lines import KeptPictures, Sink, alerted, json_lines, say_answer
+from vtp.serve.streams.sinks.kept import KeptPictures, KeptVideo, check_kept, is_video
+from vtp.serve.streams.sinks.lines import Sink, alerted, json_lines, say_answer
 from vtp.serve.streams.sinks.recording import McapAnswers
 from vtp.serve.streams.sinks.tally import Tally
 from vtp.serve.streams.sources.names import without_secrets
@@ -91,7 +92,12 @@ def build_parser() -> argparse.ArgumentParser:
         help="show frames and answers in a browser of this machine, and take questions there (default with "
         "--page: %(const)s; needs the extra [serve])",
     )
-    add("--show-kept", metavar="DIR", help="write each frame asked about there, with dropped patches dimmed")
+    add(
+        "--show-kept",
+        metavar="DIR|FILE",
+        help="write each frame asked about there, with dropped patches dimmed: a picture each in a folder, "
+        "or one video, as .mp4 or .mkv",
+    )
     add("--mcap", metavar="FILE", help="record the answers there, as messages of ROS 2 (std_msgs/String)")
     add_json(parser, "print a JSON object a line")
     add_debug(parser)
@@ -160,6 +166,8 @@ def _run(args: argparse.Namespace) -> None:
     answers, seconds = until_of(args.until)
     fps = None if args.fps is None else _above_zero("fps", args.fps)
     check_source(args.source, fps)
+    if args.show_kept:
+        check_kept(Path(args.show_kept))
     with ExitStack() as stack:
         hooks = [stack.enter_context(closing(hook)) for hook in _hooks(args)]
         pipe = stack.enter_context(_pipeline(args, len(alerts) + (args.prompt is not None)))
@@ -175,6 +183,8 @@ def _run(args: argparse.Namespace) -> None:
             Watcher(pipe, source, args.prompt, alerts=alerts, on_alert=on_alert, tell=_tell, **options)
         )
         sinks = _sinks(args, pipe, source)
+        if args.show_kept:
+            sinks.append(_kept_sink(stack, Path(args.show_kept), pipe, source))
         if args.mcap is not None:
             sinks.append(stack.enter_context(McapAnswers(Path(args.mcap))))
         if args.page is not None:
@@ -231,9 +241,14 @@ def _make_ready(pipe: Pipeline, keep: int | None, stream_reuse: bool) -> None:
 
 def _sinks(args: argparse.Namespace, pipe: Pipeline, source: Source) -> list[Sink]:
     sinks: list[Sink] = [json_lines(source.name, pipe.engine) if args.json else say_answer]
-    if args.show_kept:
-        sinks.append(KeptPictures(Path(args.show_kept), pipe.manifest))
     return [_sides_note(pipe.manifest.image), _doubt_note(), *sinks]
+
+
+def _kept_sink(stack: ExitStack, path: Path, pipe: Pipeline, source: Source) -> Sink:
+    """Pictures in a folder, or a video, which is ended when `stack` is."""
+    if is_video(path):
+        return stack.enter_context(KeptVideo(path, pipe.manifest, getattr(source, "every_frame", False)))
+    return KeptPictures(path, pipe.manifest)
 
 
 def _sides_note(spec: ImageSpec) -> Sink:

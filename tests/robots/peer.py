@@ -14,7 +14,7 @@ from typing import Any
 import rclpy
 from diagnostic_msgs.msg import DiagnosticArray
 from lifecycle_msgs.srv import ChangeState, GetState
-from rcl_interfaces.srv import GetParameters, ListParameters, SetParametersAtomically
+from rcl_interfaces.srv import DescribeParameters, GetParameters, ListParameters, SetParametersAtomically
 from rclpy.executors import MultiThreadedExecutor
 from rclpy.parameter import Parameter, parameter_value_to_python
 from rosgraph_msgs.msg import Clock
@@ -94,6 +94,10 @@ class Peer:
     def get(self, name: str) -> Any:
         found = self.call(GetParameters, "get_parameters", GetParameters.Request(names=[name])).values
         return parameter_value_to_python(found[0])
+
+    def describe(self, name: str) -> str:
+        request = DescribeParameters.Request(names=[name])
+        return str(self.call(DescribeParameters, "describe_parameters", request).descriptors[0].description)
 
     def names(self) -> list[str]:
         return list(self.call(ListParameters, "list_parameters", ListParameters.Request()).result.names)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import queue
 import threading
 from collections.abc import Callable, Iterator
@@ -275,6 +276,35 @@ def test_an_alert_shares_the_frame_with_the_question(once: Once) -> None:
         assert answer.text == pipe.generate(pixels(0), "what is it ?", max_new_tokens=4).text
 
 
+def test_with_stream_reuse_the_tower_recomputes_what_changed(
+    exported: Callable[[str], Made],
+) -> None:
+    """Four of 17 rows, as the pipeline alone does; each activation begins with a whole picture."""
+    made = str(exported("stc").folder)
+    settings = replace(ASKING, bundle=made, engine="ort-cpu", threads=1, stream_reuse=True)
+    model = Model.load(settings)
+    scene = np.full((24, 32, 3), 90, np.uint8)
+    scene[:, :16] = 200
+    later = scene.copy()
+    later[2:8, 4:10] = 0
+    for _ in range(2):
+        said: queue.Queue[Answer] = queue.Queue()
+        asker = Asker(model, lambda: settings, lambda: 10**12, said.put, pytest.fail)
+        asker.start()
+        answers = []
+        for number, picture in enumerate((scene, later)):
+            asker.put(Received(Image(picture.tobytes()), number, 0, "eye", 10**12))
+            answers.append(said.get(timeout=PATIENCE))
+        asker.stop()
+        assert [json.loads(one.to_json())["tower"]["rows"] for one in answers] == [17, 4]
+    model.close()
+    with Pipeline.load(made, "ort-cpu", threads=1, stream_reuse=True) as alone:
+        for picture, answer in zip((scene, later), answers, strict=True):
+            wanted = alone.generate(picture, "what is it ?", max_new_tokens=4)
+            assert answer.result is not None and answer.result.token_ids == wanted.token_ids
+            assert json.loads(answer.to_json())["tower"] == wanted.timings.tower
+
+
 # -- the model -----------------------------------------------------------------------------------------------
 
 
@@ -289,6 +319,15 @@ def test_a_model_is_loaded_checked_and_warm(exported: Callable[[str], Made]) -> 
         model.ask(pixels(0), settings, threading.Event())
 
 
+def test_without_stream_reuse_a_method_of_changes_is_told_of(exported: Callable[[str], Made]) -> None:
+    settings = replace(ASKING, bundle=str(exported("change").folder), engine="ort-cpu", threads=1)
+    for reuse, notes in ((False, 1), (True, 0)):
+        model = Model.load(replace(settings, stream_reuse=reuse))
+        told = [line for line in model.notes if "without the parameter stream_reuse" in line]
+        model.close()
+        assert len(told) == notes
+
+
 @pytest.mark.parametrize(
     ("values", "why"),
     [
@@ -300,6 +339,10 @@ def test_a_model_is_loaded_checked_and_warm(exported: Callable[[str], Made]) -> 
         ({"prompt": "word " * 500}, "tokens"),
         ({"prompt": "", "alert": "word " * 500}, "tokens"),
         ({"engine": "none-such"}, "none-such"),
+        (
+            {"stream_reuse": True},
+            "makes no use of earlier pictures; leave out stream_reuse, or export it with",
+        ),
     ],
 )
 def test_settings_that_the_bundle_does_not_take(

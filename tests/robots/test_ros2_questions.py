@@ -10,7 +10,19 @@ import pytest
 
 from vtp import Pipeline
 
-from .processes import QUESTION, Peer, camera, node, parameters, place_of, ros_python, until
+from ..once import Once
+from .processes import (
+    QUESTION,
+    Peer,
+    camera,
+    node,
+    parameters,
+    place_of,
+    raw,
+    ros_python,
+    until,
+    write_pictures,
+)
 
 pytestmark = [
     pytest.mark.slow,
@@ -54,7 +66,12 @@ def test_a_node_asks_once_when_it_is_called(
                 assert success
                 (said,) = until(lambda: talk.topic("json")[-1:], robot)
                 assert text == pipeline.generate(scenes[place_of(said)], QUESTION).text
-        assert len(talk.topic("json")) == 3
+            assert talk.set(prompt=OTHER) == [True, ""]  # another question, once
+            success, text = talk.ask()
+            (said,) = until(lambda: talk.topic("json")[3:], robot)
+            assert (success, said["prompt"]) == (True, OTHER)
+            assert text == pipeline.generate(scenes[place_of(said)], OTHER).text
+        assert len(talk.topic("json")) == 4
 
 
 def test_a_whole_number_is_taken_for_a_rate_and_holds(bundle: Path, pictures: Path, talk: Peer) -> None:
@@ -65,6 +82,45 @@ def test_a_whole_number_is_taken_for_a_rate_and_holds(bundle: Path, pictures: Pa
         said["stamp"]["sec"] * 1e3 + said["stamp"]["nanosec"] / 1e6 + said["asked_age_ms"] for said in answers
     ]
     assert min(later - earlier for earlier, later in pairwise(asked)) > 499
+
+
+def test_stream_reuse_recomputes_what_changed(
+    once: Once, scenes: list[np.ndarray], talk: Peer, tmp_path: Path
+) -> None:
+    """The rows of every frame are those that the pipeline recomputes of the same frames in their order."""
+    from vtp.export.exporter import Request, export
+
+    wishes = {"method": "vispruner", "keep_tokens": "57", "tower": "stc:0.25", "verify": "none"}
+    made = once.folder("ros/stc", lambda part: export(Request(part, **wishes)))
+    moved = scenes[0].copy()
+    moved[200:260, 300:360] = 255
+    seen = [scenes[0], moved]
+    shown = write_pictures(tmp_path / "moving.json", [raw("rgb8", scene) for scene in seen])
+    with node(*parameters(made, stream_reuse="true")), camera(shown):
+        talk.more("json", where=lambda said: said["tower"]["rows"] < said["tower"]["of"])
+        successful, reason = talk.set(stream_reuse=False)
+        assert (successful, "stream_reuse is in use while the node is active" in reason) == (False, True)
+        assert talk.get(name="stream_reuse") is True
+        assert "--tower stc" in talk.describe(name="stream_reuse")
+    answers = talk.topic("json")
+    assert answers[0]["tower"].keys() == {"rows", "of"}  # nothing was there to reuse
+    with Pipeline.load(made, "ort-cpu", threads=1, stream_reuse=True) as alone:
+        for said in answers:
+            wanted = alone.generate(seen[place_of(said)], QUESTION)
+            assert (said["text"], said["tower"]) == (wanted.text, wanted.timings.tower)
+
+
+def test_a_bundle_without_it_is_refused_at_configure(bundle: Path, talk: Peer) -> None:
+    why = (
+        "this bundle makes no use of earlier pictures; leave out stream_reuse, or export it with --tower stc"
+    )
+    with node("--unconfigured", *parameters(bundle, stream_reuse="true")) as robot:
+        assert not talk.change(label="configure")
+        assert talk.state() == "unconfigured"
+        talk.more("diagnostics", where=lambda one: one["level"] == 2 and why in one["message"])
+        assert sum(why in line for line in robot.log) == 1
+        assert talk.set(stream_reuse=False) == [True, ""]
+        assert talk.change(label="configure")
 
 
 def test_alerts_come_with_their_probability(

@@ -32,6 +32,7 @@ def test_defaults_are_allowed() -> None:
         ({"max_tokens": 1}, 1),
         ({"alert_threshold": 1}, 1.0),
         ({"image_transport": "compressed"}, "compressed"),
+        ({"stream_reuse": True}, True),
     ],
 )
 def test_values_are_taken_as_their_own_type(values: dict[str, Any], wanted: Any) -> None:
@@ -52,6 +53,8 @@ def test_values_are_taken_as_their_own_type(values: dict[str, Any], wanted: Any)
         ({"keep_tokens": -1}, "keep_tokens -1 is not allowed; give 0 or more"),
         ({"threads": 5000}, "threads 5000 is not allowed; give 0 to 4096"),
         ({"prompt": 7}, "prompt must be text, not 7"),
+        ({"stream_reuse": 1}, "stream_reuse must be true or false, not 1"),
+        ({"stream_reuse": "yes"}, "stream_reuse must be true or false, not 'yes'"),
         ({"prompt": "x" * 70000}, "prompt has 70000 characters; give at most 65536"),
         ({"alert_threshold": 0.0}, "alert_threshold 0.0 is not allowed; give above 0 to 1"),
         ({"alert_threshold": 0.1}, "must be below alert_threshold"),

@@ -30,6 +30,7 @@ class Gemma3(PaliGemma):
     architectures = ("Gemma3ForConditionalGeneration",)
     reductions = ("ipcv", "tome")
     unreduced = "its projector pools a whole tower's patches"
+    unreused = "what it keeps of a picture's 4,096 patches would take 2 GB"
     decoders = ("gemma3_text",)
     limits = "without pan and scan; attention in single operators, since GroupQueryAttention is causal"
     reference = Gemma3Reference

@@ -20,6 +20,7 @@ from vtp.export.families.reference import Reference
 from vtp.export.graphs.decoder import Decoder
 from vtp.export.graphs.encoder import Projector, VisionEncoder
 from vtp.export.graphs.splice import Splice
+from vtp.export.graphs.stream import LaterEncoder, ReferenceEncoder
 from vtp.export.towers.base import TowerShape
 
 
@@ -31,7 +32,7 @@ class PaliGemma(Family):
     sites = ("vision", "projector", "decoder")
     decoders: ClassVar[tuple[str, ...]] = ("gemma", "gemma2")
     several = True
-    reductions: ClassVar[tuple[str, ...]] = ("ipcv", "tome", "downsample")
+    reductions: ClassVar[tuple[str, ...]] = ("ipcv", "tome", "downsample", "stc")
     limits = (
         "one question, no conversation; a prompt no longer than Gemma 2's window; attention in single "
         "operators, since GroupQueryAttention is causal"
@@ -86,9 +87,17 @@ class PaliGemma(Family):
         return self.model.model.vision_tower
 
     def vision_encoder(self, cues: Sequence[str]) -> nn.Module:
-        tower = self.tower
-        norm, reduction = tower.post_layernorm, self.row_reduction
-        return VisionEncoder(tower.embeddings, tower.encoder.layers, False, cues, norm, reduction)
+        tower, norm = self.tower, self.tower.post_layernorm
+        if self.stream_reuse is not None:
+            return ReferenceEncoder(
+                tower.embeddings, tower.encoder.layers, False, cues, self.stream_reuse, norm
+            )
+        return VisionEncoder(tower.embeddings, tower.encoder.layers, False, cues, norm, self.row_reduction)
+
+    def later_encoder(self, cues: Sequence[str]) -> nn.Module:
+        assert self.stream_reuse is not None  # or nobody asks
+        tower, norm = self.tower, self.tower.post_layernorm
+        return LaterEncoder(tower.embeddings, tower.encoder.layers, False, cues, self.stream_reuse, norm)
 
     def projector(self, whole: bool) -> nn.Module:
         del whole  # it has no tokens but its patches

@@ -19,6 +19,7 @@ class Clips(Llava):
     lacks = MappingProxyType({"grid": "its tokens lie in several frames"})
     media = "video"
     reductions: ClassVar[tuple[str, ...]] = ("ipcv", "tome")
+    unreused = "it is for single pictures of a camera, not for clips"
     frames: Frames
 
     @property

@@ -35,6 +35,7 @@ class LlavaNext(Llava):
     reference = TiledReference
     reductions = ("ipcv", "tome")
     unreduced = "how its tiles are packed depends on their size"
+    unreused = "a reference picture would be kept for every tile"
 
     def prepare(self, image: ImageSpec) -> None:
         """Note how the tiles of this picture size are packed.

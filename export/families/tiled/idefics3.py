@@ -47,6 +47,7 @@ class Idefics3(Family):
     )
     reductions = ("ipcv", "tome")
     unreduced = "a smaller --image-size gives it fewer tiles"
+    unreused = "a reference picture would be kept for every tile"
     image_kinds = ("idefics3",)
     reference = Idefics3Reference
 

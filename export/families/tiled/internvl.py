@@ -42,6 +42,7 @@ class InternVL(Family):
     )
     reductions = ("ipcv", "tome")
     unreduced = "a smaller --image-size gives it fewer tiles"
+    unreused = "a reference picture would be kept for every tile"
     image_kinds = ("internvl", "clip")  # the second at an image size of one tile
     reference = InternVLReference
     _views = 1

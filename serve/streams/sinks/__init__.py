@@ -1,1 +1,1 @@
-"""Where answers and alerts go: lines, pictures, the counts of a watch, a user's command, a URL."""
+"""Where answers and alerts go: lines, pictures and videos, the counts of a watch, a user's command, a URL."""

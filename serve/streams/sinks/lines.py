@@ -1,18 +1,13 @@
-"""Where answers go: lines for people, lines of JSON, pictures that show what was kept."""
+"""Where answers go: lines for people, lines of JSON."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from vtp.engines import UsageError
 from vtp.engines.errors import shown
-from vtp.runtime.bundle.folder import check_outside
-from vtp.runtime.bundle.manifest import Manifest
 from vtp.runtime.commands.console import say, say_json
-from vtp.runtime.media.show_kept import check_one_view, save_picture, show_kept
 from vtp.serve.streams.alerts import AlertReading
 from vtp.serve.streams.answer import FrameAnswer
 from vtp.serve.streams.frames import MEDIA, UNIX, Frame
@@ -81,26 +76,3 @@ def alerted(reading: AlertReading, frame: Frame, source: str) -> dict[str, Any]:
             "name": frame.name,
         },
     }
-
-
-class KeptPictures:
-    """Writes a picture for every answer, `frame-NUMBER.jpg`, in which dropped patches are dimmed."""
-
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
-        """Make the folder. Raises VtpError for one that cannot be written, or a bundle that shows no grid."""
-        check_one_view(manifest.image)
-        check_outside(folder)
-        if folder.exists() and not folder.is_dir():
-            raise UsageError(f"--show-kept '{shown(folder)}' is not a folder; give one")
-        if not folder.parent.is_dir():
-            raise UsageError(f"the folder '{shown(folder.parent)}' does not exist; make it first")
-        folder.mkdir(exist_ok=True)
-        self._folder, self._manifest = folder, manifest
-
-    def __call__(self, answer: FrameAnswer) -> None:
-        """Write one."""
-        grid = self._manifest.visual.grid
-        picture = show_kept(
-            answer.frame.load(), self._manifest.image, (grid[0], grid[1]), [k for k in answer.kept if k >= 0]
-        )
-        save_picture(picture, self._folder / f"frame-{answer.frame.number:08d}.jpg")

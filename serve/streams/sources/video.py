@@ -6,6 +6,7 @@ stream that lives, frames have the time of this machine at which they came.
 
 from __future__ import annotations
 
+import errno
 import importlib
 import struct
 import threading
@@ -203,7 +204,8 @@ class Opened:
         except self._av.error.FFmpegError as error:
             barred = "format_whitelist" in options and isinstance(error, self._av.error.ArgumentError)
             why = _NAMES_OTHERS if barred else _why(error)
-            raise VtpError(f"cannot open {address.name}: {why}; {_CURE}") from None
+            cure = _CAMERA_CURES.get(error.errno, _CURE) if address.format else _CURE
+            raise VtpError(f"cannot open {address.name}: {why}; {cure}") from None
         except (ValueError, OSError) as error:
             raise VtpError(f"cannot open {address.name}: {shown(error)}; {_CURE}") from None
         self.live = address.format is not None or (address.remote and not self._container.duration)
@@ -309,6 +311,18 @@ def _close_unwanted(opened: Future[Opened]) -> None:
 
 _NAMES_OTHERS = "it is a playlist, whose files and URLs are not opened, or it is damaged"
 _CURE = "give a video file, a folder of pictures, a camera such as /dev/video0, or an rtsp:// or http:// URL"
+_OTHER_NODE = (
+    "it is no camera that gives pictures. A camera often has several /dev/video*, of which one does: try the "
+    "others (v4l2-ctl --list-devices names them)"
+)
+# Of a device file, by what the system says.
+_CAMERA_CURES = {
+    errno.EACCES: 'join the group of cameras (sudo usermod -aG video "$USER"), log out and in again',
+    errno.EBUSY: "another program has it (fuser -v /dev/video* names it): end that one first",
+    errno.ENODEV: _OTHER_NODE,
+    errno.ENOTTY: _OTHER_NODE,
+    errno.EINVAL: _OTHER_NODE,
+}
 
 
 def load_av() -> Any:

@@ -15,6 +15,11 @@ from vtp.engines import UsageError, VtpError
 from vtp.export.checkpoint.loading import load
 from vtp.export.checkpoint.weights import fill
 from vtp.export.exporter import Request, export
+from vtp.export.families.base import Family
+from vtp.export.families.gemma.gemma3 import Gemma3
+from vtp.export.families.llava.llava_onevision import LlavaOnevision
+from vtp.export.families.llava.video_llava import VideoLlavaClips
+from vtp.export.families.tiled.internvl import InternVL
 from vtp.export.graphs.attention.operators import emitting
 from vtp.export.towers import parse_reduction
 from vtp.runtime import Pipeline
@@ -26,6 +31,7 @@ from vtp.runtime.stages.boundary import find_boundary
 from vtp.runtime.triton.repository import write_repository
 
 from ...models.tiny import pixels, save_tiny
+from ...models.tiny_gemma import save_gemma, tiny_paligemma
 from ...models.tiny_qwen import save_qwen
 from ...oracles.numpy_towers import Tower
 
@@ -117,6 +123,53 @@ def test_all_rows_recomputed_is_the_tower_itself(models: Callable[[str], Path], 
     for got, right in zip(later[:3], want, strict=True):
         np.testing.assert_allclose(got, right.numpy()[0], rtol=1e-4, atol=2e-5)
     assert later[3].tolist() == list(range(family.tower_shape.rows))
+
+
+def test_paligemma_with_all_rows_recomputed_is_transformers_own_tower(tmp_path: Path) -> None:
+    """Its features are behind the tower's last norm; of both pictures, as what methods read is."""
+    from transformers import PaliGemmaForConditionalGeneration
+
+    save_gemma(tmp_path, tiny_paligemma())
+    family = load(tmp_path, "float32", tower=parse_reduction("stc:1")).family
+    fill(family.model)
+    first = pixels(56, seed=5)
+    second = changed(torch.nn.functional.pad(first, (0, SIDE - 56, 0, SIDE - 56)))[..., 28:, 28:]
+    with torch.no_grad(), emitting(family.decoder.model, family.tower):
+        whole = family.vision_encoder(CUES)(first)
+        later = family.later_encoder(CUES)(second, *whole[1 + len(CUES) :])
+    model = PaliGemmaForConditionalGeneration.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    with torch.no_grad():
+        own = [model.model.vision_tower(one, output_attentions=True) for one in (first, second)]
+    for got, want in zip((whole, later), own, strict=True):
+        torch.testing.assert_close(got[0], want.last_hidden_state, rtol=1e-4, atol=2e-5)
+        received = want.attentions[-1].mean(dim=(1, 2))
+        torch.testing.assert_close(got[1], received, rtol=1e-4, atol=1e-6)
+    assert (own[0].last_hidden_state - own[1].last_hidden_state).abs().max() > 0.1
+    assert later[3].tolist() == [list(range(16))]
+
+
+@pytest.mark.slow  # the test before holds its tower, and LLaVA's bundle what is written
+@pytest.mark.parametrize("target", ["ort", "jetpack6"])
+def test_paligemma_answers_about_a_cameras_pictures(tmp_path: Path, target: str) -> None:
+    """Exported against transformers' layers with the reused rows put back; one picture again is itself."""
+    save_gemma(tmp_path / "model", tiny_paligemma())
+    asked = {
+        "method": "vispruner",
+        "keep_tokens": "6",
+        "max_length": 128,
+        "tower": "stc:0.25",
+        "target": target,
+    }
+    made = export(Request(tmp_path / "out", str(tmp_path / "model"), **asked))
+    assert made.manifest.stream is not None and made.manifest.stream.rows == 4
+    assert made.manifest.parity["stream"]["rows"] == 17  # 16 patches, one row of scores
+    assert all(case["equal"] == case["tokens"] == 16 for case in made.manifest.parity["generation"].values())
+    with Pipeline.load(made.folder, engine="ort-cpu", threads=1, stream_reuse=True) as pipe:
+        results = [pipe.generate(frame(1, step), ASKED, max_new_tokens=8) for step in (0, 2)]
+    assert [one.tower["rows"] for one in results if one.tower] == [16, 4]
+    with Pipeline.load(made.folder, engine="ort-cpu", threads=1) as plain:
+        alone = plain.generate(frame(1), ASKED, max_new_tokens=8)
+    assert (alone.token_ids, alone.kept) == (results[0].token_ids, results[0].kept)
 
 
 # -- a camera ------------------------------------------------------------------------------------------------
@@ -248,6 +301,32 @@ def test_other_towers_are_refused(tmp_path: Path) -> None:
     save_qwen(tmp_path / "model", "qwen2_5_vl")
     with pytest.raises(UsageError, match="family qwen2_5_vl does not serve tower stc"):
         export(Request(tmp_path / "out", str(tmp_path / "model"), "none", tower="stc"))
+
+
+@pytest.mark.parametrize(
+    ("family", "why"),
+    [
+        (
+            InternVL,
+            "family internvl does not serve tower stc: a reference picture would be kept for every tile",
+        ),
+        (
+            LlavaOnevision,
+            "family llava_onevision does not serve tower stc: a reference picture would be kept",
+        ),
+        (Gemma3, "family gemma3 does not serve tower stc: what it keeps of a picture's 4,096 patches"),
+        (
+            VideoLlavaClips,
+            "does not serve tower stc: it is for single pictures of a camera, not for clips",
+        ),
+    ],
+)
+def test_the_reason_is_the_towers_own(family: type[Family], why: str) -> None:
+    with pytest.raises(UsageError, match=why):
+        family.check_reduction("stc")
+    with pytest.raises(UsageError) as other:
+        family.check_reduction("downsample")
+    assert why not in str(other.value)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 import time
@@ -325,6 +326,29 @@ def test_what_is_no_video_is_refused(tmp_path: Path) -> None:
         silence.sample_rate = 8000
         out.mux(stream.encode(silence))
     assert "has no pictures, only sound or data" in refusal(str(sound))
+
+
+def test_a_device_that_is_no_camera_is_refused() -> None:
+    """FFmpeg's v4l2 asks it, as the nodes of a camera that give data and no pictures."""
+    line = refusal("/dev/null")
+    assert line.startswith(
+        "cannot open /dev/null: Inappropriate ioctl for device; it is no camera that gives"
+    )
+    assert "try the others" in line
+
+
+@pytest.mark.parametrize(
+    ("number", "cure"), [(errno.EACCES, "usermod -aG video"), (errno.EBUSY, "another program has it")]
+)
+def test_a_camera_that_cannot_be_had_is_refused(
+    monkeypatch: pytest.MonkeyPatch, number: int, cure: str
+) -> None:
+    def refuse(*given: object, **named: object) -> None:
+        av.error.err_check(-number, "/dev/null")
+
+    monkeypatch.setattr(av, "open", refuse)
+    assert refusal("/dev/null").startswith(f"cannot open /dev/null: {os.strerror(number)}; ")
+    assert cure in refusal("/dev/null")
 
 
 def test_an_encoding_without_a_decoder_is_refused(tmp_path: Path) -> None:

@@ -14,7 +14,14 @@ from vtp.engines import UsageError, VtpError
 from vtp.engines.errors import shown
 from vtp.export.hub import command as hub
 from vtp.export.layouts import command as layouts
-from vtp.export.method_files import DEFAULT, NONE, method_names, reduction_names
+from vtp.export.method_files import (
+    DEFAULT,
+    NONE,
+    check_method_name,
+    is_outside,
+    method_names,
+    reduction_names,
+)
 from vtp.runtime.bundle.folder import Bundle
 from vtp.runtime.bundle.manifest import Manifest
 from vtp.runtime.commands.arguments import add_debug, add_json, add_overwrite, suggest
@@ -180,6 +187,8 @@ def _export(args: argparse.Namespace) -> None:
         ) from error
     # Imported late: --help and --list-methods should not wait for torch.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if not is_outside(args.method):
+        check_method_name(args.method)  # before torch is loaded, which takes seconds
     request = _request(args)
     quiet_libraries()
     progress, notes = Progress(), list[str]()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pkgutil
 from pathlib import Path
 
+from vtp.engines.errors import UsageError, nearest
+
 NONE = "none"
 DEFAULT = "vispruner"  # docs/methods.md says why
 
@@ -18,6 +20,20 @@ _SUPPORT = {
 def method_names() -> list[str]:
     """Every method the command line knows: "none", then the files of `pruners/`, sorted."""
     return [NONE, *_files_of("pruners")]
+
+
+def check_method_name(name: str) -> None:
+    """Raise UsageError, with the nearest name and the list, for a name that no method has."""
+    known = method_names()
+    if name not in known:
+        raise UsageError(
+            f"unknown method '{name}'{nearest(name, known)}; methods: {', '.join(known)}, or FILE.py:CLASS"
+        )
+
+
+def is_outside(text: str) -> bool:
+    """Whether `--method` names a class in a user's own file, written FILE.py:CLASS."""
+    return ".py" in text
 
 
 def reduction_names() -> list[str]:

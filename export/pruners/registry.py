@@ -16,8 +16,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from vtp.engines.errors import UsageError, nearest
-from vtp.export.method_files import NONE, method_names
+from vtp.engines.errors import UsageError
+from vtp.export.method_files import NONE, check_method_name, is_outside, method_names
 from vtp.export.named_options import read_options
 from vtp.export.pruners.base import Pruner
 from vtp.export.pruners.site import Site
@@ -52,11 +52,7 @@ def find_method(name: str) -> type[Pruner]:
     Raises UsageError for an unknown name (with the nearest one and the list) and for "none",
     which has no class.
     """
-    known = method_names()
-    if name not in known:
-        raise UsageError(
-            f"unknown method '{name}'{nearest(name, known)}; methods: {', '.join(known)}, or FILE.py:CLASS"
-        )
+    check_method_name(name)
     if name == NONE:
         raise UsageError("method none keeps every visual token and has no pruner")
     module = importlib.import_module(f"{_PACKAGE}.{name}")
@@ -91,7 +87,7 @@ def resolve_method(text: str) -> type[Pruner] | None:
     """What `--method` means: a name, FILE.py:CLASS, or None for "none"; UsageError otherwise."""
     if text == NONE:
         return None
-    return load_outside(text) if ".py" in text else find_method(text)
+    return load_outside(text) if is_outside(text) else find_method(text)
 
 
 def parse_site(text: str) -> tuple[str, int | None]:

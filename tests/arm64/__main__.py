@@ -21,7 +21,7 @@ from typing import Any
 from vtp.export.cli import quiet_libraries
 
 from .asking import Job, read
-from .bundles import QUICK, Case, digest, save_pictures, select
+from .bundles import STREAMED, Case, digest, save_pictures, select
 from .closeness import closeness_file
 from .environment import BUILD, ROOT, on_arm64, on_host, pins, prepare, refusal
 from .margins import Outcome, compare
@@ -58,7 +58,7 @@ def questions(case: Case) -> list[dict[str, Any]]:
         return {"by": by, "picture": picture, "prompt": prompt, "options": {**greedy, **options}}
 
     found = [asked("generate", *one) for one in pictures]
-    if case.name in QUICK:
+    if case.name in STREAMED:
         prompts = [*pictures, (pictures[0][0], "how many circle ?")]
         found += [asked("scheduler", *one, temperature=9.0, seed=at) for at, one in enumerate(prompts)]
         found += [asked("watcher", path, "what color is the star ?") for path, _ in pictures[:WATCHED]]

@@ -25,8 +25,10 @@ WEIGHTS = {  # what vision encoder and projector, then the decoder become; None:
     "int8": Wish("int8", "none"),
     "int4": Wish("none", "int4"),
 }
-# These are also asked by the scheduler and the watcher.
-QUICK = ("vispruner-ort-float32", "adaptprune-jetpack6-float16")
+# These are asked by the scheduler and the watcher, too. The scheduler's answers are sampled, so that logits
+# must be float32's: those of other weights are farther apart than draws are from another token.
+STREAMED = ("vispruner-ort-float32", "adaptprune-jetpack6-float32")
+QUICK = ("vispruner-ort-float32", "adaptprune-ort-float32")
 _SOURCES = ("engines", "runtime", "export", "calib/quantize", "scenes/model")
 
 

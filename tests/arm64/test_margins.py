@@ -77,7 +77,9 @@ def test_an_answer_that_goes_on_has_the_margin_of_the_other_side() -> None:
         ({**CLOSE, "moved": 0.0, "turned": 1e-6}, "float32", True),  # float32's own rounding
         ({**CLOSE, "moved": 0.0, "turned": 1e-5}, "float32", False),
         ({**CLOSE, "moved": 1e-2, "turned": 1e-2}, "float32", False),  # the encoder itself differs
-        ({**CLOSE, "moved": 1e-2, "turned": 1e-2}, "int8", True),
+        ({**CLOSE, "moved": 5e-3, "turned": 1e-5}, "float16", True),  # rounded to between the nodes
+        ({**CLOSE, "moved": 3e-2, "turned": 1e-5}, "float16", False),
+        ({**CLOSE, "moved": 3e-2, "turned": 1e-2}, "int8", True),
         (None, "float32", False),
     ],
 )

@@ -23,7 +23,7 @@ ROS_PYTHON ?= python3.11
 ZENOH_PYTHON ?= $(PYTHON)
 OLDEST_PINS := numpy==1.24.4 pillow==9.5.0 tokenizers==0.20.0 jinja2==3.1.6
 
-.PHONY: setup demo test test-all fuzz trtrtx test-trtrtx test-oldest test-triton test-ray test-page test-js test-clients test-evals test-ros test-zenoh kill soak soak-serve check accuracy methods real bench llamacpp test-llamacpp scaling scenes reader docs release test-newest test-notebook clean
+.PHONY: setup demo test test-all fuzz trtrtx test-trtrtx test-oldest test-triton test-ray test-page test-js test-clients test-evals test-ros test-zenoh test-arm64 kill soak soak-serve check accuracy methods real bench llamacpp test-llamacpp scaling scenes reader docs release test-newest test-notebook clean
 
 setup: .venv/.installed  ## make .venv and install vtp into it
 
@@ -119,6 +119,10 @@ test-zenoh: setup  ## vtp-zenoh beside two other makers' clients over a real rou
 	  -e '.[ort,zenoh]' zenoh-ros2-sdk==0.1.8 pyzeros==0.1.0
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/robots/test_zenoh.py tests/robots/test_zenoh_keys.py \
 	  tests/robots/test_zenoh_node.py -m "slow or not slow"
+
+# ARM64 takes methods, targets, weights, several joined by "-", or quick: ARM64="vispruner adaptprune-jetpack6 int4".
+test-arm64: setup  ## bundles on arm64 Python under qemu answer as on x86-64, in build/arm64 (wants qemu-user-static; two hours)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.arm64 $(ARM64)
 
 soak-serve: setup  ## the same of vtp-serve under mixed load: streams, clients that leave, bad input (SOAK=3600)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak.server --seconds $(SOAK)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import resource
 import signal
+import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -156,29 +156,46 @@ def test_of_an_mkv_that_was_not_ended_little_is_lost(pipe: Pipeline, tmp_path: P
 # -- how it ends ---------------------------------------------------------------------------------------------
 
 
+_COMMAND = """
+import resource, signal, sys
+from vtp.serve.streams import cli
+
+number, most = int(sys.argv[1]), int(sys.argv[2])
+signal.signal(signal.SIGINT, signal.default_int_handler)
+say, said = cli.say_answer, []
+
+def say_and_signal(answer):
+    say(answer)
+    said.append(answer)
+    if number and len(said) == 4:
+        signal.raise_signal(number)
+
+cli.say_answer = say_and_signal
+if most:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+sys.exit(cli.main(sys.argv[3:]))
+"""
+
+
+def run_alone(*arguments: object, number: int = 0, most: int = 0) -> tuple[int, int, str]:
+    """As `run`, in a process of its own.
+
+    number  the signal that comes while the fourth answer is printed
+    most    bytes that a file may have: to whoever writes it a full disk
+    """
+    command = [sys.executable, "-c", _COMMAND, str(number), str(most), *map(str, arguments), *ASKED]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    return done.returncode, len(done.stdout.splitlines()), done.stderr
+
+
 @pytest.mark.parametrize(
     ("number", "suffix", "code"), [(signal.SIGINT, ".mp4", 130), (signal.SIGTERM, ".mkv", 143)]
 )
 def test_a_signal_ends_the_file_well(
-    tiny: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    number: signal.Signals,
-    suffix: str,
-    code: int,
+    tiny: Path, tmp_path: Path, number: signal.Signals, suffix: str, code: int
 ) -> None:
-    """The signal comes while the fourth answer is printed."""
-    said: list[FrameAnswer] = []
-
-    def say(answer: FrameAnswer) -> None:
-        said.append(answer)
-        if len(said) == 4:
-            signal.raise_signal(number)
-
-    monkeypatch.setattr(cli, "say_answer", say)
     clip, path = write_video(tmp_path / "clip.mp4", moving(6)), tmp_path / f"kept{suffix}"
-    left, _, error = run(capsys, tiny, clip, "--every-frame", "--show-kept", path)
+    left, _, error = run_alone(tiny, clip, "--every-frame", "--show-kept", path, number=number)
     assert left == code, error
     assert len(decoded(path)) == 3
 
@@ -201,28 +218,12 @@ def test_a_source_that_is_lost_ends_the_file_well(
     assert "secret" not in error
 
 
-@pytest.fixture
-def small_files() -> Iterator[None]:
-    """No file grows above 60 KB: to whoever writes it a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 @pytest.mark.parametrize(("suffix", "left"), [(".mp4", "it is removed"), (".mkv", "it plays up to there")])
-def test_a_full_disk_is_one_line(
-    tiny: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    suffix: str,
-    left: str,
-    request: pytest.FixtureRequest,
-) -> None:
+def test_a_full_disk_is_one_line(tiny: Path, tmp_path: Path, suffix: str, left: str) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (9, 240, 320, 3), dtype=np.uint8)
     clip, path = write_video(tmp_path / "clip.mp4", noise, fps=2), tmp_path / f"kept{suffix}"
-    request.getfixturevalue("small_files")
-    code, count, error = run(capsys, tiny, clip, "--every-frame", "--keep-tokens", "6", "--show-kept", path)
+    wishes = (tiny, clip, "--every-frame", "--keep-tokens", "6", "--show-kept", path)
+    code, count, error = run_alone(*wishes, most=60_000)
     lines = [line for line in error.splitlines() if "error" in line]
     assert code == 1 and 0 < count < 9
     assert len(lines) == 1 and f"cannot write '{path}': File too large; {left}" in lines[0]

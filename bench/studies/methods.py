@@ -38,7 +38,7 @@ NONE = "none"
 KEEP = "192,128,64,32,16"
 ANSWER_TOKENS = 12  # the longest answer of the exam has fewer
 ROUNDS = 9
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).resolve().parents[2]  # through the link in vtp/
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 from vtp.runtime.commands.tables import markdown_table
 from vtp.scenes.exam import wilson
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).resolve().parents[2]  # through the link in vtp/
 BEGIN, END = "<!-- methods: begin -->", "<!-- methods: end -->"
 COMMAND = "make methods"
 _INTRODUCTION = """\

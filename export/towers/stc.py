@@ -135,7 +135,7 @@ def recomputed_names(blocks: int) -> list[str]:
 
 def _least_alike(cosines: Tensor, count: int) -> Tensor:
     """The `count` rows of least cosine [B,N], ascending. No two scores are equal, so that no engine's sort
-    decides (OpenVINO's breaks ties in any order)."""
+    decides (in plain OpenVINO ties come in any order)."""
     size = cosines.shape[1]
     steps = torch.round(cosines * min(_STEPS, _EXACT // size))
     return raster(top_k(-(steps * size + torch.arange(size)), count))

@@ -13,10 +13,21 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-__all__ = ["saying_so"]
+__all__ = ["ended_by_ctrl_c", "saying_so"]
 
 _PATIENCE = 1.0  # seconds
 _ASKED = {getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)}
+
+
+@contextmanager
+def ended_by_ctrl_c() -> Iterator[None]:
+    """Let Ctrl-C interrupt the body, also where it is ignored: a shell has what it puts into the background
+    ignore it, and that is how launchers end nodes. In the main thread only."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextmanager

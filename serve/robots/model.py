@@ -30,7 +30,7 @@ class Model:
     """A pipeline, and how a node's settings ask it. One thread asks; `cancel` and `check` are for any."""
 
     def __init__(self, pipeline: Pipeline, notes: Sequence[str] = ()) -> None:
-        """`notes` are lines that whoever reads the log should know about this bundle here."""
+        """`notes` are lines for the log about this bundle on this machine."""
         self.pipeline, self.notes = pipeline, tuple(notes)
         self._lock = threading.Lock()
         self._stream: Stream | None = None

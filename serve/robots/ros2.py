@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -14,6 +13,7 @@ from vtp.engines import VtpError
 from vtp.engines.errors import shown
 from vtp.runtime.commands.arguments import add_debug
 from vtp.runtime.commands.console import Parser, run_command
+from vtp.runtime.commands.stopping import ended_by_ctrl_c
 from vtp.serve.robots.settings import PARAMETERS
 
 if TYPE_CHECKING:
@@ -85,17 +85,15 @@ def _initialised(ros: list[str]) -> Iterator[None]:
     import rclpy
     from rclpy.signals import SignalHandlerOptions
 
-    # As rclpy does; what a shell puts into the background ignores Ctrl-C, and that is how launch ends nodes.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        rclpy.init(args=ros, signal_handler_options=SignalHandlerOptions.NO)
-    except Exception as error:  # rclpy names several of its own for arguments that it cannot read
-        raise VtpError(f"ROS 2 cannot start: {error}") from error
-    try:
-        yield
-    finally:
-        rclpy.try_shutdown()
-        signal.signal(signal.SIGINT, before)
+    with ended_by_ctrl_c():  # as rclpy does
+        try:
+            rclpy.init(args=ros, signal_handler_options=SignalHandlerOptions.NO)
+        except Exception as error:  # rclpy names several of its own for arguments that it cannot read
+            raise VtpError(f"ROS 2 cannot start: {error}") from error
+        try:
+            yield
+        finally:
+            rclpy.try_shutdown()
 
 
 @contextmanager

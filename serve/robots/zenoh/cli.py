@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import closing, suppress
 from typing import Any
 
 from vtp.engines import UsageError
@@ -22,6 +21,7 @@ from vtp.runtime.commands.arguments import (
     take_bundle,
 )
 from vtp.runtime.commands.console import Parser, note, real_number, run_command, whole_number
+from vtp.runtime.commands.stopping import ended_by_ctrl_c
 from vtp.serve.robots.model import Model
 from vtp.serve.robots.settings import COMPRESSED, RAW, Phase, Settings, changed, check_asks
 from vtp.serve.robots.zenoh.keys import Node
@@ -102,7 +102,7 @@ def _run(args: argparse.Namespace) -> None:
     settings, node = settings_of(args), node_of(args, os.environ.get("ROS_DOMAIN_ID"))
     node.topic(args.topic)
     check_endpoint(args.connect)
-    with _ended_by_ctrl_c(), closing(Network(node, args.connect)) as network:
+    with ended_by_ctrl_c(), closing(Network(node, args.connect)) as network:
         folder = take_bundle(PROG, args.bundle)
         with closing(Model.load(changed(settings, {"bundle": str(folder)}, Phase.UNCONFIGURED))) as model:
             _tell(f"loaded {quoted(str(folder))} on {model.pipeline.engine}")
@@ -139,16 +139,6 @@ def node_of(args: argparse.Namespace, domain: str | None) -> Node:
 
 def _tell(line: str) -> None:
     note(PROG, line)
-
-
-@contextmanager
-def _ended_by_ctrl_c() -> Iterator[None]:
-    """What a shell puts into the background ignores Ctrl-C, and that is how launchers end nodes."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 if __name__ == "__main__":

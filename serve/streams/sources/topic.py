@@ -29,7 +29,7 @@ def read_address(text: str) -> tuple[str, str]:
 
 
 class TopicSource:
-    """Frames of one topic of sensor_msgs/Image or CompressedImage, from whoever publishes them.
+    """Frames of one topic of sensor_msgs/Image or CompressedImage, of all its publishers.
 
     Stamps and names are those of the messages' headers (the time at which it came where a header has none).
     """

@@ -181,7 +181,7 @@ def run_alone(*arguments: object, number: int = 0, most: int = 0) -> tuple[int, 
     """As `run`, in a process of its own.
 
     number  the signal that comes while the fourth answer is printed
-    most    bytes that a file may have: to whoever writes it a full disk
+    most    bytes that a file may have, as on a full disk
     """
     command = [sys.executable, "-c", _COMMAND, str(number), str(most), *map(str, arguments), *ASKED]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,6 +31,7 @@ from vtp.runtime.prompt.prompter import TextSpec
 __all__ = ["DTYPES", "Checkpoint", "about", "check", "load", "model_name", "read_config", "resolve"]
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
+_LARGEST_ID = 2**24  # vocabularies have some 10**5 tokens
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 
@@ -224,10 +225,23 @@ def _load_tokenizer(folder: Path) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        _check_ids(folder, tokenizer.get_vocab())
         tokenizer.backend_tokenizer.to_str()
         return tokenizer
+    except VtpError:
+        raise
     except Exception as error:  # as above
         raise VtpError(f"cannot load the tokenizer in {folder}: {_one_line(error)}") from error
+
+
+def _check_ids(folder: Path, vocabulary: Mapping[str, int]) -> None:
+    """Refuse ids that no embedding table has: the library notes each id that lies between them in memory."""
+    largest = max(vocabulary.values(), default=0)
+    if largest > _LARGEST_ID:
+        raise VtpError(
+            f"cannot load the tokenizer in {folder}: it gives id {largest} (limit: {_LARGEST_ID}); "
+            "correct its tokenizer.json"
+        )
 
 
 def _read_json(path: Path, missing: str) -> dict[str, Any]:

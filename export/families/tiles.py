@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+# Why families that cut pictures do not serve tower stc.
+UNREUSED_TILES = "a reference picture would be kept for every tile"
+
 
 @dataclass(frozen=True)
 class Tile:

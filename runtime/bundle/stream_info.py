@@ -49,6 +49,12 @@ def compares(stages: Sequence[Any]) -> bool:
     return any(PICTURE in stage.inputs.values() for stage in stages)
 
 
+def grey_line(stages: Sequence[Any], option: str) -> str:
+    """What a user who did not set `option` is told of a method that compares; "" of other bundles."""
+    told = f"the bundle's method keeps what changed; without {option} that is what differs from grey"
+    return told if compares(stages) else ""
+
+
 def uses_earlier(manifest: Any) -> bool:
     """Whether a bundle makes use of a camera's earlier pictures, if it is asked to."""
     return manifest.stream is not None or compares(manifest.stages)

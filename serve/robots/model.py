@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from vtp.engines import UsageError, VtpError
-from vtp.runtime.bundle.stream_info import compares, uses_earlier
+from vtp.runtime.bundle.stream_info import grey_line, uses_earlier
 from vtp.runtime.decisions.decision import Decision
 from vtp.runtime.decisions.question import Question
 from vtp.runtime.generation.options import GenerateOptions
@@ -18,12 +18,9 @@ from vtp.runtime.generation.stream import Stream
 from vtp.runtime.pipeline import Pipeline
 from vtp.runtime.result import Result
 from vtp.serve.robots.settings import Settings, check_asks
+from vtp.serve.streams.asking import feature_cache
 
 __all__ = ["Model"]
-
-_FROM_GREY = (
-    "the bundle's method keeps what changed; without the parameter stream_reuse: what differs from grey"
-)
 
 
 class Model:
@@ -48,7 +45,7 @@ class Model:
             settings.bundle,
             settings.engine,
             settings.threads or None,
-            vision_feature_cache=_cached(settings),
+            vision_feature_cache=feature_cache(_questions(settings), settings.stream_reuse),
             stream_reuse=settings.stream_reuse,
         )
         try:
@@ -114,15 +111,13 @@ def _options(settings: Settings, most: int | None = None) -> GenerateOptions:
     )
 
 
-def _cached(settings: Settings) -> int:
-    """Pictures whose vision stages are kept, so that a question and an alert about one share them; with
-    `stream_reuse` the stages keep the last picture themselves."""
-    return int(bool(settings.alert and settings.prompt) and not settings.stream_reuse)
+def _questions(settings: Settings) -> int:
+    return bool(settings.alert) + bool(settings.prompt)
 
 
 def _notes(pipeline: Pipeline, settings: Settings) -> list[str]:
-    from_grey = compares(pipeline.manifest.stages) and not settings.stream_reuse
-    return [*pipeline.notes, *([_FROM_GREY] if from_grey else [])]
+    line = grey_line(pipeline.manifest.stages, "the parameter stream_reuse")
+    return [*pipeline.notes, *([line] if line and not settings.stream_reuse else [])]
 
 
 def _check_single(pipeline: Pipeline) -> None:

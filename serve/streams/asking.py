@@ -23,6 +23,14 @@ from vtp.serve.streams.alerts import Alert, AlertReading, AlertState
 _SHARED = ("keep_tokens", "budget_ms", "allow_special_tokens")
 
 
+def feature_cache(questions: int, stream_reuse: bool) -> int:
+    """How many pictures' vision features a pipeline keeps, for questions about one frame to share them.
+
+    With `stream_reuse` the vision stages keep the last picture themselves.
+    """
+    return int(questions > 1 and not stream_reuse)
+
+
 class Cancelled(Exception):
     """The watch was stopped amid a frame's questions."""
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from vtp.engines import UsageError, VtpError, capabilities
 from vtp.engines.errors import quoted, shown
-from vtp.runtime.bundle.stream_info import compares
+from vtp.runtime.bundle.stream_info import grey_line
 from vtp.runtime.commands.arguments import (
     A_BUNDLE,
     add_debug,
@@ -32,6 +32,7 @@ from vtp.runtime.pipeline import DEFAULT_NEW_TOKENS, Pipeline
 from vtp.runtime.preprocess import ImageSpec
 from vtp.serve.streams.alerts import Alert, AlertReading
 from vtp.serve.streams.answer import FrameAnswer
+from vtp.serve.streams.asking import feature_cache
 from vtp.serve.streams.frames import Frame, Source
 from vtp.serve.streams.gate import DEFAULT_CHANGE, Gate
 from vtp.serve.streams.sinks.hooks import Command, Hook, Webhook
@@ -218,9 +219,7 @@ def _pipeline(args: argparse.Namespace, questions: int) -> Pipeline:
         local_bundle(args.bundle, say=_tell, bars=not args.json),
         args.engine,
         None if args.threads is None else whole_number("threads", args.threads),
-        vision_feature_cache=int(
-            questions > 1 and not args.stream_reuse
-        ),  # which keeps the last frame itself
+        vision_feature_cache=feature_cache(questions, args.stream_reuse),
         prefix_caching=args.prefix_caching,
         stream_reuse=args.stream_reuse,
     )
@@ -234,8 +233,8 @@ def _make_ready(pipe: Pipeline, keep: int | None, stream_reuse: bool) -> None:
             _tell(NEVER_RUN if capabilities(engine).built else NEVER_TRIED.format(engine=engine))
     for line in pipe.notes:
         _tell(line)
-    if compares(pipe.manifest.stages) and not stream_reuse:
-        _tell("the bundle's method keeps what changed; without --stream-reuse that is what differs from grey")
+    if not stream_reuse and (line := grey_line(pipe.manifest.stages, "--stream-reuse")):
+        _tell(line)
     pipe.generate(Image.new("RGB", (64, 64)), "warm up", keep_tokens=keep, max_new_tokens=2)
 
 

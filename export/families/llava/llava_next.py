@@ -16,7 +16,7 @@ from vtp.engines import VtpError
 from vtp.export.families.llava.llava import Llava
 from vtp.export.families.llava.tiles import LinesProjector, Views, ViewsEncoder
 from vtp.export.families.reference import TiledReference
-from vtp.export.families.tiles import Tile
+from vtp.export.families.tiles import UNREUSED_TILES, Tile
 from vtp.runtime.preprocess import ImageSpec
 from vtp.runtime.preprocess.anyres import AnyresSpec, best_resolution
 
@@ -35,7 +35,7 @@ class LlavaNext(Llava):
     reference = TiledReference
     reductions = ("ipcv", "tome")
     unreduced = "how its tiles are packed depends on their size"
-    unreused = "a reference picture would be kept for every tile"
+    unreused = UNREUSED_TILES
 
     def prepare(self, image: ImageSpec) -> None:
         """Note how the tiles of this picture size are packed.

@@ -20,7 +20,7 @@ from vtp.export.families.base import Family
 from vtp.export.families.tiled.reference import Idefics3Reference
 from vtp.export.families.tiled.runs import Runs, RunsDecoderPruner, RunsSplice, RunsTextCues
 from vtp.export.families.tiled.shuffle import ShuffledEncoder
-from vtp.export.families.tiles import Tile, equal_tiles
+from vtp.export.families.tiles import UNREUSED_TILES, Tile, equal_tiles
 from vtp.export.graphs.decoder import Decoder
 from vtp.export.graphs.encoder import Projector, VisionEncoder
 from vtp.export.graphs.pruner import DecoderPruner
@@ -47,7 +47,7 @@ class Idefics3(Family):
     )
     reductions = ("ipcv", "tome")
     unreduced = "a smaller --image-size gives it fewer tiles"
-    unreused = "a reference picture would be kept for every tile"
+    unreused = UNREUSED_TILES
     image_kinds = ("idefics3",)
     reference = Idefics3Reference
 

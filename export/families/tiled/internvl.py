@@ -18,7 +18,7 @@ from vtp.engines import VtpError
 from vtp.export.families.base import Family, marks_of
 from vtp.export.families.tiled.reference import InternVLReference
 from vtp.export.families.tiled.shuffle import ShuffledEncoder
-from vtp.export.families.tiles import Tile, equal_tiles
+from vtp.export.families.tiles import UNREUSED_TILES, Tile, equal_tiles
 from vtp.export.graphs.decoder import Decoder
 from vtp.export.graphs.encoder import Projector, VisionEncoder
 from vtp.export.towers.base import TowerShape
@@ -42,7 +42,7 @@ class InternVL(Family):
     )
     reductions = ("ipcv", "tome")
     unreduced = "a smaller --image-size gives it fewer tiles"
-    unreused = "a reference picture would be kept for every tile"
+    unreused = UNREUSED_TILES
     image_kinds = ("internvl", "clip")  # the second at an image size of one tile
     reference = InternVLReference
     _views = 1

@@ -12,6 +12,7 @@ from vtp.bench.common.figures import ratio, spread
 
 BASE = "vtp vispruner"
 WHAT = ("ttft", "tpot")  # to the first token, to each further one
+ENCODER = "encoder"  # tower and projector
 TURNS = 15  # at least, for the interval of a bootstrap; of fewer the least and the greatest are told
 
 Times = Mapping[str, Mapping[str, Sequence[float]]]
@@ -68,17 +69,18 @@ def wanted(int8: bool, int4: bool) -> tuple[Precision, ...]:
 def pair_of(theirs: str, ours: str, times: Times) -> dict[str, Any]:
     """The record of a pair.
 
-    times   name -> "ttft" and "tpot" -> milliseconds, turn by turn
+    times   name -> "ttft", "tpot" and, of those who tell it, "encoder" -> milliseconds, turn by turn
 
-    Returns who they are; under "ms" the same names -> `spread`; under "ttft" and "tpot" the quotient of the
-    medians with "low" and "high" (`between`); and the times themselves.
+    Returns who they are; under "ms" the same names -> `spread`; under "ttft", "tpot" and, where both tell it,
+    "encoder" the quotient of the medians with "low" and "high" (`between`); and the times themselves.
     """
+    told = [what for what in (*WHAT, ENCODER) if all(what in times[name] for name in (theirs, ours))]
     return {
         "theirs": theirs,
         "ours": ours,
-        "ms": {name: {what: spread(times[name][what]) for what in WHAT} for name in (theirs, ours)},
-        **{what: between(times[theirs][what], times[ours][what]) for what in WHAT},
-        "times": {name: {what: list(times[name][what]) for what in WHAT} for name in (theirs, ours)},
+        "ms": {name: {what: spread(times[name][what]) for what in told} for name in (theirs, ours)},
+        **{what: between(times[theirs][what], times[ours][what]) for what in told},
+        "times": {name: {what: list(times[name][what]) for what in told} for name in (theirs, ours)},
     }
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from vtp.bench.common.figures import milliseconds
 from vtp.bench.common.pairs import TURNS
+from vtp.bench.common.towered import split_name
 
 NAMES = {
     "torch": "PyTorch transformers, all tokens",
@@ -40,7 +41,8 @@ NAMES = {
 
 def called(name: str | None) -> str:
     """The words for a peer or a bundle; its own name if there are none."""
-    return NAMES.get(str(name), str(name))
+    plain, tower = split_name(str(name))
+    return NAMES.get(plain, plain) + (f", tower {tower}" if tower else "")
 
 
 def interval(turns: int) -> str:

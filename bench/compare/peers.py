@@ -1,7 +1,7 @@
 """vtp beside what one would use instead: the same weights, picture and question, in one run, in turns.
 
-    python -m vtp.bench.compare.peers [--shape llava-ov-0.5b | --model DIR] [--int8] [--int4] [--also
-    NAME=BUNDLE]
+    python -m vtp.bench.compare.peers [--shape llava-ov-0.5b | --model DIR] [--int8] [--int4]
+    [--towers ipcv:0.35] [--also NAME=BUNDLE]
 
 Every peer has a process of its own. Its first logits and tokens are held against the others' before anything
 is timed; then it and vtp answer in turns, so that a slow moment of the machine meets both, and milliseconds
@@ -26,9 +26,11 @@ from typing import Any
 import numpy as np
 
 from vtp.bench.cli import PROMPT, stamp, whole
+from vtp.bench.common.agreement import Answer, agreement, likeness
 from vtp.bench.common.checkout import place
 from vtp.bench.common.pairs import BASE, FLOAT, PRECISIONS, Precision, fastest_of, pair_of, wanted
 from vtp.bench.common.resident import peak_resident
+from vtp.bench.common.towered import folder_of, split_name, towered
 from vtp.bench.compare.llamacpp.built import how_built
 from vtp.bench.compare.peer import Spec, missing
 from vtp.bench.compare.peers_report import FORMAT, ROUNDS, write_report
@@ -43,7 +45,6 @@ from vtp.export.cli import quiet_libraries
 from vtp.runtime.bundle.folder import MANIFEST, open_bundle
 from vtp.runtime.commands.arguments import add_debug, add_threads
 from vtp.runtime.commands.console import Parser, Progress, run_command
-from vtp.runtime.compare import compare
 from vtp.runtime.machine.facts import look
 from vtp.scenes import examples_dir
 
@@ -52,13 +53,9 @@ EXACT = ("torch", "transformers-onnx", "openvino", FLOAT.whole)
 LLAMACPP_ORDER = "torch-class-last"
 INT4_DECODERS = ("genai-int4", "vtp decoder int4")
 SAME = (EXACT, (BASE, "torch-vispruner"), ("genai", "vtp decoder"), INT4_DECODERS)
-# Of fewer bits: the cosine to float32's logits, less their means. Another model's would be near 0.
-_ALIKE = 0.5
+_FLOAT_BUNDLES = (BASE, FLOAT.whole, "vtp adaptprune")
 _LIBRARIES = ("openvino", "nncf", "onnxruntime-genai", "gguf")
 _DECODER_TOKENS = 16  # text tokens beside the kept ones, in the decoder-only comparison
-
-
-Answer = tuple[list[int], np.ndarray]  # tokens, and float32 [V] logits of the last prompt position
 
 
 class Aside(Exception):
@@ -73,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--model", metavar="DIR", help="instead: a LLaVA in Hugging Face layout")
     add("--int8", action="store_true", help="also int8 encoders: vtp's and those of peers in as few bits")
     add("--int4", action="store_true", help="also int4 decoders: the same, and onnxruntime-genai's")
+    add("--towers", help="also vtp with these tower reductions, such as ipcv:0.35,tome:16")
     add("--also", action="append", default=[], metavar="NAME=DIR", help="one more bundle of the same model")
     add("--peers", default="all", help="names, or all (default: %(default)s)")
     add("--keep", default="64", help="visual tokens kept (default: %(default)s)")
@@ -119,14 +117,17 @@ class Contest:
         self.rounds, self.keep = whole("rounds", args.rounds), whole("keep", args.keep)
         self.wanted = Wanted(args.shape, "none", None, "float32", "ort-cpu", self.work)
         self.model = Path(args.model) if args.model else self.work / "model"
-        self.bundles = {f"vtp {name}": self.work / name for name in ("none", "vispruner", "adaptprune")}
         self.precisions = wanted(args.int8, args.int4)
+        self.towered = towered(args.towers, self.precisions)
+        names = (*_FLOAT_BUNDLES, *dict.fromkeys(one.source for one in self.towered))
+        self.bundles = {name: self.work / folder_of(name) for name in names}
         self.fewer = {
             name: (source, at)
             for at in self.precisions[1:]
             for name, source in ((at.ours, BASE), (at.whole, FLOAT.whole))
         }
-        self.extra = {name: self.work / name[4:].replace(" ", "-") for name in self.fewer}
+        self.fewer |= {one.name: (one.source, one.at) for one in self.towered if one.name != one.source}
+        self.extra = {name: self.work / folder_of(name) for name in self.fewer}
         self.also = {name: (folder, self._precision_of(folder)) for name, folder in map(_named, args.also)}
         self.extra |= {name: folder for name, (folder, _) in self.also.items()}
         self.chosen = _with_fewer_bits(_chosen(args.peers), self.precisions, args.int4)
@@ -149,6 +150,7 @@ class Contest:
             "rounds": self.rounds,
             "tokens": self.spec.tokens,
             "threads": self.spec.threads,
+            "towers": list(dict.fromkeys(one.tower for one in self.towered)),
             "decoder_tokens": len(self.spec.ids),
             "flags": _flags(args),
             "fewer_bits": {},
@@ -175,13 +177,18 @@ class Contest:
         for name, folder in self.bundles.items():
             if not (folder / MANIFEST).exists():
                 self.progress.step(f"export {name}")
-                method = folder.name
-                keep = [] if method == "none" else ["--keep-tokens", str(self.keep)]
-                run_export(["--model", str(self.model), "--method", method, *keep, "-o", str(folder)])
+                run_export(["--model", str(self.model), *self._export_flags(name), "-o", str(folder)])
         for name, (source, at) in self.fewer.items():
             self._quantise(name, source, at)
         for name in self.chosen:
             self._aside(name, lambda name=name: self._prepare(name))  # type: ignore[misc]
+
+    def _export_flags(self, name: str) -> list[str]:
+        """Of one of the float bundles."""
+        plain, tower = split_name(name)
+        method = plain.split()[1]
+        keep = [] if method == "none" else ["--keep-tokens", str(self.keep)]
+        return ["--method", method, *keep, *(["--tower", tower] if tower else [])]
 
     def run(self) -> None:
         """All pairs, then where vtp's own time goes."""
@@ -195,6 +202,9 @@ class Contest:
             **{name: at for name, (_, at) in self.also.items()},
         }.items():
             self._beside_fastest(name, at)
+        for one in self.towered:
+            for theirs in one.beside(self.results):
+                self._aside(one.name, lambda theirs=theirs, ours=one.name: self._pair(theirs, ours))  # type: ignore[misc]
         if self._able(("genai",)):
             self._aside("genai", lambda: self._pair("genai", "vtp decoder"))
         if self._able(("genai-int4",)):
@@ -325,6 +335,7 @@ class Contest:
             )
             alike = (BASE,) if name in pruned else EXACT if name in whole else ()
             alike = (LLAMACPP_ORDER, *alike) if name.startswith("llamacpp") else alike
+            alike += tuple(one.source for one in self.towered if one.name == name)
             return self._first(alike, name), likeness
         judge = partial(agreement, limits="int4" if name in INT4_DECODERS else "float32")
         return self._first(group, name), judge
@@ -334,15 +345,15 @@ class Contest:
 
     def _take_turns(self, theirs: str, other: Worker, ours: str, mine: Worker) -> None:
         self.progress.step(f"{theirs} and {ours} in turns, {self.rounds} rounds")
-        times: dict[str, dict[str, list[float]]] = {name: {"ttft": [], "tpot": []} for name in (theirs, ours)}
+        times: dict[str, dict[str, list[float]]] = {name: {} for name in (theirs, ours)}
         for number in range(self.rounds):
             turn = [(theirs, other), (ours, mine)]
             for name, worker in turn if number % 2 else turn[::-1]:
                 run = worker.run()
-                for what, values in times[name].items():
-                    values.append(run[what])
-                told = self.results["peers"][name].setdefault("parts", {})
-                for part, ms in run.get("parts", {}).items():
+                told, parts = self.results["peers"][name].setdefault("parts", {}), run.get("parts", {})
+                for what, ms in {"ttft": run["ttft"], "tpot": run["tpot"], **parts}.items():
+                    times[name].setdefault(what, []).append(ms)
+                for part, ms in parts.items():
                     told.setdefault(part, []).append(ms)
         for name, worker in ((theirs, other), (ours, mine)):
             peak = peak_resident(Path(f"/proc/{worker.pid}/status"))
@@ -366,41 +377,6 @@ class Contest:
         self.results["stages"][name] = in_child(task)
 
 
-def agreement(one: Answer, other: Answer, limits: str = "float32") -> dict[str, Any]:
-    """Two answers (tokens, first logits): `difference` of the logits (relative, see `compare`), whether they
-    are `close` and `why` not, and how many `tokens` are equal from the first on, of how many."""
-    result, equal = compare(other[1], one[1], limits), _equal_tokens(one[0], other[0])
-    return {
-        "close": result.ok and equal > 0,
-        "why": f"logits: {result.why}" if not result.ok else "" if equal else "the first token differs",
-        "difference": result.relative,
-        "tokens": equal,
-        "of": len(one[0]),
-    }
-
-
-def likeness(one: Answer, other: Answer) -> dict[str, Any]:
-    """The same of answers in different bits, which are close if their logits point the same way; `cosine`.
-
-    Logits are taken less their mean, which says nothing of a token and which some do not tell.
-    """
-    result = compare(other[1] - other[1].mean(), one[1] - one[1].mean(), "int4")
-    return {
-        "close": result.cosine >= _ALIKE,
-        "why": f"logits: cosine {result.cosine:.3f}, at least {_ALIKE:g} is another rounding of one model",
-        "difference": result.relative,
-        "cosine": result.cosine,
-        "tokens": _equal_tokens(one[0], other[0]),
-        "of": len(one[0]),
-    }
-
-
-def _equal_tokens(wanted: Sequence[int], found: Sequence[int]) -> int:
-    """How many are equal from the first on."""
-    pairs = zip(wanted, found, strict=False)
-    return next((at for at, (one, two) in enumerate(pairs) if one != two), min(len(wanted), len(found)))
-
-
 def _chosen(text: str) -> list[str]:
     known = [*FLOAT.peers, "torch-vispruner", "genai"]
     names = known if text == "all" else text.split(",")
@@ -420,6 +396,7 @@ def _with_fewer_bits(names: Sequence[str], precisions: Sequence[Precision], int4
 def _flags(args: argparse.Namespace) -> list[str]:
     """What the report's command line says of this run, for it to be repeated."""
     flags = [f"--{name}" for name in ("int8", "int4") if getattr(args, name)]
+    flags += ["--towers", args.towers] if args.towers else []
     return [*flags, *([] if args.rounds == ROUNDS else ["--rounds", args.rounds])]
 
 

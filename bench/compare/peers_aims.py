@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from vtp.bench.common.pairs import BASE, BOTH, FLOAT, beside_ours, fastest_of, find_pair, first_token
+from vtp.bench.common.pairs import BASE, BOTH, ENCODER, FLOAT, beside_ours, fastest_of, find_pair, first_token
+from vtp.bench.common.towered import Towered
 from vtp.bench.compare.cells import ratio_cell
 
+_CUT = "ipcv:0.35"
 DECODERS = {"float32": ("genai", "vtp decoder"), "int4": ("genai-int4", "vtp decoder int4")}
 # A share of the machine's rate above this says that the rate was measured too low, and so nothing else.
 POSSIBLE = 1.05
@@ -22,18 +24,28 @@ def aims(results: Mapping[str, Any]) -> list[Aim]:
 def _ratios(results: Mapping[str, Any]) -> list[Aim]:
     rows: list[Aim] = []
     llama = BOTH.peers[2]
+    float_cut, cut = Towered(_CUT, FLOAT).name, Towered(_CUT, BOTH).name
     for what, theirs, ours, key, least in (
         ("first token, fastest unpruned peer, float32", fastest_of(results), BASE, "ttft", 1.75),
         ("first token, PyTorch unpruned, float32", "torch", BASE, "ttft", 4.3),
         (f"first token, vtp with all tokens, {BOTH.name}", BOTH.whole, BOTH.ours, "ttft", 4.2),
         ("first token, llama.cpp q8_0 and q4_0, as few bits", llama, BOTH.ours, "ttft", 5.0),
         ("first token, fastest other peer in as few bits", _fastest_other(results), BOTH.ours, "ttft", 1.9),
+        (f"encoder, tower {_CUT}, vtp without it, float32", BASE, float_cut, ENCODER, 1.8),
+        (
+            f"first token, tower {_CUT}, fastest unpruned peer, float32",
+            fastest_of(results),
+            float_cut,
+            "ttft",
+            2.6,
+        ),
+        (f"first token, tower {_CUT}, llama.cpp q8_0 and q4_0", llama, cut, "ttft", 7.5),
         ("each further token, llama.cpp q4_0", llama, BOTH.ours, "tpot", 1.0),
         ("each further token, onnxruntime-genai", *DECODERS["float32"], "tpot", 1.0),
         ("each further token, onnxruntime-genai, int4", *DECODERS["int4"], "tpot", 1.0),
     ):
         pair = find_pair(results, theirs, ours)
-        if pair:
+        if pair and key in pair:
             rows.append((what, f"at least {least:g} times", ratio_cell(pair[key]), pair[key]["low"] >= least))
     return rows
 

@@ -206,14 +206,18 @@ def _at(results: Mapping[str, Any], at: Precision) -> list[str]:
 
 
 def _variants(results: Mapping[str, Any]) -> list[str]:
-    """vtp's other bundles, each beside the fastest peer in as many bits."""
+    """vtp's other bundles, each beside others in as many bits."""
     measures = {at.ours for at in PRECISIONS} | {ours for _, ours in DECODERS.values()}
     rows = [
         [f"{called(pair['ours'])}, beside {called(pair['theirs'])}", *both(pair, "ours")[1:]]
         for pair in results["pairs"]
         if pair["ours"] not in measures
     ]
-    said = "Each beside the fastest peer of its precision above, in turns of its own:"
+    said = "Each beside the fastest peer of its precision above and others, in turns of their own."
+    if results.get("towers"):
+        said += (
+            " A reduction makes the tower cheaper as well; what it costs in answers: [tower.md](tower.md)."
+        )
     columns = header("the bundle", results["rounds"])
     return ["## vtp's other bundles", said, table(columns, rows)] if rows else []
 
@@ -221,6 +225,7 @@ def _variants(results: Mapping[str, Any]) -> list[str]:
 def _own_parts(results: Mapping[str, Any]) -> list[str]:
     """Encoder and prompt as those tell of them who do."""
     names = [name for at in PRECISIONS for name in (*at.peers, at.whole, at.ours)]
+    names += [pair["ours"] for pair in results["pairs"]]
     told = parts_of(results, list(dict.fromkeys(names)))
     rows = [
         [called(name), *(spread_cell(found[part]) if part in found else "" for part in ("encoder", "prompt"))]

@@ -103,5 +103,6 @@ def number(cell: str) -> float:
 
 def contest(tmp_path: Path, **changes: Any) -> peers.Contest:
     flags = {"model": str(tmp_path), "shape": "x", "also": [], "peers": "all", "keep": "3", "rounds": "2"}
-    flags |= {"int8": False, "int4": False, "tokens": "5", "threads": "1", "work": str(tmp_path), **changes}
+    flags |= {"int8": False, "int4": False, "towers": None, "tokens": "5", "threads": "1"}
+    flags |= {"work": str(tmp_path), **changes}
     return peers.Contest(argparse.Namespace(**flags), Progress())

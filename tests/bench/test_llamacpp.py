@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
+from vtp.bench.common.agreement import likeness
 from vtp.bench.compare.llamacpp import built, convert
 from vtp.bench.compare.peer import Spec, peer_class
 from vtp.bench.compare.peer_llamacpp import LlamaCpp, class_last
 from vtp.bench.compare.peer_torch import Torch
-from vtp.bench.compare.peers import likeness
 from vtp.engines import VtpError
 from vtp.runtime.compare import compare
 

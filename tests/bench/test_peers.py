@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from vtp.bench.common import fewer_bits
+from vtp.bench.common.agreement import agreement
 from vtp.bench.common.figures import ratio, spread
 from vtp.bench.common.pairs import BOTH, FLOAT, INT8
 from vtp.bench.compare import peer, peers, worker
@@ -22,7 +23,7 @@ from vtp.export.exporter import Request, export
 from vtp.runtime.bundle.folder import open_bundle
 
 from ..models.tiny import save_tiny
-from .planted import contest
+from .planted import RESULTS, contest
 
 
 def test_spread_is_median_and_quartiles() -> None:
@@ -55,14 +56,14 @@ def test_a_ratios_interval_holds_its_noise() -> None:
 
 def test_agreement_counts_tokens_up_to_the_first_that_differs() -> None:
     logits = np.array([1.0, -4.0, 2.0], np.float32)
-    same = peers.agreement(([1, 2, 3], logits), ([1, 2, 4], logits + 1e-4))
+    same = agreement(([1, 2, 3], logits), ([1, 2, 4], logits + 1e-4))
     assert same["close"] and same["tokens"] == 2 and same["of"] == 3
     assert 1e-5 < same["difference"] < 2e-4
-    assert not peers.agreement(([1], logits), ([1], logits + 0.1))["close"]
-    assert peers.agreement(([1], logits), ([1], logits + 0.05), "int4")["close"]
-    assert not peers.agreement(([1], logits), ([2], logits), "int4")["close"]
-    assert not peers.agreement(([1], logits), ([2], logits))["close"]
-    assert not peers.agreement(([1], logits), ([1], logits[:2]))["close"]
+    assert not agreement(([1], logits), ([1], logits + 0.1))["close"]
+    assert agreement(([1], logits), ([1], logits + 0.05), "int4")["close"]
+    assert not agreement(([1], logits), ([2], logits), "int4")["close"]
+    assert not agreement(([1], logits), ([2], logits))["close"]
+    assert not agreement(([1], logits), ([1], logits[:2]))["close"]
 
 
 def test_a_stopwatch_tells_first_and_further_tokens() -> None:
@@ -118,7 +119,7 @@ def test_torch_answers_as_vtp_does(exported: Any, picture_file: Path, tmp_path: 
             opened = peer.peer_class(kind)(told)
             opened.open()
             answers.append((opened.run().tokens, opened.first_logits()))
-        found = peers.agreement(*answers)
+        found = agreement(*answers)
         assert found["close"] and found["tokens"] == 5 and found["difference"] < 1e-4, (name, found)
 
 
@@ -202,6 +203,27 @@ def test_fewer_bits_are_asked_for_by_flags(tmp_path: Path) -> None:
     assert few.chosen == ["llamacpp", "llamacpp-f32-q4_0"]
 
 
+def test_tower_reductions_take_part_in_float32_and_in_the_fewest_bits(tmp_path: Path) -> None:
+    one = contest(tmp_path, int8=True, int4=True, towers="ipcv:0.35,tome:16")
+    whole, few = "vtp vispruner, tower tome:16", "vtp vispruner int8 int4, tower tome:16"
+    assert one.bundles[whole] == one.work / "vispruner-tome-16"
+    assert one.extra[few] == one.work / "vispruner-int8-int4-tome-16"
+    assert one.fewer[few] == (whole, BOTH) and whole not in one.fewer and len(one.towered) == 4
+    assert one._export_flags(whole) == ["--method", "vispruner", "--keep-tokens", "3", "--tower", "tome:16"]
+    assert one._export_flags("vtp none") == ["--method", "none"]
+    assert one.results["towers"] == ["ipcv:0.35", "tome:16"]
+    assert one.results["flags"][2:4] == ["--towers", "ipcv:0.35,tome:16"]
+    assert [made.at for made in contest(tmp_path, towers="tome:16").towered] == [FLOAT]
+
+
+def test_a_tower_reduction_is_held_against_the_bundle_without_it(tmp_path: Path) -> None:
+    one = contest(tmp_path, int8=True, int4=True, towers="ipcv:0.35")
+    assert [made.beside(RESULTS) for made in one.towered] == [
+        ["transformers-onnx", "vtp vispruner"],
+        ["openvino-int4", "llamacpp-q4_0", "vtp vispruner int8 int4"],
+    ]
+
+
 def test_another_bundle_is_held_against_peers_in_as_many_bits(
     exported: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -270,6 +292,7 @@ def test_int8_and_int4_take_part_beside_the_peers(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
     save_tiny(tmp_path / "tiny", tied=True, head_dim=16, vision_layers=2)
     arguments = ["--model", str(tmp_path / "tiny"), "--int8", "--int4", "--peers", "torch,genai"]
+    arguments += ["--towers", "tome:1"]
     arguments += ["--keep", "6", "--rounds", "1", "--tokens", "5", "--threads", "1"]
     arguments += ["--work", str(tmp_path / "work"), "--out", str(tmp_path)]
     assert peers.main(arguments) == 0
@@ -277,9 +300,11 @@ def test_int8_and_int4_take_part_beside_the_peers(tmp_path: Path) -> None:
     assert results["failed"] == {}
     pairs = {(pair["theirs"], pair["ours"]) for pair in results["pairs"]}
     wanted = {(f"vtp none {bits}", f"vtp vispruner {bits}") for bits in ("int8", "int8 int4")}
+    wanted |= {(name, f"{name}, tower tome:1") for name in ("vtp vispruner", "vtp vispruner int8 int4")}
     assert wanted | {("genai", "vtp decoder"), ("genai-int4", "vtp decoder int4")} <= pairs
     text = (tmp_path / "docs/bench.md").read_text()
     assert f"| {BOTH.name}: vtp, all tokens, int8 encoder, int4 decoder |" in text
+    assert "| vtp, vispruner, tower tome:1, beside vtp, vispruner |" in text
     assert "int4, the same weights" in text and "range of the turns" in text
     assert f"first token, vtp with all tokens, {BOTH.name} | at least 4.2 times" in text
 
@@ -289,6 +314,8 @@ def test_bad_flags_are_refused(tmp_path: Path) -> None:
         ({"peers": "torch,excel"}, "unknown peer 'excel'; peers: torch"),
         ({"also": ["int8"]}, "'int8' is not NAME=DIR"),
         ({"rounds": "0"}, "rounds '0' is not a whole number"),
+        ({"towers": "ipvc:0.35"}, "unknown tower reduction 'ipvc'; did you mean 'ipcv'"),
+        ({"towers": "tome:16,none"}, "'none' reduces nothing"),
     ):
         with pytest.raises(UsageError, match=message):
             contest(tmp_path, **changes)

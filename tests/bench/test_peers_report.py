@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from vtp.bench.common.figures import ratio, spread
-from vtp.bench.common.pairs import BOTH, TURNS, between, fastest_of
+from vtp.bench.common.pairs import BOTH, TURNS, between, fastest_of, pair_of
 from vtp.bench.compare import cells, peers_aims, peers_report
 
 from .planted import RESULTS, figures, lines_of, number, turns
@@ -76,6 +76,32 @@ def test_an_aim_is_met_by_the_lower_bound_alone() -> None:
         "each further token, onnxruntime-genai": True,
     }
     assert "**missed**" in peers_report.page(RESULTS)
+
+
+def test_aims_of_a_tower_reduction_are_of_its_encoder_and_first_token() -> None:
+    results = copy.deepcopy(RESULTS)
+    cut, few = "vtp vispruner, tower ipcv:0.35", "vtp vispruner int8 int4, tower ipcv:0.35"
+    pair = turns("vtp vispruner", cut, (1000, 520), (30, 30))
+    pair["encoder"] = {"ratio": 2.0, "low": 1.9, "high": 2.1}
+    results["pairs"] += [pair, turns("transformers-onnx", cut, (1700, 700), (33, 30))]
+    results["pairs"].append(turns("llamacpp-q4_0", few, (4400, 500), (18, 17)))
+    found = {what: met for what, _, _, met in peers_aims.aims(results) if "ipcv" in what}
+    assert found == {
+        "encoder, tower ipcv:0.35, vtp without it, float32": True,
+        "first token, tower ipcv:0.35, fastest unpruned peer, float32": False,
+        "first token, tower ipcv:0.35, llama.cpp q8_0 and q4_0": True,
+    }
+    results["towers"] = ["ipcv:0.35"]
+    text = peers_report.page(results)
+    assert "vtp, vispruner, tower ipcv:0.35, beside vtp, vispruner |" in text and "(tower.md)" in text
+
+
+def test_an_encoder_is_compared_where_both_tell_of_it() -> None:
+    times = {"a": {"ttft": [4.0], "tpot": [1.0], "encoder": [3.0]}, "b": {"ttft": [2.0], "tpot": [1.0]}}
+    assert "encoder" not in pair_of("a", "b", times)
+    times["b"]["encoder"] = [1.5]
+    found = pair_of("a", "b", times)
+    assert found["encoder"]["ratio"] == 2 and found["ms"]["a"]["encoder"]["median"] == 3
 
 
 def test_aims_of_stages_are_read_from_the_bundles_own_figures() -> None:

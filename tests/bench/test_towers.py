@@ -55,6 +55,31 @@ def test_differences_are_to_the_same_methods_behind_the_whole_tower() -> None:
     )
 
 
+def test_a_method_that_a_tower_does_not_serve_is_in_no_mean_and_has_empty_cells() -> None:
+    everything = [
+        taken("none", "none", {}, 4.0),
+        taken("one", "none", {0: [0, 1, 2]}, 4.0),
+        taken("two", "none", {}, 4.0),
+        taken("none", "tome:32", {}, 2.5),
+        taken("two", "tome:32", {0: [0, 1, 2]}, 2.5),
+    ]
+    text = towers.markdown({(one.method, one.tower): one for one in everything}, items(), [9, 4])
+    assert "| none | 4.00 | 9 | 100.0 |" in text and "| tome:32 | 2.50 | 9 | 75.0 | -25.0 (" in text
+    rates = text.partition("### Every method, all questions")[2].partition("###")[0]
+    assert "| one | 75.0 | 100.0 |  |  |" in rates and "| two | 100.0 | 100.0 | 75.0 | 100.0 |" in rates
+
+
+def test_a_run_leaves_out_what_a_tower_does_not_serve(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    """hiprune reads scores that tome does not give: refused by the real export, before any question."""
+    monkeypatch.setattr(
+        towers, "take_exam", lambda folder, asked, keeps, threads: np.ones((len(keeps), len(asked)), bool)
+    )
+    flags = ["--count", "6", "--methods", "hiprune", "--keep", "32", "--towers", "none,tome:32"]
+    assert towers.main([*flags, "--threads", "1", "--work", str(tmp_path / "work")]) == 0
+    told = capsys.readouterr()
+    assert "left out: " in told.err and "| hiprune | 100.0 |  |" in told.out
+
+
 def test_the_first_tower_is_none(capsys: pytest.CaptureFixture[str]) -> None:
     assert towers.main(["--towers", "ipcv:0.35,none"]) == 2
     assert "does not begin with none" in capsys.readouterr().err

@@ -115,7 +115,7 @@ def site_link(target: str, address: str) -> str:
         return target
     if not (found.exists() and ROOT in found.parents):
         LOG.warning(
-            "a page links to '%s', which is no file of the repository", target
+            "a page links to '%s', which is not a file of the repository", target
         )  # --strict fails by it
         return target
     named = found.relative_to(ROOT).as_posix() + mark + anchor

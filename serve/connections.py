@@ -130,7 +130,7 @@ class Connection(H11Protocol):
 
 
 class _Reading(h11.Connection):
-    """h11's reader, but a body in many tiny chunks is no request: each of them takes 20 microseconds."""
+    """h11's reader, but a body in many tiny chunks is not a request: each of them takes 20 microseconds."""
 
     crowded = False
     _chunks = 0

@@ -23,7 +23,7 @@ _MOST = 1000  # entries of a folder that are looked at
 
 
 def check_is_bundle(path: str | Path) -> None:
-    """VtpError for what is no bundle: what was found instead, and the command that makes one of it."""
+    """VtpError for what is not a bundle: what was found instead, and the command that makes one of it."""
     folder = Path(path)
     if (folder / MANIFEST).is_file():
         return

@@ -196,7 +196,7 @@ class Quantizer:
                 layer, bits, 0.0, "its weight is also used in float, by which it is not stored twice"
             )
         if bits == "int4" and self.bundle.manifest.target != "ort" and layer.shape[0] % block:
-            return Judged(layer, bits, 0.0, f"its {layer.shape[0]} inputs are no multiple of {block}")
+            return Judged(layer, bits, 0.0, f"its {layer.shape[0]} inputs are not a multiple of {block}")
         if (layer.file, layer.source) not in self._seen:
             return Judged(layer, bits, 0.0, "no prompt ran through it")
         weight = weight_of(layer, model, self.bundle.folder)

@@ -125,7 +125,7 @@ def _check_attribute(data: Buffer, files: Mapping[str, int]) -> None:
 
 
 def _check_tensor(data: Buffer, files: Mapping[str, int]) -> int:
-    """Hold a TensorProto against its data; returns the bytes of it that are no values."""
+    """Hold a TensorProto against its data; returns the bytes of it that are not values."""
     shape: list[int] = []
     kind, structure, place = 0, 0, dict[str, str]()
     for number, value in fields(data):

@@ -149,7 +149,7 @@ def _compile(model: Any, device: str, threads: int | None) -> Any:
 
 
 def _given(graph: GraphFile) -> list[str]:
-    """Inputs that are no weights: older graphs list these as well."""
+    """Inputs that are not weights: older graphs list these as well."""
     return [name for name in graph.inputs if name not in graph.weights]
 
 

@@ -20,7 +20,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], width: int | Non
     """Columns aligned: the first to the left, the others to the right when all their cells are numbers.
 
     width  characters of a line at most: the cells of the widest columns then take several lines. None: the
-           terminal's; where the output is no terminal, as many as the cells have
+           terminal's; if the output is not a terminal, as many as the cells have
     """
     cells = [list(header), *[[shown(cell, MESSAGE_LENGTH) for cell in row] for row in rows]]
     widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
@@ -83,7 +83,7 @@ def _narrowed(widths: Sequence[int], limit: int) -> list[int]:
 
 
 def _terminal_width() -> int | None:
-    """Characters of a line of standard output; None: it is no terminal."""
+    """Characters of a line of standard output; None: it is not a terminal."""
     return shutil.get_terminal_size().columns if sys.stdout is not None and sys.stdout.isatty() else None
 
 

@@ -37,7 +37,7 @@ _SIZES = {
 _LISTS = {"enum": 1000, "anyOf": 128, "oneOf": 128, "allOf": 8, "prefixItems": 128}
 _PROPERTIES = 200  # of one object
 _DIVISOR = 10**4  # of multipleOf, without its decimal point: an automaton of that many states
-_DATA = ("enum", "const", "default", "examples")  # whose values are no schemas
+_DATA = ("enum", "const", "default", "examples")  # whose values are not schemas
 _NUMBERS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 
 

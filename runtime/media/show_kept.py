@@ -64,7 +64,7 @@ def show_kept_frames(
     """Return a sheet of a video's frames, row by row, each as `show_kept` shows a picture.
 
     grid: (rows, columns) of a frame's patches. kept: indices into the visual tokens of all frames, of which
-    `firsts` are the first patches of each frame; tokens that are no patches are not shown.
+    `firsts` are the first patches of each frame; tokens that are not patches are not shown.
     """
     indices = np.asarray(kept, dtype=np.int64)
     shown = []

@@ -55,13 +55,13 @@ class ClipSpec(ImageSpec):
         )
 
     def fitted(self, fit: str) -> ClipSpec:
-        """The same for pictures that are no squares: what becomes of their sides.
+        """The same for pictures that are not squares: what becomes of their sides.
 
         crop       the middle square is seen, and the longer sides are cut off, as CLIP's processor does
         letterbox  the whole picture is seen, padded to a square in the mean colour
         stretch    the whole picture is seen, resized as it is, as SigLIP's processor does
 
-        UsageError for another word, and for a model whose input is no square.
+        UsageError for another word, and for a model whose input is not a square.
         """
         height, width = self.fixed_size
         if fit not in CLIP_FITS:

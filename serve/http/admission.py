@@ -332,7 +332,7 @@ class _Body:
 
 
 def _declared(scope: Scope) -> int:
-    """The Content-Length; 0 without one, and for what is no number, which servers refuse themselves."""
+    """The Content-Length; 0 without one, and for what is not a number, which servers refuse themselves."""
     text = b"".join(_headers(scope, b"content-length")[:1])
     return int(text[:20]) if text.isdigit() else 0
 

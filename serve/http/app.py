@@ -97,7 +97,7 @@ class Counted:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Run the application; probes of its health are no requests."""
+        """Run the application; probes of its health are not requests."""
 
         async def note(message: Message) -> None:
             if message.get("status", 0) >= _REFUSED and _is_uncounted(scope):

@@ -141,7 +141,7 @@ class Robot:
 
         values = {}
         for name, parameter in PARAMETERS.items():
-            # Dynamic, so that `rate: 5` is taken for 5.0; what is no number is refused by its own words.
+            # Dynamic, so that `rate: 5` is taken for 5.0; what is not a number is refused by its own words.
             descriptor = ParameterDescriptor(description=parameter.what, dynamic_typing=True)
             values[name] = self.node.declare_parameter(name, getattr(Settings, name), descriptor).value
         return values

@@ -26,7 +26,8 @@ def add_vocabulary(writer: Any, checkpoint: Checkpoint) -> None:
     model, added = told["model"], told["added_tokens"]
     if model["type"] != "BPE" or model.get("byte_fallback") or told.get("normalizer"):
         raise VtpError(
-            f"{checkpoint.folder}: its tokenizer is no byte-level BPE, which is what the GGUF converter takes"
+            f"{checkpoint.folder}: its tokenizer is not a byte-level BPE, the only kind that the GGUF "
+            "converter takes"
         )
     pieces, kinds = pieces_of(model["vocab"], added, checkpoint.config.text_config.vocab_size)
     writer.add_tokenizer_model("gpt2")

@@ -71,7 +71,7 @@ def begun(state: Tensor, fresh: Tensor) -> Tensor:
 def append_rows(state: Tensor, rows: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
     """The last L inputs [B,D,L] before new ones [B,D,S]: all of them [B,D,L+S], and the last L real ones.
 
-    ends  int64 [B]: how many of the S are no padding
+    ends  int64 [B]: how many of the S are not padding
     """
     joined = torch.cat([state, rows], dim=2)
     places = ends.unsqueeze(1) + torch.arange(state.shape[2])  # [B,L]

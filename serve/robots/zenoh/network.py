@@ -34,7 +34,7 @@ class Network:
 
         endpoint  the router's address, or any peer's
 
-        Raises UsageError for what is no address, VtpError without the library, or if nothing answers there.
+        Raises UsageError for what is not an address, VtpError without the library, or if nothing answers.
         """
         check_endpoint(endpoint)
         self.node, self.endpoint = node, endpoint

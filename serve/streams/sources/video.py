@@ -94,7 +94,7 @@ class VideoSource:
     def __init__(
         self, address: Address, every_frame: bool = False, tell: Callable[[str], None] = lambda line: None
     ) -> None:
-        """Open it. Raises UsageError or VtpError if it cannot be opened, or is no video."""
+        """Open it. Raises UsageError or VtpError if it cannot be opened, or is not a video."""
         self.name = address.name
         self._address, self._every_frame, self._tell = address, every_frame, tell
         self._closed, self._lock = threading.Event(), threading.Lock()
@@ -312,8 +312,8 @@ def _close_unwanted(opened: Future[Opened]) -> None:
 _NAMES_OTHERS = "it is a playlist, whose files and URLs are not opened, or it is damaged"
 _CURE = "give a video file, a folder of pictures, a camera such as /dev/video0, or an rtsp:// or http:// URL"
 _OTHER_NODE = (
-    "it is no camera that gives pictures. A camera often has several /dev/video*, of which one does: try the "
-    "others (v4l2-ctl --list-devices names them)"
+    "it is not a camera that gives pictures. A camera often has several /dev/video*, of which one does: try "
+    "the others (v4l2-ctl --list-devices names them)"
 )
 # Of a device file, by what the system says.
 _CAMERA_CURES = {

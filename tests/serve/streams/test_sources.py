@@ -332,7 +332,7 @@ def test_a_device_that_is_no_camera_is_refused() -> None:
     """FFmpeg's v4l2 asks it, as the nodes of a camera that give data and no pictures."""
     line = refusal("/dev/null")
     assert line.startswith(
-        "cannot open /dev/null: Inappropriate ioctl for device; it is no camera that gives"
+        "cannot open /dev/null: Inappropriate ioctl for device; it is not a camera that gives"
     )
     assert "try the others" in line
 

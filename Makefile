@@ -153,7 +153,7 @@ real: setup  ## a real checkpoint on public sets beside the papers' figures (wan
 	$(BIN)/python -m vtp.bench.real --model "$(MODEL)" --data "$(DATA)" $(if $(LIMIT),--limit $(LIMIT)) \
 	  $(if $(METHODS),--methods "$(METHODS)") $(if $(KEEP),--keep "$(KEEP)") $(REAL)
 
-# Peers that cannot be installed are named in the page. BENCH takes flags, such as "--int8 --int4", which want
+# Peers that cannot be installed are named in the page. BENCH takes flags, such as "--int8 --int4 --towers ipcv:0.35", which want
 # `make llamacpp` beforehand for llama.cpp to take part.
 bench: setup  ## vtp beside its peers on a full-size shape: docs/bench.md and the README's figures (idle; half an hour)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(EDITABLE) -e '.[$(EXTRAS),bench]'

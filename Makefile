@@ -18,6 +18,7 @@ LLAMACPP := build/llamacpp
 LLAMACPP_SOURCE := llama-cpp-python==0.3.36
 LLAMACPP_OPTIONS := -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON -DBUILD_SHARED_LIBS=OFF -DLLAMA_CURL=OFF \
   -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_UI=OFF -DLLAMA_USE_PREBUILT_UI=OFF
+LLAMACPP_AMX := $(LLAMACPP)/src/vendor/llama.cpp/ggml/src/ggml-cpu/amx/mmq.cpp
 TRITON_PYTHON ?= /usr/bin/python3
 ROS_PYTHON ?= python3.11
 ZENOH_PYTHON ?= $(PYTHON)
@@ -166,6 +167,10 @@ llamacpp: setup  ## build llama.cpp, a peer of `make bench`, in build/llamacpp (
 	test -e $(LLAMACPP)/src/PKG-INFO || { $(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps \
 	  --no-binary llama-cpp-python -d $(LLAMACPP) $(LLAMACPP_SOURCE) && \
 	  tar -xzf $(LLAMACPP)/llama_cpp_python-*.tar.gz -C $(LLAMACPP)/src --strip-components 1; }
+# Before GCC 13 _tile_loadconfig says that it reads 8 of its 64 bytes, so that what is stored in the others is left
+# out, and q8_0 and q4_0 end with SIGILL on CPUs with AMX. A barrier in front of the call keeps all of them.
+	grep -q '"r"(&tc)' $(LLAMACPP_AMX) || \
+	  sed -i 's/^    _tile_loadconfig(&tc);/    asm volatile("" : : "r"(\&tc) : "memory");\n&/' $(LLAMACPP_AMX)
 	cmake -S $(LLAMACPP)/src/vendor/llama.cpp -B $(LLAMACPP)/cmake -G Ninja $(LLAMACPP_OPTIONS)
 	cmake --build $(LLAMACPP)/cmake --target llama-server llama-quantize llama-mtmd-cli llama-bench
 

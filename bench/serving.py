@@ -9,7 +9,8 @@ about the next of a few pictures; the texts of both ways are compared.
     python -m vtp.bench.serving BUNDLE --against llama-server --model DIR --bits q8_0,q4_0
 
 asks llama.cpp's server the same (`make llamacpp`), on the model that the bundle was exported from: the same
-pictures, questions, slots and threads. It keeps all visual tokens.
+pictures, questions, slots and threads. It keeps all visual tokens. A model that cuts pictures into tiles is
+asked about pictures of the bundle's proportions (`--picture 1024x512`), so that both cut the same.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import argparse
 import base64
 import dataclasses
 import http.client
+import io
 import json
 import os
 import re
@@ -34,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from vtp.bench.common import clients as clients_at
 from vtp.bench.common.clients import gaps_ms
@@ -57,6 +60,7 @@ class Seen:
 
     texts: dict[tuple[int, int], str] = field(default_factory=dict)
     tokens: int = 0
+    prompts: list[int] = field(default_factory=list)  # tokens of each, as they reach the decoder
     first_ms: list[float] = field(default_factory=list)
     gaps_ms: list[float] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
@@ -67,6 +71,7 @@ class Seen:
         return {
             "answers_per_second": len(self.texts) / self.seconds,
             "tokens_per_second": self.tokens / self.seconds,
+            "prompt_tokens": float(np.mean(self.prompts)) if self.prompts else 0.0,
             "ttft_p50_ms": _quantile(self.first_ms, 0.5),
             "ttft_p95_ms": _quantile(self.first_ms, 0.95),
             "gap_p95_ms": _quantile(self.gaps_ms, 0.95),
@@ -103,12 +108,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--clients", default="1,4,16,64", metavar="N,…", help="how many ask at once (default: %(default)s)")
     add("--requests", default="4", metavar="N", help="requests of each client (default: %(default)s)")
     add("--max-new-tokens", default="64", metavar="N", help="tokens of an answer (default: %(default)s)")
+    add("--picture", metavar="WxH", help="stretch the pictures to this size before they are sent")
     add("--slots", default="8", metavar="N", help="requests that decode together (default: %(default)s)")
     add("--vision-feature-cache", default="0", metavar="N", help="pictures whose features are kept (off)")
     add("--ray", metavar="ADDRESS", help="let vtp-serve answer from replicas on Ray (docs/scale.md)")
     add("--replicas", default="1", metavar="N", help="with --ray (default: %(default)s)")
     add("--against", choices=["llama-server"], help="ask llama.cpp's server the same (make llamacpp)")
-    add("--model", metavar="DIR", help="with --against: the LLaVA that the bundle was exported from")
+    add("--model", metavar="DIR", help="with --against: the model that BUNDLE was exported from")
     add(
         "--bits", default="f32,f16", metavar="VISION,TEXT", help="of llama.cpp's files (default: %(default)s)"
     )
@@ -133,12 +139,13 @@ def _run(args: argparse.Namespace) -> None:
     )
     slots, bits = whole_number("--slots", args.slots, 1), read_bits(args.bits)
     if args.against and not args.model:
-        raise UsageError("--against llama-server wants --model DIR, the LLaVA that BUNDLE was exported from")
+        raise UsageError("--against llama-server wants --model DIR, the model that BUNDLE was exported from")
     flags = ["--slots", args.slots, "--queue", str(max(clients))]
     flags += ["--vision-feature-cache", args.vision_feature_cache]
     flags += [] if args.threads is None else ["--threads", args.threads]
     flags += [] if args.ray is None else ["--ray", args.ray, "--replicas", args.replicas]
-    pictures = [_data_url(path) for path in sorted(examples_dir().glob("*.png"))]
+    size = None if args.picture is None else _read_size(args.picture)
+    pictures = [_data_url(path, size) for path in sorted(examples_dir().glob("*.png"))]
     progress = Progress()
     with (
         tempfile.TemporaryDirectory(prefix="vtp-serving-") as name,
@@ -147,10 +154,10 @@ def _run(args: argparse.Namespace) -> None:
         rows = _measure(Load(port, pictures, requests, length), clients, progress, "vtp-serve")
     others: list[dict[str, Any]] = []
     if args.against:
-        longest = open_bundle(args.bundle).manifest.model.max_length
+        manifest = open_bundle(args.bundle).manifest
         threads = None if args.threads is None else whole_number("--threads", args.threads, 1)
         progress.step("convert the model, start llama-server")
-        with llama_server(args.model, bits, threads, slots, longest) as port:
+        with llama_server(args.model, bits, threads, slots, manifest) as port:
             others = _measure(
                 Load(port, pictures, requests, length, OPTIONS), clients, progress, args.against
             )
@@ -171,7 +178,8 @@ def _run(args: argparse.Namespace) -> None:
 def _measure(load: Load, clients: Sequence[int], progress: Progress, who: str) -> list[dict[str, Any]]:
     """One server's figures for every number of clients."""
     rows = []
-    _ask(load, Seen(), 0, 0)  # opens what is opened at the first request
+    for number in range(len(load.pictures)):  # both ways find caches as filled, and all opened
+        _ask(load, Seen(), 0, number)
     for count in clients:
         progress.step(f"{who}: {count} clients, {count * load.requests} requests")
         rows.append(compare(load, count))
@@ -223,6 +231,7 @@ def _ask(load: Load, seen: Seen, client: int, number: int) -> None:
                 text += chunk["choices"][0]["delta"]["content"]
             if chunk.get("usage"):
                 seen.tokens += chunk["usage"]["completion_tokens"]
+                seen.prompts.append(chunk["usage"]["prompt_tokens"])
     except (OSError, http.client.HTTPException, ValueError, KeyError) as error:
         seen.failed.append(f"{type(error).__name__}: {error}")
         return
@@ -281,8 +290,22 @@ def _server(bundle: Path, flags: Sequence[str]) -> Iterator[int]:
             server.terminate()
 
 
-def _data_url(path: Path) -> str:
-    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
+def _read_size(text: str) -> tuple[int, int]:
+    """(width, height) of WxH; UsageError for anything else."""
+    width, cross, height = text.partition("x")
+    if not cross:
+        raise UsageError(f"--picture '{text}' is not WxH, such as 1024x512")
+    return whole_number("--picture", width, 1), whole_number("--picture", height, 1)
+
+
+def _data_url(path: Path, size: tuple[int, int] | None) -> str:
+    """The picture as a PNG, stretched to (width, height) if a size is given."""
+    written = path.read_bytes()
+    if size is not None:
+        out = io.BytesIO()
+        Image.open(path).resize(size).save(out, "PNG")
+        written = out.getvalue()
+    return f"data:image/png;base64,{base64.b64encode(written).decode()}"
 
 
 def _quantile(values: Sequence[float], share: float) -> float:
@@ -308,16 +331,21 @@ def _report(found: dict[str, Any]) -> str:
     said = (
         f"vtp-serve {' '.join(found['flags'])} on {found['cores']} cores of {found['machine']}, with the "
         f"clients on the same machine; answers of {found['max_new_tokens']} tokens, milliseconds from the "
-        "request on"
+        f"request on; {_prompts(found['clients'])}"
     )
     parts = [said, table(_HEADER, _lines(found["clients"]))]
     if "against" in found:
         other = found["against"]
         parts += [
-            f"{other['server']}, encoder and decoder in {other['bits']}, all visual tokens, asked the same",
+            f"{other['server']}, encoder and decoder in {other['bits']}, all visual tokens, asked the same; "
+            f"{_prompts(other['clients'])}",
             table(_HEADER, _lines(other["clients"])),
         ]
     return "\n\n".join(parts)
+
+
+def _prompts(rows: Sequence[dict[str, Any]]) -> str:
+    return f"prompts of {rows[-1]['in_turn']['prompt_tokens']:.0f} tokens"
 
 
 def _lines(rows: Sequence[dict[str, Any]]) -> list[list[str]]:

@@ -64,10 +64,14 @@ class LlamaCpp(Peer):
         made = processor(self.spec.model, config)
         self._picture = picture(made.image_processor, self.spec.image)
         self._vocabulary = config.text_config.vocab_size
-        before, after = halves(made, self.spec.prompt)
-        ids = [made.tokenizer(part, add_special_tokens=False).input_ids for part in (before, after)]
-        self._letter = made.tokenizer("a", add_special_tokens=False).input_ids[0]
-        self._length = sum(map(len, ids)) + config.image_seq_length
+        self._start(made.tokenizer, halves(made, self.spec.prompt), config.image_seq_length)
+
+    def _start(self, tokenizer: Any, parts: tuple[str, str], visual: int) -> None:
+        """Start the server on a prompt's words in front of the picture and behind it, and `visual` tokens."""
+        before, after = parts
+        ids = [tokenizer(part, add_special_tokens=False).input_ids for part in parts]
+        self._letter = tokenizer("a", add_special_tokens=False).input_ids[0]
+        self._length = sum(map(len, ids)) + visual
         server = self._server = LlamaServer(
             text_path(self.folder, self.text),
             vision_path(self.folder, self.vision),
@@ -75,7 +79,7 @@ class LlamaCpp(Peer):
             self.folder / f"server-{self.vision}-{self.text}.log",
             more=("--ctx-size", str(self._length + self.spec.tokens + _ROOM), *self.more),
         )
-        _check_words(server, (before, after), ids)
+        _check_words(server, parts, ids)
         self._prompt = before + server.marker + after
 
     def close(self) -> None:

@@ -212,7 +212,7 @@ def _write_words(parts: _Parts, folder: Path) -> None:
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=byte_level_tokenizer(parts.special),
+        tokenizer_object=byte_level_tokenizer(parts.special, parts.config.get_text_config().vocab_size),
         clean_up_tokenization_spaces=False,
         **parts.tokenizer,
     )

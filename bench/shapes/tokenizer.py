@@ -1,4 +1,8 @@
-"""A tokenizer for full-size shapes: their special tokens at their ids, and enough English for a prompt."""
+"""A tokenizer for full-size shapes: their special tokens at their ids, and enough English for a prompt.
+
+Its other ids have text as well, for a random model chooses any of them: a server streams text, and where a
+token has none, nothing shows when it came, nor whether two answers differ.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +18,14 @@ _ENGLISH = (
 )
 
 
-def byte_level_tokenizer(special: Mapping[str, int]) -> Any:
-    """A byte-level BPE with the shape's special tokens at their ids and a few hundred English pieces.
+# Two line ends are one piece of SmolLM2's vocabulary; llama.cpp puts it in front of SmolVLM's whole picture.
+_BLANK_LINE = ("Ċ", "Ċ")
 
-    The ids in between stand for no text; a random model may well choose them.
+
+def byte_level_tokenizer(special: Mapping[str, int], size: int) -> Any:
+    """A byte-level BPE of `size` pieces: the shape's special tokens at their ids, a few hundred of English.
+
+    The ids in between are pieces that no text is cut into: a blank and the id itself.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -29,11 +37,13 @@ def byte_level_tokenizer(special: Mapping[str, int]) -> Any:
     )
     learner.train_from_iterator([_ENGLISH] * 4, trainer)
     learnt = json.loads(learner.to_str())["model"]
+    merges = [*(tuple(pair) for pair in learnt["merges"]), _BLANK_LINE]
+    pieces = [*sorted(learnt["vocab"], key=learnt["vocab"].__getitem__), "".join(_BLANK_LINE)]
     taken = set(special.values())
-    free = (number for number in range(10**6) if number not in taken)
-    vocabulary = {piece: next(free) for piece in sorted(learnt["vocab"], key=learnt["vocab"].__getitem__)}
-    merges = [tuple(pair) for pair in learnt["merges"]]
-    tokenizer = Tokenizer(models.BPE(vocab={**vocabulary, **special}, merges=merges))
+    free = (number for number in range(size) if number not in taken)
+    vocabulary = {piece: next(free) for piece in pieces}
+    rest = {f"Ġ{number}": number for number in free}
+    tokenizer = Tokenizer(models.BPE(vocab={**vocabulary, **special, **rest}, merges=merges))
     tokenizer.pre_tokenizer = byte_level
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in special])

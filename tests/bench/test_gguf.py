@@ -1,4 +1,4 @@
-"""GGUF files hold a LLaVA's own weights, and llama.cpp's report is read as it is written."""
+"""GGUF files hold a model's own weights, and llama.cpp's report is read as it is written."""
 
 from __future__ import annotations
 
@@ -7,15 +7,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 
 from vtp.bench.compare.llamacpp import built, convert, report
 from vtp.bench.compare.llamacpp.checkpoint import Checkpoint
+from vtp.bench.compare.llamacpp.projector_mlp import used_layers
 from vtp.bench.compare.llamacpp.text_model import interleaved, write_text_model
-from vtp.bench.compare.llamacpp.vision_model import used_layers, write_vision_model
+from vtp.bench.compare.llamacpp.vision_model import write_vision_model
 from vtp.bench.compare.llamacpp.vocabulary import cut_of
 from vtp.engines import UsageError, VtpError
 
 from ..models.tiny import save_tiny
+from ..models.tiny_split import save_idefics3, save_internvl
+from .smol_vocabulary import add_blank_line
 
 gguf = pytest.importorskip("gguf", reason="gguf is not installed")
 
@@ -24,6 +28,8 @@ gguf = pytest.importorskip("gguf", reason="gguf is not installed")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("gguf")
     save_tiny(root / "qwen2", decoder="qwen2", tied=True, head_dim=16)
+    save_idefics3(root / "smolvlm", kind="smolvlm")
+    add_blank_line(root / "smolvlm")
     return root
 
 
@@ -61,6 +67,40 @@ def test_an_image_encoder_ends_at_the_features_layer(models: Path, tmp_path: Pat
     assert np.array_equal(
         tensors["v.patch_embd.weight"], checkpoint.tensor("vision_tower.embeddings.patch_embedding.weight")
     )
+
+
+def test_a_smolvlm_keeps_every_weight(models: Path, tmp_path: Path) -> None:
+    checkpoint = Checkpoint(models / "smolvlm")
+    write_vision_model(checkpoint, tmp_path / "mmproj.gguf")
+    keys, tensors = read(tmp_path / "mmproj.gguf")
+    assert keys["clip.projector_type"] == "idefics3" and keys["clip.use_gelu"]
+    assert keys["clip.vision.projector.scale_factor"] == 2 and keys["clip.vision.block_count"] == 2
+    assert (keys["clip.vision.image_size"], keys["clip.vision.preproc_image_size"]) == (28, 56)
+    assert "clip.vision.feature_layer" not in keys  # all layers
+    written = len(tensors)
+    write_text_model(checkpoint, tmp_path / "text.gguf", np.float32)
+    text_keys, tensors = read(tmp_path / "text.gguf")
+    assert text_keys["general.architecture"] == "llama" and text_keys["tokenizer.ggml.pre"] == "smollm"
+    assert np.array_equal(tensors["output.weight"], checkpoint.tensor("lm_head.weight"))
+    with safe_open(models / "smolvlm/model.safetensors", framework="pt") as file:
+        assert written + len(tensors) == len(file.keys())
+
+
+def test_a_longest_edge_is_a_file_of_its_own(models: Path, tmp_path: Path) -> None:
+    """What a bundle of one tile is held against: the checkpoint's own edge makes more tiles."""
+    made = convert.vision_file(str(models / "smolvlm"), tmp_path, "f32", 28)
+    assert made.name == "mmproj-f32-28.gguf" and read(made)[0]["clip.vision.preproc_image_size"] == 28
+    assert convert.main([str(models / "smolvlm"), str(tmp_path), "--longest-edge", "0"]) == 2
+
+
+def test_marks_that_llama_cpp_would_not_find_are_refused(models: Path, tmp_path: Path) -> None:
+    """It looks a blank line up and would put token -1 into the prompt."""
+    save_idefics3(tmp_path / "plain", kind="smolvlm")
+    with pytest.raises(VtpError, match=r"puts the token '\\n\\n' around pictures.*cuts into 2"):
+        convert.vision_file(str(tmp_path / "plain"), tmp_path, "f32")
+    with pytest.raises(VtpError, match="is a internvl; the GGUF converter takes one of llava, idefics3"):
+        save_internvl(tmp_path / "internvl")
+        Checkpoint(tmp_path / "internvl")
 
 
 def test_queries_of_llama_are_interleaved_head_by_head() -> None:

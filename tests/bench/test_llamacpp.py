@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from transformers import AutoTokenizer, SmolVLMForConditionalGeneration
 
 from vtp.bench.common.agreement import likeness
 from vtp.bench.compare.llamacpp import built, convert
+from vtp.bench.compare.llamacpp.server import LlamaServer
 from vtp.bench.compare.peer import Spec, peer_class
 from vtp.bench.compare.peer_llamacpp import LlamaCpp, class_last
 from vtp.bench.compare.peer_torch import Torch
@@ -19,6 +23,8 @@ from vtp.engines import VtpError
 from vtp.runtime.compare import compare
 
 from ..models.tiny import save_tiny
+from ..models.tiny_split import idefics3_processor, save_idefics3
+from .smol_vocabulary import add_blank_line
 
 pytest.importorskip("gguf", reason="gguf is not installed")
 needs_build = pytest.mark.skipif(not built.is_built(), reason="llama.cpp is not built: make llamacpp")
@@ -35,6 +41,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("llamacpp")
     for name, options in MODELS.items():
         save_tiny(root / name, **options)
+    save_idefics3(root / "smolvlm", kind="smolvlm", head_dim=16, factor=2)
+    add_blank_line(root / "smolvlm")
     return root
 
 
@@ -93,6 +101,78 @@ def test_llama_cpp_answers_as_transformers_does(
     assert tokens == wanted_tokens
     plain = compare(centred(logits), centred(answer(Torch, told)[1]), "float16")
     assert plain.ok == (name == "siglip"), "of CLIP llama.cpp takes the class row for a patch: issue 25814"
+
+
+class SmolVLM:
+    """transformers' SmolVLM of a folder and its prompt for one picture, which is cut into tiles."""
+
+    def __init__(self, told: Spec) -> None:
+        self.model = SmolVLMForConditionalGeneration.from_pretrained(told.model).eval()
+        self.processor = idefics3_processor(self.model, (56, 56))
+        self.processor.tokenizer = AutoTokenizer.from_pretrained(told.model)
+        turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": told.prompt}]}
+        self.words = self.processor.apply_chat_template([turn], add_generation_prompt=True)
+        self.given = self.processor(
+            images=Image.open(told.image), text=self.words, add_special_tokens=False, return_tensors="pt"
+        )
+
+    def answer(self, tokens: int) -> tuple[list[int], np.ndarray]:
+        """Greedy tokens, whatever they are, and the first one's logits."""
+        count = self.given["input_ids"].shape[1]
+        with torch.inference_mode():
+            made = self.model.generate(
+                **self.given,
+                max_new_tokens=tokens,
+                do_sample=False,
+                eos_token_id=None,
+                return_dict_in_generate=True,
+                output_logits=True,
+            )
+        return made.sequences[0, count:].tolist(), made.logits[0][0].float().numpy()
+
+
+class ExactSmolVLM(Exact):
+    """The picture goes to llama.cpp as it is: resizing and cutting it is part of what is compared."""
+
+    def open(self) -> None:
+        wanted = SmolVLM(self.spec)
+        tokenizer, ids = wanted.processor.tokenizer, wanted.given["input_ids"][0]
+        before, after = wanted.words.split("<image>")
+        text = len(tokenizer(before + after, add_special_tokens=False).input_ids)
+        self._picture = base64.b64encode(Path(self.spec.image).read_bytes()).decode()
+        self._vocabulary = wanted.model.config.text_config.vocab_size
+        self._start(tokenizer, (before, after), len(ids) - text)
+
+
+@needs_build
+@pytest.mark.parametrize("size", [(60, 60), (112, 41)], ids=["2x2", "1x2"])
+def test_a_smolvlm_answers_as_transformers_does(
+    models: Path, tmp_path: Path, answer: Any, size: tuple[int, int]
+) -> None:
+    """Tiles, their names and the whole picture; the count of the prompt's tokens is held by `run`."""
+    picture = tmp_path / "picture.png"
+    Image.fromarray(np.random.default_rng(5).integers(0, 255, (*size[::-1], 3), np.uint8)).save(picture)
+    told = spec(models, "smolvlm", picture)
+    wanted_tokens, wanted = SmolVLM(told).answer(told.tokens)
+    tokens, logits = answer(ExactSmolVLM, told)
+    found = compare(centred(logits), centred(wanted), "float16")
+    assert found.ok and found.cosine > 0.9999, found
+    assert tokens == wanted_tokens
+
+
+@needs_build
+def test_a_picture_of_one_tile_comes_twice_to_llama_cpp(
+    models: Path, picture_file: Path, tmp_path: Path
+) -> None:
+    """As a tile and as the whole, where transformers has the whole alone: a limit of the comparison."""
+    model, bits = str(models / "smolvlm"), "f32"
+    files = convert.text_file(model, tmp_path, bits), convert.vision_file(model, tmp_path, bits, 28)
+    with LlamaServer(*files, 1, tmp_path / "server.log", more=("--ctx-size", "256")) as server:
+        picture = base64.b64encode(picture_file.read_bytes()).decode()
+        prompt = {"prompt_string": server.marker, "multimodal_data": [picture]}
+        answer = server.ask("/completion", {"prompt": prompt, "n_predict": 1, "cache_prompt": False})
+    # fake, row 1 column 1, 4 of the tile, blank line, fake, global, 4 of the whole, fake
+    assert answer["timings"]["prompt_n"] == 2 + 4 + 3 + 4 + 1
 
 
 @needs_build

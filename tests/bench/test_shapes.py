@@ -36,6 +36,12 @@ def test_special_tokens_have_the_ids_of_the_config(name: str, tmp_path: Path) ->
         assert tokenizer(word, add_special_tokens=False).input_ids == [number]
     text = "What is the café's dog doing? 你好"
     assert tokenizer.decode(tokenizer(text).input_ids) == text
+    assert len(tokenizer("\n\n").input_ids) == 1  # as in SmolLM2's vocabulary, which llama.cpp relies on
+    size = parts.config.get_text_config().vocab_size
+    silent = [
+        at for at in range(500, size) if at not in parts.special.values() and not tokenizer.decode([at])
+    ]
+    assert len(tokenizer) <= size and not silent
     image = getattr(parts.config, "image_token_id", None) or parts.config.image_token_index
     assert image in parts.special.values()
 

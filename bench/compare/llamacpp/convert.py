@@ -1,6 +1,6 @@
-"""GGUF files of a LLaVA: its decoder in 32, 16, 8 or 4 bits, its image encoder in 32 or 8.
+"""GGUF files of a LLaVA or SmolVLM: its decoder in 32, 16, 8 or 4 bits, its image encoder in 32 or 8.
 
-    python -m vtp.bench.compare.llamacpp.convert MODEL OUT [--text f16] [--vision f32]
+    python -m vtp.bench.compare.llamacpp.convert MODEL OUT [--text f16] [--vision f32] [--longest-edge 512]
 
 Full precision is written by the `gguf` package from the checkpoint's own tensors; llama.cpp's quantiser makes
 the files in few bits from it.
@@ -21,7 +21,7 @@ from vtp.bench.compare.llamacpp.text_model import write_text_model
 from vtp.bench.compare.llamacpp.vision_model import write_vision_model
 from vtp.engines import UsageError
 from vtp.runtime.commands.arguments import add_debug
-from vtp.runtime.commands.console import Parser, run_command
+from vtp.runtime.commands.console import Parser, run_command, whole_number
 
 TEXT = ("f32", "f16", "q8_0", "q4_0")
 VISION = ("f32", "q8_0")
@@ -30,22 +30,29 @@ VISION = ("f32", "q8_0")
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     parser = Parser(
-        prog="python -m vtp.bench.compare.llamacpp.convert", description="Write a LLaVA as GGUF files."
+        prog="python -m vtp.bench.compare.llamacpp.convert",
+        description="Write a LLaVA or SmolVLM as GGUF files.",
     )
     add = parser.add_argument
-    add("model", metavar="MODEL", help="a LLaVA in Hugging Face layout")
+    add("model", metavar="MODEL", help="a LLaVA, Idefics3 or SmolVLM in Hugging Face layout")
     add("out", metavar="OUT", help="folder of the files")
     add("--text", default="f16", help=f"{', '.join(TEXT)} (default: %(default)s)")
     add("--vision", default="f32", help=f"{', '.join(VISION)} (default: %(default)s)")
+    add(
+        "--longest-edge",
+        metavar="PIXELS",
+        help="of a picture before it is cut into tiles (Idefics3, SmolVLM; default: the model's own)",
+    )
     add_debug(parser)
     args = parser.parse_args(argv)
     return run_command("convert", lambda: _run(args), args.debug)
 
 
 def _run(args: argparse.Namespace) -> None:
+    edge = None if args.longest_edge is None else whole_number("--longest-edge", args.longest_edge, 1)
     for path in (
         text_file(args.model, Path(args.out), args.text),
-        vision_file(args.model, Path(args.out), args.vision),
+        vision_file(args.model, Path(args.out), args.vision, edge),
     ):
         print(f"written: {path}")
 
@@ -55,9 +62,9 @@ def text_path(folder: Path, bits: str) -> Path:
     return folder / f"text-{bits}.gguf"
 
 
-def vision_path(folder: Path, bits: str) -> Path:
-    """Where the image encoder in `bits` lies."""
-    return folder / f"mmproj-{bits}.gguf"
+def vision_path(folder: Path, bits: str, edge: int | None = None) -> Path:
+    """Where the image encoder in `bits`, for a longest edge, lies."""
+    return folder / f"mmproj-{bits}{'' if edge is None else f'-{edge}'}.gguf"
 
 
 def text_file(model: str, folder: Path, bits: str) -> Path:
@@ -72,14 +79,17 @@ def text_file(model: str, folder: Path, bits: str) -> Path:
     return path
 
 
-def vision_file(model: str, folder: Path, bits: str) -> Path:
-    """The image encoder in `bits`, made if it is not there; raises as `text_file`."""
+def vision_file(model: str, folder: Path, bits: str, edge: int | None = None) -> Path:
+    """The image encoder in `bits`, made if it is not there; raises as `text_file`.
+
+    edge  see `write_vision_model`
+    """
     _check("--vision", bits, VISION)
-    path = vision_path(folder, bits)
+    path = vision_path(folder, bits, edge)
     if bits == "f32":
-        return _whole(path, lambda aside: write_vision_model(Checkpoint(model), aside))
+        return _whole(path, lambda aside: write_vision_model(Checkpoint(model), aside, edge))
     if not path.exists():
-        quantise(vision_file(model, folder, "f32"), path, bits)
+        quantise(vision_file(model, folder, "f32", edge), path, bits)
     return path
 
 

@@ -12,6 +12,8 @@ from vtp.bench.compare.llamacpp.built import binary
 from vtp.bench.compare.llamacpp.convert import TEXT, VISION, text_file, vision_file
 from vtp.bench.compare.llamacpp.server import LlamaServer
 from vtp.engines import UsageError
+from vtp.runtime.bundle.manifest import Manifest
+from vtp.runtime.preprocess.idefics3 import Idefics3Spec
 
 # Of every request: nothing is kept of an earlier one, and no end of sequence ends it early.
 OPTIONS = {"cache_prompt": False, "ignore_eos": True, "temperature": 0.0, "top_k": 1}
@@ -30,18 +32,27 @@ def read_bits(text: str) -> tuple[str, str]:
 
 @contextmanager
 def llama_server(
-    model: str, bits: tuple[str, str], threads: int | None, slots: int, longest: int
+    model: str, bits: tuple[str, str], threads: int | None, slots: int, manifest: Manifest
 ) -> Iterator[int]:
-    """The port of a server on `model` (a LLaVA in Hugging Face layout) in `bits`, until the block is left.
+    """The port of a server on `model` (in Hugging Face layout) in `bits`, until the block is left.
 
-    slots    requests that decode together, as vtp-serve's --slots
-    longest  tokens of a prompt and its answer; the server's cache has as many places for each slot
+    slots     requests that decode together, as vtp-serve's --slots
+    manifest  of the bundle beside it: how long a prompt and its answer may be, for the server's cache has as
+              many places for each slot, and how large a picture is before it is cut into tiles
     """
     binary("llama-server")  # before anything is converted
     with tempfile.TemporaryDirectory(prefix="vtp-gguf-") as name:
         folder = Path(name)
-        files = text_file(model, folder, bits[1]), vision_file(model, folder, bits[0])
-        cache = ("--ctx-size", str(slots * longest))
+        text, vision = text_file(model, folder, bits[1]), vision_file(model, folder, bits[0], _edge(manifest))
+        cache = ("--ctx-size", str(slots * manifest.model.max_length))
         count = threads or os.cpu_count() or 1
-        with LlamaServer(*files, count, folder / "server.log", slots, cache) as server:
+        with LlamaServer(text, vision, count, folder / "server.log", slots, cache) as server:
             yield server.port
+
+
+def _edge(manifest: Manifest) -> int | None:
+    """The longest edge of a picture before it is cut; None for kinds that llama.cpp does not cut."""
+    image = manifest.image
+    if not isinstance(image, Idefics3Spec):
+        return None
+    return image.longest_edge if image.do_image_splitting else image.height

@@ -1,4 +1,4 @@
-"""The decoder of a LLaVA as GGUF: llama.cpp's architectures `qwen2` and `llama`."""
+"""The decoder of a model as GGUF: llama.cpp's architectures `qwen2` and `llama`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from vtp.bench.compare.llamacpp.checkpoint import HEAD, TEXT, Checkpoint
+from vtp.bench.compare.llamacpp.checkpoint import Checkpoint
 from vtp.bench.compare.llamacpp.vocabulary import add_vocabulary
 from vtp.engines import VtpError
 
@@ -83,15 +83,15 @@ def _add_sizes(writer: Any, text: Any) -> None:
 
 def _tensors(checkpoint: Checkpoint) -> Any:
     """GGUF's name and the float32 values of every tensor, one after the other."""
-    text = checkpoint.config.text_config
-    yield "token_embd.weight", checkpoint.tensor(f"{TEXT}embed_tokens.weight")
-    yield "output_norm.weight", checkpoint.tensor(f"{TEXT}norm.weight")
-    if HEAD in checkpoint:
-        yield "output.weight", checkpoint.tensor(HEAD)
+    text, names = checkpoint.config.text_config, checkpoint.layout
+    yield "token_embd.weight", checkpoint.tensor(f"{names.text}embed_tokens.weight")
+    yield "output_norm.weight", checkpoint.tensor(f"{names.text}norm.weight")
+    if names.head in checkpoint:
+        yield "output.weight", checkpoint.tensor(names.head)
     for layer in range(text.num_hidden_layers):
         for short, name in _BLOCK.items():
             for kind in ("weight", "bias"):
-                source = f"{TEXT}layers.{layer}.{name}.{kind}"
+                source = f"{names.text}layers.{layer}.{name}.{kind}"
                 if source in checkpoint:
                     values = checkpoint.tensor(source)
                     yield f"blk.{layer}.{short}.{kind}", _turned(values, text, short)

@@ -14,6 +14,8 @@ _QWEN2 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# SmolLM2's, in front of ByteLevel: every digit is a word.
+_DIGITS = {"type": "Digits", "individual_digits": True}
 
 
 def add_vocabulary(writer: Any, checkpoint: Checkpoint) -> None:
@@ -64,6 +66,8 @@ def cut_of(told: dict[str, Any]) -> str:
     parts = told["pretokenizers"] if told["type"] == "Sequence" else [told]
     if len(parts) == 1 and _byte_level(parts[0], pattern=True):
         return GPT2
+    if len(parts) == 2 and parts[0] == _DIGITS and _byte_level(parts[1], pattern=True):
+        return "smollm"
     if len(parts) == 2 and parts[0].get("pattern") == {"Regex": _QWEN2} and _byte_level(parts[1], False):
         return "qwen2"
     kinds = ", ".join(part["type"] for part in parts)

@@ -250,6 +250,11 @@ def _llamacpp(results: Mapping[str, Any]) -> list[str]:
         f"{built['package'] or '(not told)'}, built by `make llamacpp` with {built['compiler']}: {options}. "
         f"It says that it uses {', '.join(built['instructions']) or '(not told)'}."
     )
+    if any(name.startswith("AMX") for name in built["instructions"]):
+        said += (
+            " `make llamacpp` puts a barrier into its AMX kernels, without which GCC before 13 drops stores to "
+            "their tile configuration and the server ends with SIGILL."
+        )
     return ["## llama.cpp", said, _LLAMACPP]
 
 

@@ -252,8 +252,8 @@ def _llamacpp(results: Mapping[str, Any]) -> list[str]:
     )
     if any(name.startswith("AMX") for name in built["instructions"]):
         said += (
-            " `make llamacpp` puts a barrier into its AMX kernels, without which GCC before 13 drops stores to "
-            "their tile configuration and the server ends with SIGILL."
+            " `make llamacpp` puts a barrier into its AMX kernels, without which GCC before 13 drops stores "
+            "to their tile configuration and the server ends with SIGILL."
         )
     return ["## llama.cpp", said, _LLAMACPP]
 

@@ -1,6 +1,7 @@
 """Answers of bundles with whatever versions run this file: written by one environment, compared by another.
 
-    python tests/oldest.py export FOLDER TARGET      the built-in model with every method (needs vtp[export])
+    python tests/oldest.py export FOLDER TARGET      the built-in model with every method, and some of them in
+                                                     every precision (needs vtp[export,calib])
     python tests/oldest.py write FILE FOLDER         answers of this environment
     python tests/oldest.py compare FILE              the same questions here; 1 if one fails or differs
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 import json
 import platform
 import sys
+from collections.abc import Callable
 from contextlib import closing
 from importlib import metadata
 from pathlib import Path
@@ -29,6 +31,19 @@ from vtp.runtime.parity_gate import Case, cases
 
 PROMPTS = ("what color is the star ?", "how many circle ?")
 PACKAGES = ("onnxruntime", "numpy", "tokenizers", "pillow", "jinja2")
+# In each precision are asked one method that keeps every token, so that answers are always compared, and one
+# that chooses. dtype, then what vision encoder and projector, and the decoder become.
+PRECISE = ("none", "adaptprune")
+PRECISIONS = {
+    "ort": (
+        ("float16", "none", "none"),
+        ("float32", "int8", "none"),
+        ("float32", "none", "int4"),
+        ("float32", "int8", "int4"),
+        ("float16", "int8", "int4"),
+    ),
+    "jetpack6": (("float32", "none", "none"), ("float32", "int8", "none"), ("float16", "int8", "none")),
+}
 
 
 def answers(folder: str) -> list[dict]:
@@ -40,15 +55,36 @@ def answers(folder: str) -> list[dict]:
 
 
 def export_all(folder: str, target: str) -> None:
-    """A bundle for every method, named as the method."""
+    """A bundle for every method, named as the method, and those of PRECISIONS."""
     from vtp.export.exporter import Request, export
     from vtp.export.pruners import picture_methods
 
-    for method in picture_methods():
-        keep = None if method == "none" else "64"
-        out = Path(folder) / method
-        export(Request(out, method=method, keep_tokens=keep, target=target, verify="none", overwrite=True))
+    def make(name: str, method: str, dtype: str | None) -> Path:
+        out, keep = Path(folder) / name, None if method == "none" else "64"
+        wishes = {"keep_tokens": keep, "target": target, "dtype": dtype, "verify": "none"}
+        export(Request(out, method=method, overwrite=True, **wishes))
         print(out, flush=True)
+        return out
+
+    for method in picture_methods():
+        make(method, method, None)
+    for method in PRECISE:
+        make_precisions(target, method, make)
+
+
+def make_precisions(target: str, method: str, make: Callable[[str, str, str | None], Path]) -> None:
+    """A method's bundles in every precision; those in fewer bits are made from float ones beside them."""
+    from vtp.bench.common.fewer_bits import write_quantised
+    from vtp.calib.quantize.quantizer import Wish
+
+    floats: dict[str, Path] = {}
+    for dtype, vision, decoder in PRECISIONS[target]:
+        if dtype not in floats:
+            floats[dtype] = make(f"{method}-{dtype}", method, dtype)
+        if (vision, decoder) != ("none", "none"):
+            out = floats[dtype].with_name(f"{method}-{dtype}-{vision}-{decoder}")
+            write_quantised(open_bundle(floats[dtype]), out, Wish(vision, decoder), 4, 1)
+            print(out, flush=True)
 
 
 def write(file: Path, folders: list[str]) -> None:

@@ -94,6 +94,16 @@ class Int8:
     layer: Layer
     range: Range
     activations: str  # "int8", or "uint8" around 128, which is the same numbers
+    target: str
+
+    @property
+    def domain(self) -> str:
+        """Whose QuantizeLinear and DequantizeLinear: ONNX Runtime's own for its target.
+
+        Its graphs have opset 23, for whose QuantizeLinear ONNX Runtime 1.23 has no kernel. ONNX Runtime's own
+        operators of these names have one in every version, compute the same and are fused alike.
+        """
+        return _MICROSOFT if self.target == "ort" else ""
 
 
 @dataclass(frozen=True)
@@ -164,7 +174,9 @@ class _Writer:
             self._as_weight(f"{name}_float", layer)
             inputs = [name, f"{name}_scale", f"{name}_zero"]
             self.nodes.append(
-                helper.make_node("DequantizeLinear", inputs, [f"{name}_float"], f"{name}_dq", axis=1)
+                helper.make_node(
+                    "DequantizeLinear", inputs, [f"{name}_float"], f"{name}_dq", domain=change.domain, axis=1
+                )
             )
         self._product(node, self._round(change), f"{name}_float")
 
@@ -189,13 +201,11 @@ class _Writer:
             self._float(f"{name}_scale", np.array(change.range.scale(INT8)), change.layer.dtype)
             zero, kind = (128, TensorProto.UINT8) if unsigned else (0, TensorProto.INT8)
             self._add(f"{name}_zero", np.array(zero, np.uint8), kind, [])
-            parts = [f"{name}_scale", f"{name}_zero"]
-            self.nodes.append(
-                helper.make_node("QuantizeLinear", [source, *parts], [f"{name}_codes"], f"{name}_q")
-            )
-            self.nodes.append(
-                helper.make_node("DequantizeLinear", [f"{name}_codes", *parts], [name], f"{name}_dq")
-            )
+            parts, codes, domain = [f"{name}_scale", f"{name}_zero"], f"{name}_codes", change.domain
+            self.nodes += [
+                helper.make_node("QuantizeLinear", [source, *parts], [codes], f"{name}_q", domain=domain),
+                helper.make_node("DequantizeLinear", [codes, *parts], [name], f"{name}_dq", domain=domain),
+            ]
             self._as_source(name, source)
             self._rounded[source] = name
         return self._rounded[source]

@@ -172,7 +172,7 @@ class Quantizer:
     def _change(self, one: Judged) -> Change:
         layer = one.layer
         if one.bits == "int8":
-            return Int8(layer, self._range(layer), self.activations)
+            return Int8(layer, self._range(layer), self.activations, self.bundle.manifest.target)
         return self._int4(layer)
 
     def _int4(self, layer: Layer) -> Int4:

@@ -21,7 +21,13 @@ from vtp.engines.graph.file import GRAPH_BYTES, Buffer, bits_of, fields, integer
 
 # Beside the standard domain: what the exporter and vtp-calib write. Others of this domain read files
 # (EPContext) or hold graphs (BeamSearch).
-_MICROSOFT = {"GroupQueryAttention", "LinearAttention", "MatMulNBits"}
+_MICROSOFT = {
+    "DequantizeLinear",
+    "GroupQueryAttention",
+    "LinearAttention",
+    "MatMulNBits",
+    "QuantizeLinear",
+}
 _STANDARD = ("", "ai.onnx")
 _FLOW = {"If", "Loop", "Scan", "SequenceMap"}
 _RANDOM = {

@@ -11,7 +11,9 @@ import numpy as np
 
 from vtp.engines.base import Binding, Engine, Held, TensorSpec, Value
 from vtp.engines.errors import VtpError
+from vtp.engines.graph.file import read_graph
 from vtp.engines.ort.library import load_onnxruntime
+from vtp.engines.ort.needs import unmet_need
 from vtp.engines.ort.placement import record_assignment, refuse_cpu_nodes
 
 _DTYPES = {
@@ -355,9 +357,15 @@ def _load(path: Path, options: Any, providers: list[Any], **how: Any) -> Any:
         # Its own second try prints four lines, and on CUDA would go on without it.
         return ort.InferenceSession(str(path), options, providers=providers, enable_fallback=0, **how)
     except Exception as error:  # as above
-        raise VtpError(
-            f"ONNX Runtime {ort.__version__} cannot load {path.name}: {_one_line(error)}"
-        ) from error
+        why = _unmet(path, ort.__version__) or _one_line(error)
+        raise VtpError(f"ONNX Runtime {ort.__version__} cannot load {path.name}: {why}") from error
+
+
+def _unmet(path: Path, version: str) -> str:
+    try:
+        return unmet_need(read_graph(path), version)
+    except VtpError:  # what is no graph is told in ONNX Runtime's words
+        return ""
 
 
 def _one_line(error: BaseException) -> str:

@@ -25,8 +25,7 @@ WEIGHTS = {  # what vision encoder and projector, then the decoder become; None:
     "int8": Wish("int8", "none"),
     "int4": Wish("none", "int4"),
 }
-# TensorRT 10.3 has no int4; ONNX Runtime 1.23 has no QuantizeLinear of opset 23, on any machine.
-UNSERVED = {("jetpack6", "int4"), ("ort", "int8")}
+UNSERVED = {("jetpack6", "int4")}  # which TensorRT 10.3 does not have
 # These are asked by the scheduler and the watcher, too. The scheduler's answers are sampled, so that logits
 # must be float32's: those of other weights are farther apart than draws are from another token.
 STREAMED = ("vispruner-ort-float32", "adaptprune-jetpack6-float32")

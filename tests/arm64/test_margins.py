@@ -135,13 +135,14 @@ def test_movement_is_relative_to_each_row() -> None:
 
 def test_every_method_is_asked_with_each_target_and_kind_of_weights() -> None:
     kinds = [(case.target, case.weights) for case in cases() if case.method == "vispruner"]
-    assert len(kinds) == len(set(kinds)) == 6 and not UNSERVED & set(kinds)
-    assert select([]) == cases() and len(cases()) % 6 == 0
+    assert len(kinds) == len(set(kinds)) == 7 and not UNSERVED & set(kinds)
+    assert select([]) == cases() and len(cases()) % 7 == 0
 
 
 def test_words_select_bundles() -> None:
     assert {case.name for case in select(["quick"])} == set(QUICK)
     assert {case.name for case in select(["dart-int8", "fastv-ort-int4"])} == {
+        "dart-ort-int8",
         "dart-jetpack6-int8",
         "fastv-ort-int4",
     }

@@ -29,6 +29,8 @@ from vtp.engines.graph.file import read_graph
 from vtp.runtime import Pipeline
 from vtp.runtime.bundle.folder import open_bundle
 
+from ..oracles.onnxruntime_1_23 import too_new
+
 BITS = ["--max-new-tokens", "4", "--threads", "1", "--samples", "4"]
 
 
@@ -119,6 +121,21 @@ def test_int8_features_are_near_the_float_ones(made: Path, exported: Any) -> Non
         engine = open_graph(folder / "vision_encoder.onnx", "ort-cpu", 1)
         found.append(engine.run({"pixel_values": engine.put(pixels)})["image_features"].numpy())
     assert 0 < np.abs(found[0] - found[1]).max() < 0.1 * np.abs(found[0]).max()
+
+
+def test_every_graph_opens_on_the_oldest_onnxruntime(made: Path, exported: Any, tmp_path: Path) -> None:
+    """`make test-oldest` asks bundles in every precision on a real 1.23.2; here the graphs are read."""
+    bundle = open_bundle(exported("float16").folder)
+    half = Quantizer(bundle, Wish("int8", "int4"))
+    samples = [Sample(picture, "what ?") for picture in (tmp_path / "one.png",)]
+    Image.fromarray(np.zeros((60, 80, 3), np.uint8)).save(samples[0].image)
+    half.observe(tmp_path / "probe", samples, "ort-cpu", 1, lambda _: None)
+    (tmp_path / "half").mkdir()
+    half.write(tmp_path / "half", set())
+    graphs = [*made.glob("*.onnx"), *(tmp_path / "half").glob("*.onnx")]
+    written = {(node.domain, node.op) for path in graphs for node in read_graph(path).nodes}
+    assert {("com.microsoft", "QuantizeLinear"), ("com.microsoft", "MatMulNBits")} <= written
+    assert [fault for path in graphs for fault in too_new(path)] == []
 
 
 def test_one_part_alone(exported: Any, data: Path, tmp_path: Path, capsys: Any) -> None:
@@ -264,9 +281,11 @@ def test_a_gemm_keeps_its_bias(tmp_path: Path, bits: str, target: str) -> None:
     seen = Range()
     seen.add(values)
     energy = np.square(values).sum(0)
-    change = Int8(layer, seen, "int8") if bits == "int8" else Int4(layer, energy, 32, target)
+    change = Int8(layer, seen, "int8", target) if bits == "int8" else Int4(layer, energy, 32, target)
     rewrite(model, [change], Store(tmp_path, tmp_path), "g.onnx")
     onnx.save(model, tmp_path / "g.onnx")
+    standard = (bits, target) == ("int8", "tensorrt")  # whose engine has QuantizeLinear of every opset
+    assert too_new(tmp_path / "g.onnx") == (["::QuantizeLinear"] if standard else [])
     engine = open_graph(tmp_path / "g.onnx", "ort-cpu", 1)
     found = engine.run({"x": engine.put(values)})["y"].numpy()
     want = values @ weight.T + bias

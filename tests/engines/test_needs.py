@@ -1,0 +1,52 @@
+"""What an older ONNX Runtime does not have is told with the version that does, and as little as that."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from vtp.engines.graph.file import GraphFile, read_graph
+from vtp.engines.ort.needs import unmet_need
+
+
+def graph(folder: Path, operator: str, domain: str, opset: int) -> GraphFile:
+    node = helper.make_node(operator, ["x", "s", "z"], ["y"], domain=domain)
+    x, s, z = (helper.make_tensor_value_info(name, TensorProto.FLOAT, []) for name in "xsz")
+    y = helper.make_tensor_value_info("y", TensorProto.UINT8, [])
+    domains = [helper.make_opsetid("", opset), helper.make_opsetid("com.microsoft", 1)]
+    made = helper.make_model(helper.make_graph([node], "g", [x, s, z], [y]), opset_imports=domains)
+    onnx.save(made, folder / "g.onnx")
+    return read_graph(folder / "g.onnx")
+
+
+def test_linear_attention_names_its_version(tmp_path: Path) -> None:
+    found = graph(tmp_path, "LinearAttention", "com.microsoft", 23)
+    assert unmet_need(found, "1.25.0") == (
+        "it has LinearAttention, which came with 1.25.1; pip install 'onnxruntime>=1.25.1' (or "
+        "onnxruntime-gpu; Python 3.11 or newer)"
+    )
+    assert unmet_need(found, "1.25.1") == unmet_need(found, "1.31.1") == ""
+
+
+def test_int8_of_an_earlier_vtp_names_its_version_and_the_other_way(tmp_path: Path) -> None:
+    found = unmet_need(graph(tmp_path, "QuantizeLinear", "", 23), "1.23.2")
+    assert found.startswith("it has QuantizeLinear of opset 23, which came with 1.24; pip install ")
+    assert found.endswith(", or vtp-calib quantize from the float bundle again")
+
+
+@pytest.mark.parametrize(
+    ("operator", "domain", "opset", "version"),
+    [
+        ("QuantizeLinear", "", 23, "1.24.1"),
+        ("QuantizeLinear", "", 20, "1.17.0"),  # of target jetpack6
+        ("QuantizeLinear", "com.microsoft", 23, "1.23.2"),  # what vtp-calib quantize writes for ort
+        ("DequantizeLinear", "", 23, "1.23.2"),
+    ],
+)
+def test_what_runs_is_not_complained_about(
+    tmp_path: Path, operator: str, domain: str, opset: int, version: str
+) -> None:
+    assert unmet_need(graph(tmp_path, operator, domain, opset), version) == ""

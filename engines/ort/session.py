@@ -11,6 +11,8 @@ import numpy as np
 
 from vtp.engines.base import Binding, Engine, Held, TensorSpec, Value
 from vtp.engines.errors import VtpError
+from vtp.engines.graph.file import read_graph
+from vtp.engines.graph.masks import SINCE, masks_attention
 from vtp.engines.ort.library import load_onnxruntime
 from vtp.engines.ort.placement import record_assignment, refuse_cpu_nodes
 
@@ -166,6 +168,8 @@ class OrtEngine(Engine):
             self._note_refusal(str(error))
             self._graphs = None
             self._session = _open_session(Path(path), name, threads)
+        if name == CUDA:
+            _refuse_masks(Path(path))
         if name == CUDA and not allow_cpu_nodes:
             refuse_cpu_nodes(Path(path), self._session, _PROVIDERS[CUDA])
         self.inputs = {arg.name: _spec(arg) for arg in self._session.get_inputs()}
@@ -301,6 +305,15 @@ def _run(session: Any, io: Any, options: Any = None) -> None:
         raise VtpError(f"ONNX Runtime failed while running the graph: {_one_line(error)}") from error
 
 
+def _refuse_masks(path: Path) -> None:
+    """VtpError for attention that the CUDA provider was never seen to compute."""
+    if masks_attention(read_graph(path)):
+        raise VtpError(
+            f"{path.name}: attention that takes masks was never run on CUDA; use ort-cpu, or export "
+            "the bundle again without --oldest-onnxruntime"
+        )
+
+
 def _run_options(graph: int) -> Any:
     """Which recorded CUDA graph a run belongs to; _NO_GRAPH for one that is neither recorded nor replayed."""
     ort = load_onnxruntime()
@@ -355,6 +368,12 @@ def _load(path: Path, options: Any, providers: list[Any], **how: Any) -> Any:
         # Its own second try prints four lines, and on CUDA would go on without it.
         return ort.InferenceSession(str(path), options, providers=providers, enable_fallback=0, **how)
     except Exception as error:  # as above
+        if "Unrecognized attribute: causal" in str(error):
+            raise VtpError(
+                f"ONNX Runtime {ort.__version__} cannot load {path.name}, whose attention takes masks: "
+                f"install onnxruntime {'.'.join(map(str, SINCE))} or newer, or export the bundle again "
+                "without --oldest-onnxruntime"
+            ) from error
         raise VtpError(
             f"ONNX Runtime {ort.__version__} cannot load {path.name}: {_one_line(error)}"
         ) from error

@@ -259,6 +259,18 @@ def test_file_that_is_no_graph_is_one_line(
     assert capfd.readouterr() == ("", "")
 
 
+def test_attention_that_takes_no_masks_says_which_version_does(tmp_path: Path) -> None:
+    """An operator without the attribute, as GroupQueryAttention before onnxruntime 1.30 was."""
+    names = ["query", "key", "value"]
+    node = helper.make_node(
+        "MultiHeadAttention", names, ["out"], domain="com.microsoft", num_heads=2, causal=0
+    )
+    rows = [info(name, TensorProto.FLOAT, [1, 3, 16]) for name in (*names, "out")]
+    path = save(tmp_path / "g.onnx", [node], rows[:3], rows[3:])
+    with pytest.raises(VtpError, match=r"g\.onnx, whose attention takes masks: install onnxruntime 1\.30 "):
+        open_graph(path, "ort-cpu")
+
+
 def test_missing_file_is_one_line(tmp_path: Path, cpu_engine: str) -> None:
     with pytest.raises(VtpError, match=r"nothing\.onnx") as caught:
         open_graph(tmp_path / "nothing.onnx", cpu_engine)

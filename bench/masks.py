@@ -2,10 +2,11 @@
 
     python -m vtp.bench.masks [--decoder gemma3|paligemma] [--prompts 100x1728,600x1728] [--layers 2]
 
-Layers as wide as those of Gemma 3 4B or PaliGemma 3B, with random weights in float32, on one thread of ONNX
-Runtime's CPU provider: in single operators, as vtp-export writes them, and as it does with
-`--oldest-onnxruntime 1.30`. 100x1728 is a prompt of 100 tokens in a cache of 1,728. The two take turns;
-reported is the least processor time of a layer, of the prompt and of the steps after it.
+Layers as wide as those of Gemma 3 4B or PaliGemma 3B, but for a narrow feed-forward part, so that attention
+shows; with random weights in float32, on one thread of ONNX Runtime's CPU provider: in single operators, as
+vtp-export writes them, and as it does with `--oldest-onnxruntime 1.30`. 100x1728 is a prompt of 100 tokens in
+a cache of 1,728. The two take turns; reported is the least processor time of a layer, of the prompt and of
+the steps after it.
 """
 
 from __future__ import annotations
@@ -40,19 +41,19 @@ _HEADS: dict[str, Any] = {"num_attention_heads": 8, "head_dim": 256, "vocab_size
 _B, _S, _C = 2, 6, 16  # of the examples that graphs are traced with
 
 
-def gemma3(layers: int) -> Decoder:
+def gemma3(layers: int, feed: int) -> Decoder:
     """Gemma 3 4B's: pictures see themselves, windows of 1,024."""
     config = Gemma3TextConfig(
-        hidden_size=2560, intermediate_size=10240, num_key_value_heads=4, num_hidden_layers=layers, **_HEADS
+        hidden_size=2560, intermediate_size=feed, num_key_value_heads=4, num_hidden_layers=layers, **_HEADS
     )
     model = Gemma3ForCausalLM(config)
     return Decoder(model.model, model.lm_head, mask_kind="image", windows=True)
 
 
-def paligemma(layers: int) -> Decoder:
+def paligemma(layers: int, feed: int) -> Decoder:
     """PaliGemma 3B's: the whole prompt sees itself."""
     config = GemmaConfig(
-        hidden_size=2048, intermediate_size=16384, num_key_value_heads=1, num_hidden_layers=layers, **_HEADS
+        hidden_size=2048, intermediate_size=feed, num_key_value_heads=1, num_hidden_layers=layers, **_HEADS
     )
     model = GemmaForCausalLM(config)
     return Decoder(model.model, model.lm_head, mask_kind="prompt")
@@ -151,6 +152,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--prompts", default="100x1728,600x1728", help="tokens x capacity of the cache (default: %(default)s)"
     )
     add("--layers", type=whole, default=2, help="of the decoder (default: %(default)s)")
+    add(
+        "--feed-forward",
+        type=whole,
+        default=256,
+        help="width of that part (default: %(default)s; gemma3 has 10240, paligemma 16384)",
+    )
     add("--rounds", type=whole, default=5, help="turns of each (default: %(default)s)")
     add_debug(parser)
     args = parser.parse_args(argv)
@@ -165,7 +172,7 @@ def _run(args: argparse.Namespace) -> None:
     torch.manual_seed(0)
     rows = []
     with TemporaryDirectory() as folder:
-        engines = written(DECODERS[args.decoder](args.layers), args.layers, Path(folder))
+        engines = written(DECODERS[args.decoder](args.layers, args.feed_forward), args.layers, Path(folder))
         for prompt, capacity in cases:
             for way, times in measured(engines, prompt, capacity, args.rounds).items():
                 rows.append([f"{prompt} in {capacity}", way, *(f"{ms / args.layers:.1f}" for ms in times)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vtp.engines import UsageError, VtpError
+from vtp.engines.errors import quoted
 from vtp.export.checkpoint.loading import DTYPES, Checkpoint
 from vtp.export.keep_counts import check_keep, keep_for_ratio, parse_keep
 from vtp.export.method_files import DEFAULT
@@ -194,11 +196,12 @@ def _check_numbers(request: Request) -> None:
 
 def _version(text: str) -> Version:
     """1.30.1 -> (1, 30, 1)."""
-    parts = text.split(".")
     least = ".".join(map(str, OLDEST))
-    if not 2 <= len(parts) <= 3 or not all(part.isascii() and part.isdigit() for part in parts):
-        raise UsageError(f"oldest-onnxruntime '{text}' is not a version of onnxruntime, such as {least}")
-    version = tuple(map(int, parts))
+    if not re.fullmatch(r"\d{1,4}(\.\d{1,4}){1,2}", text, re.ASCII):
+        raise UsageError(
+            f"oldest-onnxruntime {quoted(text)} is not a version of onnxruntime, such as {least}"
+        )
+    version = tuple(map(int, text.split(".")))
     if version < OLDEST:
         raise UsageError(f"oldest-onnxruntime {text} is not supported; give {least} or newer")
     return version

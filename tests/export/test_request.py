@@ -71,6 +71,7 @@ def test_what_a_model_does_not_matter_to_is_refused_without_one(tmp_path: Path) 
     [
         ({"oldest_onnxruntime": "new"}, "oldest-onnxruntime 'new' is not a version of onnxruntime"),
         ({"oldest_onnxruntime": "1"}, "oldest-onnxruntime '1' is not a version"),
+        ({"oldest_onnxruntime": f"1.{'9' * 5000}"}, "is not a version"),
         ({"oldest_onnxruntime": "1.22.9"}, r"1\.22\.9 is not supported; give 1\.23 or newer"),
         ({"oldest_onnxruntime": "1.30", "target": "tensorrt"}, "target tensorrt is not for ONNX Runtime"),
     ],

@@ -96,6 +96,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what the bundle is for: ort, tensorrt or jetpack6 (default: %(default)s)",
     )
     suggest(target, ["ort", "tensorrt", "jetpack6"])
+    add(
+        "--oldest-onnxruntime",
+        metavar="VERSION",
+        help="the oldest ONNX Runtime that has to open the bundle (default: 1.23); from 1.30 on, masks of "
+        "Gemma's and PaliGemma's decoders need fewer operations, on the CPU",
+    )
     dtype = add("--dtype", help="float32 (default for target ort) or float16 (default for target tensorrt)")
     suggest(dtype, ["float32", "float16"])
     add("--max-length", metavar="N", help="positions of one conversation: text + visual tokens + answer")
@@ -257,6 +263,7 @@ def _request(args: argparse.Namespace) -> Request:
         share=args.share,
         verify=args.verify,
         overwrite=args.overwrite,
+        oldest_onnxruntime=args.oldest_onnxruntime,
     )
 
 

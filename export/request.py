@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vtp.engines import UsageError, VtpError
+from vtp.engines.errors import quoted
 from vtp.export.checkpoint.loading import DTYPES, Checkpoint
 from vtp.export.keep_counts import check_keep, keep_for_ratio, parse_keep
 from vtp.export.method_files import DEFAULT
@@ -16,7 +18,7 @@ from vtp.export.plan.bundle_layout import BundleLayout
 from vtp.export.plan.schedule import Schedule, make_schedules
 from vtp.export.pruners import POSITIONS, Site, parse_options, resolve_method
 from vtp.export.pruners.base import Pruner
-from vtp.export.targets import TARGETS, Target
+from vtp.export.targets import OLDEST, TARGETS, Target, Version
 from vtp.export.towers import TowerReduction, parse_reduction
 from vtp.runtime.bundle.folder import check_output
 from vtp.runtime.bundle.manifest import PICTURE, SHARES
@@ -110,12 +112,18 @@ class Request:
     share: str = PICTURE  # whose budget the keep-count is
     verify: str = "full"
     overwrite: bool = False
+    oldest_onnxruntime: str | None = None  # that has to open the bundle; None: the oldest supported
 
     def check(self) -> None:
         """Raise UsageError for what can be refused before a model is loaded, VtpError for its output."""
         _check_words(self)
         _check_numbers(self)
         check_output(self.output, self.overwrite)
+        if self.oldest_onnxruntime is not None and self.target != "ort":
+            raise UsageError(
+                f"target {self.target} is not for ONNX Runtime: leave out --oldest-onnxruntime, or give ort"
+            )
+        _ = self.oldest
         _check_restore(self)
         _ = self.reduction  # looked up now, so that a wrong method or reduction is refused
 
@@ -134,6 +142,11 @@ class Request:
         """The dtype, the target's own if none was given."""
         return self.dtype or TARGETS[self.target].dtype
 
+    @property
+    def oldest(self) -> Version:
+        """The oldest onnxruntime that has to open the bundle. UsageError for what is not a version of it."""
+        return OLDEST if self.oldest_onnxruntime is None else _version(self.oldest_onnxruntime)
+
     def resolve(self, model: Checkpoint) -> Job:
         """Decide everything for one model. Raises UsageError or VtpError for what it cannot serve."""
         return Job(
@@ -141,7 +154,7 @@ class Request:
             positions=_served_positions(self.choice, model),
             schedules=_schedules(self, model),
             max_length=_max_length(self, model),
-            target=TARGETS[self.target].serving(model.family.decoder),
+            target=TARGETS[self.target].serving(model.family.decoder, self.oldest),
             dtype=self.precision,
             restore=_served_restore(self, model),
             share=self.share,
@@ -179,6 +192,19 @@ def _check_numbers(request: Request) -> None:
                 raise UsageError(f"keep-tokens {keep} keeps nothing; choose at least 1")
     if request.prune_ratio is not None:
         keep_for_ratio(request.prune_ratio, 1)
+
+
+def _version(text: str) -> Version:
+    """1.30.1 -> (1, 30, 1)."""
+    least = ".".join(map(str, OLDEST))
+    if not re.fullmatch(r"\d{1,4}(\.\d{1,4}){1,2}", text, re.ASCII):
+        raise UsageError(
+            f"oldest-onnxruntime {quoted(text)} is not a version of onnxruntime, such as {least}"
+        )
+    version = tuple(map(int, text.split(".")))
+    if version < OLDEST:
+        raise UsageError(f"oldest-onnxruntime {text} is not supported; give {least} or newer")
+    return version
 
 
 def _choose(request: Request) -> Choice:

@@ -8,12 +8,16 @@ from vtp.engines import UsageError
 from vtp.export.graphs.attention.decomposed import DECOMPOSED, MASKED
 from vtp.export.graphs.attention.fixed_cache import FIXED_CACHE, fix_capacity
 from vtp.export.graphs.attention.fixed_cache import OPSET as FIXED_CACHE_OPSET
+from vtp.export.graphs.attention.masked_query import MASKED_QUERY, SINCE
 from vtp.export.graphs.attention.operators import GROUPED_QUERY, Attending
 from vtp.export.graphs.attention.states import RECURRENT
 from vtp.export.graphs.decoder import Decoder
 from vtp.export.onnx.emit import OPSET
 from vtp.export.onnx.lower import OPSET as DECOMPOSED_OPSET
 from vtp.export.plan.plan import Plan
+
+Version = tuple[int, ...]
+OLDEST: Version = (1, 23)  # onnxruntime, as the extra `ort` in pyproject.toml
 
 
 @dataclass(frozen=True)
@@ -33,8 +37,10 @@ class Target:
     static_cache: bool
     float64: bool
 
-    def serving(self, decoder: Decoder) -> Target:
+    def serving(self, decoder: Decoder, oldest: Version = OLDEST) -> Target:
         """This target for a decoder: masked attention if its tokens do not just see all before them.
+
+        oldest  the oldest onnxruntime that has to open the graphs
 
         Raises UsageError for linear attention on a target without an operator for it.
         """
@@ -45,7 +51,8 @@ class Target:
             )
         causal = decoder.mask_kind == "causal" and not decoder.windows
         plain = causal or self.attending is not GROUPED_QUERY
-        return self if plain else replace(self, attending=MASKED)
+        masked = MASKED_QUERY if oldest >= SINCE else MASKED
+        return self if plain else replace(self, attending=masked)
 
     def prepare(self, plan: Plan) -> Plan:
         """The plan as this target wants it."""

@@ -150,12 +150,13 @@ def _attention(counter: _Counter, node: Node) -> int:
 
 
 def _grouped_attention(counter: _Counter, node: Node) -> int:
-    """GroupQueryAttention: a token looks at the cache and at the tokens up to itself."""
+    """GroupQueryAttention: a token looks at the cache, and at the tokens up to itself or all of them."""
     batch, rows, width = counter.shape(node.inputs[0])
     if not node.inputs[1]:  # query, key and value in one tensor
         heads, groups = node.ints["num_heads"], node.ints["kv_num_heads"]
         width = width * heads // (heads + 2 * groups)
-    return 4 * batch * width * (rows * counter.past + rows * (rows + 1) // 2)
+    own = rows * (rows + 1) // 2 if node.ints.get("causal", 1) else rows * rows
+    return 4 * batch * width * (rows * counter.past + own)
 
 
 _RULES: dict[str, Callable[[_Counter, Node], int]] = {

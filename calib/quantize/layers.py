@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,8 @@ from vtp.calib.quantize.weight_store import Store, place_of, read
 _FLOATS: dict[int, str] = {TensorProto.FLOAT: "float32", TensorProto.FLOAT16: "float16"}
 _MICROSOFT = "com.microsoft"
 _COMPUTE_INT8 = 4  # MatMulNBits' accuracy level: activations in int8 while multiplying
+
+Place = tuple[str, int, int] | str
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Layer:
     source: str
     output: str
     weight: str
-    place: tuple[str, int, int] | str
+    place: Place
     shape: tuple[int, int]  # K, N
     transposed: bool
     dtype: str
@@ -127,6 +129,7 @@ class Int4:
 
 
 Change = Int8 | Int4
+_Wanted = tuple[onnx.NodeProto, Int4]
 
 
 def weight_of(layer: Layer, model: onnx.ModelProto, folder: Path) -> np.ndarray:
@@ -136,21 +139,62 @@ def weight_of(layer: Layer, model: onnx.ModelProto, folder: Path) -> np.ndarray:
     return values.T if layer.transposed else values
 
 
-def rewrite(model: onnx.ModelProto, changes: Iterable[Change], store: Store, file: str) -> None:
-    """Change layers of a graph in place; every weight, changed or not, goes to the store."""
+def rewrite(
+    model: onnx.ModelProto,
+    changes: Sequence[Change],
+    store: Store,
+    file: str,
+    apart: Set[Place] = frozenset(),
+) -> None:
+    """Change layers of a graph in place; every weight, changed or not, goes to the store.
+
+    apart  places of weights that are not joined with others: see `read_apart`
+    """
     data = f"{file}.data"
     writer = _Writer(model, store, data)
     wanted = {change.layer.node: change for change in changes}
-    nodes = list(model.graph.node)
-    for node in nodes:
+    joined = {group[0].layer.node: group for group in _products(changes, apart)}
+    nodes = {node.name: node for node in model.graph.node}
+    for node in list(model.graph.node):
         change = wanted.get(node.name)
         if isinstance(change, Int8):
             writer.int8(node, change)
-        elif change is not None:
-            writer.int4(node, change)
-        else:
+        elif change is None:
             writer.nodes.append(node)
+        elif change.target != "ort":
+            writer.int4(node, change)
+        elif node.name in joined:
+            writer.nbits([(nodes[one.layer.node], one) for one in joined[node.name]])
     writer.finish()
+
+
+def _products(changes: Iterable[Change], apart: Set[Place]) -> list[list[Int4]]:
+    """The layers in int4 for ONNX Runtime, those together that become one product: they read the same.
+
+    Query, key and value, gate and up: the input is then rounded once, and a narrow product (the keys of few
+    heads) does not leave a thread idle. A column's sums do not change, so the results are the same.
+    """
+    groups: dict[tuple[str, ...], list[Int4]] = {}
+    for change in changes:
+        if isinstance(change, Int4) and change.target == "ort":
+            layer = change.layer
+            single = (layer.node,) if layer.place in apart else ()
+            groups.setdefault((layer.source, layer.dtype, *single), []).append(change)
+    return list(groups.values())
+
+
+def read_apart(plan: Iterable[Sequence[Change]]) -> set[Place]:
+    """Weights that graphs read in different company: joined with others, they would be stored twice.
+
+    plan  the changes of each graph
+    """
+    company: dict[Place, set[tuple[Place, ...]]] = {}
+    for changes in plan:
+        for group in _products(changes, frozenset()):
+            places = tuple(one.layer.place for one in group)
+            for place in places:
+                company.setdefault(place, set()).add(places)
+    return {place for place, found in company.items() if len(found) > 1}
 
 
 class _Writer:
@@ -180,12 +224,15 @@ class _Writer:
             )
         self._product(node, self._round(change), f"{name}_float")
 
-    def _as_source(self, name: str, source: str) -> None:
-        """Say that a new tensor has another's shape: memory and operations are told from shapes."""
+    def _as_source(self, name: str, source: str, width: int | None = None) -> None:
+        """Say that a new tensor has another's shape, or another `width` of its last dimension: memory and
+        operations are told from shapes."""
         graph = self._model.graph
         for info in (*graph.value_info, *graph.input, *graph.output):
             if info.name == source:
                 known = onnx.ValueInfoProto(name=name, type=info.type)
+                if width is not None:
+                    known.type.tensor_type.shape.dim[-1].dim_value = width
                 graph.value_info.append(known)
                 return
 
@@ -211,54 +258,75 @@ class _Writer:
         return self._rounded[source]
 
     def int4(self, node: onnx.NodeProto, change: Int4) -> None:
-        """MatMulNBits for ONNX Runtime; a DequantizeLinear by blocks before the product for TensorRT."""
-        layer, (rows, columns) = change.layer, change.layer.shape
+        """A DequantizeLinear by blocks before the product, for TensorRT."""
+        layer = change.layer
         name = f"{layer.stem}__int4"
         if name not in self._made:
-            weight = weight_of(layer, self._model, self._store.source)
-            blocks = change.blocks(weight)
-            if change.target == "ort":
-                packed = blocks.packed()
-                self._add(name, packed, TensorProto.UINT8, list(packed.shape))
-                self._float(f"{name}_scale", blocks.scales.reshape(-1), layer.dtype)
-            else:
-                self._add(name, blocks.packed_tensor(), TensorProto.INT4, [rows, columns])
-                self._float(f"{name}_scale", np.ascontiguousarray(blocks.scales.T), layer.dtype)
-                self._as_weight(f"{name}_float", layer)
-                inputs, made = [name, f"{name}_scale"], [f"{name}_float"]
-                self.nodes.append(
-                    helper.make_node(
-                        "DequantizeLinear", inputs, made, f"{name}_dq", axis=0, block_size=change.block
-                    )
+            blocks = self._blocks(change)
+            self._add(name, blocks.packed_tensor(), TensorProto.INT4, list(layer.shape))
+            self._float(f"{name}_scale", np.ascontiguousarray(blocks.scales.T), layer.dtype)
+            self._as_weight(f"{name}_float", layer)
+            inputs, made = [name, f"{name}_scale"], [f"{name}_float"]
+            self.nodes.append(
+                helper.make_node(
+                    "DequantizeLinear", inputs, made, f"{name}_dq", axis=0, block_size=change.block
                 )
-        if change.target != "ort":
-            self._product(node, layer.source, f"{name}_float")
-            return
+            )
+        self._product(node, layer.source, f"{name}_float")
+
+    def nbits(self, group: Sequence[_Wanted]) -> None:
+        """One MatMulNBits for layers that read the same, for ONNX Runtime; a Split gives each its columns."""
+        layers, (first, change) = [one.layer for _, one in group], group[0]
+        widths = [layer.shape[1] for layer in layers]
+        name = f"{'+'.join(layer.stem for layer in layers)}__int4"
+        if name not in self._made:
+            blocks = [self._blocks(one) for _, one in group]
+            packed = np.concatenate([one.packed() for one in blocks])
+            self._add(name, packed, TensorProto.UINT8, list(packed.shape))
+            self._float(
+                f"{name}_scale", np.concatenate([one.scales.reshape(-1) for one in blocks]), layers[0].dtype
+            )
+        results = [self._result(node) for node, _ in group]
+        whole = results[0] if len(group) == 1 else f"{first.output[0]}__joined"
         product = helper.make_node(
             "MatMulNBits",
-            [layer.source, name, f"{name}_scale"],
-            [self._result(node)],
-            node.name,
+            [layers[0].source, name, f"{name}_scale"],
+            [whole],
+            first.name,
             domain=_MICROSOFT,
-            K=rows,
-            N=columns,
+            K=layers[0].shape[0],
+            N=sum(widths),
             bits=4,
             block_size=change.block,
             accuracy_level=_COMPUTE_INT8,
         )
-        self._end(node, product)
+        self.nodes.append(product)
+        if len(group) > 1:
+            self._split(whole, widths, results)
+        for (node, _), result in zip(group, results, strict=True):
+            self._bias(node, result)
+
+    def _split(self, whole: str, widths: Sequence[int], results: Sequence[str]) -> None:
+        sizes = f"{whole}_sizes"
+        self._add(sizes, np.array(widths, np.int64), TensorProto.INT64, [len(widths)])
+        self.nodes.append(helper.make_node("Split", [whole, sizes], results, f"{whole}_split", axis=-1))
+        self._as_source(whole, results[0], sum(widths))
+
+    def _blocks(self, change: Int4) -> Blocks:
+        return change.blocks(weight_of(change.layer, self._model, self._store.source))
 
     def _product(self, node: onnx.NodeProto, source: str, weight: str) -> None:
-        self._end(node, helper.make_node("MatMul", [source, weight], [self._result(node)], node.name))
+        result = self._result(node)
+        self.nodes.append(helper.make_node("MatMul", [source, weight], [result], node.name))
+        self._bias(node, result)
 
     def _result(self, node: onnx.NodeProto) -> str:
         """What the product is called: the node's own output, unless a bias is still to be added."""
         return f"{node.output[0]}__product" if len(node.input) > 2 and node.input[2] else node.output[0]
 
-    def _end(self, node: onnx.NodeProto, product: onnx.NodeProto) -> None:
-        self.nodes.append(product)
-        if product.output[0] != node.output[0]:
-            inputs = [product.output[0], node.input[2]]
+    def _bias(self, node: onnx.NodeProto, result: str) -> None:
+        if result != node.output[0]:
+            inputs = [result, node.input[2]]
             self.nodes.append(helper.make_node("Add", inputs, [node.output[0]], f"{node.name}_bias"))
 
     def _float(self, name: str, values: np.ndarray, dtype: str) -> None:

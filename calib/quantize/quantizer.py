@@ -18,7 +18,17 @@ import numpy as np
 import onnx
 
 from vtp.calib.data import Sample
-from vtp.calib.quantize.layers import Change, Int4, Int8, Layer, find_layers, load_graph, rewrite, weight_of
+from vtp.calib.quantize.layers import (
+    Change,
+    Int4,
+    Int8,
+    Layer,
+    find_layers,
+    load_graph,
+    read_apart,
+    rewrite,
+    weight_of,
+)
 from vtp.calib.quantize.observe import Sights, observe
 from vtp.calib.quantize.rounding import INT8, Range, decibels, int8_channels
 from vtp.calib.quantize.weight_store import Store, place_of
@@ -116,9 +126,10 @@ class Quantizer:
         """
         source = self.bundle.folder
         store, plan = Store(source, folder), self._plan(also_left)
+        apart = read_apart(plan.values())
         for file in self.bundle.manifest.graphs:
             model = load_graph(self.bundle.path(file))
-            rewrite(model, plan.get(file, []), store, file)
+            rewrite(model, plan.get(file, []), store, file, apart)
             onnx.save(model, folder / file)
         shutil.copyfile(source / TOKENIZER, folder / TOKENIZER)
         manifest = dataclasses.replace(

@@ -6,7 +6,10 @@ engine open from 1.23 on, but for linear attention; quantised ones of earlier vt
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from vtp.engines.graph.file import GraphFile
+from vtp.engines.graph.masks import SINCE, masks_attention
 from vtp.engines.versions import version_numbers
 
 _MICROSOFT = "com.microsoft"
@@ -19,13 +22,21 @@ _SINCE = {
 
 def unmet_need(graph: GraphFile, version: str) -> str:
     """Why ONNX Runtime of `version` cannot run a graph, and what to do; empty if no reason is known."""
-    found = {(node.domain, node.op) for node in graph.nodes}
-    for (domain, operator, opset), (first, otherwise) in _SINCE.items():
-        old = version_numbers(version) < version_numbers(first)
-        if old and (domain, operator) in found and graph.opsets.get(domain, 0) >= opset:
-            kind = operator if domain else f"{operator} of opset {graph.opsets[domain]}"
+    for what, first, otherwise in _needs(graph):
+        if version_numbers(version) < version_numbers(first):
             return (
-                f"it has {kind}, which came with {first}; pip install 'onnxruntime>={first}' (or "
+                f"it has {what}, which came with {first}; pip install 'onnxruntime>={first}' (or "
                 f"onnxruntime-gpu; Python 3.11 or newer){otherwise}"
             )
     return ""
+
+
+def _needs(graph: GraphFile) -> Iterator[tuple[str, str, str]]:
+    """What a graph has that is not as old as vtp's support, the first version with it, another way out."""
+    found = {(node.domain, node.op) for node in graph.nodes}
+    for (domain, operator, opset), (first, otherwise) in _SINCE.items():
+        if (domain, operator) in found and graph.opsets.get(domain, 0) >= opset:
+            yield operator if domain else f"{operator} of opset {graph.opsets[domain]}", first, otherwise
+    if masks_attention(graph):
+        way = ", or export the bundle again without --oldest-onnxruntime"
+        yield "attention that takes masks", ".".join(map(str, SINCE)), way

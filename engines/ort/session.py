@@ -12,6 +12,7 @@ import numpy as np
 from vtp.engines.base import Binding, Engine, Held, TensorSpec, Value
 from vtp.engines.errors import VtpError
 from vtp.engines.graph.file import read_graph
+from vtp.engines.graph.masks import masks_attention
 from vtp.engines.ort.library import load_onnxruntime
 from vtp.engines.ort.needs import unmet_need
 from vtp.engines.ort.placement import record_assignment, refuse_cpu_nodes
@@ -168,6 +169,8 @@ class OrtEngine(Engine):
             self._note_refusal(str(error))
             self._graphs = None
             self._session = _open_session(Path(path), name, threads)
+        if name == CUDA:
+            _refuse_masks(Path(path))
         if name == CUDA and not allow_cpu_nodes:
             refuse_cpu_nodes(Path(path), self._session, _PROVIDERS[CUDA])
         self.inputs = {arg.name: _spec(arg) for arg in self._session.get_inputs()}
@@ -301,6 +304,15 @@ def _run(session: Any, io: Any, options: Any = None) -> None:
         session.run_with_iobinding(io, options)
     except Exception as error:  # onnxruntime's exceptions share no base class of their own
         raise VtpError(f"ONNX Runtime failed while running the graph: {_one_line(error)}") from error
+
+
+def _refuse_masks(path: Path) -> None:
+    """VtpError for attention that the CUDA provider was never seen to compute."""
+    if masks_attention(read_graph(path)):
+        raise VtpError(
+            f"{path.name}: attention that takes masks was never run on CUDA; use ort-cpu, or export "
+            "the bundle again without --oldest-onnxruntime"
+        )
 
 
 def _run_options(graph: int) -> Any:

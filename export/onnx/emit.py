@@ -24,10 +24,12 @@ from vtp.export.onnx.lower import lower
 from vtp.export.onnx.optimize import optimize
 from vtp.export.onnx.shortcuts import shortcuts
 from vtp.export.pruners.ops import onnx_translations, translating
+from vtp.runtime.bundle.caches import FILLED
 
 OPSET = 23
 _INLINE_BYTES = 1024  # smaller tensors stay in the graph file
 _ALIGNMENT = 4096  # memory mapping wants page boundaries
+_READ = "u0"  # torch's symbol for the first size that a graph reads from a tensor
 
 
 @dataclass(frozen=True)
@@ -189,7 +191,7 @@ def _positional_count(module: nn.Module) -> int:
 
 def _name_axes(graph: ir.Graph, spec: GraphSpec) -> None:
     """Give inputs and outputs the axis names that users see (`batch`, `sequence`), not the tracer's."""
-    named: dict[str, str] = {}
+    named = {_READ: FILLED}
     for value, item in zip(graph.inputs, spec.inputs, strict=True):
         shape = list(value.shape or ())
         for axis, name in item.dynamic.items():

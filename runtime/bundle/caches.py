@@ -8,6 +8,7 @@ from math import prod
 from typing import Any
 
 LENGTHS = ("seqlens_k", "total_sequence_length")  # by these inputs a graph learns how much is filled
+FILLED = "filled"  # axis of a decoder's inner tensors: tokens of the longest row after a run
 _PAST, _PRESENT = "past_key_values.", "present."
 
 

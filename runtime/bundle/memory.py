@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from vtp.engines import Capabilities, capabilities
 from vtp.engines.graph.memory import graph_memory
-from vtp.runtime.bundle.caches import kv_pairs
+from vtp.runtime.bundle.caches import FILLED, kv_pairs
 from vtp.runtime.bundle.folder import Bundle
 from vtp.runtime.bundle.manifest import SINGLE, GraphInfo, Manifest
 
@@ -87,8 +87,10 @@ def _stage(
     # One prompt; a prompt of several pictures has no more visual tokens than the longest has room for.
     axes = {name: 1 if name in SINGLE else sizes[-1] for name, sizes in graph.axes.items()}
     axes |= {name: min(size, axes[name]) for name, size in longest.items() if name in axes}
-    if graph.kv is not None and "sequence" in axes:
-        axes["sequence"] = min(axes["sequence"], graph.kv.capacity)
+    if graph.kv is not None:
+        axes[FILLED] = graph.kv.capacity
+        if "sequence" in axes:
+            axes["sequence"] = min(axes["sequence"], graph.kv.capacity)
     found = graph_memory(bundle.path(file), axes)
     widened = able.widens_float16 and bundle.manifest.dtype == "float16"
     return StageMemory(

@@ -11,9 +11,10 @@ import numpy as np
 
 from vtp.engines import Engine, UsageError, Value
 from vtp.engines.graph.file import read_graph
+from vtp.engines.graph.masks import masks_attention
 from vtp.runtime.bundle.folder import Bundle
 
-_CAUSAL = "GroupQueryAttention"  # exporters write it for plain causal attention only
+_CAUSAL = "GroupQueryAttention"  # unless it takes masks, exporters write it for plain causal attention only
 
 
 class Prefix:
@@ -120,8 +121,9 @@ def check_prefix(bundle: Bundle) -> None:
             f"prefix_caching does not support this bundle (family {manifest.model.family}): its decoder has "
             "layers with a state, which cannot be cut back to the beginning of a prompt; leave it out"
         )
-    operators = {node.op for file in files for node in read_graph(bundle.path(file)).nodes}
-    if _CAUSAL not in operators:
+    graphs = [read_graph(bundle.path(file)) for file in files]
+    operators = {node.op for graph in graphs for node in graph.nodes}
+    if _CAUSAL not in operators or any(map(masks_attention, graphs)):
         raise UsageError(
             f"prefix_caching does not support this bundle (family {manifest.model.family}, target "
             f"{manifest.target}): its decoder reads a prompt in one piece; leave it out"

@@ -70,7 +70,7 @@ def test_attention_of_four_axes(tmp_path: Path, causal: int) -> None:
     assert count(path, {}).total == 2 * 2 * 3 * seen * (8 + 8)
 
 
-def grouped(past: str = "capacity") -> tuple[Any, dict[str, list[Any]]]:
+def grouped(past: str = "capacity", causal: int = 1) -> tuple[Any, dict[str, list[Any]]]:
     node = helper.make_node(
         "GroupQueryAttention",
         ["q", "k", "v", "pk", "pv", "s", "t"],
@@ -78,6 +78,7 @@ def grouped(past: str = "capacity") -> tuple[Any, dict[str, list[Any]]]:
         domain="com.microsoft",
         num_heads=4,
         kv_num_heads=2,
+        causal=causal,
     )
     shapes: dict[str, list[Any]] = {"q": [1, "sequence", 32], "k": [1, "sequence", 16]}
     shapes |= {"v": [1, "sequence", 16], "pk": [1, 2, past, 8], "pv": [1, 2, past, 8], "s": [1], "t": []}
@@ -91,6 +92,12 @@ def test_grouped_attention_looks_back_and_no_further(tmp_path: Path, sequence: i
     looked_at = sum(past + row + 1 for row in range(sequence))
     work = count(path, {"sequence": sequence, "capacity": 64}, past)
     assert work.flops == {"GroupQueryAttention": 2 * 2 * 4 * 8 * looked_at}
+
+
+def test_under_a_mask_grouped_attention_looks_at_all(tmp_path: Path) -> None:
+    node, shapes = grouped(causal=0)
+    path = write(tmp_path / "g.onnx", [node], shapes, {"y": [1, "sequence", 32]})
+    assert count(path, {"sequence": 3, "capacity": 64}, 4).total == 2 * 2 * 4 * 8 * 3 * (4 + 3)
 
 
 def test_four_bit_products_have_their_sizes_as_attributes(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from vtp.calib import cli
 from vtp.calib.data import Sample
 from vtp.calib.quantize import command as quantize
 from vtp.calib.quantize import observe
-from vtp.calib.quantize.layers import Int4, Int8, find_layers, load_graph, rewrite
+from vtp.calib.quantize.layers import Int4, Int8, find_layers, load_graph, read_apart, rewrite
 from vtp.calib.quantize.quantizer import Quantizer, Wish
 from vtp.calib.quantize.rounding import Range
 from vtp.calib.quantize.weight_store import Store, place_of
@@ -70,6 +70,16 @@ def operators(folder: Path, file: str) -> list[str]:
     return [node.op_type for node in load_graph(folder / file).graph.node]
 
 
+def columns(folder: Path, file: str) -> int:
+    """Of all products in int4."""
+    nodes = [node for node in load_graph(folder / file).graph.node if node.op_type == "MatMulNBits"]
+    return sum(item.i for node in nodes for item in node.attribute if item.name == "N")
+
+
+def columns_of_layers(folder: Path, file: str) -> int:
+    return sum(layer.shape[1] for layer in find_layers(load_graph(folder / file), file))
+
+
 def size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.data"))
 
@@ -78,7 +88,9 @@ def test_every_layer_is_quantised_and_the_bundle_runs(made: Path, exported: Any,
     source = exported("vispruner").folder
     manifest = open_bundle(made, check_hashes=True).manifest
     assert "MatMul" in operators(source, "decoder.onnx") and "MatMul" not in operators(made, "decoder.onnx")
-    assert operators(made, "decoder.onnx").count("MatMulNBits") == 3 * 7 + 1
+    # Three layers: query, key and value in one product, gate and up in one; output, down; and the head.
+    assert operators(made, "decoder.onnx").count("MatMulNBits") == 3 * 4 + 1
+    assert columns(made, "decoder.onnx") == columns_of_layers(source, "decoder.onnx")
     codes = [node for node in operators(made, "vision_encoder.onnx") if node == "DequantizeLinear"]
     assert len(codes) == 2 * 6 + 2 * 4  # two layers of six weights; q, k and v read one rounded tensor
     assert operators(made, "pruner_3.onnx") == operators(source, "pruner_3.onnx")
@@ -235,7 +247,8 @@ def test_layers_go_back_to_float_until_the_drop_is_allowed(
     assert [len(left) for left in tried] == [0, 2, 6]  # of 22 layers
     record = open_bundle(out, check_hashes=True).manifest.quantization
     assert set(record["left_in_float"]) == tried[-1]
-    assert operators(out, "decoder.onnx").count("MatMulNBits") == 16
+    left = sum(int(label.rpartition("x")[2].rstrip("]")) for label in tried[-1])  # columns
+    assert columns(out, "decoder.onnx") == columns_of_layers(source, "decoder.onnx") - left
     enough, out = 99, tmp_path / "never"
     assert calib(source, "--data", data, "--vision", "none", "--output", out) == 1
     assert "loses 50.0 points" in capsys.readouterr().err
@@ -262,6 +275,47 @@ def test_one_picture_at_a_time_is_held(exported: Any, data: Path, tmp_path: Path
     seen = observe.observe(bundle, tmp_path / "p", layers, [], samples, 6, "ort-cpu", 1, lambda _: None)
     assert len(alive) == 20 and len(seen) == 2
     assert all(sum(map(len, one.rows)) <= 256 for one in seen.values())
+
+
+def test_layers_of_one_input_are_one_product_with_the_same_results(tmp_path: Path) -> None:
+    """Bit for bit what ONNX Runtime makes of each alone; a weight in other company elsewhere stays alone."""
+    rng = np.random.default_rng(0)
+    widths, values = {"q": 48, "k": 16, "v": 16, "o": 32}, rng.standard_normal((5, 64)).astype(np.float32)
+    sources = {"q": "x", "k": "x", "v": "x", "o": "z"}
+    weights = {name: rng.standard_normal((64, width)).astype(np.float32) for name, width in widths.items()}
+    nodes = [helper.make_node("MatMul", [sources[name], f"w_{name}"], [name], name) for name in widths]
+    infos = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 64]) for name in "xz"]
+    out = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", width]) for name, width in widths.items()
+    ]
+    parts = [numpy_helper.from_array(weight, f"w_{name}") for name, weight in weights.items()]
+    plain = helper.make_model(
+        helper.make_graph(nodes, "g", infos, out, parts),
+        opset_imports=[helper.make_opsetid("", 23)],
+        ir_version=10,
+    )
+    layers = find_layers(plain, "g.onnx")
+    changes = [Int4(layer, np.square(values).sum(0), 32, "ort") for layer in layers]
+    asked, found = {"x": values, "z": values[::-1].copy()}, {}
+    for name, apart in (
+        ("joined", set()),
+        ("v", {layers[2].place}),
+        ("single", {layer.place for layer in layers}),
+    ):
+        model = onnx.ModelProto()
+        model.CopyFrom(plain)
+        (tmp_path / name).mkdir()
+        rewrite(model, changes, Store(tmp_path, tmp_path / name), "g.onnx", apart)
+        onnx.save(model, tmp_path / name / "g.onnx")
+        engine = open_graph(tmp_path / name / "g.onnx", "ort-cpu", 1)
+        run = engine.run({key: engine.put(value) for key, value in asked.items()})
+        found[name] = {key: value.numpy() for key, value in run.items()}
+    counts = {name: operators(tmp_path / name, "g.onnx").count("MatMulNBits") for name in found}
+    assert counts == {"joined": 2, "v": 3, "single": 4}
+    for name in ("joined", "v"):
+        assert all(np.array_equal(found[name][key], found["single"][key]) for key in widths), name
+    elsewhere = [Int4(layers[2], np.square(values).sum(0), 32, "ort")]
+    assert read_apart([changes, elsewhere]) == {layers[2].place} and read_apart([changes, changes]) == set()
 
 
 @pytest.mark.parametrize("bits", ["int8", "int4"])

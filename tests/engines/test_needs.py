@@ -12,8 +12,8 @@ from vtp.engines.graph.file import GraphFile, read_graph
 from vtp.engines.ort.needs import unmet_need
 
 
-def graph(folder: Path, operator: str, domain: str, opset: int) -> GraphFile:
-    node = helper.make_node(operator, ["x", "s", "z"], ["y"], domain=domain)
+def graph(folder: Path, operator: str, domain: str, opset: int, **attributes: int) -> GraphFile:
+    node = helper.make_node(operator, ["x", "s", "z"], ["y"], domain=domain, **attributes)
     x, s, z = (helper.make_tensor_value_info(name, TensorProto.FLOAT, []) for name in "xsz")
     y = helper.make_tensor_value_info("y", TensorProto.UINT8, [])
     domains = [helper.make_opsetid("", opset), helper.make_opsetid("com.microsoft", 1)]
@@ -37,6 +37,14 @@ def test_int8_of_an_earlier_vtp_names_its_version_and_the_other_way(tmp_path: Pa
     assert found.endswith(", or vtp-calib quantize from the float bundle again")
 
 
+def test_attention_that_takes_masks_names_its_version_and_the_other_way(tmp_path: Path) -> None:
+    found = graph(tmp_path, "GroupQueryAttention", "com.microsoft", 23, causal=0)
+    told = unmet_need(found, "1.29.0")
+    assert told.startswith("it has attention that takes masks, which came with 1.30; pip install ")
+    assert told.endswith(", or export the bundle again without --oldest-onnxruntime")
+    assert unmet_need(found, "1.30.0") == ""
+
+
 @pytest.mark.parametrize(
     ("operator", "domain", "opset", "version"),
     [
@@ -44,6 +52,7 @@ def test_int8_of_an_earlier_vtp_names_its_version_and_the_other_way(tmp_path: Pa
         ("QuantizeLinear", "", 20, "1.17.0"),  # of target jetpack6
         ("QuantizeLinear", "com.microsoft", 23, "1.23.2"),  # what vtp-calib quantize writes for ort
         ("DequantizeLinear", "", 23, "1.23.2"),
+        ("GroupQueryAttention", "com.microsoft", 23, "1.23.2"),  # which is causal unless told otherwise
     ],
 )
 def test_what_runs_is_not_complained_about(

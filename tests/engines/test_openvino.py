@@ -146,6 +146,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
     "window": (lambda path: attention(path, local_window_size=16), "its attention has local_window_size 16"),
     "rotary": (lambda path: attention(path, do_rotary=1), "OpenVINO 20.* cannot load g.onnx: .*do_rotary"),
     "bias": (lambda path: attention(path, ("", "", "", "bias")), "its attention has an input 10"),
+    "masks": (lambda path: attention(path, ("", "", "", "bias"), causal=0), "its attention has "),
     "softcap": (lambda path: attention(path, softcap=30.0), "softcap"),
     "float64": (
         lambda path: save(

@@ -67,6 +67,21 @@ def test_what_a_model_does_not_matter_to_is_refused_without_one(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"oldest_onnxruntime": "new"}, "oldest-onnxruntime 'new' is not a version of onnxruntime"),
+        ({"oldest_onnxruntime": "1"}, "oldest-onnxruntime '1' is not a version"),
+        ({"oldest_onnxruntime": f"1.{'9' * 5000}"}, "is not a version"),
+        ({"oldest_onnxruntime": "1.22.9"}, r"1\.22\.9 is not supported; give 1\.23 or newer"),
+        ({"oldest_onnxruntime": "1.30", "target": "tensorrt"}, "target tensorrt is not for ONNX Runtime"),
+    ],
+)
+def test_an_oldest_onnxruntime_that_is_refused(tmp_path: Path, wrong: dict[str, str], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        Request(tmp_path / "bundle", **wrong).check()  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
     ("cuts", "parts", "sources", "tails"),
     [
         ((), ["decoder"], ["inputs_embeds"], [""]),

@@ -32,7 +32,7 @@ class Gemma3(PaliGemma):
     unreduced = "its projector pools a whole tower's patches"
     unreused = "what it keeps of a picture's 4,096 patches would take 2 GB"
     decoders = ("gemma3_text",)
-    limits = "without pan and scan; attention in single operators, since GroupQueryAttention is causal"
+    limits = "without pan and scan; attention in single operators without --oldest-onnxruntime 1.30"
     reference = Gemma3Reference
     template = None
 

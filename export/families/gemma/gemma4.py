@@ -41,7 +41,8 @@ class Gemma4(Family):
     unreduced = "its tower takes patches of any size of picture; choose a smaller --image-size"
     limits = (
         "one image size per bundle, with the token budget that it goes with; no experts (26B-A4B), audio or "
-        "video; decoder sites before layers that share keys and values; attention in single operators"
+        "video; decoder sites before layers that share keys and values; attention in single operators "
+        "without --oldest-onnxruntime 1.30, and with it in layers that read others' keys"
     )
     picture: tuple[int, int]
     size: tuple[int, int]

@@ -35,7 +35,7 @@ class PaliGemma(Family):
     reductions: ClassVar[tuple[str, ...]] = ("ipcv", "tome", "downsample", "stc")
     limits = (
         "one question, no conversation; a prompt no longer than Gemma 2's window; attention in single "
-        "operators, since GroupQueryAttention is causal"
+        "operators without --oldest-onnxruntime 1.30"
     )
     reference: ClassVar[type[Reference]] = PaliGemmaReference
     template: ClassVar[str | None] = (

@@ -42,6 +42,6 @@ DECOMPOSED = Attending(
     on_fixed_cache(write_rows, decomposed), decomposed, rotate, rms_norm, look_at(decomposed)
 )
 
-# For ONNX Runtime where GroupQueryAttention, which is causal, cannot serve: only the decoder's attention and
-# cache are written out, in operators that its CPU and CUDA providers both have.
+# For an ONNX Runtime whose GroupQueryAttention takes no mask (see `masked_query`): only the decoder's
+# attention and cache are written out, in operators that its CPU and CUDA providers both have.
 MASKED = Attending(on_fixed_cache(write_rows, decomposed), fused_attention, look=look_at(decomposed))

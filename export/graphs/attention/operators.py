@@ -202,11 +202,23 @@ def _linear_attention(*tensors: Tensor, **more: Any) -> tuple[Tensor, Tensor]:
 
 
 def grouped_query_attention(
-    query: Tensor, key: Tensor, value: Tensor, past: tuple[Tensor, Tensor], lengths: Lengths, rule: Rule
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    past: tuple[Tensor, Tensor],
+    lengths: Lengths,
+    rule: Rule,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Emit ONNX Runtime's GroupQueryAttention; see `Attend`. It is causal and sees the whole cache."""
-    if lengths.lookahead is not None or rule != Rule(rule.scale):
-        raise VtpError("GroupQueryAttention is written for plain causal attention; this decoder's is not")
+    """Emit ONNX Runtime's GroupQueryAttention; see `Attend`. It is causal and sees the whole cache.
+
+    With a bias [B,1,S,T] of the logits that alone says what is seen; see `masked_query`.
+    """
+    attributes: dict[str, Any] = {"scale": rule.scale, "softcap": rule.softcap or 0.0, "causal": 0}
+    if bias is None:
+        if lengths.lookahead is not None or rule != Rule(rule.scale):
+            raise VtpError("GroupQueryAttention is written for plain causal attention; this decoder's is not")
+        attributes = {"scale": rule.scale}
     batch, heads, sequence, width = query.shape
     groups = key.shape[1]
     output, *present = torch.onnx.ops.symbolic_multi_out(
@@ -218,8 +230,9 @@ def grouped_query_attention(
             *past,
             lengths.seqlens_k,
             lengths.total_sequence_length,
+            *(() if bias is None else (None, None, None, bias)),  # rotary embedding is not its work here
         ),
-        attrs={"num_heads": heads, "kv_num_heads": groups, "scale": rule.scale},
+        attrs={"num_heads": heads, "kv_num_heads": groups, **attributes},
         dtypes=(query.dtype, key.dtype, value.dtype),
         shapes=((batch, sequence, heads * width), past[0].shape, past[1].shape),
         version=1,

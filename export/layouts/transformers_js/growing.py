@@ -7,6 +7,9 @@ from collections.abc import Sequence
 import onnx_ir as ir
 from onnx_ir.tape import Tape
 
+from vtp.engines import UsageError
+from vtp.engines.graph.file import read_graph
+from vtp.engines.graph.masks import masks_attention
 from vtp.export.layouts.transformers_js.clients import Client
 from vtp.export.layouts.transformers_js.joining import (
     BATCH,
@@ -34,6 +37,11 @@ def decoder_model_merged(bundle: Bundle, client: Client) -> ir.Model:
     client's is on the left.
     """
     stage = bundle.manifest.stages_of("decoder")[0]
+    if masks_attention(read_graph(bundle.path(stage.file))):
+        raise UsageError(
+            "the ONNX Runtimes of layout transformers.js know no attention that takes masks; export without "
+            "--oldest-onnxruntime"
+        )
     info = bundle.manifest.graphs[stage.file]
     model = ir.load(bundle.path(stage.file))
     graph = model.graph

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from vtp.engines import UsageError, VtpError
+from vtp.engines.graph.file import read_graph
 from vtp.engines.ort.session import OrtEngine
 from vtp.export.exporter import Request, export
 from vtp.export.families.gemma.gemma3 import Gemma3
@@ -22,7 +23,9 @@ from vtp.export.families.gemma.paligemma import PaliGemma
 from vtp.export.graphs.attention import operators as attention
 from vtp.export.graphs.attention.operators import Lengths, Rule
 from vtp.export.verify.reference import reference_generate
+from vtp.runtime import Pipeline
 from vtp.runtime.bundle.folder import open_bundle
+from vtp.runtime.bundle.memory import bundle_memory
 from vtp.runtime.preprocess import preprocess
 from vtp.runtime.prompt.prompter import Prompter
 
@@ -42,6 +45,7 @@ MODELS: dict[str, Callable[[], Any]] = {
 REFERENCES = {"pali": PaliGemma.reference, "pali2": PaliGemma.reference, "gemma3": Gemma3.reference}
 HALF = {"dtype": "float16"}
 TENSORRT = {"target": "tensorrt"}
+MASKS = {"oldest_onnxruntime": "1.30"}  # attention takes masks
 BUNDLES: dict[str, tuple[str, str, str | None, dict[str, Any]]] = {
     "pali-none": ("pali", "none", None, {}),
     "pali-vispruner": ("pali", "vispruner", "5,9", {}),
@@ -64,10 +68,18 @@ BUNDLES: dict[str, tuple[str, str, str | None, dict[str, Any]]] = {
     "gemma3-sparsevlm": ("gemma3", "sparsevlm", "6", {}),
     "gemma3-half": ("gemma3", "vispruner", "6", HALF),
     "gemma3-tensorrt": ("gemma3", "fastv", "6", TENSORRT),
+    "pali-masks-none": ("pali", "none", None, MASKS),
+    "pali2-masks": ("pali2", "vispruner", "5,16", MASKS),
+    "pali2-masks-fastv": ("pali2", "fastv", "6", MASKS),
+    "gemma3-masks-none": ("gemma3", "none", None, MASKS),
+    "gemma3-masks": ("gemma3", "vispruner", "5,9", MASKS),
+    "gemma3-masks-fastv": ("gemma3", "fastv", "6", MASKS),
+    "gemma3-masks-half": ("gemma3", "fastv", "6", {**HALF, **MASKS}),
 }
-QUICK = {"pali2-vispruner", "gemma3-none", "gemma3-fastv"}
+QUICK = {"pali2-vispruner", "gemma3-none", "gemma3-fastv", "gemma3-masks-none"}
+WHOLE = {"pali2-vispruner", "pali2-masks"}  # with all tokens as well
 NAMES = marked(BUNDLES, QUICK)
-UNPRUNED = [item for name, item in NAMES.items() if name.endswith("none") or name == "pali2-vispruner"]
+UNPRUNED = [item for name, item in NAMES.items() if name.endswith("none") or name in WHOLE]
 PRUNED = [item for name, item in NAMES.items() if not name.endswith("none")]
 
 
@@ -133,15 +145,29 @@ def test_what_a_prompt_sees(texts: list[int], visual: int, end: int, window: int
     assert seen.any(dim=1).all()
 
 
-def test_a_right_padded_batch_equals_its_rows(bundle: Callable[[str], Made]) -> None:
+@pytest.mark.parametrize("name", ["gemma3-none", "gemma3-masks-none"])
+def test_a_right_padded_batch_equals_its_rows(bundle: Callable[[str], Made], name: str) -> None:
     """Two prompts of unequal length, with pictures in other places, then a step: logits row by row."""
-    engine = OrtEngine(open_bundle(bundle("gemma3-none").folder).path("decoder.onnx"), threads=1)
+    engine = OrtEngine(open_bundle(bundle(name).folder).path("decoder.onnx"), threads=1)
     prompts = [(21, 2, 16), (14, 1, 4)]
     rows = [run_and_step(engine, [prompt], row) for row, prompt in enumerate(prompts)]
     both = run_and_step(engine, prompts, 0)
     for step in range(2):
         wanted = np.concatenate([row[step] for row in rows])
         np.testing.assert_allclose(both[step], wanted, atol=2e-5)
+
+
+def test_masks_are_taken_where_the_oldest_onnxruntime_knows_them(bundle: Callable[[str], Made]) -> None:
+    """One operator a layer, whose mask's size is told, and no reading on from a filled cache."""
+    opened = open_bundle(bundle("gemma3-masks-none").folder)
+    graph = read_graph(opened.path("decoder.onnx"))
+    attending = [node for node in graph.nodes if node.op == "GroupQueryAttention"]
+    assert [node.ints["causal"] for node in attending] == [0] * 4
+    assert not [node for node in graph.nodes if node.op in ("ScatterElements", "Softmax")]
+    assert graph.tensors[attending[0].inputs[-1]].shape == ("batch", 1, "sequence", "filled")
+    assert bundle_memory(opened, "ort-cpu").stages[-1].unknown == 0
+    with pytest.raises(UsageError, match=r"family gemma3, target ort.* reads a prompt in one piece"):
+        Pipeline.load(opened.folder, prefix_caching=True)
 
 
 def run_and_step(engine: OrtEngine, prompts: list[tuple[int, int, int]], first: int) -> list[np.ndarray]:
@@ -238,7 +264,7 @@ def test_pruned_equals_the_torch_reference(bundle: Callable[[str], Made], name: 
     [
         NAMES[name]
         for name, (_, method, _, wishes) in BUNDLES.items()
-        if method not in ("fastv", "adaptprune", "sparsevlm") and wishes not in (HALF, TENSORRT)
+        if method not in ("fastv", "adaptprune", "sparsevlm") and "half" not in name and wishes != TENSORRT
     ],
 )
 def test_several_pictures(bundle: Callable[[str], Made], name: str) -> None:
@@ -252,7 +278,11 @@ def test_several_pictures(bundle: Callable[[str], Made], name: str) -> None:
     check_answers(made.folder, made.model, processing, (40, 70), talks)
 
 
-@pytest.mark.parametrize("name", [NAMES[f"{kind}-vispruner"] for kind in ("pali2", "pali", "gemma3")])
+@pytest.mark.parametrize(
+    "name",
+    [NAMES[f"{kind}-vispruner"] for kind in ("pali2", "pali", "gemma3")]
+    + [NAMES["pali2-masks"], NAMES["gemma3-masks"]],
+)
 def test_batches_of_several_pictures(bundle: Callable[[str], Made], name: str) -> None:
     check_batch(bundle(name).folder, (40, 70))
 

@@ -38,6 +38,7 @@ from .compared import (
 )
 
 COUNT, SIZE, WORDS = 64, (96, 96), "what shape is it ?"
+MASKS = {"oldest_onnxruntime": "1.30"}  # attention takes masks
 HALF, TENSORRT, JETPACK = {"dtype": "float16"}, {"target": "tensorrt"}, {"target": "jetpack6"}
 # Name: model, method, keep-counts, fields of the export's Request.
 BUNDLES: dict[str, tuple[str, str, str | None, dict[str, Any]]] = {
@@ -56,6 +57,8 @@ BUNDLES: dict[str, tuple[str, str, str | None, dict[str, Any]]] = {
     "large-adaptprune": ("large", "adaptprune", "20", {"image_size": (84, 108)}),
     "large-sparsevlm": ("large", "sparsevlm", "20", {}),
     "large-fastv": ("large", "fastv", "20", {}),
+    "small-masks": ("small", "none", None, MASKS),
+    "large-masks": ("large", "vispruner", "20,64", MASKS),
     "large-tensorrt": ("large", "fastv", "20", TENSORRT),
 }
 QUICK = {"short-vispruner"}  # with all tokens as well
@@ -76,7 +79,10 @@ def bundle(once: Once, saved: Callable[..., Any]) -> Callable[[str], Made]:
 # -- generation ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [NAMES[name] for name in ("small-fastv", "small-none", "large-none")])
+@pytest.mark.parametrize(
+    "name",
+    [NAMES[name] for name in ("small-fastv", "small-none", "large-none", "small-masks", "large-masks")],
+)
 def test_with_all_tokens_it_equals_transformers(bundle: Callable[[str], Made], name: str) -> None:
     """From the picture and the words on: greedy tokens and their logits, past the window of 40."""
     made, turns = bundle(name), asked(WORDS, 1)

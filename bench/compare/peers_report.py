@@ -117,8 +117,10 @@ def _gains(results: Mapping[str, Any]) -> Iterator[str]:
     for at in PRECISIONS:
         pair = find_pair(results, fastest_of(results, at), at.ours)
         if pair:
-            name = called(pair["theirs"]).removesuffix(", all tokens")
-            yield f"In {at.name} {name} takes {ratio_cell(pair['ttft'])} times as long."
+            where = "In float32" if at is FLOAT else f"With {at.name.replace(', ', ' and ')}"
+            name, _, bits = called(pair["theirs"]).removesuffix(", all tokens").partition(", ")
+            name += f" ({bits})" if bits else ""
+            yield f"{where}, {name} takes {ratio_cell(pair['ttft'])} times as long."
     alone = find_pair(results, FLOAT.whole, FLOAT.ours)
     if alone:
         ratio = ratio_cell(alone["ttft"])

@@ -333,7 +333,7 @@ class Contest:
                 [at.ours for at in PRECISIONS],
                 [one for at in PRECISIONS for one in at.all_tokens],
             )
-            alike = (BASE,) if name in pruned else EXACT if name in whole else ()
+            alike: tuple[str, ...] = (BASE,) if name in pruned else EXACT if name in whole else ()
             alike = (LLAMACPP_ORDER, *alike) if name.startswith("llamacpp") else alike
             alike += tuple(one.source for one in self.towered if one.name == name)
             return self._first(alike, name), likeness

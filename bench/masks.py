@@ -181,7 +181,8 @@ def _run(args: argparse.Namespace) -> None:
 
 def _case(text: str) -> tuple[int, int]:
     prompt, _, capacity = text.partition("x")
-    if not (prompt.isdigit() and capacity.isdigit() and 2 <= int(prompt) <= int(capacity) - STEPS):
+    numbers = all(part.isascii() and part.isdecimal() for part in (prompt, capacity))
+    if not (numbers and 2 <= int(prompt) <= int(capacity) - STEPS):
         raise UsageError(
             f"prompt '{text}' is not of the form TOKENSxCAPACITY, with {STEPS} places left for steps"
         )

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from vtp.engines import UsageError
+from vtp.engines.graph.masks import SINCE
 from vtp.export.graphs.attention.decomposed import DECOMPOSED, MASKED
 from vtp.export.graphs.attention.fixed_cache import FIXED_CACHE, fix_capacity
 from vtp.export.graphs.attention.fixed_cache import OPSET as FIXED_CACHE_OPSET
-from vtp.export.graphs.attention.masked_query import MASKED_QUERY, SINCE
+from vtp.export.graphs.attention.masked_query import MASKED_QUERY
 from vtp.export.graphs.attention.operators import GROUPED_QUERY, Attending
 from vtp.export.graphs.attention.states import RECURRENT
 from vtp.export.graphs.decoder import Decoder

@@ -2,8 +2,8 @@
 
 ONNX Runtime's operator takes `causal=0`, and then what a token sees is told by its attention bias alone. It
 writes the new keys and values where they belong and reads the filled part of the cache, as without a mask;
-`decomposed.MASKED`, for versions before `SINCE`, reads the whole cache. Heads share one mask [B,1,S,T], where
-T is the longest row's tokens after the run.
+`decomposed.MASKED`, for versions before `engines.graph.masks.SINCE`, reads the whole cache. Heads share one
+mask [B,1,S,T], where T is the longest row's tokens after the run.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtp.engines.graph.masks import SINCE as SINCE
 from vtp.export.graphs.attention.fixed_cache import decomposed, first_places, look_at
 from vtp.export.graphs.attention.operators import (
     Attending,

@@ -214,11 +214,11 @@ def grouped_query_attention(
 
     With a bias [B,1,S,T] of the logits that alone says what is seen; see `masked_query`.
     """
-    attributes: dict[str, Any] = {"scale": rule.scale, "softcap": rule.softcap or 0.0, "causal": 0}
-    if bias is None:
-        if lengths.lookahead is not None or rule != Rule(rule.scale):
-            raise VtpError("GroupQueryAttention is written for plain causal attention; this decoder's is not")
-        attributes = {"scale": rule.scale}
+    attributes: dict[str, Any] = {"scale": rule.scale}
+    if bias is not None:
+        attributes |= {"softcap": rule.softcap or 0.0, "causal": 0}
+    elif lengths.lookahead is not None or rule != Rule(rule.scale):
+        raise VtpError("GroupQueryAttention is written for plain causal attention; this decoder's is not")
     batch, heads, sequence, width = query.shape
     groups = key.shape[1]
     output, *present = torch.onnx.ops.symbolic_multi_out(

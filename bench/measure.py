@@ -268,7 +268,12 @@ def _decode(
     bundle: Bundle, keep: int, shapes: Shapes, tpot: Sequence[float], memory: float, engine: str
 ) -> dict[str, Any]:
     """Operations and bytes of one step, and what of the memory's rate that is."""
-    past = {file: given["position_ids"][1] for file, given in shapes.seen.values() if "position_ids" in given}
+    graphs = bundle.manifest.graphs
+    past = {
+        graphs[file].cache_of or file: given["position_ids"][1]
+        for file, given in shapes.seen.values()
+        if "position_ids" in given
+    }
     read, work = step_work(bundle, keep, past, engine)
     if not tpot:
         return {"bytes": read, "flops": work}

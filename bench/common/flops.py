@@ -163,6 +163,7 @@ _RULES: dict[str, Callable[[_Counter, Node], int]] = {
     "MatMul": _matmul(0, 1),
     "FusedMatMul": _matmul(0, 1),
     "MatMulInteger": _matmul(0, 1),
+    "MatMulIntegerToFloat": _matmul(0, 1),
     "QLinearMatMul": _matmul(0, 3),
     "Gemm": _gemm,
     "Conv": _conv(1),

@@ -25,6 +25,7 @@ _MICROSOFT = {
     "DequantizeLinear",
     "GroupQueryAttention",
     "LinearAttention",
+    "MatMulIntegerToFloat",
     "MatMulNBits",
     "QuantizeLinear",
 }

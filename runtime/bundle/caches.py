@@ -91,6 +91,18 @@ def cache_problem(file: str, graph: Any, longest: int) -> str:
     return f"{file} does not give {lacking[0]}" if lacking else ""
 
 
+def sharing_problem(file: str, graphs: Mapping[str, Any]) -> str:
+    """What keeps one of a manifest's graphs from working on the cache of another; "" if nothing does."""
+    graph = graphs[file]
+    if graph.cache_of is None:
+        return ""
+    owner = graphs.get(graph.cache_of)
+    if owner is None or owner.kv is None or owner.cache_of is not None:
+        return f"{file} works on the cache of {graph.cache_of!r}, which has none of its own"
+    same = all(getattr(graph, part) == getattr(owner, part) for part in ("inputs", "outputs", "kv", "states"))
+    return "" if same else f"{file} works on the cache of {graph.cache_of} and differs from it"
+
+
 def _unfit_keys(kv: KvInfo, inputs: Mapping[str, Any]) -> Iterator[str]:
     """Names of keys and values whose inputs are not of `kv`, which has the first layer's sizes."""
     first = {name: [kv.heads, kv.head_dim] for name in kv_pairs(kv.layers[:1])}

@@ -19,7 +19,7 @@ from vtp.runtime.machine.room import Room
 
 SWITCH = "VTP_CHECK_MEMORY"
 # Products whose weights ONNX Runtime packs into memory of its own (measured on x86, versions 1.23 and 1.31).
-_PACKED = ("MatMul", "Gemm", "MatMulNBits")
+_PACKED = ("MatMul", "Gemm", "MatMulIntegerToFloat", "MatMulNBits")
 # On the CPU, float16 weights become float32.
 _MOST_WIDENED = 3
 

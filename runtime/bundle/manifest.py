@@ -16,7 +16,7 @@ from typing import Any
 from vtp.engines import VtpError
 from vtp.engines.errors import quoted
 from vtp.engines.strict_json import parse_json
-from vtp.runtime.bundle.caches import LENGTHS, StateTensors, cache_problem, kv_pairs
+from vtp.runtime.bundle.caches import LENGTHS, StateTensors, cache_problem, kv_pairs, sharing_problem
 from vtp.runtime.bundle.caches import KvInfo as KvInfo
 from vtp.runtime.bundle.generation_info import GenerationInfo as GenerationInfo
 from vtp.runtime.bundle.generation_info import generation_problem
@@ -71,7 +71,9 @@ class StageInfo:
 class GraphInfo:
     """What a graph file takes and gives, the ranges of its named axes, and its cache if it has one.
 
-    states  what its layers carry beside the cache, or in place of it; only graphs with a cache have any
+    states    what its layers carry beside the cache, or in place of it; only graphs with a cache have any
+    cache_of  the graph whose cache and states this one works on; null: its own. The same layers in other
+              bits, by which prompts are read
     """
 
     inputs: dict[str, TensorInfo]
@@ -79,6 +81,7 @@ class GraphInfo:
     axes: dict[str, list[int]]  # name -> [min, opt, max]
     kv: KvInfo | None
     states: list[StateTensors] = field(default_factory=list)
+    cache_of: str | None = None
 
     @property
     def carried(self) -> dict[str, str]:
@@ -222,6 +225,8 @@ class Manifest:
         for graph in data["graphs"].values():
             if not graph["states"]:
                 del graph["states"]
+            if graph["cache_of"] is None:
+                del graph["cache_of"]
         return json.dumps(data, indent=1, ensure_ascii=False) + "\n"
 
 
@@ -294,8 +299,10 @@ def _check(manifest: Manifest) -> None:
     _agree(TOKENIZER in manifest.files, f"manifest.files lacks {TOKENIZER}")
     for file, graph in manifest.graphs.items():
         _agree(file in manifest.files, f"graph {file} is not one of manifest.files")
-        problem = cache_problem(file, graph, longest)
+        problem = cache_problem(file, graph, longest) or sharing_problem(file, manifest.graphs)
         _agree(not problem, problem)
+        opened = graph.cache_of is None or any(stage.file == graph.cache_of for stage in manifest.stages)
+        _agree(opened, f"{file} works on the cache of {graph.cache_of}, which no stage runs")
     for stage in manifest.stages:
         _check_stage(stage, manifest)
     for keep in visual.keep:

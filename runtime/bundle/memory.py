@@ -103,8 +103,10 @@ def _stage(
 
 
 def cache_bytes(graph: GraphInfo) -> int:
-    """Keys, values and states of every layer, one buffer each; past and present share it."""
-    return kv_bytes(graph) + state_bytes(graph)
+    """Keys, values and states of every layer, one buffer each; past and present share it.
+
+    0 for a graph that works on another's."""
+    return 0 if graph.cache_of is not None else kv_bytes(graph) + state_bytes(graph)
 
 
 def kv_bytes(graph: GraphInfo) -> int:

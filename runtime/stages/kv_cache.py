@@ -18,6 +18,8 @@ class KvCache:
     Nothing is copied or reallocated between steps; of every row, `lengths` int32 [B] tokens of `capacity`
     are filled, `length` of the longest. `resize` makes it one of another batch. Layers with a state have that
     in place of a buffer (`States`); such a cache begins anew or goes on, and is never cut back.
+
+    engine  makes the buffers; others  further graphs of the same layers that read and write them
     """
 
     feeds: dict[str, Value]
@@ -25,23 +27,28 @@ class KvCache:
     lengths: np.ndarray
     states: States
     _buffers: dict[str, Value]
-    _binding: Held | None
+    _bindings: dict[Engine, Held]
 
     def __init__(
-        self, engine: Engine, info: KvInfo, batch: int = 1, states: Sequence[StateTensors] = ()
+        self,
+        engine: Engine,
+        info: KvInfo,
+        batch: int = 1,
+        states: Sequence[StateTensors] = (),
+        others: Sequence[Engine] = (),
     ) -> None:
         if info.lengths != "seqlens_k":
             raise VtpError(
                 f"the cache convention '{info.lengths}' is unknown to this runtime; update vtp-edge"
             )
         self.capacity = info.capacity
-        self._engine = engine
+        self._engine, self._others = engine, tuple(others)
         self._info, self._states = info, states
         self.resize(batch)
 
     def resize(self, batch: int) -> None:
         """Replace the buffers by empty ones for a batch of this number of rows."""
-        self._binding = None  # before new buffers are made: two sets may be too much
+        self._bindings = {}  # before new buffers are made: two sets may be too much
         self.feeds, self.into, self._buffers = {}, {}, {}
         self.states = States(self._engine, (), 0)
         info, zeros = self._info, self._engine.zeros
@@ -95,12 +102,11 @@ class KvCache:
         self.feeds = {**buffers, **states.feeds, **own}
         pairs = kv_pairs(self._info.layers)
         self.into = {**{pairs[name]: buffer for name, buffer in buffers.items()}, **states.into}
-        self._binding = self._engine.hold(self.feeds, self.into)
+        self._bindings = {one: one.hold(self.feeds, self.into) for one in (self._engine, *self._others)}
 
-    def run(self, feeds: Mapping[str, Value]) -> dict[str, Value]:
-        """Run the engine on the cache, with what else it reads; `advance` comes first."""
-        assert self._binding is not None  # since the last `resize`
-        return self._binding.run(feeds)
+    def run(self, engine: Engine, feeds: Mapping[str, Value]) -> dict[str, Value]:
+        """Run one of its engines on the cache, with what else it reads; `advance` comes first."""
+        return self._bindings[engine].run(feeds)
 
     def reset(self) -> None:
         """Forget every token; the buffers stay as they are, for lengths bound what is read."""

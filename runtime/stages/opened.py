@@ -43,19 +43,23 @@ class OpenedStages:
         files = dict.fromkeys(stage.file for stage in self.manifest.stages if stage.when not in skip)
         for file in sorted(files, key=self._bytes, reverse=True):
             self._open(file, open_engine)
+        self._make_caches()
 
     def stages(self, when: str, keep: int) -> list[Stage]:
         """The stages of one moment for one keep-count, in order."""
-        return [
-            Stage(
-                self._read(info),
-                self.manifest.graphs[info.file],
-                self._engines[info.file],
-                self.caches.get(info.file),
-                self._prefix if info.file in self.caches else None,
-            )
-            for info in self.manifest.stages_for(when, keep)
-        ]
+        return [self._stage(self._read(info)) for info in self.manifest.stages_for(when, keep)]
+
+    def reading(self, stage: Stage) -> Stage:
+        """A step's stage on the graph by which prompts are read, where that is another one."""
+        graphs = self.manifest.graphs
+        prompts = (file for file in self._engines if graphs[file].cache_of == stage.info.file)
+        return self._stage(replace(stage.info, file=next(prompts, stage.info.file)))
+
+    def _stage(self, info: StageInfo) -> Stage:
+        graph = self.manifest.graphs[info.file]
+        cache = self.caches.get(graph.cache_of or info.file)
+        prefix = None if cache is None else self._prefix
+        return Stage(info, graph, self._engines[info.file], cache, prefix)
 
     def on_rows(self, first: int, count: int, prefix: Prefix | None) -> OpenedStages:
         """The same graphs on some rows of the caches; see `KvCache.rows`."""
@@ -148,8 +152,15 @@ class OpenedStages:
         _compare(file, "input", graph.inputs, engine.inputs)
         _compare(file, "output", graph.outputs, engine.outputs)
         self._engines[file] = engine
-        if graph.kv is not None:
-            self.caches[file] = KvCache(engine, graph.kv, states=graph.states)
+
+    def _make_caches(self) -> None:
+        """One for each decoder graph, or for all those that work on one."""
+        graphs = {file: self.manifest.graphs[file] for file in self._engines}
+        for file, graph in graphs.items():
+            if graph.kv is not None and graph.cache_of is None:
+                others = [self._engines[name] for name, other in graphs.items() if other.cache_of == file]
+                engine = self._engines[file]
+                self.caches[file] = KvCache(engine, graph.kv, states=graph.states, others=others)
 
 
 def _compare(file: str, kind: str, said: Mapping[str, TensorInfo], found: Mapping[str, object]) -> None:

@@ -110,7 +110,7 @@ def check_prefix(bundle: Bundle) -> None:
     """UsageError where a prompt cannot be read on from a filled cache."""
     manifest = bundle.manifest
     files = [file for file, graph in manifest.graphs.items() if graph.kv is not None]
-    if len(files) > 1:
+    if sum(manifest.graphs[file].cache_of is None for file in files) > 1:
         raise UsageError(
             f"prefix_caching does not support method {manifest.method.name}, which chooses inside the "
             "decoder from a prompt as a whole; leave it out, or export with a method at the vision or "

@@ -78,7 +78,7 @@ class StageRunner:
 
     @property
     def caches(self) -> Mapping[str, KvCache]:
-        """Decoder graph's file -> its cache."""
+        """Decoder graph's file -> its cache, which other graphs of the same layers may work on as well."""
         return self._opened.caches
 
     @property
@@ -211,7 +211,8 @@ class StageRunner:
         numbers.T[...] = np.arange(length)[:, None]
         values["position_ids"] = self._opened.put(numbers)
         values[_NOTHING] = self._opened.put(np.zeros((batch, length), np.int64))
-        stages = [_reading_text(stage) for stage in self._opened.stages("step", keep)]
+        steps = self._opened.stages("step", keep)
+        stages = [_reading_text(self._opened.reading(stage)) for stage in steps]
         run_stages(stages, values, timings, padding, check)
         values["next_position"] = self._opened.put(np.full(batch, length, np.int64))
 

@@ -46,7 +46,7 @@ class Stage:
                 self.cache.keep_first(known := self.prefix.begin(feeds))
                 feeds = rest_of(feeds, known, self.engine)
             self.cache.advance(self._sequence(feeds) - padding)
-            outputs = self.cache.run(feeds)
+            outputs = self.cache.run(self.engine, feeds)
             self.note(feeds)
         for name, target in self.info.outputs.items():
             values[target] = outputs[name]

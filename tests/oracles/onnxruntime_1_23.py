@@ -21,7 +21,13 @@ ABSENT = {
     "RoiAlign",
 }
 # ONNX Runtime's own that vtp writes; LinearAttention came with 1.25.1.
-MICROSOFT = {"DequantizeLinear", "GroupQueryAttention", "MatMulNBits", "QuantizeLinear"}
+MICROSOFT = {
+    "DequantizeLinear",
+    "GroupQueryAttention",
+    "MatMulIntegerToFloat",
+    "MatMulNBits",
+    "QuantizeLinear",
+}
 
 
 def too_new(path: Path) -> list[str]:

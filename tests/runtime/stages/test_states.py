@@ -65,11 +65,11 @@ def test_a_run_replaces_the_states_of_its_rows(cache: KvCache) -> None:
     """Row by row, together, and in a row that another one is copied to."""
     assert cache.states and cache.bytes == 3 * 2 * 12 * 4
     middle = cache.rows(1, 1)
-    middle.advance(4), middle.run({})
+    middle.advance(4), middle.run(middle._engine, {})
     assert held(cache) == [[0, 0], [3, 3], [0, 0]] and cache.lengths.tolist() == [0, 4, 0]
     assert cache.copy_row(1, 2) == 2 * 12 * 4
     assert held(cache) == [[0, 0], [3, 3], [3, 3]] and cache.lengths.tolist() == [0, 4, 4]
-    cache.advance(1), cache.run({})
+    cache.advance(1), cache.run(cache._engine, {})
     assert held(cache) == [[0, 0], [10, 10], [10, 10]]
     bound = cache.rows(0, 2)
     binding = bound._engine.bind(bound.feeds, {**bound.into, "total": bound._engine.zeros((), "int32")})

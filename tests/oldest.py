@@ -40,6 +40,8 @@ PRECISIONS = {
         ("float32", "int8", "none"),
         ("float32", "none", "int4"),
         ("float32", "int8", "int4"),
+        ("float32", "int8", "int8"),
+        ("float32", "int8", "int4", "int8"),
         ("float16", "int8", "int4"),
     ),
     "jetpack6": (("float32", "none", "none"), ("float32", "int8", "none"), ("float16", "int8", "none")),
@@ -78,12 +80,13 @@ def make_precisions(target: str, method: str, make: Callable[[str, str, str | No
     from vtp.calib.quantize.quantizer import Wish
 
     floats: dict[str, Path] = {}
-    for dtype, vision, decoder in PRECISIONS[target]:
+    for dtype, vision, decoder, *prompt in PRECISIONS[target]:
         if dtype not in floats:
             floats[dtype] = make(f"{method}-{dtype}", method, dtype)
         if (vision, decoder) != ("none", "none"):
-            out = floats[dtype].with_name(f"{method}-{dtype}-{vision}-{decoder}")
-            write_quantised(open_bundle(floats[dtype]), out, Wish(vision, decoder), 4, 1)
+            out = floats[dtype].with_name("-".join((method, dtype, vision, decoder, *prompt)))
+            wish = Wish(vision, decoder, prompt=prompt[0] if prompt else "decoder")
+            write_quantised(open_bundle(floats[dtype]), out, wish, 4, 1)
             print(out, flush=True)
 
 

@@ -32,7 +32,9 @@ HEAVY = {
 }
 
 # What writes graphs: vtp-calib quantize loads these when it runs, and the rest of calib does without onnx.
-REWRITES = {f"vtp.calib.quantize.{name}" for name in ("layers", "observe", "quantizer", "weight_store")}
+REWRITES = {
+    f"vtp.calib.quantize.{name}" for name in ("layers", "observe", "prompts", "quantizer", "weight_store")
+}
 HUB = "vtp.runtime.hub.client"  # the runtime's one place that asks the hub, and only when it is told to
 
 # What each room may import from the house.

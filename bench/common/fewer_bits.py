@@ -1,6 +1,7 @@
 """A bundle in fewer bits for measuring speed: what `vtp-calib quantize` makes, without asking what it costs.
 
-    python -m vtp.bench.common.fewer_bits BUNDLE OUT [--vision int8|none] [--decoder int4|none] [--pictures 2]
+    python -m vtp.bench.common.fewer_bits BUNDLE OUT [--vision int8|none] [--decoder int4|int8|none]
+        [--prompt decoder|int8] [--pictures 2]
 
 Random weights answer nothing, so no accuracy is measured and no floor held; the speed of a product does not
 depend on its weights' values. int4 is rounded to the nearest as ONNX Runtime's own quantiser does it, a head
@@ -36,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("bundle", metavar="BUNDLE", help="a float bundle")
     add("out", metavar="OUT", help="folder of the new bundle")
     add("--vision", default="int8", help="int8 or none (default: %(default)s)")
-    add("--decoder", default="none", help="int4 or none (default: %(default)s)")
+    add("--decoder", default="none", help="int4, int8 or none (default: %(default)s)")
+    add("--prompt", default="decoder", help="decoder, or int8 beside int4 (default: %(default)s)")
     add("--pictures", default="2", help="built-in pictures to calibrate on (default: %(default)s)")
     add_threads(parser)
     add_debug(parser)
@@ -45,11 +47,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
-    if args.vision not in ("int8", "none") or args.decoder not in ("int4", "none"):
+    if args.vision not in ("int8", "none") or args.decoder not in ("int4", "int8", "none"):
         raise UsageError(
-            f"--vision {args.vision} --decoder {args.decoder}: choose int8 or none, int4 or none"
+            f"--vision {args.vision} --decoder {args.decoder}: choose int8 or none; int4, int8 or none"
         )
-    wish = Wish(args.vision, args.decoder, head="int4", nearest=True)
+    if args.prompt not in ("decoder", "int8"):
+        raise UsageError(f"--prompt {args.prompt}: choose decoder or int8")
+    head = "int8" if args.decoder == "int8" else "int4"
+    wish = Wish(args.vision, args.decoder, head=head, nearest=True, prompt=args.prompt)
     threads = None if args.threads is None else whole("threads", args.threads)
     pictures, progress = whole("pictures", args.pictures), Progress()
     progress.step(f"quantise {args.bundle} on {pictures} pictures")

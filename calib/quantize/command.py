@@ -41,8 +41,8 @@ if TYPE_CHECKING:
     from vtp.calib.quantize.quantizer import Quantizer
 
 _TARGETS = ("ort", "tensorrt", "jetpack6")
-_VISION, _DECODER, _ACTIVATIONS = ("int8", "none"), ("int4", "none"), ("auto", "uint8", "int8")
-_HEADS = ("float", "int4")
+_VISION, _DECODER, _ACTIVATIONS = ("int8", "none"), ("int4", "int8", "none"), ("auto", "uint8", "int8")
+_HEADS, _PROMPTS = ("float", "int4", "int8"), ("decoder", "int8")
 _BLOCKS = (32, 64, 128)
 _ELSEWHERE = ("fp8", "int4-awq", "nvfp4")  # NVIDIA ModelOpt's, which pins other versions of everything
 _MORE_FLOAT = (0.0, 0.1, 0.25, 0.5)  # shares of the layers, noisiest first, that stay in float, in this order
@@ -58,9 +58,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     suggest(vision, _VISION)
     decoder = add(
-        "--decoder", default="int4", help="the decoder's weights: int4 or none (default: %(default)s)"
+        "--decoder", default="int4", help="the decoder's weights: int4, int8 or none (default: %(default)s)"
     )
     suggest(decoder, _DECODER)
+    prompt = add(
+        "--prompt",
+        default="decoder",
+        help="what reads prompts: decoder, or int8, a second graph beside the int4 one, for an earlier first "
+        "token and more memory (default: %(default)s)",
+    )
+    suggest(prompt, _PROMPTS)
     add("-o", "--output", metavar="DIR", help="the new bundle (default: BUNDLE-quantized)")
     add_overwrite(parser)
     add(
@@ -87,7 +94,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     suggest(activations, _ACTIVATIONS)
     head = add(
-        "--head", default="float", help="a head tied to the embedding: float, or int4 (default: %(default)s)"
+        "--head",
+        default="float",
+        help="a head tied to the embedding: float, or as few bits as the decoder has (default: %(default)s)",
     )
     suggest(head, _HEADS)
     shared_arguments(parser)
@@ -144,7 +153,13 @@ def split(samples: Sequence[Sample], pictures: int) -> tuple[list[Sample], list[
 
 
 def _check_flags(args: argparse.Namespace) -> None:
-    known_values = {"vision": _VISION, "decoder": _DECODER, "activations": _ACTIVATIONS, "head": _HEADS}
+    known_values = {
+        "vision": _VISION,
+        "decoder": _DECODER,
+        "prompt": _PROMPTS,
+        "activations": _ACTIVATIONS,
+        "head": _HEADS,
+    }
     for name, known in known_values.items():
         value = getattr(args, name)
         if value in _ELSEWHERE:
@@ -158,6 +173,15 @@ def _check_flags(args: argparse.Namespace) -> None:
             raise UsageError(f"--{name} {value} is not known; choose one of {', '.join(known)}")
     if args.vision == args.decoder == "none":
         raise UsageError("--vision none --decoder none leaves nothing to quantise; choose int8 or int4")
+    if args.prompt == "int8" and args.decoder != "int4":
+        raise UsageError(
+            f"--prompt int8 is a second graph beside an int4 decoder, and --decoder is {args.decoder}; leave "
+            "one of them out"
+        )
+    if args.head not in ("float", args.decoder) and args.decoder != "none":
+        raise UsageError(
+            f"--head {args.head} does not go with --decoder {args.decoder}; choose float or {args.decoder}"
+        )
     if args.block not in _BLOCKS:
         raise UsageError(f"--block {args.block} is not one of {', '.join(map(str, _BLOCKS))}")
     if args.samples < 1:
@@ -188,6 +212,12 @@ def _check_bundle(bundle: Bundle, output: Path, args: argparse.Namespace) -> Non
             f"{bundle.folder} was made for jetpack6, whose TensorRT 10.3 reads opset 20; int4 came "
             "with 21: add --decoder none"
         )
+    dynamic = "--decoder int8" if args.decoder == "int8" else "--prompt int8" if args.prompt == "int8" else ""
+    if dynamic and (manifest.target, manifest.dtype) != ("ort", "float32"):
+        raise UsageError(
+            f"{dynamic} is for target ort in float32, which ONNX Runtime runs on the CPU, and "
+            f"{bundle.folder} was made for {manifest.target} in {manifest.dtype}: leave it out"
+        )
     if args.activations == "uint8" and manifest.target != "ort":
         raise UsageError("TensorRT does not take --activations uint8; leave it at auto")
     if output.resolve() == bundle.folder.resolve():
@@ -202,7 +232,8 @@ def _quantizer(bundle: Bundle, args: argparse.Namespace) -> Quantizer:
         if error.name != "onnx":
             raise
         raise UsageError("vtp-calib quantize needs onnx: pip install 'vtp-edge[calib]'") from error
-    return Quantizer(bundle, Wish(args.vision, args.decoder, args.block, args.activations, args.head))
+    wish = Wish(args.vision, args.decoder, args.block, args.activations, args.head, prompt=args.prompt)
+    return Quantizer(bundle, wish)
 
 
 # -- measuring -----------------------------------------------------------------------------------------------
@@ -351,21 +382,24 @@ def _finish(aside: Path, figures: dict[str, Any], calibrated_on: int) -> Manifes
 
 def write_csv(file: Path, quantizer: Quantizer, also_left: set[str]) -> None:
     """One line per layer."""
-    left = quantizer.record(also_left)["left_in_float"]
+    record = quantizer.record(also_left)
+    left, prompts = record["left_in_float"], record.get("in_prompts", {})
     with whole_file(file) as part, part.open("w", newline="", encoding="utf-8") as out:
         writer = csv.writer(out)
-        writer.writerow(["layer", "inputs", "outputs", "bits", "signal_to_noise_db", "left_in_float"])
+        parts = ["layer", "inputs", "outputs", "bits", "signal_to_noise_db", "left_in_float"]
+        writer.writerow([*parts, "db_in_prompts"])  # in int8; empty: as everywhere
         for one in quantizer.judged:
             label = one.layer.label
             bits = "float" if label in left else one.bits
-            writer.writerow([label, *one.layer.shape, bits, f"{one.decibels:.1f}", left.get(label, "")])
+            row = [label, *one.layer.shape, bits, f"{one.decibels:.1f}", left.get(label, "")]
+            writer.writerow([*row, prompts[label]["db"] if label in prompts else ""])
 
 
 def _text(quantizer: Quantizer, also_left: set[str], figures: dict[str, Any], metric: str) -> str:
     """The report for people."""
-    left = quantizer.record(also_left)["left_in_float"]
-    lines = []
-    for bits in ("int8", "int4"):
+    record, lines = quantizer.record(also_left), []
+    left, prompts = record["left_in_float"], record.get("in_prompts", {})
+    for bits in ("int8", "dynamic int8", "int4"):
         made = [one for one in quantizer.judged if one.bits == bits and one.layer.label not in left]
         count = sum(one.bits == bits for one in quantizer.judged)
         if made:
@@ -374,6 +408,12 @@ def _text(quantizer: Quantizer, also_left: set[str], figures: dict[str, Any], me
                 f"{bits}: {len(made)} of {count} layers; the noisiest, {shown(worst.layer.label)}, has "
                 f"{worst.decibels:.1f} dB"
             )
+    if prompts:
+        label, worst = min(prompts.items(), key=lambda item: item[1]["db"])
+        lines.append(
+            f"prompts are read in int8 by {len(prompts)} layers; the noisiest, {shown(label)}, has "
+            f"{worst['db']:.1f} dB"
+        )
     lines += [f"left in float: {shown(label)}: {shown(reason)}" for label, reason in sorted(left.items())]
     accuracy, size, ttft = figures["accuracy"], figures["bytes"], figures["ttft_ms"]
     change = stats.Estimate(*accuracy["change_in_points"])

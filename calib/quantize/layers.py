@@ -15,6 +15,11 @@ from vtp.calib.quantize.weight_store import Store, place_of, read
 
 _FLOATS: dict[int, str] = {TensorProto.FLOAT: "float32", TensorProto.FLOAT16: "float16"}
 _MICROSOFT = "com.microsoft"
+# What every dynamic product of a graph shares, by name: int8 codes around 128, of which one is a row's scale.
+_ONE, _ZERO, _STEP, _LEAST, _LAST = (
+    f"int8_rows__{part}" for part in ("one", "zero", "step", "least", "last")
+)
+_TINY = 1e-30  # a row of zeros has this size, so that nothing is divided by nothing
 _COMPUTE_INT8 = 4  # MatMulNBits' accuracy level: activations in int8 while multiplying
 
 Place = tuple[str, int, int] | str
@@ -128,8 +133,17 @@ class Int4:
         return int4_blocks(weight, self.energy, self.block, self.layer.dtype, self.target != "ort")
 
 
-Change = Int8 | Int4
-_Wanted = tuple[onnx.NodeProto, Int4]
+@dataclass(frozen=True)
+class DynamicInt8:
+    """A layer with int8 weights per channel; what goes in is rounded while the graph runs, each row [K] by
+    its own largest magnitude. For ONNX Runtime's CPU provider, in float32."""
+
+    layer: Layer
+
+
+Change = Int8 | Int4 | DynamicInt8
+Joined = Int4 | DynamicInt8  # layers in these that read the same become one product
+_Wanted = tuple[onnx.NodeProto, Joined]
 
 
 def weight_of(layer: Layer, model: onnx.ModelProto, folder: Path) -> np.ndarray:
@@ -161,25 +175,27 @@ def rewrite(
             writer.int8(node, change)
         elif change is None:
             writer.nodes.append(node)
-        elif change.target != "ort":
+        elif isinstance(change, Int4) and change.target != "ort":
             writer.int4(node, change)
         elif node.name in joined:
-            writer.nbits([(nodes[one.layer.node], one) for one in joined[node.name]])
+            writer.joined([(nodes[one.layer.node], one) for one in joined[node.name]])
     writer.finish()
 
 
-def _products(changes: Iterable[Change], apart: Set[Place]) -> list[list[Int4]]:
-    """The layers in int4 for ONNX Runtime, those together that become one product: they read the same.
+def _products(changes: Iterable[Change], apart: Set[Place]) -> list[list[Joined]]:
+    """The layers in int4 or dynamic int8 for ONNX Runtime, those together that become one product: they read
+    the same.
 
     Query, key and value, gate and up: the input is then rounded once, and a narrow product (the keys of few
     heads) does not leave a thread idle. A column's sums do not change, so the results are the same.
     """
-    groups: dict[tuple[str, ...], list[Int4]] = {}
+    groups: dict[tuple[str, ...], list[Joined]] = {}
     for change in changes:
-        if isinstance(change, Int4) and change.target == "ort":
+        if isinstance(change, DynamicInt8) or (isinstance(change, Int4) and change.target == "ort"):
             layer = change.layer
             single = (layer.node,) if layer.place in apart else ()
-            groups.setdefault((layer.source, layer.dtype, *single), []).append(change)
+            kind = type(change).__name__
+            groups.setdefault((layer.source, layer.dtype, kind, *single), []).append(change)
     return list(groups.values())
 
 
@@ -224,15 +240,17 @@ class _Writer:
             )
         self._product(node, self._round(change), f"{name}_float")
 
-    def _as_source(self, name: str, source: str, width: int | None = None) -> None:
-        """Say that a new tensor has another's shape, or another `width` of its last dimension: memory and
-        operations are told from shapes."""
+    def _as_source(self, name: str, source: str, width: int | None = None, kind: int | None = None) -> None:
+        """Say that a new tensor has another's shape, or another `width` of its last dimension, or another
+        type: memory and operations are told from shapes."""
         graph = self._model.graph
         for info in (*graph.value_info, *graph.input, *graph.output):
             if info.name == source:
                 known = onnx.ValueInfoProto(name=name, type=info.type)
                 if width is not None:
                     known.type.tensor_type.shape.dim[-1].dim_value = width
+                if kind is not None:
+                    known.type.tensor_type.elem_type = kind
                 graph.value_info.append(known)
                 return
 
@@ -274,37 +292,88 @@ class _Writer:
             )
         self._product(node, layer.source, f"{name}_float")
 
-    def nbits(self, group: Sequence[_Wanted]) -> None:
-        """One MatMulNBits for layers that read the same, for ONNX Runtime; a Split gives each its columns."""
-        layers, (first, change) = [one.layer for _, one in group], group[0]
-        widths = [layer.shape[1] for layer in layers]
+    def joined(self, group: Sequence[_Wanted]) -> None:
+        """One product for layers that read the same, for ONNX Runtime; a Split gives each its columns."""
+        widths = [one.layer.shape[1] for _, one in group]
+        results = [self._result(node) for node, _ in group]
+        first = group[0][0]
+        whole = results[0] if len(group) == 1 else f"{first.output[0]}__joined"
+        int4 = [one for _, one in group if isinstance(one, Int4)]
+        if int4:
+            self._nbits(int4, whole, first.name)
+        else:
+            self._dynamic([one.layer for _, one in group], whole, first.name)
+        if len(group) > 1:
+            self._split(whole, widths, results)
+        for (node, _), result in zip(group, results, strict=True):
+            self._bias(node, result)
+
+    def _nbits(self, group: Sequence[Int4], result: str, node: str) -> None:
+        """A MatMulNBits [..., sum of N]."""
+        layers = [one.layer for one in group]
         name = f"{'+'.join(layer.stem for layer in layers)}__int4"
         if name not in self._made:
-            blocks = [self._blocks(one) for _, one in group]
+            blocks = [self._blocks(one) for one in group]
             packed = np.concatenate([one.packed() for one in blocks])
             self._add(name, packed, TensorProto.UINT8, list(packed.shape))
             self._float(
                 f"{name}_scale", np.concatenate([one.scales.reshape(-1) for one in blocks]), layers[0].dtype
             )
-        results = [self._result(node) for node, _ in group]
-        whole = results[0] if len(group) == 1 else f"{first.output[0]}__joined"
         product = helper.make_node(
             "MatMulNBits",
             [layers[0].source, name, f"{name}_scale"],
-            [whole],
-            first.name,
+            [result],
+            node,
             domain=_MICROSOFT,
             K=layers[0].shape[0],
-            N=sum(widths),
+            N=sum(layer.shape[1] for layer in layers),
             bits=4,
-            block_size=change.block,
+            block_size=group[0].block,
             accuracy_level=_COMPUTE_INT8,
         )
         self.nodes.append(product)
-        if len(group) > 1:
-            self._split(whole, widths, results)
-        for (node, _), result in zip(group, results, strict=True):
-            self._bias(node, result)
+
+    def _dynamic(self, layers: Sequence[Layer], result: str, node: str) -> None:
+        """A MatMulIntegerToFloat [..., sum of N] of codes, times each row's scale."""
+        name = f"{'+'.join(layer.stem for layer in layers)}__int8"
+        if name not in self._made:
+            made = [int8_channels(np.asarray(self._weight(layer), np.float32)) for layer in layers]
+            codes = np.concatenate([one for one, _ in made], axis=1)
+            self._add(name, codes, TensorProto.INT8, list(codes.shape))
+            self._float(f"{name}_scale", np.concatenate([scales for _, scales in made]), "float32")
+        codes_name, scale = self._round_rows(layers[0].source)
+        inputs = [codes_name, name, _ONE, f"{name}_scale", _ZERO]
+        product, width = f"{result}__in_steps", sum(layer.shape[1] for layer in layers)
+        self.nodes += [
+            helper.make_node("MatMulIntegerToFloat", inputs, [product], node, domain=_MICROSOFT),
+            helper.make_node("Mul", [product, scale], [result], f"{node}_scaled"),
+        ]
+        self._as_source(product, layers[0].source, width)
+
+    def _round_rows(self, source: str) -> tuple[str, str]:
+        """(codes uint8 [..., K] around 128, scale [..., 1]) of a tensor [..., K]: each row has its own."""
+        codes, scale = f"{source}__codes", f"{source}__scale"
+        if source not in self._rounded:
+            self._float(_ONE, np.array(1), "float32")
+            self._add(_ZERO, np.array(128, np.uint8), TensorProto.UINT8, [])
+            self._float(_LEAST, np.array(_TINY), "float32")
+            self._float(_STEP, np.array(1 / INT8), "float32")
+            self._add(_LAST, np.array([-1], np.int64), TensorProto.INT64, [1])
+            parts = {part: f"{source}__{part}" for part in ("top", "bottom", "below", "size", "steps")}
+            make = helper.make_node
+            self.nodes += [
+                make("ReduceMax", [source, _LAST], [parts["top"]], parts["top"], keepdims=1),
+                make("ReduceMin", [source, _LAST], [parts["bottom"]], parts["bottom"], keepdims=1),
+                make("Neg", [parts["bottom"]], [parts["below"]], parts["below"]),
+                make("Max", [parts["top"], parts["below"], _LEAST], [parts["size"]], parts["size"]),
+                make("Mul", [parts["size"], _STEP], [scale], scale),
+                make("Div", [source, scale], [parts["steps"]], parts["steps"]),
+                make("QuantizeLinear", [parts["steps"], _ONE, _ZERO], [codes], codes, domain=_MICROSOFT),
+            ]
+            self._as_source(parts["steps"], source)
+            self._as_source(codes, source, kind=TensorProto.UINT8)
+            self._rounded[source] = codes
+        return codes, scale
 
     def _split(self, whole: str, widths: Sequence[int], results: Sequence[str]) -> None:
         sizes = f"{whole}_sizes"
@@ -313,7 +382,10 @@ class _Writer:
         self._as_source(whole, results[0], sum(widths))
 
     def _blocks(self, change: Int4) -> Blocks:
-        return change.blocks(weight_of(change.layer, self._model, self._store.source))
+        return change.blocks(self._weight(change.layer))
+
+    def _weight(self, layer: Layer) -> np.ndarray:
+        return weight_of(layer, self._model, self._store.source)
 
     def _product(self, node: onnx.NodeProto, source: str, weight: str) -> None:
         result = self._result(node)

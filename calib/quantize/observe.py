@@ -42,12 +42,14 @@ class Seen:
 
     range   of its magnitudes; rows float32 [R,K], R at most 256, evenly from all pictures (int8 layers)
     energy  sums of squares [K] of what went in; signal: of what came out (int4 layers)
+    peaks   sum of the squares of every row's largest magnitude (layers whose rows have a scale of their own)
     """
 
     range: Range = field(default_factory=Range)
     rows: list[np.ndarray] = field(default_factory=list)
     energy: np.ndarray | None = None
     signal: float = 0.0
+    peaks: float = 0.0
 
     def merge(self, later: Seen) -> None:
         """Add what was seen after this; sums of floats and the rows' order want the data's order."""
@@ -56,6 +58,7 @@ class Seen:
         if later.energy is not None:
             self.energy = later.energy if self.energy is None else self.energy + later.energy
             self.signal = float(self.energy.sum())
+        self.peaks += later.peaks
 
 
 Sights = dict[tuple[str, str], Seen]  # by (graph file, tensor)
@@ -63,28 +66,35 @@ Sights = dict[tuple[str, str], Seen]  # by (graph file, tensor)
 
 @dataclass(frozen=True)
 class Tap:
-    """An output added to a graph: a tensor as rows [R,K], or its squares summed over rows."""
+    """An output added to a graph, of a tensor with `columns` K.
+
+    kind  "rows": the tensor itself as [R,K]; "sum": its squares summed over rows [K]; "peaks": the squares of
+          its rows' largest magnitudes, summed [1]
+    """
 
     tensor: str
     columns: int
-    summed: bool
+    kind: str
 
     @property
     def name(self) -> str:
         """Of the output."""
-        return f"{_SIGN}{'sum' if self.summed else 'rows'}:{self.tensor}"
+        return f"{_SIGN}{self.kind}:{self.tensor}"
 
     @property
     def shape(self) -> list[int | str]:
         """Of the output, as the graph declares it."""
-        return [self.columns] if self.summed else [f"{self.name} rows", self.columns]
+        if self.kind == "rows":
+            return [f"{self.name} rows", self.columns]
+        return [self.columns if self.kind == "sum" else 1]
 
 
 def taps_of(layer: Layer, summed: bool) -> list[Tap]:
-    """What to look at for a layer: its input's rows, or the energy of input and output."""
+    """What to look at for a layer: its input's rows, or energy of input and output and the rows' peaks."""
     if not summed:
-        return [Tap(layer.source, layer.shape[0], False)]
-    return [Tap(layer.source, layer.shape[0], True), Tap(layer.output, layer.shape[1], True)]
+        return [Tap(layer.source, layer.shape[0], "rows")]
+    into = [Tap(layer.source, layer.shape[0], kind) for kind in ("sum", "peaks")]
+    return [*into, Tap(layer.output, layer.shape[1], "sum")]
 
 
 @dataclass(frozen=True)
@@ -162,8 +172,11 @@ def observe(
 
 
 def _note(seen: Seen, tap: Tap, values: np.ndarray, rows: int) -> None:
-    if tap.summed:
+    if tap.kind == "sum":
         seen.energy, seen.signal = values, float(values.sum())
+        return
+    if tap.kind == "peaks":
+        seen.peaks = float(values[0])
         return
     seen.range.add(values)
     seen.rows.append(values[np.linspace(0, len(values) - 1, min(rows, len(values))).astype(int)])
@@ -201,7 +214,7 @@ def _link(source: Path, target: Path) -> None:
 
 def _infos(file: Path, taps: Sequence[Tap], engine: str, threads: int | None) -> dict[str, TensorInfo]:
     """What the manifest says of the taps: rows are a number where the engine finds their count fixed."""
-    if all(tap.summed for tap in taps):
+    if all(tap.kind != "rows" for tap in taps):
         return {tap.name: TensorInfo("float32", tap.shape) for tap in taps}
     found = open_graph(file, engine, threads).outputs
     return {tap.name: TensorInfo("float32", list(found[tap.name].shape)) for tap in taps}
@@ -220,10 +233,15 @@ def _add(model: onnx.ModelProto, tap: Tap) -> None:
     graph, name = model.graph, tap.name
     shape = numpy_helper.from_array(np.array([-1, tap.columns], np.int64), f"{name}:shape")
     graph.initializer.append(shape)
-    wide, rows = f"{name}:float32", f"{name}:rows" if tap.summed else name
+    wide, rows = f"{name}:float32", name if tap.kind == "rows" else f"{name}:rows"
     graph.node.append(helper.make_node("Cast", [tap.tensor], [wide], wide, to=TensorProto.FLOAT))
     graph.node.append(helper.make_node("Reshape", [wide, shape.name], [rows], rows))
-    if tap.summed:
+    if tap.kind == "peaks":
+        graph.initializer.append(numpy_helper.from_array(np.ones(1, np.int64), f"{name}:columns"))
+        graph.node.append(helper.make_node("Abs", [rows], [f"{name}:sizes"], f"{name}:sizes"))
+        rows, sizes = f"{name}:peaks", [f"{name}:sizes", f"{name}:columns"]
+        graph.node.append(helper.make_node("ReduceMax", sizes, [rows], rows, keepdims=1))
+    if tap.kind != "rows":
         graph.initializer.append(numpy_helper.from_array(np.zeros(1, np.int64), f"{name}:axes"))
         graph.node.append(
             helper.make_node("ReduceSumSquare", [rows, f"{name}:axes"], [name], name, keepdims=0)

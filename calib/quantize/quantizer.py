@@ -20,6 +20,7 @@ import onnx
 from vtp.calib.data import Sample
 from vtp.calib.quantize.layers import (
     Change,
+    DynamicInt8,
     Int4,
     Int8,
     Layer,
@@ -30,6 +31,7 @@ from vtp.calib.quantize.layers import (
     weight_of,
 )
 from vtp.calib.quantize.observe import Sights, observe
+from vtp.calib.quantize.prompts import prompt_changes, prompt_file, reads_one_row, with_prompt_graphs
 from vtp.calib.quantize.rounding import INT8, Range, decibels, int8_channels
 from vtp.calib.quantize.weight_store import Store, place_of
 from vtp.calib.workers.local import Workers
@@ -37,20 +39,23 @@ from vtp.engines import VtpError
 from vtp.runtime.bundle.folder import MANIFEST, Bundle, describe_files
 from vtp.runtime.bundle.manifest import TOKENIZER, Manifest
 
+INT8_STATIC, INT8_DYNAMIC, INT4_WEIGHTS = "int8", "dynamic int8", "int4"  # what a layer may become
 # Below these ratios of signal to rounding noise a layer stays in float. Weights of a normal distribution give
 # about 20 dB in int4 and 40 dB in int8; what is 8 or 15 dB worse has outliers that its scale cannot hold.
-QUIET = {"int8": 25.0, "int4": 12.0}
+QUIET = {INT8_STATIC: 25.0, INT8_DYNAMIC: 25.0, INT4_WEIGHTS: 12.0}
 _COLUMNS = 512  # of a weight, by which an int4 layer is judged
 
 
 @dataclass(frozen=True)
 class Wish:
-    """What to make: int8 (or none) for vision encoder and projector, int4 (or none) for the decoder.
+    """What to make: int8 (or none) for vision encoder and projector, int4, int8 (or none) for the decoder.
 
+    prompt       "int8": a second decoder graph, by which prompts are read; "decoder": there is none
     block        weights that share a scale, int4
     activations  "int8" or "uint8" (the same numbers around 128); "auto": what the bundle's engine is fast in
     head         "float" leaves a head tied to the embedding alone; "int4" stores it beside the embedding's
-                 float rows: a sixth more bytes on the disk, a seventh of the bytes read at every step
+                 float rows: a sixth more bytes on the disk, a seventh of the bytes read at every step; "int8"
+                 is a quarter, and a quarter
     nearest      int4 by plain rounding (see `nearest_blocks`), for comparisons with others' codes
     """
 
@@ -60,6 +65,7 @@ class Wish:
     activations: str = "auto"
     head: str = "float"
     nearest: bool = False
+    prompt: str = "decoder"
 
 
 @dataclass(frozen=True)
@@ -87,6 +93,7 @@ class Quantizer:
             raise VtpError("this bundle has no layer to quantise: its graphs hold no constant matrix")
         self._seen: Sights = {}
         self.judged: list[Judged] = []
+        self._in_prompts: dict[str, float] = {}  # label -> dB of layers that prompts may read in int8
 
     def observe(
         self,
@@ -98,7 +105,7 @@ class Quantizer:
         workers: Workers | None = None,
     ) -> None:
         """Run the samples and judge every layer by them. `folder` must not exist; it is removed again."""
-        full, summed = self._of("int8"), self._of("int4")
+        full, summed = self._of(INT8_STATIC), [*self._of(INT4_WEIGHTS), *self._of(INT8_DYNAMIC)]
         keep = self.bundle.manifest.visual.default_keep
         try:
             self._seen = observe(
@@ -113,6 +120,8 @@ class Quantizer:
             for layer in layers:
                 assert model is not None
                 self.judged.append(self._judge(layer, model, shared))
+                if self._prompts_apart and self.judged[-1].bits == INT4_WEIGHTS:
+                    self._judge_prompt(self.judged[-1], model)
 
     def worst(self, share: float) -> set[str]:
         """Labels of the noisiest `share` of the layers, those left in float already included."""
@@ -131,9 +140,14 @@ class Quantizer:
             model = load_graph(self.bundle.path(file))
             rewrite(model, plan.get(file, []), store, file, apart)
             onnx.save(model, folder / file)
+        prompts = {file: prompt_file(file) for file in self._decoders} if self._prompts_apart else {}
+        for file, made in prompts.items():
+            model = load_graph(self.bundle.path(file))
+            rewrite(model, self._for_prompts(plan.get(file, [])), store, made, apart)
+            onnx.save(model, folder / made)
         shutil.copyfile(source / TOKENIZER, folder / TOKENIZER)
         manifest = dataclasses.replace(
-            self.bundle.manifest,
+            with_prompt_graphs(self.bundle.manifest, prompts),
             files=describe_files(folder),
             parity={"mode": "not measured"},
             calibration={},  # its times are of the float graphs
@@ -151,14 +165,28 @@ class Quantizer:
             for one in self.judged
             if one.layer.label not in left
         }
+        prompts = {}
+        if self._prompts_apart:
+            prompts = {"prompt": self.wish.prompt, "in_prompts": self._told_prompts(also_left)}
         return {
             "vision": self.wish.vision,
             "decoder": self.wish.decoder,
+            **prompts,
             "int8": f"static, symmetric, per output channel; activations {self.activations}",
             "int4": f"weights only, symmetric, blocks of {self.wish.block} inputs",
+            "dynamic int8": "symmetric, per output channel; activations per row, while the graph runs",
             "layers": made,
             "left_in_float": left,
         }
+
+    def _for_prompts(self, changes: Sequence[Change]) -> list[Change]:
+        return prompt_changes(changes, lambda layer: layer.label in self._in_prompts)
+
+    def _told_prompts(self, also_left: set[str]) -> dict[str, Any]:
+        """Label -> what prompts read a layer in, and how loud that is: those in int8 alone."""
+        made = [one for changes in self._plan(also_left).values() for one in self._for_prompts(changes)]
+        labels = [one.layer.label for one in made if isinstance(one, DynamicInt8)]
+        return {label: {"to": INT8_DYNAMIC, "db": round(self._in_prompts[label], 1)} for label in labels}
 
     @property
     def activations(self) -> str:
@@ -182,9 +210,9 @@ class Quantizer:
 
     def _change(self, one: Judged) -> Change:
         layer = one.layer
-        if one.bits == "int8":
+        if one.bits == INT8_STATIC:
             return Int8(layer, self._range(layer), self.activations, self.bundle.manifest.target)
-        return self._int4(layer)
+        return DynamicInt8(layer) if one.bits == INT8_DYNAMIC else self._int4(layer)
 
     def _int4(self, layer: Layer) -> Int4:
         target = self.bundle.manifest.target
@@ -195,25 +223,38 @@ class Quantizer:
 
     def _energy(self, layer: Layer) -> np.ndarray:
         """Squares of what meets the weight, wherever it is used: so its codes are the same everywhere."""
-        users = [other for other in self._of("int4") if other.place == layer.place]
+        users = [other for other in self._of(INT4_WEIGHTS) if other.place == layer.place]
         seen = [self._seen[other.file, other.source].energy for other in users]
         return np.sum([energy for energy in seen if energy is not None], axis=0)
 
     def _judge(self, layer: Layer, model: onnx.ModelProto, shared: set[Any]) -> Judged:
         bits = self._bits[layer.file]
         block = self.wish.block
-        if layer.place in shared and (bits, self.wish.head) != ("int4", "int4"):
+        if layer.place in shared and (bits == INT8_STATIC or self.wish.head == "float"):
             return Judged(
                 layer, bits, 0.0, "its weight is also used in float, by which it is not stored twice"
             )
-        if bits == "int4" and self.bundle.manifest.target != "ort" and layer.shape[0] % block:
+        if bits == INT4_WEIGHTS and self.bundle.manifest.target != "ort" and layer.shape[0] % block:
             return Judged(layer, bits, 0.0, f"its {layer.shape[0]} inputs are not a multiple of {block}")
         if (layer.file, layer.source) not in self._seen:
             return Judged(layer, bits, 0.0, "no prompt ran through it")
         weight = weight_of(layer, model, self.bundle.folder)
-        ratio = self._loudness8(layer, weight) if bits == "int8" else self._loudness4(layer, weight)
+        loudness = {
+            INT8_STATIC: self._loudness8,
+            INT8_DYNAMIC: self._loudness_by_row,
+            INT4_WEIGHTS: self._loudness4,
+        }
+        ratio = loudness[bits](layer, weight)
         loud = f"{ratio:.1f} dB, below {QUIET[bits]:g}" if ratio < QUIET[bits] else ""
         return Judged(layer, bits, ratio, loud)
+
+    def _judge_prompt(self, one: Judged, model: onnx.ModelProto) -> None:
+        """Note an int4 layer that prompts may read in int8: no louder than int4 is, or than int8 may be."""
+        if one.left or reads_one_row(one.layer, model):
+            return
+        ratio = self._loudness_by_row(one.layer, weight_of(one.layer, model, self.bundle.folder))
+        if ratio >= min(one.decibels, QUIET[INT8_DYNAMIC]):
+            self._in_prompts[one.layer.label] = ratio
 
     def _loudness8(self, layer: Layer, weight: np.ndarray) -> float:
         """Signal to noise of the layer's product, on rows kept from all pictures."""
@@ -236,6 +277,30 @@ class Quantizer:
         )
         return decibels(self._seen[layer.file, layer.output].signal, noise)
 
+    def _loudness_by_row(self, layer: Layer, weight: np.ndarray) -> float:
+        """The same of dynamic int8. What rounds to zero is counted like the rest, so it is at least this.
+
+        A row's codes are off by a step of the row's largest magnitude / 127, evenly up to half of one.
+        """
+        seen = self._seen[layer.file, layer.source]
+        step = -(-layer.shape[1] // _COLUMNS)
+        part = np.asarray(weight[:, ::step], np.float32)
+        codes, scales = int8_channels(part)
+        made = codes * scales
+        of_weights = float((seen.energy @ np.square(part - made)).sum())
+        of_rows = seen.peaks / INT8**2 / 12 * float(np.square(made).sum())
+        noise = (of_weights + of_rows) * layer.shape[1] / part.shape[1]
+        return decibels(self._seen[layer.file, layer.output].signal, noise)
+
+    @property
+    def _decoders(self) -> list[str]:
+        """Graphs that take both prompts and steps, on a cache."""
+        return [file for file, bits in self._bits.items() if bits == INT4_WEIGHTS]
+
+    @property
+    def _prompts_apart(self) -> bool:
+        return self.wish.prompt == "int8" and self.wish.decoder == "int4"
+
     def _shared_with_float(self) -> set[Any]:
         """Places of weights that something else than a layer to be quantised reads as well."""
         uses: Counter[Any] = Counter()
@@ -253,9 +318,10 @@ class Quantizer:
 def _bits_of(manifest: Manifest, wish: Wish) -> dict[str, str]:
     """Graph file -> what its layers become. Pruners and splices stay as they are."""
     bits: dict[str, str] = {}
+    decoder = {"int8": INT8_DYNAMIC, "int4": INT4_WEIGHTS}.get(wish.decoder, "none")
     for stage in manifest.stages:
         if manifest.graphs[stage.file].kv is not None:
-            bits[stage.file] = wish.decoder
+            bits[stage.file] = decoder
         elif stage.when == "image" and stage.role != "pruner":
             bits[stage.file] = wish.vision
     return {file: kind for file, kind in bits.items() if kind != "none"}

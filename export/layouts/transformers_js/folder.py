@@ -146,7 +146,7 @@ def dtype_of(model: ir.Model) -> str:
     half = any(tensor is not None and tensor.dtype == ir.DataType.FLOAT16 for tensor in weights)
     if "MatMulNBits" in kinds:
         return "q4f16" if half else "q4"
-    if kinds & {"DequantizeLinear", "MatMulInteger", "DynamicQuantizeLinear"}:
+    if kinds & {"DequantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "MatMulIntegerToFloat"}:
         return "int8"
     return "fp16" if half else "fp32"
 

@@ -61,6 +61,11 @@ def check_manifest(manifest: Manifest, folder: Path) -> None:
     if any(stage.when != "image" for stage in manifest.stages_of("pruner")):
         raise UsageError(_text_message(method.name))
     _check_restore(method.restore)
+    if any(graph.cache_of for graph in manifest.graphs.values()):
+        raise UsageError(
+            f"layout {NAME} has one decoder graph, and the bundle {folder} has two (--prompt int8); give one "
+            "that vtp-calib quantize made without"
+        )
     if method.positions == "original":
         raise UsageError(_positions_message(f"the bundle {folder}"))
     _check_keeps(manifest.visual.keep)

@@ -207,23 +207,30 @@ def test_half_precision_gives_and_takes_float32(laid: Callable[[str], Laid]) -> 
     assert kinds["past_key_values.0.key"] == kinds["present.0.key"] == "tensor(float16)"
 
 
+@pytest.mark.parametrize(("decoder", "suffix"), [("int4", "q4"), ("int8", "int8")])
 def test_a_quantised_bundle_has_the_suffixes_of_its_bits(
-    once: Once, saved: Callable[..., tuple[Path, Any]], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    once: Once,
+    saved: Callable[..., tuple[Path, Any]],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    decoder: str,
+    suffix: str,
 ) -> None:
-    """vtp-calib's int8 encoder and int4 decoder, whose answers the folder gives."""
+    """vtp-calib's int8 encoder and its decoders, whose answers the folder gives."""
     model = saved(save_llava)[0]
     bundle = once.bundle(model, max_length=128, verify="none", **CASES["plain"].wishes)
     image, small, folder = pictures(56)[0], tmp_path / "small", tmp_path / "folder"
     image.save(tmp_path / "0.png")
     (tmp_path / "d.jsonl").write_text(json.dumps({"image": "0.png", "prompt": PROMPTS[0]}) + "\n")
     argv = ["quantize", bundle, "--data", tmp_path / "d.jsonl", "--output", small, "--force", "--samples", 1]
+    argv += ["--decoder", decoder]
     assert calib([str(word) for word in [*argv, "--max-new-tokens", 2, "--threads", 1]]) == 0, (
         capfd.readouterr()
     )
     written = lay_out(small, str(model), folder)
-    wanted = {"vision_encoder": "int8", "embed_tokens": "fp32", "decoder_model_merged": "q4"}
+    wanted = {"vision_encoder": "int8", "embed_tokens": "fp32", "decoder_model_merged": suffix}
     assert written.dtypes == wanted
-    names = {"vision_encoder_int8.onnx", "embed_tokens.onnx", "decoder_model_merged_q4.onnx"}
+    names = {"vision_encoder_int8.onnx", "embed_tokens.onnx", f"decoder_model_merged_{suffix}.onnx"}
     assert {path.name for path in (folder / "onnx").glob("*.onnx")} == names
     client = Rehearsal(folder)
     assert client.config["transformers.js_config"]["dtype"] == wanted

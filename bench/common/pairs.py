@@ -26,6 +26,7 @@ class Precision:
     whole  vtp with all tokens in the same bits
     peers  unpruned, in the same bits, or where they have no such mix in those nearest to it
     flags  what `vtp.bench.common.fewer_bits` makes of a float bundle: (--vision, --decoder)
+    prompt  its --prompt: what reads prompts
     """
 
     name: str
@@ -33,6 +34,12 @@ class Precision:
     whole: str
     peers: tuple[str, ...]
     flags: tuple[str, str] = ("none", "none")
+    prompt: str = "decoder"
+
+    def made(self, record: Mapping[str, Any]) -> bool:
+        """Whether a bundle's record of its quantisation is of this precision."""
+        parts = (record.get("vision", "none"), record.get("decoder", "none"))
+        return parts == self.flags and record.get("prompt", "decoder") == self.prompt
 
     @property
     def all_tokens(self) -> tuple[str, ...]:
@@ -42,19 +49,22 @@ class Precision:
 
 FLOAT = Precision("float32", BASE, "vtp none", ("torch", "transformers-onnx", "openvino", "llamacpp"))
 INT8 = Precision(
-    "int8 encoder",
+    "int8",
     f"{BASE} int8",
     "vtp none int8",
     ("transformers-onnx-int8", "openvino-int8", "llamacpp-q8_0"),
-    ("int8", "none"),
+    ("int8", "int8"),
 )
-INT4 = Precision("int4 decoder", f"{BASE} int4", "vtp none int4", ("llamacpp-f32-q4_0",), ("none", "int4"))
+INT4 = Precision(
+    "int4 decoder", f"{BASE} int4", "vtp none int4", ("llamacpp-f32-q4_0",), ("none", "int4"), "int8"
+)
 BOTH = Precision(
     "int8 encoder, int4 decoder",
     f"{BASE} int8 int4",
     "vtp none int8 int4",
     ("transformers-onnx-int4", "openvino-int4", "llamacpp-q4_0", "llamacpp-f32-q4_0"),
     ("int8", "int4"),
+    "int8",
 )
 PRECISIONS = (FLOAT, INT8, INT4, BOTH)
 UNPRUNED = FLOAT.peers

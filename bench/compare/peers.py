@@ -6,7 +6,8 @@
 Every peer has a process of its own. Its first logits and tokens are held against the others' before anything
 is timed; then it and vtp answer in turns, so that a slow moment of the machine meets both, and milliseconds
 and ratio of the two come from these turns. With --int8 and --int4 everybody is held against vtp in as many
-bits. What is not installed is named, with the line that installs it.
+bits. What is not installed is named, with the line that installs it. A pair's turns are kept as they are
+done (turns.jsonl in the work folder): the same command, with the same code, goes on from them.
 Writes docs/bench.json, docs/bench.md and the README's figures.
 """
 
@@ -17,7 +18,7 @@ import dataclasses
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -28,7 +29,8 @@ import numpy as np
 from vtp.bench.cli import PROMPT, stamp, whole
 from vtp.bench.common.agreement import Answer, agreement, likeness
 from vtp.bench.common.checkout import place
-from vtp.bench.common.pairs import BASE, FLOAT, PRECISIONS, Precision, fastest_of, pair_of, wanted
+from vtp.bench.common.kept_turns import KeptTurns, Turns, code, identity
+from vtp.bench.common.pairs import BASE, FLOAT, PRECISIONS, WHAT, Precision, fastest_of, pair_of, wanted
 from vtp.bench.common.resident import peak_resident
 from vtp.bench.common.towered import folder_of, split_name, towered
 from vtp.bench.compare.llamacpp.built import how_built
@@ -195,6 +197,9 @@ class Contest:
         self.results["machine"] = stamp()
         found = {name: version for name in _LIBRARIES if (version := installed_version(name))}
         self.results["machine"]["versions"] |= found
+        settings = {name: self.results[name] for name in ("format", "rounds", "tokens", "threads")}
+        settings |= {**self.results["machine"], "spec": dataclasses.asdict(self.spec), "code": code()}
+        self.kept = KeptTurns(self.work / "turns.jsonl", settings)
         for at in self.precisions:
             self._aside(at.ours, lambda at=at: self._at(at))  # type: ignore[misc]
         for name, at in {
@@ -214,6 +219,7 @@ class Contest:
         measures = [at.ours for at in self.precisions]
         for name in (*measures, "vtp adaptprune", *self.also):
             self._aside(f"{name}, stages", lambda name=name: self._stages(name))  # type: ignore[misc]
+        self.results["kept"] = {"pairs": self.kept.used, "begun": self.kept.begun}
 
     def _at(self, at: Precision) -> None:
         """Everybody of one precision in turns with vtp's pruned bundle, which stays open."""
@@ -254,11 +260,12 @@ class Contest:
     def _quantise(self, name: str, source: str, at: Precision) -> None:
         """A bundle in fewer bits, in a process of its own; notes how many layers are."""
         folder = self.extra[name]
-        if not (folder / MANIFEST).exists():
+        if not (folder / MANIFEST).exists() or not at.made(open_bundle(folder).manifest.quantization):
             self.progress.step(f"quantise {name}")
             vision, decoder = at.flags
             command = python_command("vtp.bench.common.fewer_bits", str(self.bundles[source]), str(folder))
-            command += ["--vision", vision, "--decoder", decoder, "--threads", str(self.spec.threads)]
+            command += ["--vision", vision, "--decoder", decoder, "--prompt", at.prompt]
+            command += ["--threads", str(self.spec.threads)]
             code = subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode
             if code:
                 raise VtpError(
@@ -344,22 +351,26 @@ class Contest:
         return next((one for one in group if one in self.answers and one != name), None)
 
     def _take_turns(self, theirs: str, other: Worker, ours: str, mine: Worker) -> None:
-        self.progress.step(f"{theirs} and {ours} in turns, {self.rounds} rounds")
-        times: dict[str, dict[str, list[float]]] = {name: {} for name in (theirs, ours)}
-        for number in range(self.rounds):
-            turn = [(theirs, other), (ours, mine)]
-            for name, worker in turn if number % 2 else turn[::-1]:
-                run = worker.run()
-                told, parts = self.results["peers"][name].setdefault("parts", {}), run.get("parts", {})
-                for what, ms in {"ttft": run["ttft"], "tpot": run["tpot"], **parts}.items():
-                    times[name].setdefault(what, []).append(ms)
-                for part, ms in parts.items():
-                    told.setdefault(part, []).append(ms)
-        for name, worker in ((theirs, other), (ours, mine)):
-            peak = peak_resident(Path(f"/proc/{worker.pid}/status"))
+        turns = self._kept(theirs, ours, lambda: _turns({theirs: other, ours: mine}, self.rounds))
+        for name, peak in turns.peaks.items():
             found = self.results["peers"][name]
             found["peak"] = max(peak, found.get("peak", 0))
-        self.results["pairs"].append(pair_of(theirs, ours, times))
+            told = found.setdefault("parts", {})
+            for part, ms in turns.times[name].items():
+                if part not in WHAT:
+                    told.setdefault(part, []).extend(ms)
+        self.results["pairs"].append(pair_of(theirs, ours, turns.times))
+
+    def _kept(self, theirs: str, ours: str, take: Callable[[], Turns]) -> Turns:
+        """The turns of a pair: those that an ended run has taken, else new ones, which are kept."""
+        folders = {**self.bundles, **self.extra}
+        pair = {name: identity(folders.get(name)) for name in (theirs, ours)}
+        turns = self.kept.get(pair)
+        if turns is None:
+            self.progress.step(f"{theirs} and {ours} in turns, {self.rounds} rounds")
+            turns = take()
+            self.kept.add(pair, turns)
+        return turns
 
     def _stages(self, name: str) -> None:
         self.progress.step(f"{name}: stage by stage")
@@ -375,6 +386,19 @@ class Contest:
             small_ceilings=self.shape is None,
         )
         self.results["stages"][name] = in_child(task)
+
+
+def _turns(workers: Mapping[str, Worker], rounds: int) -> Turns:
+    """Two, each in its turn; who is first changes from round to round."""
+    times: dict[str, dict[str, list[float]]] = {name: {} for name in workers}
+    for number in range(rounds):
+        turn = list(workers.items())
+        for name, worker in turn if number % 2 else turn[::-1]:
+            run = worker.run()
+            for what, ms in {**{what: run[what] for what in WHAT}, **run.get("parts", {})}.items():
+                times[name].setdefault(what, []).append(ms)
+    peaks = {name: peak_resident(Path(f"/proc/{one.pid}/status")) for name, one in workers.items()}
+    return Turns(times, peaks)
 
 
 def _chosen(text: str) -> list[str]:

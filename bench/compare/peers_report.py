@@ -164,7 +164,8 @@ def page(results: Mapping[str, Any]) -> str:
         "interval": _INTERVALS[results["rounds"] >= TURNS],
         "command": _command(results),
     }
-    parts = ["# vtp beside its peers", _INTRODUCTION.format(**known), *_equal_precision(results)]
+    introduction = _INTRODUCTION.format(**known) + _in_parts(results)
+    parts = ["# vtp beside its peers", introduction, *_equal_precision(results)]
     for at in PRECISIONS:
         parts += _at(results, at)
     parts += _variants(results) + _own_parts(results) + _fewer_bits(results) + _llamacpp(results)
@@ -173,6 +174,15 @@ def page(results: Mapping[str, Any]) -> str:
         parts += [f"## Where the time of {name} goes", _stages(found), _notes(found)]
     parts += _absent(results)
     return "\n\n".join(parts) + "\n"
+
+
+def _in_parts(results: Mapping[str, Any]) -> str:
+    """What is said of a run that went on from where an earlier one had ended."""
+    kept = results.get("kept", {"pairs": 0})
+    if not kept["pairs"]:
+        return ""
+    done = f"the last of them found {kept['pairs']} pairs done"
+    return f" The run was made in parts from {kept['begun']} on; {done}."
 
 
 def _command(results: Mapping[str, Any]) -> str:
@@ -268,7 +278,8 @@ def _fewer_bits(results: Mapping[str, Any]) -> list[str]:
     said = (
         "vtp's bundles were made by `vtp-calib quantize`'s machinery on the built-in pictures. The weights "
         "are random, so this says what fewer bits save and nothing of what they cost "
-        "([calibration.md](calibration.md) has that, on a trained model)."
+        "([calibration.md](calibration.md) has that, on a trained model). An int4 decoder has a second "
+        "graph, in int8, by which prompts are read (`--prompt int8`): peak memory has both."
     )
     return ["## Fewer bits", said, "\n".join(lines)] if lines else []
 

@@ -14,6 +14,7 @@ import pytest
 from vtp.bench.common import fewer_bits
 from vtp.bench.common.agreement import agreement
 from vtp.bench.common.figures import ratio, spread
+from vtp.bench.common.kept_turns import KeptTurns, Turns, code, identity
 from vtp.bench.common.pairs import BOTH, FLOAT, INT8
 from vtp.bench.compare import peer, peers, worker
 from vtp.bench.compare.peer import Spec, Stopwatch
@@ -180,6 +181,7 @@ class Planted:
 
 def test_a_later_pair_does_not_change_what_an_earlier_one_found(tmp_path: Path) -> None:
     one = contest(tmp_path)
+    one.bundles, one.kept = {}, KeptTurns(tmp_path / "turns.jsonl", {"time": "now"})
     one.results["peers"] = {name: {} for name in ("openvino", peers.BASE, "vtp adaptprune")}
     one._take_turns("openvino", Planted(100, 110), peers.BASE, Planted(50, 55))  # type: ignore[arg-type]
     one._take_turns("openvino", Planted(900, 900), "vtp adaptprune", Planted(300, 300))  # type: ignore[arg-type]
@@ -310,6 +312,37 @@ def test_int8_and_int4_take_part_beside_the_peers(tmp_path: Path) -> None:
     assert "| vtp, vispruner, tower tome:1, beside vtp, vispruner |" in text
     assert "int4, the same weights" in text and "range of the turns" in text
     assert f"first token, vtp with all tokens, {BOTH.name} | at least 4.2 times" in text
+    assert "The run was made in parts" not in text
+    held = len(results["pairs"])
+    assert peers.main(arguments) == 0  # nothing is measured again
+    again = json.loads((tmp_path / "docs/bench.json").read_text())
+    assert again["kept"]["pairs"] == held and again["pairs"] == results["pairs"]
+    assert f"found {held} pairs done" in (tmp_path / "docs/bench.md").read_text()
+
+
+def test_an_ended_run_goes_on_with_the_pairs_that_it_lacks(tmp_path: Path) -> None:
+    """By the file alone: a pair counts where names, bundles, settings and code are the same."""
+    file, settings = tmp_path / "turns.jsonl", {"rounds": 2, "code": "a", "time": "now"}
+    first = KeptTurns(file, settings)
+    turns = Turns({"torch": {"ttft": [3.0, 4.0]}, "vtp": {"ttft": [1.0, 2.0]}}, {"torch": 7, "vtp": 5})
+    first.add({"torch": "", "vtp": "one"}, turns)
+    first.add({"openvino": "", "vtp": "one"}, turns)
+    with file.open("a") as out:
+        out.write('{"pair": [["genai"')  # killed while it wrote
+    again = KeptTurns(file, {**settings, "time": "later"})
+    assert again.begun == "now" and again.get({"torch": "", "vtp": "one"}) == turns and again.used == 1
+    assert again.get({"torch": "", "vtp": "another"}) is None and again.get({"vtp": "one"}) is None
+    again.add({"genai": "", "vtp": "one"}, turns)
+    assert KeptTurns(file, settings).get({"genai": "", "vtp": "one"}) == turns
+    other = KeptTurns(file, {**settings, "code": "b"})
+    assert other.get({"torch": "", "vtp": "one"}) is None and other.begun == "now"
+    assert KeptTurns(file, {**settings, "code": "b"}).get({"torch": "", "vtp": "one"}) is None
+
+
+def test_what_a_bundle_and_the_code_are_known_by(exported: Any) -> None:
+    folders = [exported(name).folder for name in ("vispruner", "none")]
+    assert identity(None) == "" and len({identity(folder) for folder in folders}) == 2
+    assert code() == code() and len(code()) == 64
 
 
 def test_bad_flags_are_refused(tmp_path: Path) -> None:

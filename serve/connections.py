@@ -24,6 +24,7 @@ _SMALLEST = 64  # bytes
 _NOT_HTTP = "this is not a valid HTTP/1.1 request; this server speaks plain HTTP, no TLS and no HTTP/2"
 _CROWDED = "the request's body comes in too many tiny chunks; send it in larger ones"
 _FILES_LEFT = 2  # connections take at most one of this many files that may be open
+_AHEAD = 1 << 16  # bytes that are read of what follows a request while it is answered
 
 
 def _room() -> int:
@@ -74,6 +75,13 @@ class Connection(H11Protocol):
             self._await_head()
         else:
             self._head = _stop(self._head)
+
+    def handle_events(self) -> None:
+        """For uvicorn, which stops to read once something follows a request: that the client went away would
+        not be noticed then, and its request would go on for nobody."""
+        super().handle_events()
+        if self.conn.their_state is h11.DONE and len(self.conn.trailing_data[0]) <= _AHEAD:
+            self.flow.resume_reading()
 
     def send_400_response(self, msg: str) -> None:
         """For uvicorn, of what is no HTTP: our own words if nothing was answered yet, and the end."""

@@ -251,7 +251,7 @@ class _Body:
         self._owner, self._scope, self._receive, self._send = owner, scope, receive, send
         self._more = True
         self._started = False
-        self._since = time.monotonic()
+        self._left, self._then = owner.idle, time.monotonic()  # seconds to wait for more, counted from then
         self.size = 0
         self.refused = False
 
@@ -260,7 +260,7 @@ class _Body:
         if self.refused:
             return {"type": "http.disconnect"}
         try:
-            message = await asyncio.wait_for(self._receive(), self._patience() if self._more else None)
+            message = await asyncio.wait_for(self._receive(), self._left if self._more else None)
         except asyncio.TimeoutError:
             return await self.refuse(self._late())
         self._more = bool(message.get("more_body"))
@@ -272,14 +272,16 @@ class _Body:
             self._started = True
             await self._send(message)
 
-    def _patience(self) -> float:
-        """Seconds to wait for more of the body: fewer for one that comes too slowly."""
-        late = time.monotonic() - self._since - self.size / _SLOWEST
-        return self._owner.idle - max(0.0, min(late, self._owner.idle))
+    def _wait_longer(self, count: int) -> None:
+        """Bytes have come. A body that comes too slowly uses its time up, however much of it came at once."""
+        now = time.monotonic()
+        self._left = min(self._owner.idle, self._left - (now - self._then) + count / _SLOWEST)
+        self._then = now
 
     async def _taken(self, message: Message) -> Message:
         """A message that was counted, if there is room for it."""
         count = len(message.get("body", b""))
+        self._wait_longer(count)
         self.size += count
         self._owner.held += count
         if self.size > self._owner.limit:

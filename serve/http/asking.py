@@ -301,10 +301,12 @@ def _check_length(question: Question, tokens: int) -> None:
     """Refuse text that no tokens could hold, before it is searched: that would hold up all other requests."""
     contents = [turn["content"] for turn in question.messages]
     parts = [part for one in contents for part in ([{"text": one}] if isinstance(one, str) else one)]
-    characters, most = (
-        sum(len(part.get("text", "")) for part in parts),
-        max(_SEARCHED, tokens * _LONGEST_TOKEN),
-    )
+    check_characters(sum(len(part.get("text", "")) for part in parts), tokens)
+
+
+def check_characters(characters: int, tokens: int) -> None:
+    """Refuse as many characters for as many tokens if those could never hold them. Raises ApiError."""
+    most = max(_SEARCHED, tokens * _LONGEST_TOKEN)
     if characters > most:
         raise ApiError(
             f"the prompt has {characters} characters, more than the {most} that {tokens} tokens can hold; "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import threading
@@ -293,6 +294,23 @@ def test_a_client_that_sends_nothing_is_not_waited_for() -> None:
     with served(BodyLimit(APP, LIMIT, idle_seconds=0.2)) as port:
         status, _, body = exchange(port, request("/", "POST", Content_Length="1000"), bytes(500))
     assert status == 408 and "nothing for 0.2 s" in error_of(body)["message"]
+
+
+def test_what_came_at_once_buys_no_hours() -> None:
+    """After half of a body, a byte now and then is too little, too."""
+    head = f"POST / HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {1 << 20}\r\n\r\n".encode()
+    with (
+        served(BodyLimit(APP, 1 << 20, idle_seconds=0.5)) as port,
+        socket.create_connection(("127.0.0.1", port), timeout=10) as raw,
+    ):
+        raw.sendall(head + bytes(1 << 19))
+        raw.settimeout(0.1)
+        for _ in range(100):
+            raw.sendall(b" ")
+            with contextlib.suppress(TimeoutError):
+                assert raw.recv(100).startswith(b"HTTP/1.1 408")
+                return
+    raise AssertionError("it was waited for")
 
 
 def test_the_server_goes_on(bounded: int) -> None:

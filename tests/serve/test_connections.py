@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import resource
 import socket
+import threading
 from collections.abc import Iterator
 
 import pytest
+from starlette.types import Receive, Scope, Send
 
 from vtp.serve import server
 from vtp.serve.connections import Connection
@@ -14,7 +16,7 @@ from vtp.serve.http.admission import BodyLimit
 from vtp.serve.http.models import Models
 from vtp.serve.settings import Settings
 
-from .client import Site, serving, wait_until
+from .client import PATIENCE, Site, serving, wait_until
 
 HEAD = b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n"
 
@@ -149,3 +151,24 @@ def test_an_offer_of_http_2_is_passed_over(site: Site, caplog: pytest.LogCapture
     with opened(site, HEAD + b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\n\r\n") as raw:
         assert raw.recv(100).startswith(b"HTTP/1.1 200")
     assert not caplog.records
+
+
+def test_who_leaves_after_a_further_request_is_noticed() -> None:
+    """uvicorn stops to read once something follows a request, and would not see its client go away."""
+    asked, gone = threading.Event(), threading.Event()
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        while (await receive()).get("more_body"):
+            continue
+        asked.set()
+        if (await receive())["type"] == "http.disconnect":
+            gone.set()
+
+    with serving(Models({}), app=app) as site:
+        for more in (b"\r\n", HEAD + b"\r\n"):
+            with opened(site, HEAD + b"\r\n") as raw:
+                assert asked.wait(PATIENCE)
+                raw.sendall(more)
+            assert gone.wait(PATIENCE)
+            asked.clear()
+            gone.clear()

@@ -11,7 +11,8 @@ from PIL import Image
 
 from vtp.runtime import Pipeline
 from vtp.runtime.scheduler import Scheduler
-from vtp.serve.http.decisions.request import MOST_QUESTIONS
+from vtp.serve.http.decisions.request import MOST_QUESTIONS, read_decisions
+from vtp.serve.http.fields import Fields
 
 from ..stand_ins.prompt_gate import Gate
 from .client import Answer, Site, data_url, serving, wait_until
@@ -162,6 +163,17 @@ def test_an_unknown_model_and_other_methods(site: Site, picture: Image.Image) ->
     assert site.send(PATH).status == 405
     assert site.send(PATH, b"{").status == 400
     assert site.send(PATH, b"[]").status == 400
+
+
+def test_what_stands_before_every_question_is_held_once(site: Site) -> None:
+    """And refused before it is joined with any if no tokens could hold it."""
+    question = {"type": "yes_no", "question": "red ?"}
+    asked = read_decisions(Fields({"input": "look at " * 100, "questions": [question] * MOST_QUESTIONS}))
+    assert {one.arguments["question"] for one in asked.questions} == {"red ?"}
+    assert asked.arguments_of(asked.questions[0])["question"] == "look at " * 100 + "\n\nred ?"
+    long = site.send(PATH, {"input": "look at " * 10**6, "questions": [question] * MOST_QUESTIONS})
+    assert (long.status, long.error["code"]) == (400, "context_length_exceeded")
+    assert long.error["param"] == "questions.0" and "8000005 characters" in long.error["message"]
 
 
 # -- many at once --------------------------------------------------------------------------------------------

@@ -321,7 +321,31 @@ def test_the_size_is_that_of_the_upright_picture(kind: str, orientation: int) ->
 DOT = Image.new("RGB", (4, 4), "red")
 JPEG, PNG, GIF = saved(DOT, "JPEG"), saved(DOT), saved(DOT, "GIF")
 MARK = b"!\xfe\x01a\x00"  # a comment of a GIF
+
+
+def scanned(count: int) -> bytes:
+    """A progressive JPEG whose last scan is there `count` times more."""
+    file = saved(DOT, "JPEG", progressive=True)
+    last = file.rindex(b"\xff\xda")
+    return file[:-2] + file[last:-2] * count + file[-2:]
+
+
+def in_runs(side: int, lines: bytes) -> bytes:
+    """A grey BMP of side x side pixels in runs (RLE8)."""
+    palette = bytes(value for grey in range(256) for value in (grey, grey, grey, 0))
+    sizes = struct.pack("<IiiHHIIiiII", 40, side, side, 1, 8, 1, len(lines), 0, 0, 0, 0)
+    start = 14 + len(sizes) + len(palette)
+    return b"BM" + struct.pack("<IHHI", start + len(lines), 0, 0, start) + sizes + palette + lines
+
+
+EXIF = b"\xff\xe1\x00\x0eExif\0\0II*\0\0\0"
+
+
 CROWDED = [
+    scanned(101),
+    JPEG[:2] + EXIF * 17 + JPEG[2:],
+    in_runs(1500, b"\x01\x00\x00\x00" * 1500),
+    in_runs(8, bytes(3 << 20)),
     JPEG[:2] + b"\xff\xfe\x00\x02" * 20000 + JPEG[2:],
     JPEG[:2] + b"\x00" * 20000 + JPEG[2:],
     JPEG[:2] + b"\xff" * 20000 + JPEG[2:],
@@ -349,6 +373,10 @@ def test_files_of_many_parts_are_read() -> None:
         saved(noise, "JPEG", quality=100, progressive=True, icc_profile=b"x" * 900_000, comment=b"c"),
         saved(noise, "GIF", **frames),
         saved(noise, "WEBP", **frames),
+        scanned(80),
+        JPEG[:2] + EXIF * 16 + JPEG[2:],
+        JPEG + b"\xff\xda\x00\x08" * 5000,  # a film behind the picture, as telephones write it
+        in_runs(64, b"\x40\x07\x00\x00" * 64),
         JPEG[:2] + b"\xff\xfe\x00\x02" * 9000 + JPEG[2:],
         b"",
         JPEG[:2],

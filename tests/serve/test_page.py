@@ -60,6 +60,7 @@ def test_an_answer_says_where_the_kept_tokens_lie(site: Site, alone: Pipeline) -
     assert answer.json["vtp"]["kept"][0]["kept"] == result.kept and len(result.kept) == 3
     assert "kept" not in site.chat(content, max_tokens=2).json["vtp"]
     assert site.chat(content, vtp={"show_kept": "yes"}).error["param"] == "vtp.show_kept"
+    assert site.chat("what ?", max_tokens=2, vtp={"show_kept": True}).json["vtp"]["kept"] == []
 
 
 @pytest.mark.parametrize(
@@ -91,3 +92,4 @@ def test_several_pictures_and_those_without_one_grid() -> None:
     tiles = InternvlSpec(height=8, width=8, min_tiles=1, max_tiles=9, image_height=16, image_width=16)
     assert tiles.views > 1
     assert kept_places(manifest(tiles, [2, 2]), [(10, 10)], [0]) == [None]
+    assert kept_places(whole, [], []) == []

@@ -15,7 +15,7 @@ from starlette.responses import Response
 from vtp.runtime.decisions.decision import Decision
 from vtp.runtime.media.pictures import NO_PICTURE, Images
 from vtp.runtime.scheduler import DecisionTicket
-from vtp.serve.http.asking import Tally, keep_of, notes_about, read_pictures
+from vtp.serve.http.asking import Tally, check_characters, keep_of, notes_about, read_pictures
 from vtp.serve.http.decisions.request import Asking, DecisionsRequest, read_decisions
 from vtp.serve.http.errors import GONE, ApiError
 from vtp.serve.http.fields import read_fields
@@ -101,8 +101,10 @@ async def _submit(
     """Queue a question, in a thread: tokenizing takes a while. If the request ends meanwhile, so does it."""
 
     def submit() -> DecisionTicket:
+        characters = len(asked.before) + len(question.arguments["question"])
+        check_characters(characters, model.manifest.model.max_length)
         images: Images = [picture.image for picture in pictures] or NO_PICTURE
-        return model.scheduler.decide(images, **question.arguments, **_options(model, asked))
+        return model.scheduler.decide(images, **asked.arguments_of(question), **_options(model, asked))
 
     try:
         return await in_thread(submit, DecisionTicket.cancel)

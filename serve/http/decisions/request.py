@@ -41,17 +41,24 @@ class DecisionsRequest:
     """What a client asks about some pictures.
 
     model    as it was given, checked when it is looked up
+    before   text before every question: joined with one when that is asked, for it may be long
     options  arguments of `Scheduler.decide` that hold for all questions
     detail   see `asking.keep_of`
     unread   names of fields that nothing here knows
     """
 
     model: Any
+    before: str
     pictures: tuple[PictureSource, ...]
     questions: tuple[Asking, ...]
     options: dict[str, Any]
     detail: str
     unread: tuple[str, ...]
+
+    def arguments_of(self, question: Asking) -> dict[str, Any]:
+        """All arguments of `Scheduler.decide` but the pictures and what the model decides."""
+        parts = (self.before, question.arguments["question"])
+        return {**question.arguments, "question": "\n\n".join(part for part in parts if part.strip())}
 
 
 def read_decisions(body: Fields) -> DecisionsRequest:
@@ -66,11 +73,11 @@ def read_decisions(body: Fields) -> DecisionsRequest:
         options["temperature"] = temperature
     before = _rendered(body.raw("input"), "input")
     pictures, details, unread = _pictures(body)
-    questions, more = _questions(body, before)
+    questions, more = _questions(body, bool(before.strip()))
     for name in _IGNORED:
         body.raw(name)
     return DecisionsRequest(
-        model, pictures, questions, options, highest(details), (*body.unread(), *unread, *more)
+        model, before, pictures, questions, options, highest(details), (*body.unread(), *unread, *more)
     )
 
 
@@ -100,7 +107,7 @@ def _pictures(body: Fields) -> tuple[tuple[PictureSource, ...], list[str], list[
     return tuple(sources), details, unread
 
 
-def _questions(body: Fields, before: str) -> tuple[tuple[Asking, ...], list[str]]:
+def _questions(body: Fields, begun: bool) -> tuple[tuple[Asking, ...], list[str]]:
     given = body.items("questions")
     if not given:
         raise ApiError(
@@ -119,7 +126,7 @@ def _questions(body: Fields, before: str) -> tuple[tuple[Asking, ...], list[str]
         if name in found:
             at = fields.param("id")
             raise ApiError(f"{at} {quoted_argument(name)} is given twice; ids must differ", param=at)
-        found[name] = Asking(name, f"questions.{place}", _arguments(fields, before))
+        found[name] = Asking(name, f"questions.{place}", _arguments(fields, begun))
         unread += fields.unread()
     return tuple(found.values()), unread
 
@@ -136,7 +143,7 @@ def _name(fields: Fields, place: int) -> str:
     return name
 
 
-def _arguments(fields: Fields, before: str) -> dict[str, Any]:
+def _arguments(fields: Fields, begun: bool) -> dict[str, Any]:
     kind = fields.choice("type", KINDS)
     if kind is None:
         raise ApiError(
@@ -144,10 +151,9 @@ def _arguments(fields: Fields, before: str) -> dict[str, Any]:
         )
     text = _rendered(fields.raw("question"), fields.param("question"))
     options = _options(fields, kind)
-    words = "\n\n".join(part for part in (before, text) if part.strip())
-    if not words:
+    if not (begun or text.strip()):
         raise ApiError(f"{fields.param('question')} is missing", param=fields.param("question"))
-    return {"question": words, "kind": kind, "options": options}
+    return {"question": text, "kind": kind, "options": options}
 
 
 def _options(fields: Fields, kind: str) -> Any:

@@ -24,7 +24,7 @@ def kept_places(
     spec, grid = manifest.image, manifest.visual.grid
     if spec.views > 1 or spec.frames is not None:
         return [None for _ in sizes]
-    each = kept if len(sizes) > 1 else [kept]
+    each = [kept] if len(sizes) == 1 else kept
     return [_place(source_box(spec, *size), size, grid, own) for size, own in zip(sizes, each, strict=True)]
 
 

@@ -137,6 +137,16 @@ def test_exif_rotation_is_applied(orientation: int, tmp_path: Path) -> None:
     assert (np.asarray(image).tobytes() == np.asarray(plain).tobytes()) == (orientation == 1)
 
 
+def test_other_tags_are_not_written_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A picture is turned without it; megabytes of tags would take seconds, and their memory tenfold."""
+    exif = Image.Exif()
+    exif[0x0112], exif[0x9999] = 6, "words"
+    Image.fromarray(noise(16, 32)).save(tmp_path / "photo.png", exif=exif)
+    turned = oracle(str(tmp_path / "photo.png"))
+    monkeypatch.setattr(Image.Exif, "tobytes", None)
+    np.testing.assert_array_equal(np.asarray(load_image(tmp_path / "photo.png")), np.asarray(turned))
+
+
 def test_arrays_are_taken_as_rgb_or_gray() -> None:
     pixels = noise(5, 7)
     np.testing.assert_array_equal(np.asarray(load_image(pixels)), pixels)

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from vtp.bench.common.pairs import Times
+from vtp.bench.compare import peer
 from vtp.engines import registry
+from vtp.engines.disk.whole import whole_file
 from vtp.runtime import pipeline
 
 _TIME = "time"  # of the settings: when the first of a file's pairs began, which may differ
@@ -41,7 +43,8 @@ class KeptTurns:
         self.used = 0
         self._known = {_key(entry): entry for entry in map(json.loads, lines[1:])}
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text("\n".join(lines) + "\n", encoding="utf-8")  # without a line that was cut off
+        with whole_file(file) as part:
+            part.write_text("\n".join(lines) + "\n", encoding="utf-8")  # without a line that was cut off
 
     def get(self, pair: Mapping[str, str]) -> Turns | None:
         """The turns of a pair, name -> what it is (see `identity`), the peer first; None: not taken yet."""
@@ -65,9 +68,9 @@ def identity(bundle: Path | None) -> str:
 
 
 def code() -> str:
-    """A digest of the code that answers: engines and runtime."""
+    """A digest of the code that answers: engines, runtime, and what asks peers here."""
     digest = hashlib.sha256()
-    for module in (registry, pipeline):
+    for module in (registry, pipeline, peer):
         folder = Path(str(module.__file__)).resolve().parent
         for file in sorted(folder.rglob("*.py")):
             digest.update(str(file.relative_to(folder)).encode() + file.read_bytes())

@@ -99,7 +99,8 @@ def sharing_problem(file: str, graphs: Mapping[str, Any]) -> str:
     owner = graphs.get(graph.cache_of)
     if owner is None or owner.kv is None or owner.cache_of is not None:
         return f"{file} works on the cache of {graph.cache_of!r}, which has none of its own"
-    same = all(getattr(graph, part) == getattr(owner, part) for part in ("inputs", "outputs", "kv", "states"))
+    parts = ("inputs", "outputs", "axes", "kv", "states")
+    same = all(getattr(graph, part) == getattr(owner, part) for part in parts)
     return "" if same else f"{file} works on the cache of {graph.cache_of} and differs from it"
 
 

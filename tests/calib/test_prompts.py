@@ -326,6 +326,14 @@ def test_a_decoder_in_int8_is_one_graph(
     assert few @ whole > 0.995 * np.linalg.norm(few) * np.linalg.norm(whole)
 
 
+def test_one_graph_reads_prompts_on_a_cache(fewer: Callable[..., Path]) -> None:
+    data = json.loads((fewer("vispruner", WITH_PROMPTS) / "manifest.json").read_text())
+    data["files"]["x.onnx"] = data["files"]["decoder_prompt.onnx"]
+    data["graphs"]["x.onnx"] = data["graphs"]["decoder_prompt.onnx"]
+    with pytest.raises(VtpError, match=r"several graphs work on the cache of decoder\.onnx|x\.onnx works on"):
+        parse_manifest(json.dumps(data))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -333,7 +341,8 @@ def test_a_decoder_in_int8_is_one_graph(
         ({"cache_of": "decoder_prompt.onnx"}, "which has none of its own"),
         ({"cache_of": "splice.onnx"}, "which has none of its own"),
         ({"cache_of": 7}, "cache_of should be"),
-        (None, "works on the cache of decoder.onnx, which no stage runs"),
+        ({"axes": {}}, "works on the cache of decoder.onnx and differs from it"),
+        (None, "works on the cache of decoder.onnx, but they do not read prompts and take steps"),
         ({"kv": {"capacity": 9}}, "works on the cache of decoder.onnx and differs from it"),
     ],
 )
@@ -346,7 +355,7 @@ def test_caches_that_do_not_fit_are_refused(fewer: Callable[..., Path], change: 
         for stage in data["stages"]:
             stage["file"] = stage["file"].replace("decoder.onnx", "decoder_prompt.onnx")
     for name, value in (change or {}).items():
-        graph[name] = {**graph[name], **value} if isinstance(value, dict) else value
+        graph[name] = {**graph[name], **value} if value and isinstance(value, dict) else value
     with pytest.raises(VtpError, match=message):
         parse_manifest(json.dumps(data))
 

@@ -91,17 +91,26 @@ def cache_problem(file: str, graph: Any, longest: int) -> str:
     return f"{file} does not give {lacking[0]}" if lacking else ""
 
 
-def sharing_problem(file: str, graphs: Mapping[str, Any]) -> str:
-    """What keeps one of a manifest's graphs from working on the cache of another; "" if nothing does."""
-    graph = graphs[file]
-    if graph.cache_of is None:
+def sharing_problem(file: str, manifest: Any) -> str:
+    """What keeps one of a manifest's graphs from working on the cache of another; "" if nothing does.
+
+    It reads prompts where the other takes steps, and is the only such graph beside it.
+    """
+    graphs = manifest.graphs
+    graph, name = graphs[file], graphs[file].cache_of
+    if name is None:
         return ""
-    owner = graphs.get(graph.cache_of)
+    owner = graphs.get(name)
     if owner is None or owner.kv is None or owner.cache_of is not None:
-        return f"{file} works on the cache of {graph.cache_of!r}, which has none of its own"
+        return f"{file} works on the cache of {name!r}, which has none of its own"
     parts = ("inputs", "outputs", "axes", "kv", "states")
-    same = all(getattr(graph, part) == getattr(owner, part) for part in parts)
-    return "" if same else f"{file} works on the cache of {graph.cache_of} and differs from it"
+    if any(getattr(graph, part) != getattr(owner, part) for part in parts):
+        return f"{file} works on the cache of {name} and differs from it"
+    moments = {stage.file: stage.when for stage in manifest.stages if stage.file in (file, name)}
+    if moments != {file: "prefill", name: "step"}:
+        return f"{file} works on the cache of {name}, but they do not read prompts and take steps"
+    others = [other for other, one in graphs.items() if one.cache_of == name]
+    return "" if len(others) == 1 else f"several graphs work on the cache of {name}"
 
 
 def _unfit_keys(kv: KvInfo, inputs: Mapping[str, Any]) -> Iterator[str]:

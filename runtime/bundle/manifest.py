@@ -299,23 +299,12 @@ def _check(manifest: Manifest) -> None:
     _agree(TOKENIZER in manifest.files, f"manifest.files lacks {TOKENIZER}")
     for file, graph in manifest.graphs.items():
         _agree(file in manifest.files, f"graph {file} is not one of manifest.files")
-        problem = cache_problem(file, graph, longest) or sharing_problem(file, manifest.graphs)
+        problem = cache_problem(file, graph, longest) or sharing_problem(file, manifest)
         _agree(not problem, problem)
-        if graph.cache_of is not None:
-            _check_reader(file, graph.cache_of, manifest)
     for stage in manifest.stages:
         _check_stage(stage, manifest)
     for keep in visual.keep:
         _check_flow(manifest, keep)
-
-
-def _check_reader(file: str, owner: str, manifest: Manifest) -> None:
-    """A graph on another's cache reads prompts; the other takes the steps, and has one such beside it."""
-    moments = {stage.file: stage.when for stage in manifest.stages if stage.file in (file, owner)}
-    fits = moments == {file: "prefill", owner: "step"}
-    _agree(fits, f"{file} works on the cache of {owner}, but they do not read prompts and take steps")
-    others = [name for name, graph in manifest.graphs.items() if graph.cache_of == owner]
-    _agree(len(others) == 1, f"several graphs work on the cache of {owner}")
 
 
 def _check_ids(manifest: Manifest) -> None:

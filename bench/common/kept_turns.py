@@ -7,13 +7,11 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from vtp.bench.common.pairs import Times
-from vtp.bench.compare import peer
-from vtp.engines import registry
 from vtp.engines.disk.whole import whole_file
-from vtp.runtime import pipeline
 
 _TIME = "time"  # of the settings: when the first of a file's pairs began, which may differ
 
@@ -67,10 +65,10 @@ def identity(bundle: Path | None) -> str:
     return "" if bundle is None else hashlib.sha256((bundle / "manifest.json").read_bytes()).hexdigest()
 
 
-def code() -> str:
-    """A digest of the code that answers: engines, runtime, and what asks peers here."""
+def code(*modules: ModuleType) -> str:
+    """A digest of the code in the folders of some modules, and below: of what answers, and of what asks."""
     digest = hashlib.sha256()
-    for module in (registry, pipeline, peer):
+    for module in modules:
         folder = Path(str(module.__file__)).resolve().parent
         for file in sorted(folder.rglob("*.py")):
             digest.update(str(file.relative_to(folder)).encode() + file.read_bytes())

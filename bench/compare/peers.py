@@ -33,17 +33,19 @@ from vtp.bench.common.kept_turns import KeptTurns, Turns, code, identity
 from vtp.bench.common.pairs import BASE, FLOAT, PRECISIONS, WHAT, Precision, fastest_of, pair_of, wanted
 from vtp.bench.common.resident import peak_resident
 from vtp.bench.common.towered import folder_of, split_name, towered
+from vtp.bench.compare import peer
 from vtp.bench.compare.llamacpp.built import how_built
 from vtp.bench.compare.peer import Spec, missing
 from vtp.bench.compare.peers_report import FORMAT, ROUNDS, write_report
 from vtp.bench.compare.worker import Worker, prepare
 from vtp.bench.measure import Task, in_child
 from vtp.bench.shapes.cached_bundle import Wanted, check, run_export
-from vtp.engines import UsageError, VtpError
+from vtp.engines import UsageError, VtpError, registry
 from vtp.engines.child import python_command
 from vtp.engines.disk.files import free_disk
 from vtp.engines.versions import installed_version
 from vtp.export.cli import quiet_libraries
+from vtp.runtime import pipeline
 from vtp.runtime.bundle.folder import MANIFEST, open_bundle
 from vtp.runtime.commands.arguments import add_debug, add_threads
 from vtp.runtime.commands.console import Parser, Progress, run_command
@@ -198,7 +200,8 @@ class Contest:
         found = {name: version for name in _LIBRARIES if (version := installed_version(name))}
         self.results["machine"]["versions"] |= found
         settings = {name: self.results[name] for name in ("format", "rounds", "tokens", "threads")}
-        settings |= {**self.results["machine"], "spec": dataclasses.asdict(self.spec), "code": code()}
+        settings |= {**self.results["machine"], "spec": dataclasses.asdict(self.spec)}
+        settings["code"] = code(registry, pipeline, peer)
         self.kept = KeptTurns(self.work / "turns.jsonl", settings)
         for at in self.precisions:
             self._aside(at.ours, lambda at=at: self._at(at))  # type: ignore[misc]

@@ -268,28 +268,27 @@ class Quantizer:
 
     def _loudness4(self, layer: Layer, weight: np.ndarray) -> float:
         """The same from sums of squares, taking the inputs as uncorrelated, on some columns."""
-        step = -(-layer.shape[1] // _COLUMNS)
-        part = np.asarray(weight[:, ::step], np.float32)
-        blocks = self._int4(layer).blocks(part)
-        off = np.square(part - blocks.weight(layer.shape[0]))
-        noise = (
-            float((self._seen[layer.file, layer.source].energy @ off).sum()) * layer.shape[1] / part.shape[1]
-        )
-        return decibels(self._seen[layer.file, layer.output].signal, noise)
+        part, times = _some_columns(layer, weight)
+        made = self._int4(layer).blocks(part).weight(layer.shape[0])
+        return self._decibels(layer, times * self._noise_of(layer, part - made))
 
     def _loudness_by_row(self, layer: Layer, weight: np.ndarray) -> float:
         """The same of dynamic int8. What rounds to zero is counted like the rest, so it is at least this.
 
         A row's codes are off by a step of the row's largest magnitude / 127, evenly up to half of one.
         """
-        seen = self._seen[layer.file, layer.source]
-        step = -(-layer.shape[1] // _COLUMNS)
-        part = np.asarray(weight[:, ::step], np.float32)
+        part, times = _some_columns(layer, weight)
         codes, scales = int8_channels(part)
         made = codes * scales
-        of_weights = float((seen.energy @ np.square(part - made)).sum())
-        of_rows = seen.peaks / INT8**2 / 12 * float(np.square(made).sum())
-        noise = (of_weights + of_rows) * layer.shape[1] / part.shape[1]
+        rounded = self._seen[layer.file, layer.source].peaks / INT8**2 / 12
+        of_rows = rounded * float(np.square(made).sum())
+        return self._decibels(layer, times * (self._noise_of(layer, part - made) + of_rows))
+
+    def _noise_of(self, layer: Layer, off: np.ndarray) -> float:
+        """What an error [K,n] of a weight adds to its product, squared and summed."""
+        return float((self._seen[layer.file, layer.source].energy @ np.square(off)).sum())
+
+    def _decibels(self, layer: Layer, noise: float) -> float:
         return decibels(self._seen[layer.file, layer.output].signal, noise)
 
     @property
@@ -313,6 +312,12 @@ class Quantizer:
         for layers in self._layers.values():
             ours.update(place for _, place in {(layer.weight, layer.place) for layer in layers})
         return {place for place, count in ours.items() if uses[place] > count}
+
+
+def _some_columns(layer: Layer, weight: np.ndarray) -> tuple[np.ndarray, float]:
+    """Evenly spread columns of a weight, float32, and how many times as many it has."""
+    part = np.asarray(weight[:, :: -(-layer.shape[1] // _COLUMNS)], np.float32)
+    return part, layer.shape[1] / part.shape[1]
 
 
 def _bits_of(manifest: Manifest, wish: Wish) -> dict[str, str]:

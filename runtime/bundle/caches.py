@@ -106,8 +106,8 @@ def sharing_problem(file: str, manifest: Any) -> str:
     parts = ("inputs", "outputs", "axes", "kv", "states")
     if any(getattr(graph, part) != getattr(owner, part) for part in parts):
         return f"{file} works on the cache of {name} and differs from it"
-    moments = {stage.file: stage.when for stage in manifest.stages if stage.file in (file, name)}
-    if moments != {file: "prefill", name: "step"}:
+    moments = {(stage.file, stage.when) for stage in manifest.stages if stage.file in (file, name)}
+    if moments != {(file, "prefill"), (name, "step")}:
         return f"{file} works on the cache of {name}, but they do not read prompts and take steps"
     others = [other for other, one in graphs.items() if one.cache_of == name]
     return "" if len(others) == 1 else f"several graphs work on the cache of {name}"

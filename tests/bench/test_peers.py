@@ -342,7 +342,7 @@ def test_an_ended_run_goes_on_with_the_pairs_that_it_lacks(tmp_path: Path) -> No
 def test_what_a_bundle_and_the_code_are_known_by(exported: Any) -> None:
     folders = [exported(name).folder for name in ("vispruner", "none")]
     assert identity(None) == "" and len({identity(folder) for folder in folders}) == 2
-    assert code() == code() and len(code()) == 64
+    assert code(peer) == code(peer) and len(code(peer)) == 64
 
 
 def test_bad_flags_are_refused(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from vtp.engines.errors import VtpError
 from vtp.engines.graph.file import GraphFile, computes_float64, read_graph
 from vtp.engines.openvino.attention import rewrite_attention
 from vtp.engines.openvino.library import DEVICES, load_openvino
+from vtp.engines.openvino.products import product_settings
 from vtp.engines.openvino.reading import read_model, reason, version
 from vtp.engines.openvino.reductions import keep_reductions_apart
 from vtp.engines.openvino.request import Request, check_fit
@@ -142,7 +143,7 @@ def _compile(model: Any, device: str, threads: int | None) -> Any:
     }
     if device == "CPU":
         # Processes that pin their threads meet on the same cores.
-        settings |= {"KV_CACHE_PRECISION": "f32", "ENABLE_CPU_PINNING": False}
+        settings |= {"KV_CACHE_PRECISION": "f32", "ENABLE_CPU_PINNING": False, **product_settings()}
         if threads:
             settings["INFERENCE_NUM_THREADS"] = threads
     return load_openvino().Core().compile_model(model, device, settings)

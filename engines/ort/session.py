@@ -30,6 +30,7 @@ _DTYPES = {
 CUDA = "ort-cuda"
 _DEVICES = {"ort-cpu": "cpu", CUDA: "cuda"}
 _PROVIDERS = {"ort-cpu": "CPUExecutionProvider", CUDA: "CUDAExecutionProvider"}
+_MIXED = "MatMulIntegerToFloat"  # which ONNX Runtime 1.32 has for int8 with int8, not for int8 with uint8
 _NO_GRAPH = -1
 
 
@@ -331,28 +332,48 @@ def check_opens(path: Path) -> None:
     weights, of float16 ones in float32, so that a graph takes more than twice its file in memory.
     """
     ort = load_onnxruntime()
-    options = _session_options()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-    options.add_session_config_entry("session.disable_prepacking", "1")
-    _load(path, options, [_PROVIDERS["ort-cpu"]], disabled_optimizers=["ConstantFolding"])
+
+    def without_copies(options: Any) -> None:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+        options.add_session_config_entry("session.disable_prepacking", "1")
+
+    _load(path, without_copies, [_PROVIDERS["ort-cpu"]], disabled_optimizers=["ConstantFolding"])
 
 
 def _open_session(path: Path, name: str, threads: int | None, cuda_graph: bool = False) -> Any:
     """Open a graph on the engine's provider; VtpError if it cannot be loaded or CUDA does not start."""
-    options = _session_options()
-    if threads:
-        options.intra_op_num_threads = threads
     providers: list[Any] = [_PROVIDERS["ort-cpu"]]
     if name == CUDA:
-        record_assignment(options)
         providers.insert(0, (_PROVIDERS[CUDA], {"enable_cuda_graph": "1"} if cuda_graph else {}))
-    session = _load(path, options, providers)
+
+    def settle(options: Any) -> None:
+        if threads:
+            options.intra_op_num_threads = threads
+        if name == CUDA:
+            record_assignment(options)
+
+    session = _load(path, settle, providers)
     if session.get_providers()[0] != _PROVIDERS[name]:
         raise VtpError("ONNX Runtime could not start CUDA on this machine; check the driver, or use ort-cpu")
     return session
 
 
-def _session_options() -> Any:
+def _load(path: Path, settle: Callable[[Any], None], providers: list[Any], **how: Any) -> Any:
+    try:
+        try:
+            return _session(path, _session_options(settle, exact_products=True), providers, how)
+        except Exception as error:  # as above
+            if _MIXED not in str(error):
+                raise
+            # int8 activations met weights made uint8; products of int8 and int8 are exact as they are
+            return _session(path, _session_options(settle, exact_products=False), providers, how)
+    except Exception as error:
+        version = load_onnxruntime().__version__
+        why = _unmet(path, version) or _one_line(error)
+        raise VtpError(f"ONNX Runtime {version} cannot load {path.name}: {why}") from error
+
+
+def _session_options(settle: Callable[[Any], None], exact_products: bool) -> Any:
     options = load_onnxruntime().SessionOptions()
     options.log_severity_level = 4  # what goes wrong is raised; a log line as well would be said twice
     # A bundle is several sessions in turn: threads that went on spinning would take the next one's cores.
@@ -360,17 +381,19 @@ def _session_options() -> Any:
     # int8 activations stay as they are written. Made uint8 for x86, they fall out with the `output_dtype`
     # that ONNX Runtime gives to those it moves past a Reshape, and it refuses the graph (its issue 25526).
     options.add_session_config_entry("session.qdqisint8allowed", "1")
+    if exact_products:
+        # Of uint8 and int8, two products are added in 16 bits on x86 processors without VNNI, and saturate
+        # there: sums are off by a sixth and more. On those alone ONNX Runtime then makes weights uint8.
+        options.add_session_config_entry("session.x64quantprecision", "1")
+    settle(options)
     return options
 
 
-def _load(path: Path, options: Any, providers: list[Any], **how: Any) -> Any:
-    ort = load_onnxruntime()
-    try:
-        # Its own second try prints four lines, and on CUDA would go on without it.
-        return ort.InferenceSession(str(path), options, providers=providers, enable_fallback=0, **how)
-    except Exception as error:  # as above
-        why = _unmet(path, ort.__version__) or _one_line(error)
-        raise VtpError(f"ONNX Runtime {ort.__version__} cannot load {path.name}: {why}") from error
+def _session(path: Path, options: Any, providers: list[Any], how: Mapping[str, Any]) -> Any:
+    # Its own second try prints four lines, and on CUDA would go on without it.
+    return load_onnxruntime().InferenceSession(
+        str(path), options, providers=providers, enable_fallback=0, **how
+    )
 
 
 def _unmet(path: Path, version: str) -> str:

@@ -139,7 +139,9 @@ SHAPES = {"a": (32, 16), "b": (32, 4), "c": (8, 32)}
 
 def plain_step(folder: Path, file: str, feeds: dict[str, Any], kv: Any) -> dict[str, np.ndarray]:
     """One run of a decoder graph by onnxruntime alone, on arrays; the cache comes back longer."""
-    session = onnxruntime.InferenceSession(str(folder / file), providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.x64quantprecision", "1")  # see docs/plain.md
+    session = onnxruntime.InferenceSession(str(folder / file), options, providers=["CPUExecutionProvider"])
     names = [one.name for one in session.get_outputs()]
     return dict(zip(names, session.run(None, {**feeds, **kv}), strict=True))
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -22,6 +21,7 @@ from typing import Any
 
 from vtp.bench.cli import stamp, whole
 from vtp.bench.common.checkout import place
+from vtp.bench.common.kept_turns import KeptLines
 from vtp.bench.report import check_plot
 from vtp.bench.scaling.report import write_report
 from vtp.bench.scaling.run import ENGINE, Point, streams, together
@@ -83,11 +83,12 @@ def _run(args: argparse.Namespace) -> None:
         progress.end()
         return
     study = Study(bundle, rounds, tokens, threads, args.quick)
-    study.measure(work / f"scaling-{bundle.folder.name}.jsonl", progress.step)
+    journal = work / f"scaling-{bundle.folder.name}.jsonl"
+    study.measure(journal, progress.step)
     progress.end()
     command = "make scaling" + (f' SCALING="--rounds {rounds}"' if rounds != 3 else "")
     print(write_report({"command": command, **study.results()}, out))
-    study.journal.unlink()
+    journal.unlink()
     print(f"\ndocs/scaling.md, .json and .png written in {out}")
 
 
@@ -133,21 +134,22 @@ class Study:
             "versions": stamp()["versions"],
         }
         self.runs: list[dict[str, Any]] = []
-        self.journal = Path()
 
     def measure(self, journal: Path, progress: Callable[[str], None]) -> None:
         """Take every round of every point that `journal` does not hold yet."""
-        self.journal = journal
-        self._resume()
+        kept = KeptLines(journal, self.settings)
+        self.runs = kept.entries
         points = list(dict.fromkeys(point for line in self.axes.values() for point in line))
         for several in (False, True):
             group = [point for point in points if (point.streams > 1) == several]
             # One stream is measured again beside several: with their threads, not with all.
             group += [dataclasses.replace(group[0], streams=1)] if several and group else []
             threads = 1 if several else self.threads
-            self._measure(sorted(group, key=lambda point: point.streams), threads, progress)
+            self._measure(sorted(group, key=lambda point: point.streams), threads, kept, progress)
 
-    def _measure(self, points: list[Point], threads: int, progress: Callable[[str], None]) -> None:
+    def _measure(
+        self, points: list[Point], threads: int, kept: KeptLines, progress: Callable[[str], None]
+    ) -> None:
         done = {(Point(**run["point"]), run["threads"], run["round"]) for run in self.runs}
         left = [
             (number, point)
@@ -163,24 +165,8 @@ class Study:
         with streams(count, self.bundle.folder, image, threads, self.tokens) as benches:
             for place, (number, point) in enumerate(left, start=1):
                 progress(f"{place} of {len(left)}: round {number + 1}, {_told(point)}")
-                self._note({"round": number, "threads": threads, **together(benches, point)}, point)
-
-    def _note(self, run: dict[str, Any], point: Point) -> None:
-        run = {"point": dataclasses.asdict(point), **run}
-        self.runs.append(run)
-        with self.journal.open("a", encoding="utf-8") as out:
-            out.write(json.dumps(run) + "\n")
-
-    def _resume(self) -> None:
-        """Read what an ended run left; begin anew where it measured something else."""
-        text = self.journal.read_text(encoding="utf-8") if self.journal.exists() else ""
-        lines = text.split("\n")[:-1]  # what follows the last end of line was not written whole
-        if lines and json.loads(lines[0]) == self.settings:
-            self.runs = [json.loads(line) for line in lines[1:]]
-        else:
-            lines = [json.dumps(self.settings)]
-        self.journal.parent.mkdir(parents=True, exist_ok=True)
-        self.journal.write_text("\n".join(lines) + "\n", encoding="utf-8")
+                taken = {"round": number, "threads": threads, **together(benches, point)}
+                kept.add({"point": dataclasses.asdict(point), **taken})
 
     def _fit_streams(self) -> None:
         """Drop points whose processes would not fit in memory."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from vtp.engines import UsageError, VtpError
-from vtp.engines.errors import shown
+from vtp.engines.errors import RequestError, shown
 from vtp.runtime.constrained.errors import FormatBusy, FormatError
 from vtp.runtime.media.pictures import PictureError
 from vtp.runtime.prompt.prompter import PromptTooLong
@@ -37,7 +37,7 @@ def told(error: Exception, running: bool = False) -> ApiError:
     if isinstance(error, FormatBusy):
         return ApiError(_shown(error), 503, param="response_format", headers={"Retry-After": "5"})
     if isinstance(error, FormatError):
-        return ApiError(str(error), param="response_format")  # it quotes the request's own schema alone
+        return ApiError(_shown(error), param="response_format")
     if isinstance(error, PromptTooLong):
         return ApiError(_shown(error), param="messages", code="context_length_exceeded")
     if isinstance(error, UsageError | PictureError) or (isinstance(error, VtpError) and not running):
@@ -56,7 +56,7 @@ def _shown(error: VtpError) -> str:
     text = str(error)
     if isinstance(error, PictureError) and error.__cause__ is not None:
         return "a picture's file is truncated or damaged; send the whole file"
-    if holds_no_secret(text):
+    if isinstance(error, RequestError) or holds_no_secret(text):
         return text
     log.warning("a request was refused: %s", text)
     return "this request cannot be served; the server's log says why"

@@ -35,6 +35,14 @@ class UsageError(VtpError):
     exit_code = 2
 
 
+class RequestError(UsageError):
+    """What is asked is wrong; the text quotes that and the model's tokens, and nothing else.
+
+    So a server passes it on as it is: what looks like a path in it came from the client. Not to be raised
+    with the name of a file, an address, or a library's text.
+    """
+
+
 def escape(text: str, lines: bool = False) -> str:
     """`text` with control characters written out, such as \\x1b; with `lines`, line ends and tabs stay."""
     unsafe = _UNSAFE_BUT_LINES if lines else UNSAFE

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from typing import Any
+from http import HTTPStatus
+from typing import Any, NoReturn
 
 import h11
 import uvicorn
@@ -23,6 +24,9 @@ _CHUNKS = 4096  # pieces of a body, beyond which their mean size is looked at
 _SMALLEST = 64  # bytes
 _NOT_HTTP = "this is not a valid HTTP/1.1 request; this server speaks plain HTTP, no TLS and no HTTP/2"
 _CROWDED = "the request's body comes in too many tiny chunks; send it in larger ones"
+_OTHER_VERSION = (
+    "this server speaks HTTP/1.1, and the request's line names another version; send it as HTTP/1.1"
+)
 _FILES_LEFT = 2  # connections take at most one of this many files that may be open
 _AHEAD = 1 << 16  # bytes that are read of what follows a request while it is answered
 
@@ -86,7 +90,7 @@ class Connection(H11Protocol):
     def send_400_response(self, msg: str) -> None:
         """For uvicorn, of what is no HTTP: our own words if nothing was answered yet, and the end."""
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            for event in _refusal(_CROWDED if self.conn.crowded else _NOT_HTTP):
+            for event in _refusal(self.conn.refused or ApiError(_NOT_HTTP)):
                 self.transport.write(self.conn.send(event))
         if self.cycle is not None and not self.cycle.response_complete:
             self.cycle.disconnected = True
@@ -138,9 +142,13 @@ class Connection(H11Protocol):
 
 
 class _Reading(h11.Connection):
-    """h11's reader, but a body in many tiny chunks is not a request: each of them takes 20 microseconds."""
+    """h11's reader, but two things are not requests: a body in many tiny chunks, each of which takes 20
+    microseconds, and another version of HTTP than 1.x, whose next bytes would mean something else.
 
-    crowded = False
+    refused  what to say of what was not taken; None: it is no HTTP
+    """
+
+    refused: ApiError | None = None
     _chunks = 0
     _bytes = 0
 
@@ -149,23 +157,29 @@ class _Reading(h11.Connection):
         event = super().next_event()
         if isinstance(event, h11.Request):
             self._chunks = self._bytes = 0
+            if not event.http_version.startswith(b"1."):
+                self._refuse(ApiError(_OTHER_VERSION, 505))
         elif isinstance(event, h11.Data):
             self._chunks += 1
             self._bytes += len(event.data)
             if self._chunks > _CHUNKS and self._bytes < _SMALLEST * self._chunks:
-                self.crowded = True
-                raise h11.RemoteProtocolError(_CROWDED)
+                self._refuse(ApiError(_CROWDED))
         return event
 
+    def _refuse(self, error: ApiError) -> NoReturn:
+        self.refused = error
+        raise h11.RemoteProtocolError(error.message)
 
-def _refusal(text: str) -> tuple[h11.Response, h11.Data, h11.EndOfMessage]:
-    body = json.dumps(ApiError(text).body()).encode()
+
+def _refusal(error: ApiError) -> tuple[h11.Response, h11.Data, h11.EndOfMessage]:
+    body = json.dumps(error.body()).encode()
     headers = {
         "content-type": "application/json",
         "content-length": str(len(body)),
         "connection": "close",
     }
-    start = h11.Response(status_code=400, headers=list(headers.items()), reason=b"Bad Request")
+    reason = HTTPStatus(error.status).phrase.encode()
+    start = h11.Response(status_code=error.status, headers=list(headers.items()), reason=reason)
     return start, h11.Data(data=body), h11.EndOfMessage()
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from vtp.engines.errors import UsageError, VtpError
+from vtp.engines.errors import RequestError, VtpError
 
 __all__ = ["FormatBusy", "FormatError", "refused"]
 
 
-class FormatError(UsageError):
+class FormatError(RequestError):
     """A `response_format` that is not one, asks too much, or is not served for this model."""
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from vtp.engines.errors import UsageError, quoted_argument
+from vtp.engines.errors import RequestError, quoted_argument
 from vtp.runtime.decisions.question import LETTERS, Question
 from vtp.runtime.prompt.prompter import Prompter
 
@@ -21,7 +21,7 @@ def label_tokens(question: Question, prompter: Prompter) -> list[np.ndarray]:
     With and without a space in front, at a line's beginning and after other text: the same word has several
     tokens, and the answer's probability is that of all of them. Letters, numbers, yes and no are whole in
     one token, or that way to write them does not count; of texts, the first token counts. A token with which
-    two answers begin counts for neither. UsageError if an answer is left without any.
+    two answers begin counts for neither. RequestError if an answer is left without any.
     """
     found = [_begins(texts, question.labels == LETTERS, prompter) for texts in question.written]
     shared = Counter(token for tokens in found for token in tokens)
@@ -51,11 +51,11 @@ def _starts(token: bytes, text: str) -> bool:
 
 def _refuse(question: Question, name: str, text: str, shared: bool) -> None:
     if question.labels == LETTERS:
-        raise UsageError(
+        raise RequestError(
             f"this model's tokenizer has no token for the label {quoted_argument(text)}, so that no step "
             'decides; try labels="texts"'
         )
     why = "begins with the same token as another" if shared else "begins with no token of its own"
-    raise UsageError(
+    raise RequestError(
         f'the answer {quoted_argument(name)} {why}, so one step cannot tell them apart; use labels="letters"'
     )

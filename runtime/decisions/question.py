@@ -9,7 +9,7 @@ import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from vtp.engines.errors import UsageError, quoted_argument
+from vtp.engines.errors import RequestError, quoted_argument
 
 __all__ = ["KINDS", "LABELS", "MOST_LEVELS", "MOST_OPTIONS", "Question"]
 
@@ -54,16 +54,16 @@ class Question:
         kind: str | None = None,
         labels: str = LETTERS,
     ) -> Question:
-        """Checked; raises UsageError. For the arguments see `Pipeline.decide`."""
+        """Checked; raises RequestError. For the arguments see `Pipeline.decide`."""
         kind = kind or (YES_NO if options is None else CHOICE)
         if kind not in KINDS:
-            raise UsageError(f"kind {quoted_argument(kind)} is not known; choose one of {', '.join(KINDS)}")
+            raise RequestError(f"kind {quoted_argument(kind)} is not known; choose one of {', '.join(KINDS)}")
         if labels not in LABELS:
-            raise UsageError(
+            raise RequestError(
                 f"labels {quoted_argument(labels)} is not known; choose one of {', '.join(LABELS)}"
             )
         if not isinstance(text, str) or not text.strip():
-            raise UsageError("the question is empty, or no text; ask something about the picture")
+            raise RequestError("the question is empty, or no text; ask something about the picture")
         names, details = _answers(kind, options, labels)
         return cls(kind, text, names, details, labels)
 
@@ -103,24 +103,24 @@ def _answers(kind: str, options: object, labels: str) -> tuple[tuple[str, ...], 
     if kind == YES_NO:
         meanings = {} if options is None else options
         if not isinstance(meanings, Mapping) or not set(meanings) <= {"yes", "no"}:
-            raise UsageError(
+            raise RequestError(
                 'a yes_no question has no options; what they mean may be {"yes": ..., "no": ...}'
             )
         return ("yes", "no"), tuple(_text(meanings.get(name, ""), "a meaning") for name in ("yes", "no"))
     what = "options" if kind == CHOICE else "levels"
     if isinstance(options, str) or not isinstance(options, Sequence | Mapping):
-        raise UsageError(f"the {what} must be a list of texts, not {quoted_argument(options)}")
+        raise RequestError(f"the {what} must be a list of texts, not {quoted_argument(options)}")
     if not 2 <= len(options) <= _MOST[kind]:
-        raise UsageError(f"{len(options)} {what} are given; give 2 to {_MOST[kind]}")
+        raise RequestError(f"{len(options)} {what} are given; give 2 to {_MOST[kind]}")
     texts = tuple(_text(one, f"one of the {what}") for one in options)
     if empty := [place for place, text in enumerate(texts) if not text.strip()]:
-        raise UsageError(f"number {empty[0] + 1} of the {what} is empty; give each a text")
+        raise RequestError(f"number {empty[0] + 1} of the {what} is empty; give each a text")
     if len(set(texts)) < len(texts):
         twice = next(text for text in texts if texts.count(text) > 1)
-        raise UsageError(f"{quoted_argument(twice)} is given twice; the {what} must differ")
+        raise RequestError(f"{quoted_argument(twice)} is given twice; the {what} must differ")
     if kind == SCORE:
         if isinstance(options, Mapping):
-            raise UsageError("the levels must be a list of texts, from the lowest to the highest")
+            raise RequestError("the levels must be a list of texts, from the lowest to the highest")
         return tuple(map(str, range(len(texts)))), texts
     details = options.values() if isinstance(options, Mapping) else [""] * len(texts)
     return texts, tuple(_text(detail, "a meaning") for detail in details)
@@ -128,7 +128,7 @@ def _answers(kind: str, options: object, labels: str) -> tuple[tuple[str, ...], 
 
 def _text(value: object, what: str) -> str:
     if not isinstance(value, str):
-        raise UsageError(f"{what} must be text, not {quoted_argument(value)}")
+        raise RequestError(f"{what} must be text, not {quoted_argument(value)}")
     if len(value) > _LONGEST:
-        raise UsageError(f"{what} has {len(value)} characters; give at most {_LONGEST}")
+        raise RequestError(f"{what} has {len(value)} characters; give at most {_LONGEST}")
     return value

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vtp.engines import UsageError, capabilities
-from vtp.engines.errors import quoted_argument
+from vtp.engines.errors import RequestError, quoted_argument
 from vtp.runtime.bundle.manifest import GenerationInfo, Manifest
 from vtp.runtime.constrained.constraint import Constraint
 from vtp.runtime.constrained.formats import Formats
@@ -167,7 +167,7 @@ class RequestMaker:
         rows, image = self._manifest.model.vocab_size, self._manifest.text.image_token_id
         if outside := next((one for one in prompt.ids if one >= rows and one != image), None):
             token = self._prompter.tokenizer.id_to_token(outside)
-            raise UsageError(
+            raise RequestError(
                 f"the prompt holds the token {token!r:.60} of id {outside}, and this model's embedding table "
                 f"has {rows} rows; leave it out"
             )

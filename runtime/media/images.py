@@ -29,10 +29,12 @@ from vtp.runtime.media.tensors import Tensor, extent_of, is_tensor, pixels_of
 __all__ = [
     "COLORS",
     "MAX_PIXELS",
+    "MAX_SIDE",
     "EncodedImage",
     "ImageSource",
     "as_bytes",
     "check_image",
+    "excess",
     "identify",
     "is_video",
     "load_image",
@@ -45,6 +47,10 @@ __all__ = [
 #: Largest picture that is decoded, in pixels (about 9459 x 9459). It is checked from the header, before any
 #: pixel is read, whatever Pillow's own limit and the process's warning filters say.
 MAX_PIXELS = 89_478_485
+
+#: Longest side of a picture that is decoded, in pixels, checked as `MAX_PIXELS` is: twice what cameras make
+#: (panoramas of telephones, 16,384). Each row of a picture takes memory and time of its own, however short.
+MAX_SIDE = 32_768
 
 
 @dataclass(frozen=True)
@@ -244,11 +250,17 @@ def _check_size(image: Image.Image, name: str) -> None:
     width, height = image.size
     if width < 1 or height < 1:
         raise VtpError(f"{name} is {width}x{height} pixels: there is nothing to see; give another one")
-    if width * height > MAX_PIXELS:
-        raise VtpError(
-            f"{name} is {width}x{height} = {width * height:,} pixels; at most {MAX_PIXELS:,} are decoded: "
-            "shrink it first"
-        )
+    if too_large := excess(width, height):
+        raise VtpError(f"{name} is {too_large}: shrink or crop it first")
+
+
+def excess(width: int, height: int, most_pixels: int = MAX_PIXELS, most_side: int = MAX_SIDE) -> str | None:
+    """Which limit a picture's size exceeds, in words: "3x2 = 6 pixels; at most 5 are taken"; None: none."""
+    if width * height > most_pixels:
+        return f"{width}x{height} = {width * height:,} pixels; at most {most_pixels:,} are taken"
+    if max(width, height) > most_side:
+        return f"{width}x{height} pixels; each side may have at most {most_side:,}"
+    return None
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
@@ -303,10 +315,8 @@ def _check_extent(shape: Sequence[int], height: int, width: int) -> None:
     """Refuse an array or tensor of no pixels, or of too many: with strides of 0 it takes no memory yet."""
     if 0 in shape:
         raise VtpError(f"the image array is {list(shape)}: there is nothing to see; give another one")
-    if height * width > MAX_PIXELS:
-        raise VtpError(
-            f"the image array is {list(shape)}; at most {MAX_PIXELS:,} pixels are taken: shrink it first"
-        )
+    if too_large := excess(width, height):
+        raise VtpError(f"the image array is {list(shape)}, {too_large}: shrink or crop it first")
 
 
 def reason(error: BaseException) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
-from vtp.engines.errors import UsageError, quoted_argument
+from vtp.engines.errors import RequestError, quoted_argument
 
 __all__ = [
     "Messages",
@@ -32,7 +32,7 @@ _THOUGHT = "</think>"  # templates of reasoning models leave out what an earlier
 def check_text(text: str, what: str) -> None:
     """Refuse text that is not Unicode: a lone surrogate, as broken file names and cut JSON strings have."""
     if found := _SURROGATE.search(text):
-        raise UsageError(
+        raise RequestError(
             f"{what} holds half a character (the lone surrogate U+{ord(found[0]):04X}) at place "
             f"{found.start()}; give text that can be written as UTF-8"
         )
@@ -46,26 +46,26 @@ def check_messages(messages: object, wanted: int, media: str, most: int) -> list
     """
     word = MEDIA[media]
     if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
-        raise UsageError(f"messages must be a list of turns, not {type(messages).__name__}")
+        raise RequestError(f"messages must be a list of turns, not {type(messages).__name__}")
     if not messages:
-        raise UsageError("messages is empty; give at least one user turn")
+        raise RequestError("messages is empty; give at least one user turn")
     if len(messages) > most:
-        raise UsageError(f"the conversation has {len(messages)} turns; this bundle holds {most} tokens")
+        raise RequestError(f"the conversation has {len(messages)} turns; this bundle holds {most} tokens")
     turns = islice(messages, len(messages))  # a sequence of the caller's own may never end by itself
     checked = [_check_message(message, index, media, most) for index, message in enumerate(turns)]
     if checked[-1]["role"] != "user":
-        raise UsageError(
+        raise RequestError(
             f"the last message is the {checked[-1]['role']}'s; end with a user turn to be answered"
         )
     images = sum(part["type"] == media for message in checked for part in parts_of(message))
     if images != wanted:
         given = f"1 {word} is" if wanted == 1 else f"{wanted} {word}s are"
-        raise UsageError(
+        raise RequestError(
             f'the messages hold {images} {media}s, and {given} given; put one {{"type": "{media}"}} for each '
             "in the user turns"
         )
     if not any(joined_text(message).strip() for message in checked if message["role"] == "user"):
-        raise UsageError(f"the prompt is empty; ask something about the {word}")
+        raise RequestError(f"the prompt is empty; ask something about the {word}")
     return checked
 
 
@@ -77,18 +77,20 @@ def _check_message(message: object, index: int, media: str, most: int) -> dict[s
             if isinstance(message, Mapping)
             else type(message).__name__
         )
-        raise UsageError(f"{where} must have the keys role and content, and no others, not {given}")
+        raise RequestError(f"{where} must have the keys role and content, and no others, not {given}")
     role, content = message["role"], message["content"]
     if not isinstance(role, str) or role not in ROLES:
-        raise UsageError(f"{where} has the role {quoted_argument(role)}; choose {', '.join(ROLES)}")
+        raise RequestError(f"{where} has the role {quoted_argument(role)}; choose {', '.join(ROLES)}")
     role = str.__str__(role)
     if isinstance(content, str):
         check_text(content, where)
         return {"role": role, "content": str.__str__(content)}
     if not isinstance(content, list | tuple) or not content:
-        raise UsageError(f"{where}'s content must be text or a list of parts, not {quoted_argument(content)}")
+        raise RequestError(
+            f"{where}'s content must be text or a list of parts, not {quoted_argument(content)}"
+        )
     if len(content) > most:
-        raise UsageError(f"{where} has {len(content)} parts; this bundle holds {most} tokens")
+        raise RequestError(f"{where} has {len(content)} parts; this bundle holds {most} tokens")
     return {"role": role, "content": [_check_part(part, role, where, media) for part in content]}
 
 
@@ -98,19 +100,19 @@ def _check_part(part: object, role: str, where: str, media: str) -> dict[str, st
         if set(part) == {"type", "text"} and isinstance(part["text"], str):
             check_text(part["text"], where)
             return {"type": "text", "text": str.__str__(part["text"])}
-        raise UsageError(f'{where} has a text part of another form than {{"type": "text", "text": "..."}}')
+        raise RequestError(f'{where} has a text part of another form than {{"type": "text", "text": "..."}}')
     if kind == media and isinstance(part, Mapping):
         if set(part) != {"type"}:
-            raise UsageError(
+            raise RequestError(
                 f"{where}: give the {MEDIA[media]} as image=, and mark its place by "
                 f'{{"type": "{media}"}} alone'
             )
         if role != "user":
-            raise UsageError(
+            raise RequestError(
                 f"{where} puts a {MEDIA[media]} into the {role}'s turn; only user turns may hold one"
             )
         return {"type": media}
-    raise UsageError(f"{where} has a part of type {quoted_argument(kind)}; choose text or {media}")
+    raise RequestError(f"{where} has a part of type {quoted_argument(kind)}; choose text or {media}")
 
 
 def parts_of(message: dict[str, Any]) -> list[dict[str, str]]:
@@ -163,7 +165,7 @@ def check_kept(
     for message in messages:
         for words in _words(message):
             if words.rpartition(_THOUGHT)[2].strip() not in text:
-                raise UsageError(_lost(message))
+                raise RequestError(_lost(message))
     if render is None:
         return
     marked = [_marked(message, f"w{number:x}") for number, message in enumerate(messages)]
@@ -173,7 +175,7 @@ def check_kept(
         return
     for message, mark in zip(messages, marked, strict=True):
         if any(words not in other for words in _words(mark)):
-            raise UsageError(_lost(message))
+            raise RequestError(_lost(message))
 
 
 def shape_of(messages: list[dict[str, Any]]) -> tuple[Any, ...]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from vtp.engines.errors import UsageError, VtpError
+from vtp.engines.errors import RequestError, UsageError, VtpError
 from vtp.runtime.prompt.detokenizer import Decoding, Detokenizer, StopStrings
 from vtp.runtime.prompt.messages import (
     MEDIA,
@@ -27,7 +27,7 @@ from vtp.runtime.prompt.messages import (
     parts_of,
     shape_of,
 )
-from vtp.runtime.prompt.template import ChatTemplate, TemplateLimit, first_line
+from vtp.runtime.prompt.template import ChatTemplate, TemplateLimit, TemplateRefusal, first_line
 from vtp.runtime.prompt.token_bytes import TokenBytes
 from vtp.runtime.prompt.tokenizer import CheckedTokenizer, special_texts
 
@@ -229,9 +229,8 @@ class Prompter:
                 f"the model's chat template is refused: {first_line(error)}; use another model"
             ) from error
         except Exception as error:  # a template is a program: it may raise anything
-            raise UsageError(
-                f"the model's chat template refuses these messages: {first_line(error)}"
-            ) from error
+            kind = RequestError if isinstance(error, TemplateRefusal) else UsageError
+            raise kind(f"the model's chat template refuses these messages: {first_line(error)}") from error
 
     def _check_kept(self, messages: list[dict[str, Any]], text: str) -> None:
         """Refuse a template that leaves out words; what it does to a kind of conversation is tried once."""
@@ -254,7 +253,7 @@ class Prompter:
         text = joined_text(message)
         for token in reserved:
             if token in text:
-                raise UsageError(
+                raise RequestError(
                     f"the {message['role']}'s text holds '{token}', a control token of this model; "
                     f"leave it out (the {MEDIA[self.spec.media]}'s place is added for you)"
                     + ("" if token in self._places else ", or allow it: allow_special_tokens")

@@ -45,7 +45,7 @@ from vtp.runtime.prompt.template_costs import (
     spec_width,
 )
 
-__all__ = ["ChatTemplate", "TemplateLimit", "first_line"]
+__all__ = ["ChatTemplate", "TemplateLimit", "TemplateRefusal", "first_line"]
 
 LONGEST = 2**17  # characters of a template's source; real ones have up to 20,000
 _MOST_NODES = 25_000  # of the tree; real ones have up to 5,000
@@ -53,6 +53,10 @@ _MOST_BRANCHES = 2**18  # conditions times names: compiling one looks at all the
 _NODE = 10  # units of a node of the tree, each time it is passed
 _DEEP, _MADE, _PASS = "0deep", "0made", "0pass"  # filters whose names no template can spell as filters
 _DATE_FORMAT = 256  # characters
+
+
+class TemplateRefusal(TemplateError):
+    """What a template itself says of messages that it does not take."""
 
 
 class ChatTemplate:
@@ -329,7 +333,7 @@ class _TemplateDict:
 
 
 def _raise_exception(message: str) -> None:
-    raise TemplateError(message)
+    raise TemplateRefusal(message)
 
 
 def _strftime_now(format: str) -> str:

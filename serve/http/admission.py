@@ -28,6 +28,15 @@ __all__ = ["BodyLimit", "HostCheck", "KeyCheck", "OriginCheck", "guarded"]
 
 _OPEN_PATHS = frozenset(("/", "/metrics", "/health"))  # without a key, and what lies below /health
 _HOST = re.compile(r"(?P<host>\[[0-9a-f:.]+\]|[^\[\]:/@\s]+)(?::[0-9]{0,5})?")
+_ORIGIN = re.compile(
+    r"(?P<scheme>[a-z][a-z0-9+.-]*)://(\[[0-9a-f:.]+\]|[a-z0-9._~%!$&'()*+,;=-]+)(:[0-9]{0,5})?"
+)
+_PORTS = {"http": ":80", "https": ":443"}  # that an origin leaves out
+# Schemes of the web (WHATWG's special ones, and those of a page's own content), of which http and https alone
+# have an origin. Any other scheme is an application's or an extension's.
+_OF_PAGES = frozenset(
+    ("about", "blob", "data", "file", "filesystem", "ftp", "http", "https", "javascript", "ws", "wss")
+)
 _SLOWEST = 1024  # bytes a second that a body must bring on the whole
 _DRAIN_SECONDS = 5.0  # for a client that sends on after it was refused, so that it reads why
 
@@ -135,12 +144,15 @@ class OriginCheck:
     """Refuses (403) what a foreign web page sends: it could not read the answer, but the work would be done.
 
     Without the header Origin, no browser is behind the request. The server's own page passes, and so do
-    `origins` and those of applications and extensions (such as app://), which no web page has.
+    `origins` and those of applications and extensions (such as app://), which no web page has. What is not
+    an origin as browsers write it (RFC 6454: scheme://host, with a port or without) is refused, but for the
+    case of its letters.
     """
 
     def __init__(self, app: ASGIApp, origins: Sequence[str] = ()) -> None:
         self._app = app
-        self._origins = frozenset(origins)
+        self._any = "*" in origins
+        self._origins = frozenset(map(_normal, origins))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or self._passes(scope):
@@ -157,15 +169,27 @@ class OriginCheck:
         )
 
     def _passes(self, scope: Scope) -> bool:
-        if scope["method"] in ("GET", "HEAD", "OPTIONS") or "*" in self._origins:
+        if scope["method"] in ("GET", "HEAD", "OPTIONS") or self._any:
             return True
-        hosts = _headers(scope, b"host")
-        return all(self._may(origin.decode("latin-1"), hosts) for origin in _headers(scope, b"origin"))
+        host = b"".join(_headers(scope, b"host")).decode("latin-1")
+        given = (origin.decode("latin-1") for origin in _headers(scope, b"origin"))
+        return all(self._may(_normal(origin), host) for origin in given)
 
-    def _may(self, origin: str, hosts: list[bytes]) -> bool:
-        scheme, _, place = origin.partition("://")
-        foreign = scheme in ("http", "https", "null") and [place.encode("latin-1")] != hosts
-        return not foreign or origin in self._origins
+    def _may(self, origin: str | None, host: str) -> bool:
+        if origin is None or origin in self._origins:
+            return origin is not None
+        scheme = origin.partition("://")[0]
+        own = _normal(f"{scheme}://{host}") if scheme in _PORTS else None
+        return origin == own or not (origin == "null" or scheme in _OF_PAGES)
+
+
+def _normal(origin: str) -> str | None:
+    """An origin as browsers write it: in small letters, without its scheme's own port; None: it is none."""
+    origin = origin.lower()
+    if origin == "null":
+        return origin
+    found = _ORIGIN.fullmatch(origin)
+    return origin.removesuffix(":").removesuffix(_PORTS.get(found["scheme"], "")) if found else None
 
 
 class KeyCheck:

@@ -12,6 +12,7 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from vtp.engines.errors import shown
 from vtp.serve.http.admission import guarded
 from vtp.serve.http.asking import is_counted
 from vtp.serve.http.decisions.endpoint import decisions
@@ -147,7 +148,7 @@ async def _answer_error(request: Request, error: Exception) -> Response:
 def _of_routing(request: Request, error: HTTPException) -> ApiError:
     texts = {
         404: "there is nothing at this address; OpenAI's base_url ends in v1",
-        405: f"{request.method} is not allowed at this address",
+        405: f"{shown(request.method, 40)} is not allowed at this address",
     }
     return ApiError(
         texts.get(error.status_code, "the request is not valid"), error.status_code, headers=error.headers

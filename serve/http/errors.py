@@ -34,7 +34,8 @@ class ApiError(Exception):
     """A request that is refused, or that failed.
 
     message  one line: what was given, what is allowed, what to do. Never a library's own text, a path or an
-             address: texts of `VtpError` may be passed on where they hold none (see `holds_no_secret`)
+             address of ours: texts of `VtpError` may be passed on where they hold none (`holds_no_secret`),
+             those of `RequestError` always
     status   of the HTTP answer
     param    the request's field that is meant, such as "messages.0.content"
     code     for programs, such as "context_length_exceeded"

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import math
 
 from vtp.engines import UsageError, VtpError
-from vtp.engines.errors import shown
+from vtp.engines.errors import RequestError, shown
 from vtp.runtime.constrained.errors import FormatBusy, FormatError
 from vtp.runtime.media.pictures import PictureError
 from vtp.runtime.prompt.prompter import PromptTooLong
 from vtp.runtime.scheduler import Closed, QueueFull
 from vtp.serve.http.errors import FAILED, ApiError, holds_no_secret
-from vtp.serve.http.service import log
+from vtp.serve.logs import Sparing, because_of
+
+# A logger of its own, for its lines are sparing, whatever the client repeats.
+_log = logging.getLogger("vtp.serve.refusals")
+_log.addFilter(Sparing())
 
 # The field that an error is about, by its text's first word; other errors are about the conversation.
 _PARAMS = {"keep_tokens": "vtp.keep_tokens", "budget_ms": "vtp.budget_ms"}
@@ -37,7 +42,7 @@ def told(error: Exception, running: bool = False) -> ApiError:
     if isinstance(error, FormatBusy):
         return ApiError(_shown(error), 503, param="response_format", headers={"Retry-After": "5"})
     if isinstance(error, FormatError):
-        return ApiError(str(error), param="response_format")  # it quotes the request's own schema alone
+        return ApiError(_shown(error), param="response_format")
     if isinstance(error, PromptTooLong):
         return ApiError(_shown(error), param="messages", code="context_length_exceeded")
     if isinstance(error, UsageError | PictureError) or (isinstance(error, VtpError) and not running):
@@ -46,8 +51,9 @@ def told(error: Exception, running: bool = False) -> ApiError:
 
 
 def failure(error: BaseException) -> ApiError:
-    """Status 500 for whatever nobody expected: it is logged with its traceback, and clients learn nothing."""
-    log.error("a request failed: %s: %s", type(error).__name__, shown(error), exc_info=error)
+    """Status 500 for whatever nobody expected: it is logged, and clients learn nothing."""
+    text = "a request failed: %s: %s"
+    _log.error(text, type(error).__name__, shown(error), exc_info=error, extra=because_of(error))
     return ApiError(FAILED, 500)
 
 
@@ -56,7 +62,7 @@ def _shown(error: VtpError) -> str:
     text = str(error)
     if isinstance(error, PictureError) and error.__cause__ is not None:
         return "a picture's file is truncated or damaged; send the whole file"
-    if holds_no_secret(text):
+    if isinstance(error, RequestError) or holds_no_secret(text):
         return text
-    log.warning("a request was refused: %s", text)
+    _log.warning("a request was refused: %s", text, extra=because_of(error))
     return "this request cannot be served; the server's log says why"

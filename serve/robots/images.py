@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vtp.engines.errors import VtpError, quoted, shown
-from vtp.runtime.media.images import MAX_PIXELS, EncodedImage, load_image
+from vtp.runtime.media.images import EncodedImage, excess, load_image
 
 __all__ = ["ENCODINGS", "compressed_rgb", "image_rgb", "picture_of"]
 
@@ -83,8 +83,8 @@ def image_rgb(encoding: str, height: int, width: int, step: int, data: Any) -> n
     layout = _layout(encoding)
     if height < 1 or width < 1:
         raise VtpError(f"an image of {width}x{height} pixels came: there is nothing to see")
-    if height * width > MAX_PIXELS:
-        raise VtpError(f"an image of {width}x{height} pixels came; at most {MAX_PIXELS:,} pixels are taken")
+    if too_large := excess(width, height):
+        raise VtpError(f"an image came that is {too_large}")
     if isinstance(layout, _Shared):
         if width % 2:
             raise VtpError(f"an image of encoding '{encoding}' is {width} pixels wide; it must be even")

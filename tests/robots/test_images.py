@@ -212,6 +212,8 @@ def test_pictures_of_no_pixels_are_refused(height: int, width: int) -> None:
 def test_sizes_are_bounded() -> None:
     with pytest.raises(VtpError, match="at most"):
         image_rgb("mono8", 1 << 16, 1 << 16, 1 << 16, b"")
+    with pytest.raises(VtpError, match="1x32769 pixels; each side may have at most 32,768"):
+        image_rgb("mono8", 32_769, 1, 1, bytes(32_769))
 
 
 def test_an_odd_width_has_no_shared_chroma() -> None:

@@ -183,7 +183,7 @@ BAD = {
     "short": (image(0)[:100], "a message is cut off"),
     "step": (image(0, step=5), "an image says step 5"),
     "encoding": (image(0, encoding="bayer_rggb8"), "images of encoding 'bayer_rggb8' are not served"),
-    "huge": (image(0, height=2**32 - 1, width=2**32 - 1), "at most 89,478,485 pixels are taken"),
+    "huge": (image(0, height=2**32 - 1, width=2**32 - 1), "at most 89,478,485 are taken"),
     "length": (image(0, height=23), "an image has 1728 bytes of data"),
 }
 

@@ -372,6 +372,20 @@ def test_no_origin_is_allowed_by_default() -> None:
         assert "access-control-allow-origin" not in exchange(port, request(Origin="null"))[1]
 
 
+@pytest.fixture(scope="module")
+def restricted() -> Iterator[int]:
+    with served(guarded(APP, cors_origins=("https://page.example.org",))) as port:
+        yield port
+
+
+def test_pages_of_the_servers_own_address_pass(restricted: int) -> None:
+    for host, origin in (("[::1]:8000", "http://[::1]:8000"), ("LOCALHOST:80", "http://localhost")):
+        asked = request(method="POST", host=host, Content_Length="0", Origin=origin)
+        assert exchange(restricted, asked)[0] == 200
+    asked = request(method="POST", host="localhost:8000", Content_Length="0", Origin="http://localhost:8001")
+    assert exchange(restricted, asked)[0] == 403
+
+
 @pytest.mark.parametrize(
     ("origin", "status"),
     [
@@ -385,13 +399,38 @@ def test_no_origin_is_allowed_by_default() -> None:
         ("http://localhost:3000", 403),
         ("null", 403),
         ("http://", 403),
+        # in any case of letters, and with the port that browsers leave out
+        ("HTTP://LocalHost", 200),
+        ("http://localhost:80", 200),
+        ("https://localhost:443", 200),
+        ("https://Page.example.org", 200),
+        ("https://page.example.org:443", 200),
+        ("http://localhost:443", 403),
+        ("HTTP://evil.test", 403),
+        ("HtTpS://evil.test", 403),
+        ("NULL", 403),
+        # no origins, or of the web and yet not of its pages
+        *[(f"{scheme}://localhost", 403) for scheme in ("ws", "wss", "ftp", "file", "blob", "data", "FILE")],
+        *[
+            (text, 403)
+            for text in ("ws:", "blob:http://localhost", "http:", "file://", "about:blank", "data:,")
+        ],
+        *[(text, 403) for text in ("", "localhost", "//localhost", "*", "http:/localhost", "app:", "1x://a")],
+        *[
+            (f"http://localhost{rest}", 403)
+            for rest in ("/", "?", "#", "/x", " http://localhost", ":x", ":123456")
+        ],
+        *[(f"{scheme}://me@localhost", 403) for scheme in ("http", "app")],
+        *[(f"app://{rest}", 403) for rest in ("", "a/b", "a\\b", "a?b", "é", "[::1", "a b", "a:b")],
+        ("moz-extension://6c5f2b0e-1b3a", 200),
+        ("tauri://localhost", 200),
+        ("http://[::1]", 403),
     ],
 )
-def test_foreign_pages_make_no_work(origin: str | None, status: int) -> None:
+def test_foreign_pages_make_no_work(origin: str | None, status: int, restricted: int) -> None:
     """A form or a plain-text request needs no preflight: what it asks for would be answered, unread."""
-    with served(guarded(APP, cors_origins=("https://page.example.org",))) as port:
-        headers = {"Content_Length": "0", **({} if origin is None else {"Origin": origin})}
-        found, answered, body = exchange(port, request(method="POST", **headers))
+    headers = {"Content_Length": "0", **({} if origin is None else {"Origin": origin})}
+    found, answered, body = exchange(restricted, request(method="POST", **headers))
     assert found == status
     if status == 403:
         assert "access-control-allow-origin" not in answered and "--cors-origin" in error_of(body)["message"]

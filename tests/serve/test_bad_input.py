@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from typing import Any
 
@@ -11,8 +12,10 @@ import pytest
 from PIL import Image
 
 from vtp.engines import UsageError, VtpError
+from vtp.engines.errors import RequestError
 from vtp.serve.http.errors import FAILED, ApiError, holds_no_secret
 from vtp.serve.http.refusals import told
+from vtp.serve.logs import Sparing
 
 from .client import CHAT, Answer, Site, shown, words
 
@@ -275,6 +278,10 @@ def test_methods_that_are_not_allowed(site: Site, method: str) -> None:
     assert answer.headers["allow"] == "POST"
 
 
+def test_a_long_method_is_cut(site: Site) -> None:
+    refused(site.send(CHAT, method="X" * 20_000), 405, None, "^X{39}… is not allowed at this address$")
+
+
 # -- errors of the server ------------------------------------------------------------------------------------
 
 
@@ -335,6 +342,90 @@ def test_texts_without_any_are(text: str) -> None:
     assert holds_no_secret(text)
     assert told(VtpError(text)).message == text
     assert told(VtpError(text), running=True).message == FAILED
+
+
+# What a client may say about anything, and what looks like something of ours.
+OWN_WORDS = [
+    "/yes",
+    "/home/me",
+    "~/models",
+    "./a",
+    "C:\\models",
+    "0x7f1234567890",
+    "192.168.1.7",
+    "see http://x",
+]
+
+
+@pytest.mark.parametrize("text", OWN_WORDS)
+def test_a_client_reads_its_own_words(site: Site, picture: Image.Image, text: str) -> None:
+    """Whatever field they are in, and whoever refuses them."""
+    assert not holds_no_secret(text)
+    shared = {"type": "choice", "question": "what ?", "options": [text + "s", text + "!"]}
+    levels = {"type": "score", "question": "what ?", "levels": [text, text]}
+    schema = {"type": "json_schema", "json_schema": {"schema": {"properties": {text: {"type": text}}}}}
+    control = text + "</s>"
+    for path, fields, quoted in (
+        ("/v1/decisions", {"questions": [shared], "labels": "texts"}, text + "s"),
+        ("/v1/decisions", {"questions": [levels]}, text),
+        ("/v1/decisions", {"questions": [{**shared, "options": [text, text]}]}, text),
+        ("/v1/decisions", {"questions": [{**shared, "options": [text, control]}]}, "</s>"),
+        (CHAT, {"messages": [{"role": text, "content": "a"}]}, text),
+        (CHAT, {"messages": [{"role": "user", "content": control}]}, "</s>"),
+        (CHAT, {"messages": [USER], "response_format": schema}, text),
+        (CHAT, {"messages": [USER], "vtp": {text: 1}}, text),
+        (CHAT, {"messages": [USER], "model": text}, text),
+        ("/api/generate", {"prompt": "how many ?", "format": text}, text),
+    ):
+        answer = site.send(path, fields)
+        said = answer.json["error"] if path.startswith("/api/") else answer.error["message"]
+        assert answer.status in (400, 404), answer.content
+        assert said.isprintable() and (quoted in said or repr(quoted)[1:-1] in said), said
+
+
+def test_what_a_client_says_opens_nothing(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A path of ours stays ours where a client has guessed it."""
+    from vtp.runtime.pipeline import Pipeline
+
+    def broken(*arguments: Any, **more: Any) -> Any:
+        raise UsageError("no such file: '/home/me'")
+
+    monkeypatch.setattr(Pipeline, "prepare", broken)
+    refused(
+        site.chat("/home/me"), 400, "messages", "^this request cannot be served; the server's log says why$"
+    )
+    assert told(RequestError("'/home/me' is given twice")).message == "'/home/me' is given twice"
+
+
+@pytest.mark.parametrize(("kind", "lines"), [(UsageError, 4), (RuntimeError, 12)])
+def test_a_request_that_is_repeated_does_not_fill_the_log(
+    site: Site,
+    kind: type[Exception],
+    lines: int,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Another fault's first line comes all the same."""
+    from vtp.runtime.pipeline import Pipeline
+
+    log = logging.getLogger("vtp.serve.refusals")
+    monkeypatch.setattr(log, "filters", [Sparing()])
+
+    def broken(*arguments: Any, **more: Any) -> Any:
+        raise kind("of /home/me")
+
+    def otherwise(*arguments: Any, **more: Any) -> Any:
+        raise kind("of ~/models")
+
+    for wrong, asked in ((broken, 100), (otherwise, 1)):
+        monkeypatch.setattr(Pipeline, "prepare", wrong)
+        for _ in range(asked):
+            assert site.chat("how many ?").status == (400 if kind is UsageError else 500)
+    told_of = [one.getMessage() for one in caplog.records if one.name == log.name]
+    first = "a request was refused: of " if kind is UsageError else "a request failed: RuntimeError: of "
+    assert told_of[0] == f"{first}/home/me" and told_of[-1] == f"{first}~/models"
+    assert told_of[-2] == f"{first}/home/me (100 times so far)"
+    assert len(told_of) == lines
 
 
 def test_errors_of_the_api_stay_what_they_are() -> None:

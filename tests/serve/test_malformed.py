@@ -45,6 +45,20 @@ def test_what_is_no_http_gets_the_usual_error(site: Site, name: str) -> None:
     assert error["type"] == "invalid_request_error" and "not a valid HTTP/1.1 request" in error["message"]
 
 
+@pytest.mark.parametrize("version", ["2.0", "3.0", "0.9", "9.9"])
+def test_other_versions_are_refused(site: Site, version: str) -> None:
+    """What HTTP/2 sends next would be read as something else; 1.x is HTTP/1.1 to everyone (RFC 9110, 2.5)."""
+    line = b"GET /health HTTP/%b\r\nHost: 127.0.0.1\r\n\r\n"
+    sent = line % version.encode() + line % b"1.1"
+    status, headers, body = exchange(site.port, sent)
+    assert (status, headers["content-type"], headers["connection"]) == (505, "application/json", "close")
+    error = json.loads(body)["error"]
+    assert error["type"] == "invalid_request_error" and "speaks HTTP/1.1" in error["message"]
+    assert exchange(site.port, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")[0] == 505
+    for other in (b"1.0", b"1.1", b"1.2"):
+        assert exchange(site.port, line % other)[0] == 200
+
+
 def test_a_body_whose_length_is_given_twice_is_not_read(site: Site) -> None:
     """A proxy that goes by the other one would take the rest for a request of somebody else."""
     both = b"Content-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\nGET /metrics HTTP/1.1\r\n\r\n"

@@ -15,7 +15,7 @@ from io import BytesIO
 
 from PIL import Image
 
-from vtp.runtime.media.images import EncodedImage
+from vtp.runtime.media.images import MAX_SIDE, EncodedImage, excess
 from vtp.serve.http.errors import ApiError
 from vtp.serve.http.pictures.fetching import Fetcher
 from vtp.serve.http.pictures.parts import is_crowded
@@ -37,11 +37,13 @@ class MediaLimits:
     pictures  in one request
     bytes     of one picture's file
     pixels    of one picture, by its header
+    side      pixels of its longer side, by its header
     """
 
     pictures: int = 16
     bytes: int = 32 * 2**20
     pixels: int = 40_000_000
+    side: int = MAX_SIDE
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,8 @@ def _opened(data: bytes, limits: MediaLimits, param: str) -> Image.Image:
     try:
         return Image.open(BytesIO(data), formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise _too_many_pixels("more pixels than are ever decoded", limits, param) from None
+        given = f"more pixels than are ever decoded; at most {limits.pixels:,} are taken"
+        raise _too_large(given, param) from None
     except Exception:
         what = "not a picture that is served" if data else "empty"
         raise ApiError(
@@ -167,16 +170,12 @@ def _check_size(image: Image.Image, limits: MediaLimits, param: str) -> None:
     width, height = image.size
     if width < 1 or height < 1:
         raise _damaged(param)
-    if width * height > limits.pixels:
-        raise _too_many_pixels(f"{width}x{height} = {width * height:,} pixels", limits, param)
+    if too_large := excess(width, height, limits.pixels, limits.side):
+        raise _too_large(too_large, param)
 
 
-def _too_many_pixels(given: str, limits: MediaLimits, param: str) -> ApiError:
-    return ApiError(
-        f"the picture has {given}; at most {limits.pixels:,} are taken: shrink it first",
-        param=param,
-        code="image_too_large",
-    )
+def _too_large(given: str, param: str) -> ApiError:
+    return ApiError(f"the picture has {given}: shrink or crop it first", param=param, code="image_too_large")
 
 
 def _damaged(param: str) -> ApiError:

@@ -21,7 +21,7 @@ import numpy as np
 
 from vtp.engines import UsageError, VtpError
 from vtp.engines.errors import shown
-from vtp.runtime.media.images import MAX_PIXELS
+from vtp.runtime.media.images import MAX_PIXELS, excess
 from vtp.serve.streams.frames import MEDIA, UNIX, Frame
 from vtp.serve.streams.sources.names import source_name
 from vtp.serve.streams.sources.pacing import Pace
@@ -346,12 +346,8 @@ def _timed_out(av: Any, error: BaseException) -> bool:
 
 def _check_size(picture: Any, name: str) -> None:
     """Refuse what is larger than any picture may be. Raises VtpError."""
-    width, height = picture.width, picture.height
-    if width * height > MAX_PIXELS:
-        raise UsageError(
-            f"{name} has frames of {width}x{height} = {width * height:,} pixels; at most {MAX_PIXELS:,} are "
-            "decoded: give smaller ones"
-        )
+    if too_large := excess(picture.width, picture.height, MAX_PIXELS):
+        raise UsageError(f"{name} has frames of {too_large}: give smaller ones")
 
 
 def _picture_of(frame: Any) -> Callable[[], np.ndarray]:

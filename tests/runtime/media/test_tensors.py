@@ -72,7 +72,7 @@ def test_what_could_be_either_has_its_channels_first() -> None:
         (torch.zeros(3, 4, 4).to_sparse(), r"must hold all of its values, and this one is sparse_coo"),
         (torch.zeros(3, 4, 4, device="meta"), r"must hold all of its values, and this one is on the device"),
         (torch.zeros(3, 0, 4), r"there is nothing to see"),
-        (torch.zeros(1).expand(3, 2, MAX_PIXELS), r"at most [\d,]+ pixels are taken"),
+        (torch.zeros(1).expand(3, 2, MAX_PIXELS), r"at most [\d,]+ are taken"),
     ],
 )
 def test_what_is_no_picture_is_refused_in_one_line(tensor: torch.Tensor, says: str) -> None:

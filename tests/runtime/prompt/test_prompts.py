@@ -16,7 +16,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.utils.chat_template_utils import render_jinja_template
 
 import vtp.scenes
-from vtp.engines.errors import UsageError, VtpError
+from vtp.engines.errors import RequestError, UsageError, VtpError
 from vtp.runtime.prompt.prompter import Prompter, TextSpec
 
 from .tokenizer_kinds import FAST, IMAGE, LLAVA_TEMPLATE, TEMPLATES, TOKENIZERS, said, spec_for, user, wrapped
@@ -194,6 +194,7 @@ def test_templates_render_as_in_transformers(name: str, folder: Path) -> None:
     ("source", "named"),
     [
         ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{{ raise_exception('no ' + messages[0].content[1].text) }}", "no what color is the star ?"),
         ("{{ ''.__class__.__mro__ }}", "__class__"),
         ("{% set n = namespace(_x=1) %}", "_x"),
         ("{{ messages.append(1) }}", "is unsafe"),
@@ -205,6 +206,8 @@ def test_templates_that_raise_become_one_line(source: str, named: str, folder: P
     with pytest.raises(VtpError) as caught:
         Prompter(spec_for(source), folder / "byte_level.json").encode(CONVERSATIONS["one_turn"])
     assert named in str(caught.value) and "\n" not in str(caught.value)
+    own = "raise_exception" in source or named == "left out"  # what a server may pass on
+    assert isinstance(caught.value, RequestError) == own
 
 
 def test_broken_parts_of_a_bundle_are_refused(folder: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from vtp.engines.errors import shown
 from vtp.serve.http.admission import guarded
 from vtp.serve.http.asking import is_counted
 from vtp.serve.http.decisions.endpoint import decisions
-from vtp.serve.http.errors import GONE, ApiError
+from vtp.serve.http.errors import GONE, ApiError, let_go
 from vtp.serve.http.metrics import CONTENT_TYPE, Metrics
 from vtp.serve.http.models import Models
 from vtp.serve.http.ollama import endpoints as ollama
@@ -131,12 +131,14 @@ class ErrorAnswers:
             await self._app(scope, receive, note)
         except Exception as error:
             told = error if isinstance(error, ApiError) else failure(error)
+            let_go(error)
             if begun or scope["type"] != "http":
                 raise
             await error_response(told, scope["path"])(scope, receive, send)
 
 
 async def _answer_error(request: Request, error: Exception) -> Response:
+    let_go(error)
     if isinstance(error, HTTPException):
         return error_response(_of_routing(request, error), request.url.path)
     assert isinstance(error, ApiError)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import traceback
 from collections.abc import Mapping
 from typing import Any
 
@@ -71,3 +72,19 @@ class ApiError(Exception):
 def holds_no_secret(text: str) -> bool:
     """Whether a message may be shown to clients: no path of a file, no URL, no address in it."""
     return _PRIVATE.search(text) is None
+
+
+def let_go(error: BaseException) -> None:
+    """Empty the frames that an error came through, once it is told: no local of theirs is needed any more.
+
+    Frames that hold the error which holds them (a task's, a future's) would keep the request's text and
+    pictures until Python looks for such rings, a dozen requests of 64 MiB later.
+    """
+    seen: set[int] = set()
+    pending: list[BaseException | None] = [error]
+    while pending:
+        one = pending.pop()
+        if one is not None and id(one) not in seen:
+            seen.add(id(one))
+            traceback.clear_frames(one.__traceback__)
+            pending += [one.__cause__, one.__context__]

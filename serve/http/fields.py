@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 
@@ -17,6 +18,10 @@ from vtp.serve.http.errors import GONE, ApiError
 _LARGE = 1 << 16  # bytes of a body that is parsed in a thread, so that other requests go on meanwhile
 _MOST_VALUES = 1 << 16  # far more than a conversation has: objects of Python take a hundred times their text
 _BETWEEN = (b",", b"[", b"{")  # one of them stands before each value within
+_HUGE = 8 << 20  # bytes of a body: as text it may take four times as much, and what it holds once more
+_ONE_BY_ONE = ThreadPoolExecutor(1, "vtp-large-body")
+
+_Given = TypeVar("_Given")
 
 
 class Fields:
@@ -108,13 +113,20 @@ async def read_fields(request: Request) -> Fields:
         pieces = [piece async for piece in request.stream()]  # and not kept, as request.body() would
     except ClientDisconnect:
         raise ApiError("the client went away", GONE) from None
-    large = sum(map(len, pieces)) > _LARGE
-    return Fields(await asyncio.to_thread(_joined, pieces) if large else _joined(pieces))
+    return Fields(await _read(_joined, pieces, sum(map(len, pieces))))
 
 
 async def fields_of(body: bytes) -> Fields:
     """A whole body's fields. ApiError 400 as `read_fields`."""
-    return Fields(await asyncio.to_thread(_parse, body) if len(body) > _LARGE else _parse(body))
+    return Fields(await _read(_parse, body, len(body)))
+
+
+async def _read(parse: Callable[[_Given], Any], given: _Given, size: int) -> Any:
+    """In a thread if it takes a while; bodies that take a lot of memory, too, one after the other."""
+    if size <= _LARGE:
+        return parse(given)
+    lane = _ONE_BY_ONE if size > _HUGE else None
+    return await asyncio.get_running_loop().run_in_executor(lane, parse, given)
 
 
 def _joined(pieces: list[bytes]) -> Any:

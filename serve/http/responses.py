@@ -9,7 +9,7 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from vtp.serve.http.errors import OLLAMA, ApiError
+from vtp.serve.http.errors import OLLAMA, ApiError, let_go
 from vtp.serve.http.refusals import failure
 
 PING = b": ping\n\n"  # a comment, which clients skip
@@ -73,6 +73,7 @@ class EventStream(Response):
                     await _send(send, data)
             except Exception as error:
                 told = error if isinstance(error, ApiError) else failure(error)
+                let_go(error)
                 await _send(send, self.failed(told))
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:

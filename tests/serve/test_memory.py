@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import base64
+import gc
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +18,9 @@ from PIL import Image
 
 from vtp.runtime.scheduler import Scheduler
 from vtp.serve import memory
+from vtp.serve.http import fields
 
-from .client import Site, shown, wait_until, words
+from .client import CHAT, Site, shown, wait_until, words
 
 # glibc keeps what lies below a block that is still in use: here nearly all of 400 MB.
 FREED = """
@@ -86,3 +94,105 @@ def test_text_that_no_tokens_could_hold_is_not_searched(site: Site, monkeypatch:
         assert answer.error["message"].startswith(
             f"the prompt has {most + 1} characters, more than the {most}"
         )
+
+
+# -- what is left of a request once it was answered ----------------------------------------------------------
+
+LONG = "x" * 2**19
+MARKED = base64.b64encode((Path(__file__).parents[2] / "docs/photo.jpg").read_bytes() + bytes(2**19)).decode()
+PICTURE = {"type": "image_url", "image_url": f"data:;base64,{MARKED}"}
+NO_PICTURE = {"type": "image_url", "image_url": f"data:;base64,{LONG}"}
+NO_URL = {"type": "image_url", "image_url": f"http://{LONG}"}
+DECISION = {"type": "yes_no", "question": "is it ?"}
+
+
+def turn(content: Any) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": content}]
+
+
+# What is refused, early or late, by each of the parts that a request goes through; and what is answered.
+LEFT: dict[str, tuple[str, Any, int]] = {
+    "no JSON": (CHAT, f'{{"a": "{LONG}'.encode(), 400),
+    "a field": (CHAT, {"messages": [{"role": LONG, "content": "a"}]}, 400),
+    "a model": (CHAT, {"messages": turn("a"), "model": LONG}, 404),
+    "a long prompt": (CHAT, {"messages": turn(LONG)}, 400),
+    "a prompt that cannot be": (CHAT, {"messages": turn([PICTURE, words("<image>")])}, 400),
+    "nothing asked": (CHAT, {"messages": turn([PICTURE]), "stream": True}, 400),
+    "a picture": (CHAT, {"messages": turn([NO_PICTURE])}, 400),
+    "a picture's URL": (CHAT, {"messages": turn([NO_URL])}, 400),
+    "a decision": ("/v1/decisions", {"questions": [{**DECISION, "question": LONG}]}, 400),
+    "an option": ("/v1/decisions", {"questions": [{**DECISION, "yes": LONG}]}, 400),
+    "the second decision": (
+        "/v1/decisions",
+        {"images": [PICTURE["image_url"]], "questions": [DECISION, {**DECISION, "question": "<image>"}]},
+        400,
+    ),
+    "Ollama's": ("/api/generate", {"prompt": LONG, "images": [MARKED]}, 400),
+    "a good one": (CHAT, {"messages": turn([PICTURE, words("what ?")]), "max_tokens": 1}, 200),
+    "a good stream": (
+        CHAT,
+        {"messages": turn([PICTURE, words("what ?")]), "max_tokens": 1, "stream": True},
+        200,
+    ),
+}
+
+
+@contextmanager
+def rings() -> Iterator[list[Any]]:
+    """Objects that only a search for rings frees, of what the block leaves behind."""
+    found: list[Any] = []
+    gc.collect()
+    gc.disable()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:
+        yield found
+        gc.collect()
+        found += gc.garbage
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_an_answered_request_is_not_kept(site: Site, name: str) -> None:
+    """An error and the frames that it came through may hold each other, and with them what a client sent.
+    Python looks for such rings by the number of objects, so that a dozen bodies of 64 MiB stayed."""
+    path, body, status = LEFT[name]
+    site.send(path, body)  # what is made once
+    with rings() as left:
+        answer = site.send(path, body)
+        assert answer.status == status, answer.content
+        wait_until(lambda: not site.server.server_state.tasks)
+    held = [
+        type(one).__name__
+        for one in left
+        for part in gc.get_referents(one)
+        if isinstance(part, str | bytes | bytearray) and len(part) >= len(LONG)
+    ]
+    assert not held
+
+
+def test_huge_bodies_are_read_one_after_the_other(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Text with one letter beyond the first 65,536 takes four bytes for each, twice while JSON is read."""
+    at_once, most, parse = 0, 0, fields.parse_json
+
+    def parse_json(*given: Any) -> Any:
+        nonlocal at_once, most
+        at_once += 1
+        most = max(most, at_once)
+        time.sleep(0.1)
+        at_once -= 1
+        return parse(*given)
+
+    monkeypatch.setattr(fields, "parse_json", parse_json)
+    body = b'{"user": "' + b"x" * fields._HUGE + b'"}'
+    statuses: list[int] = []
+    threads = [
+        threading.Thread(target=lambda: statuses.append(site.send(CHAT, body).status)) for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert statuses == [400] * 4 and most == 1

@@ -23,6 +23,7 @@ from vtp.serve.http.openai.request import read_own
 
 MOST_QUESTIONS = 64
 _HOTTEST = 100
+_LONGEST_ID = 1024  # characters: the answer says each again
 # Fields of SGLang's that change nothing here, or that no answer may depend on.
 _IGNORED = ("chat_template_kwargs", "prompt_format_version", "return_prompt_token_ids", "user")
 
@@ -140,6 +141,9 @@ def _name(fields: Fields, place: int) -> str:
         raise ApiError(
             f"{fields.param('id')} is blank; leave it out, or give it text", param=fields.param("id")
         )
+    if len(name) > _LONGEST_ID:
+        at = fields.param("id")
+        raise ApiError(f"{at} has {len(name)} characters; give at most {_LONGEST_ID}", param=at)
     return name
 
 

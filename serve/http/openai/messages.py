@@ -40,9 +40,10 @@ class Reader:
         if said not in ROLES:
             raise ApiError(f"{at} {quoted_argument(said)} is not served; give {', '.join(ROLES)}", param=at)
         role = ROLES[said]
-        if turn.raw("tool_calls") or turn.raw("function_call"):
-            at = turn.param("tool_calls")
-            raise ApiError(f"{at} is not served: this server calls no tools; leave it out", param=at)
+        for name in ("tool_calls", "function_call"):
+            if turn.raw(name):
+                at = turn.param(name)
+                raise ApiError(f"{at} is not served: this server calls no tools; leave it out", param=at)
         content = turn.raw("content")
         self.unread += turn.unread()
         if content is None and role == "assistant":

@@ -17,7 +17,7 @@ from urllib.parse import SplitResult, urljoin, urlsplit
 import h11
 
 from vtp.engines.errors import UsageError, shown
-from vtp.serve.http.errors import ApiError
+from vtp.serve.http.errors import ApiError, let_go
 
 __all__ = ["AllowedDomain", "Fetcher", "is_public", "resolve"]
 
@@ -142,13 +142,18 @@ class Fetcher:
         """The file of a URL, at most `limit` bytes. ApiError (400) for all that is refused, or fails."""
         try:
             return await asyncio.wait_for(self._follow(url, allowed_domains, limit), self._seconds)
-        except _Refused as refused:
-            reason = str(refused)
-        except asyncio.TimeoutError:
-            reason = f"the picture's URL was not answered within {self._seconds:g} s; send a data: URL"
-        except (OSError, UnicodeError, h11.ProtocolError):
-            reason = "the picture's URL could not be read; check it, or send the picture as a data: URL"
-        raise ApiError(reason, param=param, code="invalid_image_url") from None
+        except (_Refused, OSError, asyncio.TimeoutError, UnicodeError, h11.ProtocolError) as error:
+            reason = self._reason(error)
+            let_go(error)
+        raise ApiError(reason, param=param, code="invalid_image_url")
+
+    def _reason(self, error: Exception) -> str:
+        """One line for the client; nothing of the system's or a library's words."""
+        if isinstance(error, _Refused):
+            return str(error)
+        if isinstance(error, asyncio.TimeoutError):
+            return f"the picture's URL was not answered within {self._seconds:g} s; send a data: URL"
+        return "the picture's URL could not be read; check it, or send the picture as a data: URL"
 
     async def _follow(self, url: str, allowed_domains: tuple[str, ...], limit: int) -> bytes:
         """Read a URL, or what it is redirected to; every hop is checked alike."""

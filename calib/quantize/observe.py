@@ -23,10 +23,12 @@ from vtp.calib.data import Sample
 from vtp.calib.quantize.layers import Layer, load_graph
 from vtp.calib.quantize.rounding import Range
 from vtp.calib.workers.local import Job, Local, Workers
-from vtp.engines import open_graph
+from vtp.engines import VtpError, open_graph
+from vtp.engines.errors import shown
 from vtp.runtime.bundle.folder import Bundle
 from vtp.runtime.bundle.manifest import TOKENIZER, StageInfo, TensorInfo
 from vtp.runtime.media.images import load_image
+from vtp.runtime.media.videos import load_video
 from vtp.runtime.preprocess import preprocess
 from vtp.runtime.prompt.prompter import Prompter
 from vtp.runtime.result import Timings
@@ -123,14 +125,17 @@ class Watch(Job[tuple[Path, str], Sights]):
     def _see(self, runner: StageRunner, prompter: Prompter, question: tuple[Path, str]) -> Sights:
         image, text = question
         prompt = prompter.encode(prompter.messages_for(text))
-        pixels = preprocess(load_image(image), self.probe.manifest.image)
+        spec = self.probe.manifest.image
+        looked_at = load_image(image) if spec.frames is None else load_video(image, spec.frames)
+        pixels = preprocess(looked_at, spec)
         values = runner.prefill(self.keep, pixels, prompt.ids, prompt.image_start, Timings())
         found: Sights = {}
         for file, taps in self.taps.items():
             for tap in taps:
                 value = values.get(f"{file}:{tap.name}")
                 if value is not None:
-                    _note(found.setdefault((file, tap.tensor), Seen()), tap, value.numpy(), self.rows)
+                    seen = _finite(value.numpy(), f"{file} at {shown(tap.tensor)}", image)
+                    _note(found.setdefault((file, tap.tensor), Seen()), tap, seen, self.rows)
         return found
 
 
@@ -169,6 +174,16 @@ def observe(
             found.setdefault(place, Seen()).merge(seen)
     workers.release()  # the probe's files go now
     return found
+
+
+def _finite(values: np.ndarray, place: str, image: Path) -> np.ndarray:
+    """What was seen somewhere of one picture; VtpError where it tells nothing, for arithmetic broke."""
+    if not np.isfinite(values).all():
+        raise VtpError(
+            f"{place} gives values that are NaN or infinite for the picture {shown(image)}, and by such "
+            "nothing can be rounded; leave the picture out, or export the bundle with --dtype float32"
+        )
+    return values
 
 
 def _note(seen: Seen, tap: Tap, values: np.ndarray, rows: int) -> None:

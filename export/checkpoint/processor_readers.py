@@ -6,6 +6,7 @@ an image size or a fit that was asked for and that the processor does not give.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -175,32 +176,61 @@ def read_pixtral(values: Settings, asked: Asked) -> FittedSpec:
 
 
 def read_lfm2_vl(values: Settings, asked: Asked) -> FittedSpec:
-    """Patches of one view, without tiles, within the fewest and most tokens."""
+    """Patches of one view within the fewest and most tokens; of tiles, if the processor cuts such a size."""
     names = ("encoder_patch_size", "downsample_factor", "min_image_tokens", "max_image_tokens")
-    for name in names:
-        if not (is_int(values[name]) and values[name] >= 1):
-            raise VtpError(f"the image processor's {name} is {values[name]!r}; it must be a positive number")
-    patch, merge, *tokens = (values[name] for name in names)
+    patch, merge, *tokens = _positive(values, *names)
     least, most = (count * (patch * merge) ** 2 for count in tokens)
     if least > most:
         raise VtpError(f"min_image_tokens {tokens[0]} of the image processor exceeds max_image_tokens")
     size = asked.size or naflex.default_size(least, most, patch * merge)
     own = {"min_pixels": least, "max_pixels": most, "patch_size": patch, "merge_size": merge}
+    if tiles := _lfm2_tiles(values):
+        cut_above = most * tiles["max_pixels_tolerance"]
+        if asked.size and naflex.is_cut(size, patch * merge, cut_above, patch):
+            return _fitted(naflex.NaflexTilesSpec, values, asked, size, **own, **tiles)
+        if math.prod(size) > most:
+            raise UsageError(
+                f"image size {size[1]}x{size[0]} has {math.prod(size)} pixels; this processor shows {least} "
+                f"to {most} in one piece, and cuts more than {cut_above:.0f} into tiles"
+            )
     return _fitted(naflex.NaflexSpec, values, asked, size, **own)
 
 
+def _lfm2_tiles(values: Settings) -> Settings:
+    """What a spec needs to know of tiles besides; empty where the processor cuts none."""
+    if not values["do_image_splitting"]:
+        return {}
+    tile, least, most = _positive(values, "tile_size", "min_tiles", "max_tiles")
+    tolerance = values["max_pixels_tolerance"]
+    if isinstance(tolerance, bool) or not isinstance(tolerance, int | float):
+        raise VtpError(f"the image processor's max_pixels_tolerance is {tolerance!r}; it must be a number")
+    edges = {"height": tile, "width": tile, "min_tiles": least, "max_tiles": most}
+    others = {"max_pixels_tolerance": float(tolerance), "use_thumbnail": bool(values["use_thumbnail"])}
+    return {**edges, **others} if most > 1 else {}
+
+
 def read_minicpm(values: Settings, asked: Asked) -> FittedSpec:
-    """MiniCPM-V 4.6's patches."""
-    for name in ("patch_size", "scale_resolution"):
-        if not (is_int(values[name]) and values[name] >= 1):
-            raise VtpError(f"the image processor's {name} is {values[name]!r}; it must be a positive number")
+    """MiniCPM-V 4.6's patches: of one view, or of the whole and slices if the processor cuts such a size."""
+    patch, edge = _positive(values, "patch_size", "scale_resolution")
     for name, served in (("downsample_mode", "16x"), ("use_image_id", True)):
         if values[name] != served:
             raise VtpError(f"the image processor's {name} is {values[name]!r}; supported: {served!r}")
-    patch, edge = values["patch_size"], values["scale_resolution"]
-    size = asked.size or navit.own_size((edge, edge), edge, patch * navit.MERGE)
+    factor = patch * navit.MERGE
+    size = asked.size or navit.own_size((edge, edge), edge, factor)
     own = {"max_pixels": edge**2, "patch_size": patch, "merge_size": navit.MERGE}
+    if values["slice_mode"] and size != navit.own_size(size, edge, factor):
+        (most,) = _positive(values, "max_slice_nums")
+        if navit.slice_grid(size, edge**2, most):
+            return _fitted(navit.NavitSlicesSpec, values, asked, size, **own, max_tiles=most)
     return _fitted(navit.NavitSpec, values, asked, size, **own)
+
+
+def _positive(values: Settings, *names: str) -> list[int]:
+    """Settings that must be positive whole numbers."""
+    for name in names:
+        if not (is_int(values[name]) and values[name] >= 1):
+            raise VtpError(f"the image processor's {name} is {values[name]!r}; it must be a positive number")
+    return [values[name] for name in names]
 
 
 def _longest_edge(size: Any, name: str) -> int:

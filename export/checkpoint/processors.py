@@ -203,12 +203,15 @@ _PROCESSORS: dict[str, _Processor] = {
             "downsample_factor": 2,
             "min_image_tokens": 64,
             "max_image_tokens": 256,
+            "do_image_splitting": True,
+            "min_tiles": 2,
+            "max_tiles": 10,
+            "tile_size": 512,
+            "use_thumbnail": True,
+            "max_pixels_tolerance": 2.0,
         },
-        # Tiles, which bundles do not have, and the padding of several pictures to one number of patches.
-        ignored=(
-            *("do_image_splitting", "min_tiles", "max_tiles", "tile_size", "use_thumbnail"),
-            *("max_pixels_tolerance", "max_num_patches", "size", "do_pad", "return_row_col_info"),
-        ),
+        # Its padding brings views to one number of patches.
+        ignored=("max_num_patches", "size", "do_pad", "return_row_col_info"),
         torchvision=True,
     ),
     "MiniCPMV4_6": _Processor(
@@ -220,8 +223,9 @@ _PROCESSORS: dict[str, _Processor] = {
             "scale_resolution": 448,
             "downsample_mode": "16x",
             "use_image_id": True,
+            "max_slice_nums": 9,
+            "slice_mode": True,
         },
-        ignored=("max_slice_nums", "slice_mode"),  # bundles show a picture in one piece
     ),
 }
 

@@ -7,7 +7,7 @@ the exporter's graphs, so that a mistake in a graph cannot hide in what the grap
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,11 +27,22 @@ def looked_at(name: str, weights: Tensor, has_cls: bool) -> Tensor:
 
 
 class Reference:
-    """LLaVA-1.5's, and what other families override. `image_size` (height, width) is the picture's."""
+    """LLaVA-1.5's, and what other families override.
 
-    def __init__(self, model: Any, image_size: tuple[int, int] | None = None) -> None:
+    image_size  (height, width) of the picture
+    view_grids  (rows, columns) of the patches of every view, where `pixel_values` are the patches of several
+                views of unlike shapes, one view after another
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        image_size: tuple[int, int] | None = None,
+        view_grids: Sequence[tuple[int, int]] = (),
+    ) -> None:
         self.model = model
         self.image_size = image_size
+        self.view_grids = view_grids
 
     @property
     def tower(self) -> Any:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from types import MappingProxyType
 
+TILED = MappingProxyType({"grid": "its tokens lie in several tiles"})  # see `Family.lacks`
 # Why families that cut pictures do not serve tower stc.
 UNREUSED_TILES = "a reference picture would be kept for every tile"
 
@@ -22,5 +25,12 @@ class Tile:
 
 def equal_tiles(count: int, grid: tuple[int, int]) -> list[Tile]:
     """`count` whole tiles that follow one another; none for a single one, which is the picture."""
-    size = grid[0] * grid[1]
-    return [Tile(range(n * size, (n + 1) * size), grid) for n in range(count)] if count > 1 else []
+    return unlike_tiles([grid] * count)
+
+
+def unlike_tiles(grids: Sequence[tuple[int, int]]) -> list[Tile]:
+    """Whole tiles of these (rows, columns) that follow one another; none for a single one."""
+    ends = list(accumulate(high * wide for high, wide in grids))
+    starts = [0, *ends[:-1]]
+    tiles = [Tile(range(*edges), grid) for *edges, grid in zip(starts, ends, grids, strict=True)]
+    return tiles if len(tiles) > 1 else []

@@ -18,7 +18,8 @@ class VisionEncoder(nn.Module):
 
     `embed` turns pixels into the first hidden states; `layers` are only those that the features need, `norm`
     what follows them in some towers. Cues are those of `vtp.export.tower_cues`. With a
-    `reduction` the layers work on fewer rows, see `vtp.export.towers`.
+    `reduction` the layers work on fewer rows, see `vtp.export.towers`. `views` are the rows of each view
+    where a picture's views are of unlike sizes: they then follow one another, and `embed` gives [1,N,C].
     """
 
     def __init__(
@@ -29,8 +30,10 @@ class VisionEncoder(nn.Module):
         cues: Sequence[str] = (),
         norm: nn.Module | None = None,
         reduction: RowReduction | None = None,
+        views: Sequence[int] = (),
     ) -> None:
         super().__init__()
+        self.views = tuple(views)
         self.embed = embed
         self.layers = nn.ModuleList(layers)
         self.norm = norm
@@ -47,7 +50,8 @@ class VisionEncoder(nn.Module):
 
     def _run(self, hidden: Tensor) -> tuple[Tensor, dict[str, Any]]:
         wanted = by_block(self.cues, len(self.layers))
-        probe = TowerProbe(self.has_cls, {self.layers[at].self_attn: cues for at, cues in wanted.items()})  # type: ignore[misc]
+        reads = {self.layers[at].self_attn: cues for at, cues in wanted.items()}
+        probe = TowerProbe(self.has_cls, reads, views=self.views)  # type: ignore[arg-type]
         with active(probe):
             for layer in self.layers:
                 hidden = layer(hidden, None)

@@ -265,6 +265,7 @@ def _reference(
             eos_ids=(),
             positions=bundle.manifest.method.positions,
             image_size=bundle.manifest.image.image_size,
+            view_grids=bundle.manifest.image.view_grids,
             reference=model.family.reference,
             reduction=model.family.row_reduction,
             restore=bundle.manifest.method.restore,

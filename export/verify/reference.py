@@ -62,6 +62,7 @@ def reference_generate(
     reference: type[Reference] = Reference,
     reduction: RowReduction | None = None,
     restore: bool = False,
+    view_grids: Sequence[tuple[int, int]] = (),
 ) -> ReferenceAnswer:
     """Answer one prompt greedily, in the model's dtype.
 
@@ -75,6 +76,7 @@ def reference_generate(
                   then [V,3,H,W], and what a vision or projector site chooses from are the P patches.
     reference     the family's
     reduction     what the tower's own layers are to do with fewer rows, in its long form
+    view_grids    (rows, columns) of patches of every view, where pixel_values are patches of several views
     restore       whether log(N/K) is added to the attention logits of the K visual tokens that a layer sees
 
     Raises VtpError where the model cannot serve the pruner's site, or a decoder site several pictures, and
@@ -88,7 +90,7 @@ def reference_generate(
     pictures = [pixel_values] if isinstance(pixel_values, Tensor) else list(pixel_values)
     if in_decoder and len(pictures) > 1:
         raise VtpError(f"site {site} takes one picture per prompt, not {len(pictures)}")
-    parts = reference(model, image_size)
+    parts = reference(model, image_size, view_grids)
     first = None if in_decoder or not schedule else schedule[0]
     with torch.no_grad(), parts.eager(), _reduced(parts, reduction, first):
         decoder = _Decoder(parts, input_ids, in_decoder or positions == "original", restore)

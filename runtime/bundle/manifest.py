@@ -219,6 +219,12 @@ class Manifest:
             if source == "image_start" and isinstance(self.graphs[stage.file].inputs[name].shape[1], int)
         ]
 
+    @property
+    def runs(self) -> tuple[int, ...]:
+        """Visual tokens of every run (tile) of a picture, for each of which its ids hold one image token."""
+        runs = self.text.placeholder_ids.count(self.text.image_token_id)
+        return self.image.view_tokens or (self.visual.count // runs,) * runs
+
     def to_json(self) -> str:
         """The text of manifest.json."""
         data = {**dataclasses.asdict(self), "image": spec_to_json(self.image)}
@@ -297,6 +303,8 @@ def _check(manifest: Manifest) -> None:
     tower = manifest.tower
     _agree(tower is None or 0 < tower.rows <= tower.of, "manifest.tower.rows is out of range")
     _check_frame(visual, manifest.image.frames or 0)
+    found = visual.count, manifest.text.placeholder_ids.count(manifest.text.image_token_id)
+    _agree(found == (sum(manifest.runs), len(manifest.runs)), "manifest.visual.count does not fit the image")
     for problem in (
         generation_problem(manifest.generation, manifest.model.vocab_size),
         stream_problem(manifest.stream, manifest.stages),

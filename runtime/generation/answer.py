@@ -151,7 +151,7 @@ def _rules(request: Request, manifest: Manifest) -> LogitsRules | None:
     """What the model's settings ask of this answer's logits; None: nothing, and then it costs nothing."""
     if request.generation == GenerationInfo():
         return None
-    ids = written_out(request.prompt.ids, manifest.text, manifest.visual.count)
+    ids = written_out(request.prompt.ids, manifest.text.image_token_id, manifest.runs)
     return LogitsRules(request.generation, ids, manifest.text.eos_token_ids, request.max_new_tokens)
 
 

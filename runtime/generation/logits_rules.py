@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import cycle
 
 import numpy as np
 
 from vtp.engines.errors import UsageError, VtpError, quoted_argument
 from vtp.runtime.bundle.manifest import GenerationInfo
 from vtp.runtime.generation.arguments import is_penalty
-from vtp.runtime.prompt.prompter import TextSpec
 
 __all__ = ["LogitsRules", "with_penalty", "written_out"]
 
@@ -35,14 +35,14 @@ def with_penalty(info: GenerationInfo, repetition_penalty: float | None) -> Gene
     return replace(info, repetition_penalty=float(repetition_penalty))
 
 
-def written_out(ids: Sequence[int], text: TextSpec, visual: int) -> list[int]:
+def written_out(ids: Sequence[int], image: int, runs: Sequence[int]) -> list[int]:
     """The `ids` of a prompt as transformers writes them: each run of a picture's tokens at its full length.
 
-    visual  N, the visual tokens of one picture before pruning; its runs (tiles) are of equal length
+    image  the id that stands for a run
+    runs   visual tokens of every run (tile) of one picture before pruning
     """
-    image = text.image_token_id
-    each = visual // text.placeholder_ids.count(image)
-    return [item for token in ids for item in ([image] * each if token == image else [token])]
+    lengths = cycle(runs)
+    return [item for token in ids for item in [token] * (next(lengths) if token == image else 1)]
 
 
 class LogitsRules:

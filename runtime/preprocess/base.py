@@ -43,8 +43,8 @@ class ImageSpec(ABC):
 
     All kinds: resize with Pillow's filter `resample`, times `rescale_factor`, minus `mean`, divided by `std`,
     the last two behind their switches. A kind is a subclass that adds its own fields, checks and work
-    (`clip`, `qwen`, `anyres`, `internvl`, `idefics3`, `gemma4`, `pixtral`, `naflex`, `navit`);
-    `kinds` reads and writes them.
+    (`clip`, `qwen`, `anyres`, `internvl`, `idefics3`, `gemma4`, `pixtral`, `naflex`, `naflex_tiles`, `navit`,
+    `navit_slices`); `kinds` reads and writes them.
 
     Raises `VtpError` for a spec that contradicts itself.
     """
@@ -97,6 +97,17 @@ class ImageSpec(ABC):
     def views(self) -> int:
         """How many tiles `pixel_values` holds; 1 where the picture is seen in one piece."""
         return 1
+
+    @property
+    def view_grids(self) -> tuple[tuple[int, int], ...]:
+        """(rows, columns) of patches of every view, for kinds that hand views of unlike shapes over as
+        patches, one view after another; else empty."""
+        return ()
+
+    @property
+    def view_tokens(self) -> tuple[int, ...]:
+        """Visual tokens of every view, for the same kinds; else empty: all views have equally many."""
+        return ()
 
     @property
     def frames(self) -> int | None:

@@ -13,8 +13,11 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import ClassVar, NamedTuple, TypeVar
 
+import numpy as np
 from PIL import Image
 
 from vtp.engines.errors import VtpError
@@ -22,6 +25,7 @@ from vtp.runtime.media.images import MAX_PIXELS
 from vtp.runtime.preprocess.base import Box, ImageSpec, Size, is_int
 from vtp.runtime.preprocess.pixels import check_area, mean_colour, paste
 
+T = TypeVar("T")
 FITS = ("letterbox", "stretch", "refuse")
 
 
@@ -151,6 +155,103 @@ class TiledSpec(FittedSpec):
     def tiles(self) -> tuple[int, int]:
         """(rows, columns) of the tiles, the whole picture apart; (1, 1) if there is but one."""
         return self.image_height // self.height, self.image_width // self.width
+
+
+class Layout(NamedTuple):
+    """How a processor cuts a picture: `grid` (rows, columns) of tiles of (height, width) `tile`, and the size
+    at which it shows the picture as a whole; None: it does not."""
+
+    grid: tuple[int, int]
+    tile: Size
+    whole: Size | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnlikeTilesSpec(FittedSpec):
+    """A kind that shows a picture in tiles and as a whole of another shape, all handed over as patches.
+
+    The layout is the one that the processor gives a picture of the bundle's image size. `patch_size` cuts the
+    views, `merge_size` patches an edge make a token. A row of `pixel_values` is one patch.
+    """
+
+    whole_first: ClassVar[bool]
+
+    patch_size: int
+    merge_size: int
+
+    def check(self) -> None:
+        """An image size that the processor cuts into tiles, of no more pixels than are processed."""
+        super().check()
+        self.require_lengths("patch_size", "merge_size")
+        (height, width), found = self.image_size, self.layout_of(self.image_size)
+        self.require(
+            found is not None,
+            f"image size {width}x{height} is shown in one piece, and kind {self.kind} cuts tiles",
+        )
+        self.require(
+            math.prod(self.layout.grid) * math.prod(self.layout.tile) <= MAX_PIXELS,
+            f"the tiles of image size {width}x{height} are too large; at most {MAX_PIXELS:,} pixels",
+        )
+
+    @abstractmethod
+    def layout_of(self, picture: Size) -> Layout | None:
+        """How the processor cuts a picture of that size; None: it shows it in one piece."""
+
+    @abstractmethod
+    def patches(self, image: Image.Image, size: Size, grid: tuple[int, int]) -> np.ndarray:
+        """A picture resized to `size` and cut into a grid of tiles: float32 [patches, values], by tile."""
+
+    @property
+    def layout(self) -> Layout:
+        """The bundle's; see `check`."""
+        found = self.layout_of(self.image_size)
+        assert found is not None
+        return found
+
+    @property
+    def fixed_size(self) -> Size:
+        return self.layout.tile
+
+    @property
+    def view_grids(self) -> tuple[tuple[int, int], ...]:
+        rows, columns = self.layout.grid
+        return self._in_order([self._patched(self.layout.tile)] * (rows * columns), self._patched)
+
+    @property
+    def view_tokens(self) -> tuple[int, ...]:
+        return tuple(rows * columns // self.merge_size**2 for rows, columns in self.view_grids)
+
+    @property
+    def views(self) -> int:
+        return len(self.view_grids)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[patches of all views, 3 x patch x patch]."""
+        return sum(rows * columns for rows, columns in self.view_grids), 3 * self.patch_size**2
+
+    def pixels(self, image: Image.Image) -> np.ndarray:
+        """Fit, then the tiles and the picture as a whole: float32 [patches, 3 x patch x patch]."""
+        image = pad(image, self._fitted((image.height, image.width)), self)
+        (rows, columns), (height, width), _ = self.layout
+        tiles = self.patches(image, (rows * height, columns * width), (rows, columns))
+        return np.concatenate(self._in_order([tiles], lambda whole: self.patches(image, whole, (1, 1))))
+
+    def boxes(self, width: int, height: int) -> tuple[Box, ...]:
+        """The tiles, and the whole picture in front of them or behind."""
+        whole = padded_box((height, width), self._fitted((height, width)))
+        return self._in_order(whole.cut(*self.layout.grid), lambda _: whole)
+
+    def _in_order(self, tiles: Iterable[T], make: Callable[[Size], T]) -> tuple[T, ...]:
+        """What is known of the tiles, and what `make` says of the whole picture's size, if that is shown."""
+        whole = () if self.layout.whole is None else (make(self.layout.whole),)
+        return (*whole, *tiles) if self.whole_first else (*tiles, *whole)
+
+    def _patched(self, size: Size) -> tuple[int, int]:
+        return size[0] // self.patch_size, size[1] // self.patch_size
+
+    def _fitted(self, picture: Size) -> Size:
+        return self.fitted_size(picture, self.layout_of(picture), self.layout)
 
 
 def _padded(picture: Size, shape: Size) -> Size:

@@ -8,6 +8,7 @@ picture over it. A bundle for one tile is of kind "clip".
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -61,22 +62,25 @@ class InternvlSpec(TiledSpec):
         return (*whole.cut(*self.tiles), whole)
 
     def _fitted(self, picture: Size) -> Size:
-        own = _best_grid(picture, self.tile, self.min_tiles, self.max_tiles)
+        own = best_grid(picture, self.tile, grids_of(self.min_tiles, self.max_tiles))
         return self.fitted_size(picture, own, self.tiles)
 
 
 def default_size(tile: Size, min_tiles: int, max_tiles: int) -> Size:
     """The size of a bundle for which none was asked: two by two tiles, or what is allowed near that."""
     count = min(max(4, min_tiles), max_tiles)
-    _, columns, rows = min((abs(x - y), x, y) for x, y in _grids(count, count))
+    _, columns, rows = min((abs(x - y), x, y) for x, y in grids_of(count, count))
     return rows * tile[0], columns * tile[1]
 
 
-def _best_grid(picture: Size, tile: Size, least: int, most: int) -> tuple[int, int]:
-    """transformers' choice as (rows, columns); of equal aspects the larger, while the picture fills half."""
+def best_grid(picture: Size, tile: Size, grids: Iterable[tuple[int, int]]) -> tuple[int, int]:
+    """transformers' choice of (columns, rows) as (rows, columns), the fewest tiles first among `grids`.
+
+    Of equal aspects it is the larger, while the picture fills half.
+    """
     height, width = picture
     best, nearest = (1, 1), math.inf
-    for columns, rows in _grids(least, most):
+    for columns, rows in grids:
         gap = abs(width / height - columns / rows)
         fills = width * height > 0.5 * tile[0] * tile[1] * columns * rows
         if gap < nearest or (gap == nearest and fills):
@@ -84,7 +88,7 @@ def _best_grid(picture: Size, tile: Size, least: int, most: int) -> tuple[int, i
     return best
 
 
-def _grids(least: int, most: int) -> list[tuple[int, int]]:
+def grids_of(least: int, most: int) -> list[tuple[int, int]]:
     """Every (columns, rows) of `least` to `most` tiles, the fewest tiles first."""
     sides = range(1, most + 1)
     grids = [(columns, rows) for columns in sides for rows in sides if least <= columns * rows <= most]

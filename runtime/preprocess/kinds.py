@@ -18,14 +18,14 @@ from vtp.runtime.preprocess.clip import ClipSpec
 from vtp.runtime.preprocess.gemma4 import Gemma4Spec
 from vtp.runtime.preprocess.idefics3 import Idefics3Spec
 from vtp.runtime.preprocess.internvl import InternvlSpec
-from vtp.runtime.preprocess.naflex import NaflexSpec
-from vtp.runtime.preprocess.navit import NavitSpec
+from vtp.runtime.preprocess.naflex import NaflexSpec, NaflexTilesSpec
+from vtp.runtime.preprocess.navit import NavitSlicesSpec, NavitSpec
 from vtp.runtime.preprocess.pixtral import PixtralSpec
 from vtp.runtime.preprocess.qwen import QwenSpec
 
 _SPECS = (
     *(ClipSpec, QwenSpec, AnyresSpec, InternvlSpec, Idefics3Spec, Gemma4Spec, PixtralSpec, NaflexSpec),
-    NavitSpec,
+    *(NavitSpec, NaflexTilesSpec, NavitSlicesSpec),
 )
 KINDS: dict[str, type[ImageSpec]] = {spec.kind: spec for spec in _SPECS}
 
@@ -34,10 +34,11 @@ _ORDER = (
     *("do_center_crop", "crop_height", "crop_width", "do_rescale", "rescale_factor", "do_normalize"),
     *("mean", "std", "image_height", "image_width", "fit", "min_pixels", "max_pixels", "patch_size"),
     *("temporal_patch_size", "merge_size", "pinpoints", "min_tiles", "max_tiles", "longest_edge"),
-    *("do_image_splitting", "frames", "pooling_size", "max_soft_tokens"),
+    *("do_image_splitting", "frames", "pooling_size", "max_soft_tokens", "max_pixels_tolerance"),
+    "use_thumbnail",
 )
 # Written for the kinds that have them alone, so that others are read by versions that do not know these.
-_LATER = ("pooling_size", "max_soft_tokens")
+_LATER = ("pooling_size", "max_soft_tokens", "max_pixels_tolerance", "use_thumbnail")
 
 
 def _section() -> type:

@@ -9,6 +9,7 @@ import numpy as np
 
 from vtp.engines.errors import UsageError
 from vtp.runtime.bundle.manifest import Manifest
+from vtp.runtime.generation.logits_rules import written_out
 from vtp.runtime.media.given import ReadyPictures, as_array
 from vtp.runtime.media.pictures import NO_PICTURE, NoPicture
 from vtp.runtime.prompt.prompter import Prompt
@@ -59,33 +60,32 @@ def _whole(name: str, value: Any) -> np.ndarray:
 
 def _prompt(ids: list[int], manifest: Manifest) -> Prompt:
     """A row's ids as the bundle's prompts have them: one image token for each run of visual tokens."""
-    text, count = manifest.text, manifest.visual.count
-    image, block = text.image_token_id, list(text.placeholder_ids)
-    first, runs = block.index(image), block.count(image)
-    each = [image] * (count // runs)
-    written = [token for one in block for token in (each if one == image else [one])]
+    image, block = manifest.text.image_token_id, list(manifest.text.placeholder_ids)
+    first, runs = block.index(image), manifest.runs
+    written = written_out(block, image, runs)
     short: list[int] = []
     starts: list[int] = []
     place = 0
     while image in ids[place:]:
         begin = ids.index(image, place) - first
         if begin < place or ids[begin : begin + len(written)] != written:
-            raise UsageError(_unlike(ids, begin + first, each, manifest))
+            raise UsageError(_unlike(ids, begin + first, manifest))
         short += ids[place:begin]
         starts.append(len(short) + first)
         short += block
         place = begin + len(written)
     short += ids[place:]
-    return Prompt("", short, tuple(starts), len(short) - len(starts) * runs)
+    return Prompt("", short, tuple(starts), len(short) - len(starts) * len(runs))
 
 
-def _unlike(ids: Sequence[int], at: int, each: Sequence[int], manifest: Manifest) -> str:
+def _unlike(ids: Sequence[int], at: int, manifest: Manifest) -> str:
     """Why a picture's place in the ids is not one of this bundle's."""
     image = manifest.text.image_token_id
+    each = " and ".join(map(str, sorted(set(manifest.runs))))
     found = next((place for place, token in enumerate(ids[at:]) if token != image), len(ids) - at)
     return (
         f"input_ids have {list(ids).count(image)} image tokens, {found} in a row from {at} on; this bundle "
-        f"has {manifest.visual.count} for each picture, {len(each)} in a row: {_cure(manifest)}"
+        f"has {manifest.visual.count} for each picture, {each} in a row: {_cure(manifest)}"
     )
 
 

@@ -24,8 +24,9 @@ MARKS = {
     "image_token": "<image>",
     "image_start_token": "<|image_start|>",
     "image_end_token": "<|image_end|>",
-    "image_thumbnail": "<|img_thumbnail|>",
+    "image_thumbnail_token": "<|img_thumbnail|>",
 }
+_TILES = tuple(f"<|img_row_{row}_col_{column}|>" for row in range(1, 5) for column in range(1, 5))
 # The form of the published models' own.
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
@@ -85,7 +86,7 @@ def tiny_lfm2(
             vision_use_head=False,
         ),
         text_config=Lfm2Config(
-            vocab_size=VOCAB + 16,
+            vocab_size=VOCAB + 32,
             hidden_size=32,
             intermediate_size=64,
             num_hidden_layers=len(kinds),
@@ -116,7 +117,7 @@ def tiny_lfm2(
 
 def lfm2_tokenizer() -> Any:
     """The tiny tokenizer with the marks of LFM2-VL's prompts."""
-    tokenizer = marked_tokenizer(MARKS, ("<|im_start|>", "<|im_end|>"))
+    tokenizer = marked_tokenizer(MARKS, ("<|im_start|>", "<|im_end|>", *_TILES))
     tokenizer.chat_template = TEMPLATE
     return tokenizer
 
@@ -130,6 +131,11 @@ def save_lfm2(path: Path, **options: Any) -> Any:
     return model
 
 
+def unpadded(given: Any) -> Any:
+    """The processor's pixel_values [V,most,values] without what fills views up: [P,values]."""
+    return given["pixel_values"][given["pixel_attention_mask"].bool()]
+
+
 class PictureProcessor(Lfm2VlProcessor):
     """LFM2-VL's processor, whose image processor may be of any class."""
 
@@ -141,8 +147,8 @@ class PictureProcessor(Lfm2VlProcessor):
         )
 
 
-def lfm2_processor() -> Lfm2VlProcessor:
-    """The processor that belongs to a model of this file, without tiles."""
+def lfm2_processor(**changes: Any) -> Lfm2VlProcessor:
+    """The processor that belongs to a model of this file, with changes of its image processor's settings."""
     settings = {name: value for name, value in IMAGES.items() if not name.endswith(("_type", "_class"))}
-    images = lfm2_image_processor(**{**settings, "do_image_splitting": False})
+    images = lfm2_image_processor(**{**settings, **changes})
     return PictureProcessor(images, lfm2_tokenizer(), chat_template=TEMPLATE)

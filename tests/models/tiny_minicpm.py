@@ -92,6 +92,13 @@ def minicpm_images(**settings: Any) -> MiniCPMV4_6ImageProcessorPil:
     return MiniCPMV4_6ImageProcessorPil(patch_size=PATCH, scale_resolution=EDGE, **settings)
 
 
+def unpacked(given: Any) -> Any:
+    """The processor's packed patches [1,3,p,P*p] as an array [P,3*p*p]."""
+    packed = given["pixel_values"]
+    edge = packed.shape[2]
+    return packed.reshape(3, edge, -1, edge).permute(2, 0, 1, 3).flatten(1).numpy()
+
+
 def save_minicpm(path: Path, **options: Any) -> Any:
     """Write a complete Hugging Face folder (options of `tiny_minicpm`) to `path`; return the model."""
     model = tiny_minicpm(**options)
@@ -101,13 +108,11 @@ def save_minicpm(path: Path, **options: Any) -> Any:
     return model
 
 
-def processed(picture: Any, turns: list[dict[str, Any]]) -> dict[str, Any]:
+def processed(picture: Any, turns: list[dict[str, Any]], slices: bool = False) -> dict[str, Any]:
     """What transformers' own parts make of a picture and a conversation, for `generate`: its processor as a
-    whole needs torchvision. Nothing is sliced."""
-    given, tokenizer = minicpm_images(slice_mode=False)([picture], return_tensors="pt"), minicpm_tokenizer()
-    owner: Any = SimpleNamespace(
-        image_start_token="<image>", image_end_token="</image>", image_token="<|image_pad|>", slice_mode=False
-    )
+    whole needs torchvision. With `slices` as by default, else nothing is sliced."""
+    given, tokenizer = minicpm_images(slice_mode=slices)([picture], return_tensors="pt"), minicpm_tokenizer()
+    owner: Any = SimpleNamespace(**MARKS, slice_mode=slices)
     block = MiniCPMV4_6Processor.replace_image_token(owner, given, 0, image_token_divisor=16)
     text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
     ids = tokenizer(text.replace("<|image_pad|>", f"<image_id>0</image_id>{block}"))["input_ids"]

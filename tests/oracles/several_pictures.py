@@ -57,10 +57,18 @@ def noises(count: int, height: int, width: int) -> list[Image.Image]:
 
 
 def check_answers(
-    folder: Path, model: Any, processing: Processing, size: tuple[int, int], talks: Sequence[Turns]
+    folder: Path,
+    model: Any,
+    processing: Processing,
+    size: tuple[int, int],
+    talks: Sequence[Turns],
+    pixels_of: Callable[[Mapping[str, Any]], Any] = lambda given: given["pixel_values"],
 ) -> None:
     """Every conversation about pictures of `size` (height, width), at every keep-count: prompt, pixels,
-    greedy tokens and what was kept."""
+    greedy tokens and what was kept.
+
+    pixels_of  what a bundle makes of pictures, among what transformers' processing gave
+    """
     with Pipeline.load(folder, threads=1) as pipe:
         pipe.manifest.text.__dict__["eos_token_ids"] = ()
         for turns in talks:
@@ -68,9 +76,8 @@ def check_answers(
             pictures = noises(count, *size)
             given = processing(pictures, turns)
             pixels = [preprocess(picture, pipe.manifest.image) for picture in pictures]
-            assert np.array_equal(
-                np.concatenate(pixels).reshape(given["pixel_values"].shape), given["pixel_values"].numpy()
-            )
+            theirs = pixels_of(given)
+            assert np.array_equal(np.concatenate(pixels).reshape(theirs.shape), theirs.numpy())
             for keep in pipe.manifest.visual.keep:
                 result = pipe.generate(pictures, messages=turns, keep_tokens=keep, max_new_tokens=STEPS)
                 wanted = in_torch(pipe, model, given["input_ids"], pixels, keep, size)
@@ -130,6 +137,7 @@ def in_torch(
         STEPS,
         positions=method.positions,
         image_size=size,
+        view_grids=manifest.image.view_grids,
         reference=find_family(model.config.to_dict()).reference,
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -19,8 +19,13 @@ class Gemma4Reference(Reference):
 
     inputs: Tensor | None = None  # of every layer, [1,S,L,side]
 
-    def __init__(self, model: Any, image_size: tuple[int, int] | None = None) -> None:
-        super().__init__(model, image_size)
+    def __init__(
+        self,
+        model: Any,
+        image_size: tuple[int, int] | None = None,
+        view_grids: Sequence[tuple[int, int]] = (),
+    ) -> None:
+        super().__init__(model, image_size, view_grids)
         self.shared = KVSharingDict()
 
     @property

@@ -1,4 +1,4 @@
-"""Where the reference cuts LFM2-VL: patches of a grid, an unshuffle in front of the projector, states."""
+"""Where the reference cuts LFM2-VL: patches of views, an unshuffle in front of the projector, states."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from vtp.export.families.tiled.reference import ShuffledReference
+from vtp.export.families.tiled.reference import ShuffledReference, ViewsReference
 
 
-class Lfm2Reference(ShuffledReference):
-    """pixel_values are the patches [P,values] of one picture; the tower has no CLS."""
+class Lfm2Reference(ViewsReference, ShuffledReference):
+    """A tower without CLS."""
 
     has_cls = False
 
@@ -32,31 +33,25 @@ class Lfm2Reference(ShuffledReference):
         rows = projector.layer_norm(image_features) if projector.use_layer_norm else image_features
         return projector.linear_2(projector.act(projector.linear_1(rows)))
 
-    def vision(self, pixel_values: Tensor, wanted: Collection[str]) -> dict[str, Tensor]:
-        return super().vision(pixel_values.unsqueeze(0), wanted)
-
     def tokens(self, pixel_values: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
-        return super().tokens(pixel_values.unsqueeze(0), patches)
+        rows, grids = zip(*self._views(pixel_values), strict=True)
+        padded = pad_sequence(list(rows), batch_first=True).to(self.model.dtype)
+        seen = pad_sequence([torch.ones(len(own), dtype=torch.int64) for own in rows], batch_first=True)
+        answer = self.model.model.get_image_features(padded, torch.tensor(grids), seen, return_dict=True)
+        return torch.cat(answer.pooler_output).unsqueeze(0), torch.arange(patches.shape[1])
+
+    def _seen(self, rows: Tensor, wanted: Collection[str]) -> dict[str, Tensor]:
+        return ShuffledReference.vision(self, rows.unsqueeze(0), wanted)
 
     def _view(self, pixel_values: Tensor, wanted: Collection[str]) -> dict[str, Tensor]:
         attentions = [one.self_attn for one in self.blocks]
-        out, seen = self._watched(attentions, attentions[-1].k_proj, wanted, pixel_values, **self._shape())
+        shape = {
+            "spatial_shapes": torch.tensor([self._grid()]),
+            "pixel_attention_mask": torch.ones(pixel_values.shape[:2], dtype=torch.int64),
+        }
+        out, seen = self._watched(attentions, attentions[-1].k_proj, wanted, pixel_values, **shape)
         return {"states": out.last_hidden_state, **seen}
 
-    def _features(self, pixel_values: Tensor) -> Tensor:
-        pixels = pixel_values.to(self.model.dtype)
-        return self.model.model.get_image_features(pixels, **self._shape(), return_dict=True).pooler_output[0]
-
-    def _shape(self) -> dict[str, Tensor]:
-        """What transformers is told of the grid of patches."""
-        assert self.image_size is not None  # bundles of this family always have one
-        sides = [edge // self.model.config.vision_config.patch_size for edge in self.image_size]
-        return {
-            "spatial_shapes": torch.tensor([sides]),
-            "pixel_attention_mask": torch.ones(1, sides[0] * sides[1], dtype=torch.int64),
-        }
-
     def _shuffle(self, patches: Tensor) -> Tensor:
-        rows, columns = self._shape()["spatial_shapes"][0].tolist()
-        grid = patches.reshape(1, rows, columns, -1)
+        grid = patches.reshape(1, *self._grid(), patches.shape[2])
         return self.model.model.multi_modal_projector.pixel_unshuffle(grid).flatten(0, 2)

@@ -8,32 +8,24 @@ which part the tokens behind it show; marks are text, and whatever is pruned, th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import groupby
-from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vtp.engines import VtpError
-from vtp.export.families.base import Family
+from vtp.export.families.tiled.marked import MarkedViews
 from vtp.export.families.tiled.reference import Idefics3Reference
-from vtp.export.families.tiled.runs import Runs, RunsDecoderPruner, RunsSplice, RunsTextCues
 from vtp.export.families.tiled.shuffle import ShuffledEncoder
-from vtp.export.families.tiles import UNREUSED_TILES, Tile, equal_tiles
+from vtp.export.families.tiles import TILED, UNREUSED_TILES, Tile, equal_tiles
 from vtp.export.graphs.decoder import Decoder
 from vtp.export.graphs.encoder import Projector, VisionEncoder
-from vtp.export.graphs.pruner import DecoderPruner
-from vtp.export.graphs.splice import Splice, TextCues
-from vtp.export.pruners.base import Pruner
 from vtp.export.towers.base import TowerShape
 from vtp.runtime.preprocess import ImageSpec
 from vtp.runtime.preprocess.idefics3 import Idefics3Spec
 
-_TILED = MappingProxyType({"grid": "its tokens lie in several tiles"})
 
-
-class Idefics3(Family):
+class Idefics3(MarkedViews):
     """Idefics3ForConditionalGeneration."""
 
     name = "idefics3"
@@ -64,15 +56,12 @@ class Idefics3(Family):
         self._tiles = image.tiles
         self._views = image.views
         if self._views > 1:
-            self.lacks = _TILED
+            self.lacks = TILED
         if self._side % self._factor:
             raise VtpError(f"{self._side} patches along an edge are not whole tokens of {self._factor}")
 
     def read_marks(self, tokenizer: Any) -> None:
-        block = self._block(tokenizer)
-        self._ids = [int(number) for number in tokenizer(block, add_special_tokens=False)["input_ids"]]
-        if self._ids.count(self.image_token_id) != self._views:
-            raise VtpError(f"the tokenizer does not know the marks of tiles in {block[:60]!r}")
+        self.read_block(tokenizer, self._block(tokenizer))
 
     def _block(self, tokenizer: Any) -> str:
         """transformers' prompt of one picture, with one image token for a tile's many."""
@@ -88,6 +77,10 @@ class Idefics3(Family):
     @property
     def views(self) -> int:
         return self._views
+
+    @property
+    def view_tokens(self) -> Sequence[int]:
+        return [(self._side // self._factor) ** 2] * self._views
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -120,32 +113,6 @@ class Idefics3(Family):
         return self.model.config.image_token_id
 
     @property
-    def placeholder_ids(self) -> list[int]:
-        return self._ids
-
-    @property
-    def placeholders(self) -> int:
-        return len(self._span)
-
-    @property
-    def picture_ids(self) -> list[int]:
-        count, image = self.runs.lengths[0], self.image_token_id
-        return [item for number in self._span for item in [number] * (count if number == image else 1)]
-
-    @property
-    def runs(self) -> Runs:
-        """The tokens of the tiles, and the marks between them."""
-        per_view = (self._side // self._factor) ** 2
-        groups = [(key, len(list(items))) for key, items in groupby(self._span, self.image_token_id.__eq__)]
-        return Runs((per_view,) * self._views, tuple(count for is_image, count in groups if not is_image))
-
-    @property
-    def _span(self) -> list[int]:
-        """The block from its first image id to its last."""
-        image = self.image_token_id
-        return self._ids[self._ids.index(image) : len(self._ids) - self._ids[::-1].index(image)]
-
-    @property
     def tower(self) -> Any:
         return self.model.model.vision_model
 
@@ -158,19 +125,6 @@ class Idefics3(Family):
     def projector(self, whole: bool) -> nn.Module:
         del whole  # it has no tokens but its patches
         return Projector(self.model.model.connector.modality_projection)
-
-    def splice(self, positions: str) -> Splice:
-        if self._views == 1:
-            return super().splice(positions)
-        return RunsSplice(self.placeholders, self.runs, positions)
-
-    def text_cues(self) -> TextCues:
-        return super().text_cues() if self._views == 1 else RunsTextCues(self.placeholders, self.runs)
-
-    def decoder_pruner(self, pruner: Pruner, others: Sequence[str]) -> DecoderPruner:
-        if self._views == 1:
-            return super().decoder_pruner(pruner, others)
-        return RunsDecoderPruner(pruner, others, self.runs)
 
     @property
     def _vision(self) -> Any:

@@ -9,7 +9,6 @@ views follow one another between `<img>` and `</img>`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,13 +17,12 @@ from vtp.engines import VtpError
 from vtp.export.families.base import Family, marks_of
 from vtp.export.families.tiled.reference import InternVLReference
 from vtp.export.families.tiled.shuffle import ShuffledEncoder
-from vtp.export.families.tiles import UNREUSED_TILES, Tile, equal_tiles
+from vtp.export.families.tiles import TILED, UNREUSED_TILES, Tile, equal_tiles
 from vtp.export.graphs.decoder import Decoder
 from vtp.export.graphs.encoder import Projector, VisionEncoder
 from vtp.export.towers.base import TowerShape
 from vtp.runtime.preprocess import ImageSpec
 
-_TILED = MappingProxyType({"grid": "its tokens lie in several tiles"})
 _MARKS = ("start_image_token", "end_image_token")
 
 
@@ -64,7 +62,7 @@ class InternVL(Family):
     def prepare(self, image: ImageSpec) -> None:
         self._views = image.views
         if self._views > 1:
-            self.lacks = _TILED
+            self.lacks = TILED
 
     @property
     def views(self) -> int:

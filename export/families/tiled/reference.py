@@ -71,6 +71,37 @@ class ShuffledReference(Reference):
         return answer, {**seen, "keys": seen["keys"][:, int(self.has_cls) :]}
 
 
+class ViewsReference(Reference):
+    """pixel_values are the patches [P,values] of one picture, of its views one after another.
+
+    Without `view_grids` the picture is one view of `image_size`.
+    """
+
+    def vision(self, pixel_values: Tensor, wanted: Collection[str]) -> dict[str, Tensor]:
+        views = [
+            type(self)(self.model, view_grids=[grid])._seen(rows, wanted)
+            for rows, grid in self._views(pixel_values)
+        ]
+        return {name: torch.cat([view[name] for view in views], dim=1) for name in views[0]}
+
+    def _seen(self, rows: Tensor, wanted: Collection[str]) -> dict[str, Tensor]:
+        """What `vision` gives, of one view [n,values], the only one of `view_grids`."""
+        raise NotImplementedError
+
+    def _views(self, pixel_values: Tensor) -> list[tuple[Tensor, tuple[int, int]]]:
+        """The patches [n,values] of every view, and its (rows, columns)."""
+        grids = self.view_grids or [self._grid()]
+        return list(zip(pixel_values.split([rows * columns for rows, columns in grids]), grids, strict=True))
+
+    def _grid(self) -> tuple[int, int]:
+        """(rows, columns) of the patches of the only view."""
+        if self.view_grids:
+            return self.view_grids[0]
+        assert self.image_size is not None  # bundles of these families always have one
+        edge = self.model.config.vision_config.patch_size
+        return self.image_size[0] // edge, self.image_size[1] // edge
+
+
 class InternVLReference(ShuffledReference):
     """InternVL's: the tower has CLS."""
 

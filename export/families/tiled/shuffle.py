@@ -7,10 +7,24 @@ of modeling_lfm2_vl.py, which agree: the channels of a token are its patches' si
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 
+import torch
 from torch import Tensor, nn
 
 from vtp.export.tower_cues import SCORES
+
+
+def shuffled_views(rows: Tensor, factor: int, grids: Sequence[tuple[int, int]]) -> Tensor:
+    """[1,n,C] of views one after another, each with its (rows, columns) of patches -> [1,m,factor²·C]."""
+    alike = [(grid, len(list(views))) for grid, views in groupby(grids)]
+    lengths = [high * wide * views for (high, wide), views in alike]
+    given = rows[0].split(lengths) if len(alike) > 1 else [rows[0]]
+    parts = [
+        pixel_shuffle(part.reshape(views, high * wide, -1), factor, wide).flatten(0, 1)
+        for part, ((high, wide), views) in zip(given, alike, strict=True)
+    ]
+    return (torch.cat(parts) if len(parts) > 1 else parts[0]).unsqueeze(0)
 
 
 def pixel_shuffle(rows: Tensor, factor: int, columns: int | None = None) -> Tensor:
@@ -28,7 +42,8 @@ class ShuffledEncoder(nn.Module):
     encoder   gives image_features [V,n,C] and cues of n patches a view
     one_view  True: V is a batch of pictures. False: V views are the parts of one picture, whose tokens follow
               one another.
-    columns   patches in a row of a view; None: as many as there are rows
+    grids     (rows, columns) of patches of every view of one picture, where `encoder` gives them one after
+              another, [1,n,C]; empty: square views
     A token's scores are the mean of its patches', its vision_keys theirs side by side.
     """
 
@@ -38,10 +53,10 @@ class ShuffledEncoder(nn.Module):
         cues: Sequence[str],
         factor: int,
         one_view: bool,
-        columns: int | None = None,
+        grids: Sequence[tuple[int, int]] = (),
     ) -> None:
         super().__init__()
-        self.encoder, self.columns = encoder, columns
+        self.encoder, self.grids = encoder, tuple(grids)
         self.cues, self.factor, self.one_view = cues, factor, one_view
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
@@ -59,4 +74,6 @@ class ShuffledEncoder(nn.Module):
         return tuple(tokens) if self.one_view else tuple(item.flatten(0, 1).unsqueeze(0) for item in tokens)
 
     def _tokens(self, rows: Tensor) -> Tensor:
-        return pixel_shuffle(rows, self.factor, self.columns)
+        return (
+            shuffled_views(rows, self.factor, self.grids) if self.grids else pixel_shuffle(rows, self.factor)
+        )

@@ -24,6 +24,7 @@ from vtp.export.graphs.attention.lengths import Lengths as Lengths
 from vtp.export.graphs.attention.lengths import Rule as Rule
 from vtp.export.graphs.attention.lengths import softcapped as softcapped
 from vtp.export.graphs.attention.states import StateCache, causal_convolution
+from vtp.export.graphs.attention.views import apart, in_order, together
 from vtp.export.graphs.restore import biased
 from vtp.export.patched import patched
 from vtp.export.tower_cues import KEYS, reads_cls
@@ -93,6 +94,7 @@ class TowerProbe:
     has_cls: bool
     wanted: Mapping[nn.Module, Sequence[str]] = field(default_factory=dict)
     read: dict[str, Tensor] = field(default_factory=dict)
+    views: Sequence[int] = ()  # rows of each view, where unlike ones follow one another in one batch
 
 
 # How a target attends: query [B,H,S,d], key and value [B,G,S,d] (rotated), the layer's past key and value
@@ -284,9 +286,14 @@ def _tower_attention(
     """Fused attention for a vision tower; probed modules also leave their cues with the probe."""
     probe: TowerProbe = _active.get()
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    queries, keys, values = (apart(heads, probe.views) for heads in (query, key, value))
+    parts = list(zip(queries, keys, values, strict=True))
     for cue in probe.wanted.get(module, ()):
-        probe.read[cue] = _tower_cue(cue, query, key, scale, probe.has_cls)
-    return _attending.get().tower(query, key, value, attention_mask, scale).transpose(1, 2), None
+        read = [_tower_cue(cue, query, key, scale, probe.has_cls) for query, key, _ in parts]
+        probe.read[cue] = in_order(read, probe.views)
+    attend = _attending.get().tower
+    answers = [attend(query, key, value, attention_mask, scale) for query, key, value in parts]
+    return together(answers, probe.views).transpose(1, 2), None
 
 
 def _tower_cue(cue: str, query: Tensor, key: Tensor, scale: float, has_cls: bool) -> Tensor:

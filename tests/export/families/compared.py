@@ -146,7 +146,7 @@ def check_tower(
         with emitting(family.decoder.model, family.tower):
             given = dict(zip(names, family.vision_encoder(names[1:])(pixels), strict=True))
             tokens = family.projector(whole=True)(given["image_features"])
-        reference = family.reference(model, size)
+        reference = family.reference(model, size, made.image.view_grids)
         with reference.eager():
             wanted = reference.vision(pixels, names)
             whole, _ = reference.tokens(pixels, tokens)

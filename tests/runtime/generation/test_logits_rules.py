@@ -18,7 +18,6 @@ from vtp.engines import UsageError, VtpError
 from vtp.runtime.bundle.manifest import GenerationInfo
 from vtp.runtime.generation.logits_rules import LogitsRules, with_penalty, written_out
 from vtp.runtime.generation.sampling import Sampler
-from vtp.runtime.prompt.prompter import TextSpec
 
 VOCABULARY, NEW, ENDS = 24, 10, [3, 7]
 # transformers' name -> value; a prompt's ids are 0 to 29, some outside the vocabulary.
@@ -121,8 +120,7 @@ def test_a_banned_token_is_never_sampled(temperature: float, more: dict[str, Any
 
 
 def test_a_prompt_is_written_out_with_every_visual_token() -> None:
-    text = TextSpec(None, "<image>", 9, (5, 9, 6, 9, 7))
-    assert written_out([1, 5, 9, 6, 9, 7, 2], text, 6) == [1, 5, 9, 9, 9, 6, 9, 9, 9, 7, 2]
+    assert written_out([1, 5, 9, 6, 9, 7, 9, 2], 9, [3, 1]) == [1, 5, 9, 9, 9, 6, 9, 7, 9, 9, 9, 2]
 
 
 # Zero or infinite in float32, and an integer that no float holds.

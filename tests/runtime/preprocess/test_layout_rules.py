@@ -50,7 +50,7 @@ def test_best_resolution_is_transformers(height: int, width: int) -> None:
 def test_best_grid_is_transformers(height: int, width: int, one: int, two: int) -> None:
     least, most = sorted((one, two))
     columns, rows = get_optimal_tiled_canvas((height, width), (448, 448), least, most)
-    assert internvl._best_grid((height, width), (448, 448), least, most) == (rows, columns)
+    assert internvl.best_grid((height, width), (448, 448), internvl.grids_of(least, most)) == (rows, columns)
 
 
 class OnlySizes(Idefics3ImageProcessorPil):

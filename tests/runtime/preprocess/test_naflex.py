@@ -90,7 +90,16 @@ def test_other_shapes_are_padded_or_refused() -> None:
     ("change", "size", "message"),
     [
         ({}, (20, 48), "image size 48x20 is not made of whole visual tokens; give multiples of 8"),
-        ({}, (64, 64), "image size 64x64 has 4096 pixels; this processor takes 256 to 1536"),
+        (
+            {"do_image_splitting": False},
+            (64, 64),
+            "image size 64x64 has 4096 pixels; this processor takes 256 to 1536",
+        ),
+        (
+            {},
+            (48, 64),
+            "image size 64x48 has 3072 pixels; this processor shows 256 to 1536 in one piece, and cuts more",
+        ),
         ({"resample": 3}, (32, 48), "resample must be 2, not 3"),
         ({"do_normalize": False}, (32, 48), "kind naflex needs do_rescale and do_normalize"),
         ({"min_image_tokens": 0}, (32, 48), "min_image_tokens is 0; it must be a positive number"),

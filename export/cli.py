@@ -89,6 +89,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "by their size, so that none starves) (default: %(default)s)",
     )
     suggest(share, ["picture", "tile"])
+    then = add(
+        "--then",
+        metavar="METHOD[:LAYER]",
+        help="prune once more what the method kept, before decoder layer LAYER (default: the middle one): "
+        "apet, dart, fastv or pyramiddrop",
+    )
+    suggest(then, ["apet", "dart", "fastv", "pyramiddrop"])
+    add(
+        "--then-option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="an option of --then: share (of the kept tokens that go on, default 1/3), or of its method",
+    )
     add("--method-option", action="append", default=[], metavar="NAME=VALUE", help="an option of the method")
     target = add(
         "--target",
@@ -261,6 +275,8 @@ def _request(args: argparse.Namespace) -> Request:
         tower_options=args.tower_option,
         restore=args.restore,
         share=args.share,
+        then=args.then,
+        then_options=args.then_option,
         verify=args.verify,
         overwrite=args.overwrite,
         oldest_onnxruntime=args.oldest_onnxruntime,
@@ -295,6 +311,7 @@ def _size(text: str) -> tuple[int, int]:
 
 def _summary(bundle: Bundle) -> dict[str, Any]:
     manifest = bundle.manifest
+    then = manifest.method.then
     return {
         "bundle": str(bundle.folder),
         "method": manifest.method.name,
@@ -302,6 +319,7 @@ def _summary(bundle: Bundle) -> dict[str, Any]:
         "keep_tokens": manifest.visual.keep,
         "tower": manifest.tower.to_json() if manifest.tower else None,
         "restore": manifest.method.restore,
+        "then": None if then is None else {"name": then.name, "layer": then.layer, "keep_tokens": then.keep},
         "bytes": sum(info.bytes for info in manifest.files.values()),
         "parity": manifest.parity,
     }
@@ -327,6 +345,7 @@ def _report(bundle: Bundle, output: Path) -> str:
             table(["stage", "file", "MB", "parity"], rows),
             "",
             f"{manifest.method.name}: visual tokens {keeps}; {total:.1f} MB in {shown(output)}",
+            *_then_lines(manifest),
             *_tower_lines(manifest),
             *_restore_lines(manifest),
             *_generation_lines(manifest.parity),
@@ -348,6 +367,14 @@ def _next_lines(manifest: Manifest, output: Path) -> list[str]:
         f'next: {command_line("vtp-run", output)} {look} --prompt "what color is the star ?"',
         f"or: {command_line('vtp-serve', output)}",
     ]
+
+
+def _then_lines(manifest: Manifest) -> list[str]:
+    then, keeps = manifest.method.then, manifest.visual.keep
+    if then is None:
+        return []
+    left = ", ".join(f"{keep} → {after}" for keep, after in zip(keeps, then.keep, strict=True))
+    return [f"then {then.name}: {left} before decoder layer {then.layer}"]
 
 
 def _tower_lines(manifest: Manifest) -> list[str]:

@@ -12,6 +12,7 @@ from typing import Any
 from vtp.export import families as family_registry
 from vtp.export import pruners, towers
 from vtp.export.listed import LISTED, files, render, text_of
+from vtp.export.plan.then import FLAG, Then
 from vtp.export.pruners.base import Pruner
 
 PAGES = ("methods", "families")  # of docs/, which hold the tables
@@ -68,6 +69,15 @@ _ADD_ONS: tuple[dict[str, Any], ...] = (
         "K of 576": 576,
         "options": {},
         "paper": "",
+    },
+    {
+        "method": "then",
+        "site": FLAG,
+        "does": "prunes once more inside the decoder",
+        "needs": [],
+        "K of 576": 576,
+        "options": {name: round(value, 3) for name, value in Then.OPTIONS.items()},
+        "paper": "arXiv 2505.22654, 2602.19870",
     },
 )
 

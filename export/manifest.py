@@ -14,7 +14,7 @@ from vtp.export.graphs.frames import Frames
 from vtp.export.graphs.pruner import DecoderPruner
 from vtp.export.onnx.emit import GraphSpec
 from vtp.export.plan.plan import Plan
-from vtp.export.plan.schedule import site_of
+from vtp.export.plan.schedule import cuts_of, site_of
 from vtp.export.pruners import NONE
 from vtp.export.request import Job
 from vtp.runtime.bundle.folder import describe_files
@@ -26,6 +26,7 @@ from vtp.runtime.bundle.manifest import (
     ModelInfo,
     StreamInfo,
     TensorInfo,
+    ThenInfo,
     TowerInfo,
     VisualInfo,
 )
@@ -97,8 +98,23 @@ def _method_info(job: Job) -> MethodInfo:
     first = job.schedules[0][0]
     site = str(site_of(job.schedules[0]))
     return MethodInfo(
-        first.name, site, dict(first.settings), job.positions, first.paper, job.restore, job.share
+        first.name,
+        site,
+        dict(first.settings),
+        job.positions,
+        first.paper,
+        job.restore,
+        job.share,
+        _then_info(job),
     )
+
+
+def _then_info(job: Job) -> ThenInfo | None:
+    if job.then is None:
+        return None
+    one, (layer,) = job.schedules[0][-1], cuts_of(job.schedules[0])
+    keeps = [schedule[-1].keep for schedule in job.schedules]
+    return ThenInfo(one.name, layer, job.then.share, keeps, dict(one.settings), one.paper)
 
 
 def _graph_info(spec: GraphSpec, plan: Plan, folder: Path, job: Job) -> GraphInfo:
@@ -111,7 +127,7 @@ def _graph_info(spec: GraphSpec, plan: Plan, folder: Path, job: Job) -> GraphInf
         axis for info in [*inputs.values(), *outputs.values()] for axis in info.shape if isinstance(axis, str)
     }
     cache = plan.caches.get(spec.name)
-    least, arriving = _visual_tokens(spec, keep, count)
+    least, arriving = _visual_tokens(spec, keep, keep if job.layout.on_features else count)
     text, kept, prompt = (min(size, max_length) for size in (TYPICAL_TEXT, keep, arriving + TYPICAL_TEXT))
     images = max(1, max_length // count)
     ranges = {

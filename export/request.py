@@ -15,7 +15,8 @@ from vtp.export.checkpoint.loading import DTYPES, Checkpoint
 from vtp.export.keep_counts import check_keep, keep_for_ratio, parse_keep
 from vtp.export.method_files import DEFAULT
 from vtp.export.plan.bundle_layout import BundleLayout
-from vtp.export.plan.schedule import Schedule, make_schedules
+from vtp.export.plan.schedule import Schedule, keep_of, make_schedules
+from vtp.export.plan.then import FLAG, Then, parse_then
 from vtp.export.pruners import POSITIONS, Site, parse_options, resolve_method
 from vtp.export.pruners.base import Pruner
 from vtp.export.targets import OLDEST, TARGETS, Target, Version
@@ -41,6 +42,7 @@ class Job:
     dtype       of weights and activations
     restore     whether kept visual tokens draw the attention of the dropped ones
     share       whose budget a keep-count is: "picture" or "tile"
+    then        what prunes inside the decoder once more; None: nothing
     """
 
     model: Checkpoint
@@ -51,6 +53,7 @@ class Job:
     dtype: str
     restore: bool = False
     share: str = PICTURE
+    then: Then | None = None
 
     @property
     def layout(self) -> BundleLayout:
@@ -72,7 +75,7 @@ class Job:
     @property
     def keep(self) -> list[int]:
         """The keep-counts, ascending; N alone for method `none`."""
-        return [schedule[-1].keep for schedule in self.schedules] or [self.count]
+        return [keep_of(schedule) for schedule in self.schedules] or [self.count]
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,8 @@ class Request:
     tower_options: Sequence[str] = ()
     restore: bool = False
     share: str = PICTURE  # whose budget the keep-count is
+    then: str | None = None  # METHOD[:LAYER] that prunes inside the decoder what the method kept
+    then_options: Sequence[str] = ()
     verify: str = "full"
     overwrite: bool = False
     oldest_onnxruntime: str | None = None  # that has to open the bundle; None: the oldest supported
@@ -124,6 +129,7 @@ class Request:
                 f"target {self.target} is not for ONNX Runtime: leave out --oldest-onnxruntime, or give ort"
             )
         _ = self.oldest
+        _check_then(self)
         _check_restore(self)
         _ = self.reduction  # looked up now, so that a wrong method or reduction is refused
 
@@ -136,6 +142,11 @@ class Request:
     def reduction(self) -> TowerReduction | None:
         """What the vision tower does with fewer rows; None: it works on all of them."""
         return parse_reduction(self.tower, self.tower_options)
+
+    @cached_property
+    def second(self) -> Then | None:
+        """What prunes once more inside the decoder; None: nothing."""
+        return parse_then(self.then, self.then_options)
 
     @property
     def precision(self) -> str:
@@ -158,6 +169,7 @@ class Request:
             dtype=self.precision,
             restore=_served_restore(self, model),
             share=self.share,
+            then=self.second,
         )
 
 
@@ -236,6 +248,20 @@ def _positions(method: type[Pruner], texts: Sequence[str]) -> str:
     return chosen
 
 
+def _check_then(request: Request) -> None:
+    """Refuse --then for a method that it does not go with."""
+    method, second = request.choice.method, request.second
+    if second is None:
+        return
+    if method is None:
+        raise UsageError(f"{FLAG} prunes once more what a method kept; method none keeps all visual tokens")
+    if Site.parse(method.site).in_decoder:
+        raise UsageError(
+            f"{FLAG} goes with a method at the vision or projector site, and method {method.name} prunes "
+            f"inside the decoder itself ({method.site}); leave it out, or choose another method"
+        )
+
+
 def _check_restore(request: Request) -> None:
     """Refuse --restore for a method that it does not go with; the method is looked up in any case."""
     method = request.choice.method
@@ -243,11 +269,12 @@ def _check_restore(request: Request) -> None:
         return
     if method is None:
         raise UsageError("--restore goes with a method that drops tokens; method none keeps all of them")
-    if method.merges:
-        raise UsageError(
-            f"--restore adds log(N/K) for tokens that are dropped, and method {method.name} merges them into "
-            "the kept ones, unequally; leave out --restore, or choose a method that selects"
-        )
+    for one in (method, *([request.second.method] if request.second else [])):
+        if one.merges:
+            raise UsageError(
+                f"--restore adds log(N/K) for tokens that are dropped, and method {one.name} merges them "
+                "into the kept ones, unequally; leave out --restore, or choose a method that selects"
+            )
 
 
 # -- for one model -------------------------------------------------------------------------------------------
@@ -293,7 +320,7 @@ def _schedules(request: Request, model: Checkpoint) -> list[Schedule]:
         return []
     counts = _keep_counts(request, choice.method, count)
     _check_rows(model, counts[-1])
-    return make_schedules(choice.method, model.family, counts, choice.options, request.share)
+    return make_schedules(choice.method, model.family, counts, choice.options, request.share, request.second)
 
 
 def _check_rows(model: Checkpoint, keep: int) -> None:

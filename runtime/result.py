@@ -101,6 +101,9 @@ class Result:
                     stream_reuse, rows are those recomputed of this picture, and "cosine" says how much it
                     was like the reference picture, unless it was computed whole
     restore         whether kept visual tokens drew the attention of the dropped ones (vtp-export --restore)
+    then            {"name", "layer", "tokens", "kept"} of a bundle that drops some of the kept tokens inside
+                    the decoder (vtp-export --then): before that layer, how many are left, and which; else
+                    None
     logprobs        with the option of that name, an entry for each of `token_ids` that is part of the text:
                     not for the one that ended it, nor for what a stop string cut off
     """
@@ -114,6 +117,7 @@ class Result:
     finish_reason: str
     tower: dict[str, Any] | None = None
     restore: bool = False
+    then: dict[str, Any] | None = None
     logprobs: list[TokenLogprob] | None = None
 
     @property
@@ -145,6 +149,7 @@ class Result:
             "tower": self.tower,
             **({"restore": True} if self.restore else {}),
             "kept": self.kept,
+            **({} if self.then is None else {"then": self.then}),
             "timings": self.timings.to_dict(),
             "prompt_tokens": self.prompt_tokens,
             "finish_reason": self.finish_reason,

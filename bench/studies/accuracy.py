@@ -2,6 +2,7 @@
 
     python -m vtp.bench.studies.accuracy [--count 1000] [--methods none,random,...] [--keep 192,128,64,57,32]
     python -m vtp.bench.studies.accuracy --model scenes/reader --exam reader --count 1500
+    python -m vtp.bench.studies.accuracy --methods vscan --keep 96 --then pyramiddrop:2
 
 Exports one bundle per method (all keep-counts in it) and answers the same questions through the pipeline.
 Prints a Markdown table; scenes/README.md quotes one. A picture is encoded once for its questions.
@@ -58,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--model", help="model folder in the built-in model's layout (default: the built-in one)"
     )
+    parser.add_argument("--then", metavar="METHOD[:LAYER]", help="prune once more inside the decoder")
     parser.add_argument("--exam", choices=EXAMS, default="model", help="which exam (default: %(default)s)")
     parser.add_argument("--seed", type=whole, default=2026, help="seed of the exam (default: %(default)s)")
     parser.add_argument(
@@ -78,7 +80,7 @@ def _run(args: argparse.Namespace) -> None:
     for method in args.methods.split(","):
         keep = None if method == "none" else args.keep
         progress.step(f"export {method}")
-        request = Request(Path(args.work) / method, args.model, method, keep, overwrite=True)
+        request = Request(Path(args.work) / method, args.model, method, keep, then=args.then, overwrite=True)
         folder = export(request).folder
         with Pipeline.load(folder, vision_feature_cache=1) as pipe:
             for count in sorted(pipe.manifest.visual.keep, reverse=True):

@@ -35,7 +35,9 @@ def why_not(manifest: Manifest, keep: int) -> str | None:
     baseline itself. None: it has one."""
     if manifest.method.name in _BASELINES:
         return ""
-    stages = _pruners(manifest, keep)
+    stages, then = _pruners(manifest, keep), manifest.method.then
+    if then is not None:
+        return f"{then.name} chooses inside the decoder among what {manifest.method.name} kept"
     if len(stages) != 1 or not set(_ROWS) & set(stages[0].outputs):
         return f"{manifest.method.name} chooses inside the decoder"
     patches = manifest.graphs[stages[0].file].inputs[_source(stages[0])].shape[1]

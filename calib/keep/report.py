@@ -123,9 +123,20 @@ def finer(manifest: Manifest, keeps: Sequence[int], chosen: int) -> str:
     grid = f"{first}:{chosen}:{step}"
     options += ["--share", "tile"] if manifest.method.share == "tile" else []
     options += ["--restore"] if manifest.method.restore else []
+    options += _then_options(manifest)
     words = ["--method", manifest.method.name, *options, "--keep-tokens", grid, "--dtype", manifest.dtype]
     model = [] if _is_built_in(manifest) else ["--model", "DIR"]
     return command_line("vtp-export", *model, *words, "-o", "BUNDLE")
+
+
+def _then_options(manifest: Manifest) -> list[str]:
+    """The flags that make the bundle's second cut, inside the decoder."""
+    then = manifest.method.then
+    if then is None:
+        return []
+    settings = {"share": then.share, **then.options}
+    own = [word for key, value in settings.items() for word in ("--then-option", f"{key}={value}")]
+    return ["--then", f"{then.name}:{then.layer}", *own]
 
 
 def _is_built_in(manifest: Manifest) -> bool:

@@ -54,7 +54,8 @@ class DecoderPruner(nn.Module):
     Inputs: hidden_states [B,S,D], position_ids int64 [B,S] or [B,S,A], image_start, then those that `others`
     names: the method's cues (over all S tokens where they are per token), image_embeds [B,N,D], and at a
     later one of several sites previous_indices int64 [B,n] (which of the image's N tokens arrive); text_rows
-    int64 [B,R] where a later site reads text rows. `restores` is the N of log(N/K), None without it.
+    int64 [B,R] where a later site reads text rows. `restores` is the N of log(N/K), None without it. What a
+    method that merges makes of hidden states takes the place of the kept ones.
     Outputs: keep_indices [B,K] within the image, kept_hidden_states [B,S-n+K,D], kept_position_ids int64
     [B,S-n+K(,A)] (the original positions), kept_text_rows int64 [B,R] if text_rows came in, and
     kept_key_bias float32 [B,S-n+K] if it restores.
@@ -76,13 +77,23 @@ class DecoderPruner(nn.Module):
         start = image_start
         given = {**dict(zip(self.others, others, strict=True)), "hidden_states": hidden_states}
         previous = given.get("previous_indices")
-        keep = self.pruner(**self._cues(given, self._visual(start, previous)))
+        visual = self._visual(start, previous)
+        answer = self.pruner(**self._cues(given, visual))
+        keep, rows = answer if self.pruner.merges else (answer, None)
+        if rows is not None:
+            hidden_states = _replaced(
+                hidden_states, torch.gather(visual.expand(keep.shape[0], -1), 1, keep), rows
+            )
         source = self._source(keep, start, previous, hidden_states.shape[1])
         within = keep if previous is None else torch.gather(previous, 1, keep)
-        answer: tuple[Tensor, ...] = (within, gather_rows(hidden_states, source), _rows(position_ids, source))
+        gone_on: tuple[Tensor, ...] = (
+            within,
+            gather_rows(hidden_states, source),
+            _rows(position_ids, source),
+        )
         if "text_rows" in given:
-            answer = (*answer, self._text_rows(given["text_rows"], start, within))
-        return (*answer, *self._key_bias(hidden_states, self._visual(start, previous), source))
+            gone_on = (*gone_on, self._text_rows(given["text_rows"], start, within))
+        return (*gone_on, *self._key_bias(hidden_states, visual, source))
 
     def _key_bias(self, hidden_states: Tensor, visual: Tensor, source: Tensor) -> tuple[Tensor, ...]:
         """The bias of what goes on: `source` [B,S-n+K] of the S that arrive, `visual` [B,n] among them."""
@@ -125,6 +136,14 @@ class DecoderPruner(nn.Module):
                 tensor = _rows(tensor, visual)
             cut[name] = tensor
         return cut
+
+
+def _replaced(hidden_states: Tensor, places: Tensor, rows: Tensor) -> Tensor:
+    """hidden_states [B,S,D] with rows [B,K,d] at places int64 [B,K]; what lies beside them stays."""
+    width = rows.shape[-1]
+    everywhere = places.unsqueeze(2).expand(-1, -1, width)
+    own = hidden_states[..., :width].scatter(1, everywhere, rows.to(hidden_states.dtype))
+    return own if width == hidden_states.shape[-1] else torch.cat([own, hidden_states[..., width:]], dim=-1)
 
 
 def narrowed(name: str, tensor: Tensor, widths: Mapping[str, int]) -> Tensor:

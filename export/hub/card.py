@@ -14,7 +14,7 @@ from typing import Any
 
 from vtp.engines.errors import shown
 from vtp.runtime.bundle.fewer_bits import bits_of
-from vtp.runtime.bundle.manifest import Manifest
+from vtp.runtime.bundle.manifest import Manifest, ThenInfo
 from vtp.runtime.commands.tables import markdown_table
 from vtp.runtime.hub.names import HubName, is_repo
 
@@ -82,10 +82,19 @@ def _pruned(manifest: Manifest) -> str:
             f"{f' with {options}' if options else ''}; positions are {_words(method.positions)}."
         )
         said += " Each tile keeps its share of them (`--share tile`)." if method.share == "tile" else ""
+        said += _then(method.then)
         said += " They draw the attention of the dropped ones (`--restore`)." if method.restore else ""
     if tower is not None:
         said += f" Tower {_words(tower.name)}: its last block works on {tower.rows} of {tower.of} rows."
     return said
+
+
+def _then(then: ThenInfo | None) -> str:
+    if then is None:
+        return ""
+    left = " or ".join(map(str, then.keep))
+    by = f"{_words(then.name)}{f' ({_words(then.paper)})' if then.paper else ''}"
+    return f" Of these, {left} go on from decoder layer {then.layer} on, chosen by {by} (`--then`)."
 
 
 def _run(manifest: Manifest, repo: str) -> str:

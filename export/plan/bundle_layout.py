@@ -11,8 +11,9 @@ import torch
 from vtp.export.families.base import Family
 from vtp.export.graphs.decoder import TEXT_CUES
 from vtp.export.graphs.restore import COLUMNS
-from vtp.export.plan.names import pruner_name
-from vtp.export.plan.schedule import Schedule, site_of
+from vtp.export.plan.names import SECOND, pruner_name, tail
+from vtp.export.plan.schedule import Schedule, cuts_of, keep_of, site_of
+from vtp.export.pruners.base import Pruner
 from vtp.export.pruners.site import Site
 
 
@@ -49,7 +50,7 @@ class BundleLayout:
     @property
     def cuts(self) -> tuple[int, ...]:
         """The decoder layers before which tokens are dropped."""
-        return self.site.layers if self.site else ()
+        return cuts_of(self.schedules[0]) if self.schedules else ()
 
     @property
     def parts(self) -> list[tuple[int, int]]:
@@ -62,12 +63,17 @@ class BundleLayout:
         return self.schedules[0][0].needs if self.schedules else ()
 
     @property
+    def cut_needs(self) -> tuple[str, ...]:
+        """The cues of what drops tokens inside the decoder."""
+        return self.schedules[0][-1].needs if self.cuts else ()
+
+    @property
     def reads_text(self) -> bool:
         return any(name.startswith("text_") for name in self.needs)
 
     @property
     def normed_keys(self) -> bool:
-        return bool(self.schedules) and self.schedules[0][0].settings.get("keys") == "normed"
+        return bool(self.schedules) and self.schedules[0][-1].settings.get("keys") == "normed"
 
     @property
     def has_lookahead(self) -> bool:
@@ -105,15 +111,32 @@ class BundleLayout:
 
     def pruner_file(self, schedule: Schedule, number: int) -> str:
         """The graph of a schedule's pruner; the keep-count is in its name where there are several."""
-        return pruner_name(number, len(schedule), schedule[-1].keep if len(self.schedules) > 1 else None)
+        keep = keep_of(schedule) if len(self.schedules) > 1 else None
+        return pruner_name(number, len(schedule), keep)
+
+    def after_part(self, number: int) -> int:
+        """Which of a schedule's pruners follows part `number` of the decoder; that many come before."""
+        return number + self.on_features
+
+    def pruner_after(self, schedule: Schedule, number: int) -> Pruner:
+        """The pruner of a schedule that follows part `number`."""
+        return schedule[self.after_part(number)]
+
+    def tail(self, number: int) -> str:
+        """What is added to the pipeline's names around a cut: see `names.tail`. Those of a second cut differ
+        from the method's own, whose tensors are read to the end of the prompt."""
+        return SECOND if self.on_features else tail(number, self.cuts)
+
+    def arriving(self, number: int, schedule: Schedule) -> int:
+        """How many visual tokens of a picture reach part `number`."""
+        before = self.after_part(number)
+        return schedule[before - 1].keep if before else self.count
 
     def capacity(self, number: int) -> int:
         """Of a part's cache. A head sees all N visual tokens; what comes after pruning holds at most what the
         largest keeps."""
-        if not self.schedules or (self.cuts and number == 0):
-            return self.max_length
-        site = number - 1 if self.cuts else 0
-        return self.max_length - self.count + max(schedule[site].keep for schedule in self.schedules)
+        most = max((self.arriving(number, schedule) for schedule in self.schedules), default=self.count)
+        return self.max_length - self.count + most
 
 
 def reads_rows(cues: Sequence[str]) -> bool:

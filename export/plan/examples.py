@@ -21,6 +21,7 @@ from vtp.export.plan.names import (
     VISUAL,
     axes,
 )
+from vtp.export.plan.schedule import keep_of
 from vtp.export.tower_cues import SCORES
 from vtp.runtime.bundle.caches import kv_pairs
 
@@ -91,7 +92,7 @@ def text_length(layout: BundleLayout) -> GraphInput:
 
 def visual_tokens(layout: BundleLayout) -> tuple[GraphInput, GraphInput]:
     """The visual tokens of every picture that go into a prompt, and which of the N they are."""
-    visual = max(2, min((schedule[-1].keep for schedule in layout.schedules), default=2))
+    visual = max(2, min((keep_of(schedule) for schedule in layout.schedules), default=2))
     pictures = _B * _images(layout)
     dynamic = {0: PICTURES if layout.family.several else BATCH, 1: VISUAL}
     embeds = zeros(layout, pictures, visual, layout.family.decoder.wide(0))

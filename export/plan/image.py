@@ -8,7 +8,8 @@ from vtp.export.graphs.pruner import FeaturePruner
 from vtp.export.onnx.emit import GraphInput, GraphSpec
 from vtp.export.plan import examples
 from vtp.export.plan.bundle_layout import BundleLayout
-from vtp.export.plan.names import axes, stage
+from vtp.export.plan.names import axes, pruner_name, stage
+from vtp.export.plan.schedule import keep_of
 from vtp.export.tower_cues import TOWER_CUES
 from vtp.export.towers.stc import recomputed_names, state_names
 from vtp.runtime.bundle.manifest import StageInfo
@@ -61,4 +62,5 @@ def feature_pruners(layout: BundleLayout, when: str, rows: str, kept: str) -> It
         inputs = [GraphInput(cue, tensors[cue], axes(cue)) for cue in cues]
         yield GraphSpec(file, module, inputs, outputs, rewrite=False)
         reads = {cue: "pixel_values" if cue == "picture" else cue for cue in cues}
-        yield stage("pruner", when, reads, outputs, file=file, keep=schedule[0].keep)
+        name, keep = pruner_name(0, len(schedule), None), keep_of(schedule)
+        yield stage(name, when, reads, outputs, file=file, keep=keep, role="pruner")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from vtp.runtime.bundle.manifest import StageInfo
+from vtp.runtime.bundle.then_info import THEN
 
 # Dynamic axes.
 BATCH, SEQUENCE, TEXT, ROWS, VISUAL, CAPACITY = (
@@ -15,6 +16,7 @@ BATCH, SEQUENCE, TEXT, ROWS, VISUAL, CAPACITY = (
     "visual",
     "capacity",
 )
+SECOND = THEN  # ends the names of tensors around the cut of `--then`
 IMAGES, PICTURES = "images", "pictures"  # of one prompt; of all prompts of a batch
 KEPT_SEQUENCE = "kept_sequence"
 

@@ -25,9 +25,8 @@ from vtp.export.plan.names import (
     part_source,
     pruner_name,
     stage,
-    tail,
 )
-from vtp.export.plan.schedule import Schedule
+from vtp.export.plan.schedule import Schedule, keep_of
 from vtp.runtime.bundle.caches import KvInfo, StateTensors, present_of
 from vtp.runtime.bundle.manifest import StageInfo
 
@@ -109,18 +108,19 @@ class _Flow:
     rows: str = "text_rows"
     ahead: str = "ahead"
     bias: str = "prompt_bias"
-    kept: str = ""  # which of the image's tokens arrive; all of them before the first cut
+    kept: str = ""  # which of the image's tokens arrive; "": all of them
 
 
 def _decoder(layout: BundleLayout) -> Iterator[GraphSpec | StageInfo]:
     """Parts of the decoder with pruners between them; without a decoder-site method there is one part."""
-    flow, cues = _Flow(), [name for name in PART_CUES if name in layout.needs]
+    flow = _Flow(kept="keep_indices" if layout.on_features else "")
+    cues = [name for name in PART_CUES if name in layout.cut_needs]
     for number in range(len(layout.cuts)):
         yield from _part(layout, number, cues, flow)
         yield from _decoder_pruners(layout, number, cues, flow)
         kept = "hidden_states", "position_ids", "text_rows", "ahead", "key_bias"
         names = [*(f"kept_{name}" for name in kept), "keep_indices"]
-        flow = _Flow(*(name + tail(number, layout.cuts) for name in names))
+        flow = _Flow(*(name + layout.tail(number) for name in names))
     yield from _part(layout, len(layout.cuts), [], flow)
 
 
@@ -142,7 +142,7 @@ def _part(
         reads["ahead"] = flow.ahead
     if layout.restore:
         reads["key_bias"] = flow.bias
-    gives = {item: item + tail(number, cuts) for item in answer}
+    gives = {item: item + ("" if module.final else layout.tail(number)) for item in answer}
     yield stage(name, "prefill", reads, gives, role=part_role(number, cuts))
 
 
@@ -150,8 +150,8 @@ def _decoder_pruners(
     layout: BundleLayout, number: int, part_cues: Sequence[str], flow: _Flow
 ) -> Iterator[GraphSpec | StageInfo]:
     """The pruners after part `number`, which `flow` went into: one per keep-count."""
-    names = _pruner_inputs(layout, number, part_cues)
-    end, reads = tail(number, layout.cuts), {"position_ids": flow.positions}
+    names, place = _pruner_inputs(layout, number, part_cues), layout.after_part(number)
+    end, reads = layout.tail(number), {"position_ids": flow.positions}
     reads.update({name: name + end for name in ["hidden_states", *part_cues]})
     reads.update({"previous_indices": flow.kept, "text_rows": flow.rows})
     outputs = ["keep_indices", "kept_hidden_states", "kept_position_ids"]
@@ -160,18 +160,18 @@ def _decoder_pruners(
     outputs += ["kept_ahead"] if layout.has_lookahead else []
     own = {name: {1: KEPT_SEQUENCE} for name in outputs if name not in ("keep_indices", "kept_text_rows")}
     for schedule in layout.schedules:
-        file = layout.pruner_file(schedule, number)
+        file = layout.pruner_file(schedule, place)
         inputs = _decoder_pruner_inputs(layout, schedule, number, names)
-        module = layout.family.decoder_pruner(schedule[number], names)
+        module = layout.family.decoder_pruner(schedule[place], names)
         module.restores = layout.count if layout.restore else None
         yield GraphSpec(file, module, inputs, outputs, own, rewrite=False)
         yield stage(
-            pruner_name(number, len(layout.cuts), None),
+            pruner_name(place, len(schedule), None),
             "prefill",
             {item.name: reads.get(item.name, item.name) for item in inputs},
             {item: item + end for item in outputs},
             file=file,
-            keep=schedule[-1].keep,
+            keep=keep_of(schedule),
             role="pruner",
         )
 
@@ -182,8 +182,8 @@ def _pruner_inputs(layout: BundleLayout, number: int, part_cues: Sequence[str]) 
     more = number + 1 < len(layout.cuts)
     return [
         *part_cues,
-        *(name for name in layout.needs if name not in given),
-        *(["previous_indices"] if number else []),
+        *(name for name in layout.cut_needs if name not in given),
+        *(["previous_indices"] if layout.after_part(number) else []),
         *(["text_rows"] if more and reads_rows(part_cues) else []),
     ]
 
@@ -191,7 +191,7 @@ def _pruner_inputs(layout: BundleLayout, number: int, part_cues: Sequence[str]) 
 def _decoder_pruner_inputs(
     layout: BundleLayout, schedule: Schedule, number: int, names: Sequence[str]
 ) -> list[GraphInput]:
-    tensors = examples.decoder_cues(layout, schedule[number].count, layout.cuts[number])
+    tensors = examples.decoder_cues(layout, layout.arriving(number, schedule), layout.cuts[number])
     scores = {"attention_scores": {1: SEQUENCE}}  # of the whole prompt here, of the picture elsewhere
     return [
         GraphInput(name, tensors[name], {**axes(name), **scores.get(name, {})})

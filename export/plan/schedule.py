@@ -14,6 +14,7 @@ from torch import Tensor
 from vtp.engines import UsageError, VtpError
 from vtp.export.families.base import Family
 from vtp.export.plan.share import Shared
+from vtp.export.plan.then import FLAG, Then
 from vtp.export.pruners import Site, find_method, method_names
 from vtp.export.pruners.base import Pruner
 from vtp.export.tower_cues import SCORES, of_whole_tower
@@ -21,7 +22,8 @@ from vtp.runtime.bundle.manifest import PICTURE, TILE
 
 # Cues of the decoder's attention, and in which layer they are read, counted from the one behind the site.
 _LAYER_OF = {"attention_scores": -1, "text_attention": -1, "next_scores": 0, "keys": 0}
-# The pruners of one keep-count, in the order of their sites: one, but for methods that prune repeatedly.
+# The pruners of one keep-count, in the order of their sites: one, but for methods that prune repeatedly, and
+# where a second method prunes inside the decoder what the first one kept (`Then`).
 Schedule = tuple[Pruner, ...]
 
 
@@ -31,17 +33,28 @@ def make_schedules(
     keeps: Sequence[int],
     settings: Mapping[str, Any],
     share: str = PICTURE,
+    then: Then | None = None,
 ) -> list[Schedule]:
     """One schedule per keep-count, checked against what the family serves.
 
     share  whose budget K is: one of SHARES
+    then   what prunes inside the decoder once more
 
     Raises UsageError, in one line, for a method that this family or model cannot serve, and VtpError for one
     whose choice is not K indices, each once, in raster order.
     """
     _check_served(method, family, share)
+    _check_second(then, family)
+    made = _schedules(method, family, keeps, settings, share)
+    return [_checked(_with_second(schedule, then, family), family) for schedule in made]
+
+
+def _schedules(
+    method: type[Pruner], family: Family, keeps: Sequence[int], settings: Mapping[str, Any], share: str
+) -> list[Schedule]:
+    """The method's own pruners of every keep-count."""
     if share == TILE:
-        return [_checked(schedule, family) for schedule in _of_tiles(method, family, keeps, settings)]
+        return list(_of_tiles(method, family, keeps, settings))
     count, layers = family.grid[0] * family.grid[1], len(family.decoder.layers)
     schedules: list[Schedule] = []
     for keep in keeps:
@@ -51,7 +64,15 @@ def make_schedules(
         raise UsageError(
             f"method {method.name} names other layers for other keep-counts; export them one by one"
         )
-    return [_checked(schedule, family) for schedule in schedules]
+    return schedules
+
+
+def _with_second(schedule: Schedule, then: Then | None, family: Family) -> Schedule:
+    """The schedule, and behind it the second cut of what it keeps."""
+    if then is None:
+        return schedule
+    with _blaming(then.method, "the constructor"):
+        return (*schedule, then.pruner(keep_of(schedule), len(family.decoder.layers)))
 
 
 def _checked(schedule: Schedule, family: Family) -> Schedule:
@@ -79,9 +100,19 @@ def _grid(method: type[Pruner], family: Family) -> tuple[int, int]:
 
 
 def site_of(schedule: Schedule) -> Site:
-    """Where the whole schedule prunes: at the tower, at the projector, or before several decoder layers."""
-    sites = [Site.parse(pruner.site) for pruner in schedule]
-    return Site(sites[0].kind, tuple(layer for site in sites for layer in site.layers))
+    """Where the method prunes: at the tower, at the projector, or before several decoder layers."""
+    kind = Site.parse(schedule[0].site).kind
+    return Site(kind, cuts_of(schedule) if kind == "decoder" else ())
+
+
+def cuts_of(schedule: Schedule) -> tuple[int, ...]:
+    """The decoder layers before which tokens are dropped, by the method or by the second cut."""
+    return tuple(layer for pruner in schedule for layer in Site.parse(pruner.site).layers)
+
+
+def keep_of(schedule: Schedule) -> int:
+    """The keep-count: what the method leaves, whatever a second cut drops of it."""
+    return schedule[-1 if site_of(schedule).in_decoder else 0].keep
 
 
 def _check_served(method: type[Pruner], family: Family, share: str) -> None:
@@ -124,6 +155,14 @@ def _check_served(method: type[Pruner], family: Family, share: str) -> None:
         )
 
 
+def _check_second(then: Then | None, family: Family) -> None:
+    if then is not None and "decoder" not in family.sites:
+        raise UsageError(
+            f"{FLAG} prunes inside the decoder, which family {family.name} does not serve"
+            f"{' for videos' if family.media == 'video' else ''}; leave it out"
+        )
+
+
 def _check_tiles(method: type[Pruner], family: Family, site: Site) -> None:
     if not family.tiles:
         raise UsageError(
@@ -139,10 +178,10 @@ def _check_tiles(method: type[Pruner], family: Family, site: Site) -> None:
 
 def _check_cuts(schedule: Schedule, family: Family) -> None:
     """Refuse cuts between a layer and those that read its keys and values."""
-    last, most = max(site_of(schedule).layers, default=0), family.decoder.last_cut
+    last, most = max(cuts_of(schedule), default=0), family.decoder.last_cut
     if last > most:
         raise UsageError(
-            f"method {schedule[0].name} prunes before decoder layer {last}, but later layers of this model "
+            f"method {schedule[-1].name} prunes before decoder layer {last}, but later layers of this model "
             f"read the keys and values of layer {most}, which would still hold every token; choose a method "
             f"that prunes before layer {most} or earlier"
         )
@@ -260,7 +299,7 @@ def _check_choice(pruner: Pruner, family: Family, number: int) -> None:
 
 def _check_rows(pruner: Pruner, answer: object, shapes: Mapping[str, tuple[int, ...]]) -> object:
     """Return the indices of a merging method's answer once its rows are found to fit."""
-    rows = "image_features" if Site.parse(pruner.site).kind == "vision" else "image_embeds"
+    rows = merged_rows(pruner)
     wanted = (2, pruner.keep, shapes[rows][-1])
     pair = isinstance(answer, tuple) and len(answer) == 2 and isinstance(answer[1], Tensor)
     if not pair or tuple(answer[1].shape) != wanted or not answer[1].is_floating_point():  # type: ignore[index]
@@ -269,6 +308,12 @@ def _check_rows(pruner: Pruner, answer: object, shapes: Mapping[str, tuple[int, 
             f"dtype and shape [batch, {pruner.keep}, {wanted[2]}]"
         )
     return answer[0]  # type: ignore[index]
+
+
+def merged_rows(pruner: Pruner) -> str:
+    """The cue whose rows a merging method merges: one of every kind of site."""
+    kinds = {"vision": "image_features", "projector": "image_embeds", "decoder": "hidden_states"}
+    return kinds[Site.parse(pruner.site).kind]
 
 
 def cue_shapes(pruner: Pruner, family: Family, batch: int, text: int) -> dict[str, tuple[int, ...]]:

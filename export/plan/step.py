@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from vtp.export.plan.bundle_layout import BundleLayout, reads_rows
-from vtp.export.plan.names import part_name, part_role, part_source, stage, tail
+from vtp.export.plan.names import part_name, part_role, part_source, stage
 from vtp.runtime.bundle.manifest import StageInfo
 
 
@@ -14,9 +14,9 @@ def step_stages(layout: BundleLayout) -> Iterator[StageInfo]:
     yield stage("embed_tokens", "step", ["input_ids"], layout.embeds, role="embed")
     hidden, cuts = "inputs_embeds", layout.cuts
     for number in range(len(layout.parts)):
-        last, gives = number == len(cuts), "hidden_states" + tail(number, cuts)
+        last, gives = number == len(cuts), "hidden_states" + layout.tail(number)
         reads = {part_source(number, cuts): hidden, "position_ids": "position_ids"}
-        if not last and reads_rows(layout.needs):
+        if not last and reads_rows(layout.cut_needs):
             # Nobody reads the cues of a step: any indices will do, and these are at hand.
             reads["text_rows"] = "input_ids"
         if layout.has_lookahead:

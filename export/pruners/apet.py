@@ -1,7 +1,8 @@
 """ApET (arXiv 2602.19870): what a few tokens cannot make up is kept; no attention is read.
 
 Site: vision; merges. Input: image_features [B,N,C], before the projector and without CLS. Option: basis (10),
-the tokens that the others are approximated with. Default K: 64 of 576.
+the tokens that the others are approximated with. Default K: 64 of 576. As a second cut inside the decoder
+(`--then apet`) it takes hidden_states in their place, and does the same.
 
 1. The basis: place 0, then, each time, the token whose nearest basis token is farthest away.
 2. Every token is approximated by the basis, as least squares with a ridge of 1e-5; its error is the length
@@ -16,8 +17,8 @@ are passed on and averaged into others as well, and the `basis` tokens that give
 Departures from the published code: its first basis token is drawn at random. It puts the basis where the
 tokens were that gave way to it, in ascending order of their places; here every token of the basis is at its
 own place. It picks a place again where fewer than `basis` tokens differ, here the lowest free one. A basis
-larger than K is cut to K. The ranking by errors is float64, to 26 binary places of the longest token. The
-decoder half of the paper is not served: a method prunes at one kind of site.
+larger than K is cut to K. The ranking by errors is float64, to 26 binary places of the longest token. Inside
+the decoder kept tokens keep their positions, where the code numbers the sequence anew.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ class ApET(Pruner):
     name = "apet"
     site = "vision"
     needs = ("image_features",)
+    inside = ("hidden_states",)
     options: ClassVar[dict[str, Any]] = {"basis": 10}
     merges = True
     paper = "arXiv 2602.19870"
@@ -53,8 +55,9 @@ class ApET(Pruner):
         self.exact = True  # an engine without float64 (TensorRT) needs False
         self.basis = min(basis, keep)
 
-    def forward(self, image_features: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        """image_features [B,N,C] -> keep_indices [B,K], rows [B,K,C]."""
+    def forward(self, **cues: Tensor) -> tuple[Tensor, Tensor]:
+        """image_features, or hidden_states as a second cut, [B,N,C] -> keep_indices [B,K], rows [B,K,C]."""
+        (image_features,) = cues.values()
         basis = self.spread(image_features.float())
         errors = self.errors(image_features, basis).scatter(1, basis, -1.0)
         order = ops.top_k(errors, self.count)

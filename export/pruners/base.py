@@ -21,10 +21,12 @@ class Pruner(nn.Module):
     needs      names of the cues that `forward` takes by keyword, in order; see below.
     options    option name -> default value; the command line's `--method-option k=v` sets them.
     merges     False: kept rows are what they were. True (vision and projector sites): `forward` also returns
-               the rows, into which others may have been merged.
+               the rows, into which others may have been merged; also as a second cut.
     reads_grid False: `grid` only tells how many tokens there are. True: neighbours in it are neighbours in
                the picture, so the method is refused where the tokens form no grid.
     reads_frames  True: a method for videos alone; `grid` is then (frames, patches of a frame).
+    inside     () or the cues that `forward` takes in place of `needs` where the method is the second cut
+               (`--then`) inside the decoder; a decoder-site method's are its `needs`.
     positions  default of the exporter's option of that name at vision and projector sites: "compact"
                (pruned tokens never existed) or "original" (kept tokens keep their places).
     paper      "arXiv NNNN.NNNNN", or "" for a baseline.
@@ -65,6 +67,7 @@ class Pruner(nn.Module):
     merges: ClassVar[bool] = False
     reads_grid: ClassVar[bool] = False
     reads_frames: ClassVar[bool] = False
+    inside: ClassVar[tuple[str, ...]] = ()
     positions: ClassVar[str] = "compact"
     paper: ClassVar[str] = ""
 

@@ -5,7 +5,8 @@ Sites: before the decoder layers at 1/4, 1/2 and 3/4 of the depth (8, 16 and 24 
 tokens that arrive. Default K: an eighth of the tokens, 72 of 576.
 
 Each site keeps the top of the scores: a half, a quarter, then an eighth of all tokens, as published. For
-another K the counts fall by a constant factor from N to K over the three sites, rounded down.
+another K the counts fall by a constant factor from N to K over the three sites, rounded down. As a second
+cut (`--then pyramiddrop`) it has one site: VScan's decoder half (arXiv 2505.22654), which is this choice.
 
 Departures from the published code: kept tokens keep their original positions, where it numbers the sequence
 anew after each site; scores stay float32 where it rounds them to the model's dtype; equal scores go to the

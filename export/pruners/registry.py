@@ -146,6 +146,8 @@ def _problem(method: type[Pruner]) -> str:
         return "site decoder needs sites(), which says at which layers; or give one site, such as decoder:2"
     if method.merges and kind == "decoder":
         return f"a method at site {site} cannot merge; choose site vision or projector"
+    if not (isinstance(method.inside, tuple) and set(method.inside) <= set(CUES["decoder"])):
+        return f"inside is {method.inside!r}; give a tuple of names from: {', '.join(CUES['decoder'])}"
     if method.positions not in POSITIONS:
         return f"positions is {method.positions!r}; give {' or '.join(POSITIONS)}"
     return _option_problem(method.options)

@@ -16,8 +16,7 @@ Departures from the published code: where the local share does not divide evenly
 places left, and exactly K come out; the code emits fewer. Windows at the right and lower edges are cut short
 where the grid is not a multiple of 6, and give at most what they hold; the code takes 24 × 24 tokens only.
 Means and cosines are float32 whatever the model's dtype, and ties go to the lower place. The decoder half,
-which drops tokens before layer 16, is not served: a method prunes at one kind of site (`pyramiddrop` prunes
-inside the decoder).
+which drops tokens before layer 16 of 32, is `--then pyramiddrop`.
 """
 
 from __future__ import annotations

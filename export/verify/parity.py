@@ -21,7 +21,7 @@ from vtp.export.checkpoint.weights import fill, streamed
 from vtp.export.graphs.attention.operators import emitting
 from vtp.export.onnx.emit import GraphSpec
 from vtp.export.plan.plan import Plan
-from vtp.export.plan.schedule import Schedule
+from vtp.export.plan.schedule import Schedule, keep_of
 from vtp.export.pruners.base import Pruner
 from vtp.export.pruners.site import Site
 from vtp.export.verify.by_layers import STEPS as LAYER_STEPS
@@ -89,7 +89,7 @@ def _check_keeps(
 ) -> dict[str, Any]:
     """What is measured of the report: "graphs", "generation"; by layers also "layers" and "borders"."""
     case = _case(bundle, model)
-    by_keep = {schedule[-1].keep: schedule for schedule in schedules}
+    by_keep = {keep_of(schedule): schedule for schedule in schedules}
     keeps = bundle.manifest.visual.keep
     graphs: dict[str, Any] = {}
     generation: dict[str, Any] = {}
@@ -214,7 +214,8 @@ class Chosen(Pruner):
     """Keeps what a bundle kept, so that generation is compared on equal tokens."""
 
     def __init__(self, pruner: Pruner, keep_indices: Tensor, rows: Tensor | None = None) -> None:
-        """Stand in for `pruner` with indices [1,K] and, where it merges, the rows [1,K,.] it made."""
+        """Stand in for `pruner` with indices [1,K] and, where it merges, the rows [1,K,.] it made (in the
+        decoder the whole sequence [1,S,.] that they are part of)."""
         self.name, self.site, self.needs = pruner.name, pruner.site, pruner.needs  # type: ignore[misc]
         self.merges = pruner.merges  # type: ignore[misc]
         super().__init__(pruner.grid, pruner.keep)
@@ -223,6 +224,9 @@ class Chosen(Pruner):
 
     def forward(self, **_: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         return self.answer
+
+
+_KEPT_ROWS = ("kept_features", "kept_embeds", "kept_hidden_states")  # by kind of site
 
 
 def chosen(
@@ -235,7 +239,7 @@ def chosen(
     stages = [
         stage
         for when in ("image", "prefill")
-        for stage in bundle.manifest.stages_for(when, schedule[-1].keep if schedule else 0)
+        for stage in bundle.manifest.stages_for(when, keep_of(schedule) if schedule else 0)
         if "keep_indices" in stage.outputs
     ]
     answers: list[Pruner] = []
@@ -244,7 +248,7 @@ def chosen(
         arriving = places
     for pruner, stage in zip(schedule, stages, strict=True):
         kept = torch.from_numpy(values[stage.outputs["keep_indices"]].numpy())
-        rows = next((name for name in ("kept_features", "kept_embeds") if name in stage.outputs), None)
+        rows = next((name for name in _KEPT_ROWS if name in stage.outputs), None)
         merged = torch.from_numpy(values[stage.outputs[rows]].numpy()) if pruner.merges and rows else None
         # A bundle counts within the picture, a pruner among the tokens that reach it.
         answers.append(Chosen(pruner, torch.searchsorted(arriving, kept), merged))

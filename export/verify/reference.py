@@ -3,7 +3,8 @@
 Written without the exporter's graphs: plain PyTorch around the model's own modules (a `Reference` knows
 where they are), eager attention, one growing cache, greedy choice. All N visual tokens are projected and
 placed in the prompt as transformers does it; then the prompt is cut down to the kept places, in front of the
-first decoder layer (vision and projector sites) or in front of layer L (decoder:L, or several L in turn).
+first decoder layer (vision and projector sites) or in front of layer L (decoder:L, or several L in turn), or
+both, one after the other.
 Rows that a method merged take the places of the tokens they stand for. Slow, simple, batch 1.
 """
 
@@ -87,20 +88,22 @@ def reference_generate(
     schedule = [pruner] if isinstance(pruner, Pruner) else list(pruner or [])
     site = Site.parse(schedule[0].site) if schedule else None
     in_decoder = site is not None and site.in_decoder
+    inside = schedule if in_decoder else schedule[1:]
     pictures = [pixel_values] if isinstance(pixel_values, Tensor) else list(pixel_values)
-    if in_decoder and len(pictures) > 1:
-        raise VtpError(f"site {site} takes one picture per prompt, not {len(pictures)}")
+    if inside and len(pictures) > 1:
+        raise VtpError(f"site {inside[0].site} takes one picture per prompt, not {len(pictures)}")
     parts = reference(model, image_size, view_grids)
     first = None if in_decoder or not schedule else schedule[0]
     with torch.no_grad(), parts.eager(), _reduced(parts, reduction, first):
-        decoder = _Decoder(parts, input_ids, in_decoder or positions == "original", restore)
+        decoder = _Decoder(parts, input_ids, restore)
         text = decoder.text_cues()
         looks = [_look(parts, pixels, first, text) for pixels in pictures]
         decoder.start(torch.cat([look.embeds for look in looks], dim=1))
         if first is not None:
             size = looks[0].embeds.shape[1]
-            decoder.cut(torch.cat([number * size + look.keep for number, look in enumerate(looks)]))
-        decoder.prefill(schedule if in_decoder else [], looks[0].cues)
+            keep = torch.cat([number * size + look.keep for number, look in enumerate(looks)])
+            decoder.cut(keep, renumber=positions == "compact")
+        decoder.prefill(inside, looks[0].cues)
         tokens, logits = decoder.answer(max_new_tokens, eos_ids)
     return ReferenceAnswer(tokens, decoder.kept, logits, decoder.cache_lengths())
 
@@ -154,11 +157,10 @@ class _Decoder:
 
     hidden: Tensor
 
-    def __init__(self, parts: Reference, input_ids: Tensor, original: bool, restore: bool) -> None:
+    def __init__(self, parts: Reference, input_ids: Tensor, restore: bool) -> None:
         self.parts = parts
         self.text: Any = parts.text
         self.ids = input_ids
-        self.original = original
         image = input_ids[0] == parts.token_id
         self.image = image.nonzero().flatten()
         self.other = (~image).nonzero().flatten()
@@ -183,8 +185,9 @@ class _Decoder:
         self.hidden = prompt.index_copy(1, self.image, image_embeds.to(prompt.dtype))
         self.parts.begin(self.ids, self.hidden)
 
-    def cut(self, keep: Tensor) -> None:
-        """Leave only the visual tokens `keep` [K], numbered among those that are left."""
+    def cut(self, keep: Tensor, renumber: bool = False) -> None:
+        """Leave only the visual tokens `keep` [K], numbered among those that are left; `renumber` as if
+        nothing had been there, else the positions stay."""
         stay, first = torch.cat([self.other, self.image[keep]]).sort().values, int(self.numbers.flatten()[0])
         self.hidden, self.numbers = self.hidden[:, stay], self.numbers[..., stay]
         self.parts.cut(stay)
@@ -193,7 +196,7 @@ class _Decoder:
             torch.searchsorted(stay, self.other),
         )
         self.kept = self.kept[keep]
-        if not self.original:
+        if renumber:
             self.numbers = first + torch.arange(len(stay))
             self.next_number = first + len(stay)
 
@@ -203,9 +206,18 @@ class _Decoder:
         if layers and not 0 < layers[-1] < len(self.text.layers):
             raise VtpError(f"site decoder:{layers[-1]} needs a decoder of more than {layers[-1]} layers")
         for pruner, (first, end) in zip(schedule, pairwise([0, *layers]), strict=True):
-            keep, _ = _select(pruner, {**cues, **self._run_to(first, end, pruner)})
+            keep, rows = _select(pruner, {**cues, **self._run_to(first, end, pruner)})
             self.cut(keep)
+            if rows is not None:
+                self._put(rows)
         self.run(layers[-1] if layers else 0, len(self.text.layers))
+
+    def _put(self, rows: Tensor) -> None:
+        """What a method merged takes the place of the visual tokens that are left: rows [1,K,D], or those of
+        a whole sequence [1,S,D] that a bundle passes on."""
+        rows = rows if rows.shape[1] == len(self.image) else rows[:, self.image]
+        width = self.hidden.shape[-1]  # a bundle's may have deepstack features beside them
+        self.hidden = self.hidden.index_copy(1, self.image, rows[..., :width].to(self.hidden.dtype))
 
     def _run_to(self, first: int, end: int, pruner: Pruner) -> dict[str, Tensor]:
         """Run layers `first` to `end` - 1; the cues of that cut that are read, per token cut to the image."""

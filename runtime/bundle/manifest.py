@@ -29,6 +29,8 @@ from vtp.runtime.bundle.generation_info import GenerationInfo as GenerationInfo
 from vtp.runtime.bundle.generation_info import generation_problem
 from vtp.runtime.bundle.stream_info import STREAM, stream_problem
 from vtp.runtime.bundle.stream_info import StreamInfo as StreamInfo
+from vtp.runtime.bundle.then_info import ThenInfo as ThenInfo
+from vtp.runtime.bundle.then_info import then_problem
 from vtp.runtime.preprocess import ImageSection, ImageSpec, spec_from_json, spec_to_json
 from vtp.runtime.prompt.prompter import TextSpec
 
@@ -103,6 +105,7 @@ class MethodInfo:
 
     restore  whether log(N/K) is added to the attention logits of kept visual tokens
     share    whose budget a keep-count is: "picture", or "tile" (dealt to a picture's tiles by their tokens)
+    then     what is dropped of the kept ones inside the decoder; null: nothing
     """
 
     name: str
@@ -112,6 +115,7 @@ class MethodInfo:
     paper: str
     restore: bool = False
     share: str = PICTURE
+    then: ThenInfo | None = None
 
 
 @dataclass(frozen=True)
@@ -235,6 +239,8 @@ class Manifest:
             del data["method"]["restore"]
         if self.method.share == PICTURE:
             del data["method"]["share"]
+        if self.method.then is None:
+            del data["method"]["then"]
         for graph in data["graphs"].values():
             if not graph["states"]:
                 del graph["states"]
@@ -308,6 +314,7 @@ def _check(manifest: Manifest) -> None:
     for problem in (
         generation_problem(manifest.generation, manifest.model.vocab_size),
         stream_problem(manifest.stream, manifest.stages),
+        then_problem(manifest.method.then, visual.keep),
     ):
         _agree(not problem, problem)
     _check_ids(manifest)

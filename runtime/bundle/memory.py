@@ -75,9 +75,12 @@ def _longest(manifest: Manifest, keep: int) -> dict[str, dict[str, int]]:
     """Graph file -> axes that are shorter at a keep-count, for graphs that run after the last pruner."""
     visual, shorter = manifest.visual, dict[str, dict[str, int]]()
     stages = [stage for when in ("image", "prefill") for stage in manifest.stages_for(when, keep)]
-    cuts = [place for place, stage in enumerate(stages) if stage.role == "pruner"]
-    for stage in stages[cuts[-1] + 1 :] if cuts else []:
-        shorter[stage.file] = {"visual": keep, "sequence": manifest.model.max_length - visual.count + keep}
+    cuts, then = [place for place, stage in enumerate(stages) if stage.role == "pruner"], manifest.method.then
+    left = [keep] if then is None else [keep, then.keep[visual.keep.index(keep)]]  # behind the last cuts
+    for place, tokens in zip(cuts[-len(left) :], left, strict=False):
+        for stage in stages[place + 1 :]:
+            sequence = manifest.model.max_length - visual.count + tokens
+            shorter[stage.file] = {"visual": tokens, "sequence": sequence}
     return shorter
 
 

@@ -288,7 +288,8 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
 def _report(result: Result, kept: str | None) -> str:
     before, after = result.visual_tokens
     rows = [[name, f"{value:.2f}"] for name, value in result.timings.to_dict().items()]
-    lines = ["", table(["stage", "ms"], rows), "", f"visual tokens: {before} → {after}"]
+    then = f" → {result.then['tokens']} before layer {result.then['layer']}" if result.then else ""
+    lines = ["", table(["stage", "ms"], rows), "", f"visual tokens: {before} → {after}{then}"]
     if kept:
         lines.append(f"kept tokens shown in {shown(Path(kept))}")
     return "\n".join(lines)

@@ -56,21 +56,24 @@ class Answer:
         """Whether the form that was asked for leaves nothing more to write."""
         return self._constraint is not None and self._constraint.complete
 
-    def begin(self, kept: np.ndarray | None, position: int) -> None:
+    def begin(self, kept: np.ndarray | None, position: int, later: np.ndarray | None = None) -> None:
         """Note what the prompt's stages gave: the kept tokens [pictures,K], if any were chosen, and where
-        the first new token goes."""
+        the first new token goes; `later` [1,K'] those that a second cut left."""
         if (tower := self.result.timings.tower) is not None:
             self.result.tower = {**(self.result.tower or {}), **tower}
         if kept is not None:
-            self._check_kept(kept)
+            self._check_kept(kept, self.request.keep)
             rows = kept.tolist()
             self.result.kept = rows[0] if len(rows) == 1 else rows
+        if later is not None and self.result.then is not None:
+            self._check_kept(later, self.result.then["tokens"])
+            self.result.then["kept"] = later[0].tolist()
         self.position = position
         self.begun = True
 
-    def _check_kept(self, kept: np.ndarray) -> None:
+    def _check_kept(self, kept: np.ndarray, keep: int) -> None:
         """What the result says of the tokens must be so; a merged token has the index -1."""
-        count, keep = self._visual, self.request.keep
+        count = self._visual
         if kept.shape[-1] != keep or kept.min() < -1 or kept.max() >= count:
             raise VtpError(
                 f"the bundle's graphs kept {kept.shape[-1]} tokens up to number {kept.max()}, and its "
@@ -168,4 +171,10 @@ def _empty(request: Request, manifest: Manifest) -> Result:
         finish_reason=CANCELLED,
         tower=manifest.tower.to_json() if manifest.tower else None,
         restore=manifest.method.restore,
+        then=_then(request, manifest) if pictures else None,
     )
+
+
+def _then(request: Request, manifest: Manifest) -> dict[str, Any] | None:
+    then = manifest.method.then
+    return None if then is None else {**then.to_json(manifest.visual.keep, request.keep), "kept": []}

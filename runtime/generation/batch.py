@@ -12,6 +12,7 @@ import numpy as np
 
 from vtp.engines import UsageError, VtpError
 from vtp.engines.errors import quoted_argument
+from vtp.runtime.bundle.then_info import KEPT
 from vtp.runtime.generation.answer import Answer
 from vtp.runtime.generation.request import Request
 from vtp.runtime.generation.stopping import Interrupted
@@ -88,14 +89,14 @@ def _begin(runner: StageRunner, keep: int, answers: Sequence[Answer]) -> np.ndar
         requests[0].stop_signal.check,
     )
     positions = values["next_position"].numpy()
-    kept = values["keep_indices"].numpy() if "keep_indices" in values else None
+    kept, later = (values[name].numpy() if name in values else None for name in ("keep_indices", KEPT))
     each = len(requests[0].pictures)
     for row, answer in enumerate(answers):
         answer.result.timings.stages.update(timings.stages)
         answer.result.timings.reused_stages = list(timings.reused_stages)
         answer.result.timings.reused_tokens = timings.reused_tokens
-        own = None if kept is None else kept[row * each : (row + 1) * each]
-        answer.begin(own, int(positions[row]))
+        own, left = (None if one is None else one[row * each : (row + 1) * each] for one in (kept, later))
+        answer.begin(own, int(positions[row]), left)
     return values["logits"].numpy()[:, 0]
 
 

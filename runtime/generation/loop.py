@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from vtp.runtime.bundle.then_info import KEPT
 from vtp.runtime.generation.answer import Answer
 from vtp.runtime.generation.stopping import CANCELLED, Interrupted
 from vtp.runtime.stages.runner import StageRunner
@@ -54,6 +55,6 @@ def prefill(runner: StageRunner, answer: Answer) -> np.ndarray:
     values = runner.prefill_rows(
         request.keep, request.pictures.pixels, [request.row], request.timings, request.stop_signal.check
     )
-    kept = values["keep_indices"].numpy() if "keep_indices" in values else None
-    answer.begin(kept, int(values["next_position"].numpy()[0]))
+    kept, later = (values[name].numpy() if name in values else None for name in ("keep_indices", KEPT))
+    answer.begin(kept, int(values["next_position"].numpy()[0]), later)
     return values["logits"].numpy()[0, 0]

@@ -111,10 +111,12 @@ def check_prefix(bundle: Bundle) -> None:
     manifest = bundle.manifest
     files = [file for file, graph in manifest.graphs.items() if graph.kv is not None]
     if sum(manifest.graphs[file].cache_of is None for file in files) > 1:
+        then = manifest.method.then
+        what = f"method {manifest.method.name}" if then is None else f"a bundle with --then {then.name}"
+        cure = "with a method at the vision or projector site" if then is None else "without --then"
         raise UsageError(
-            f"prefix_caching does not support method {manifest.method.name}, which chooses inside the "
-            "decoder from a prompt as a whole; leave it out, or export with a method at the vision or "
-            "projector site"
+            f"prefix_caching does not support {what}, which chooses inside the decoder from a prompt as a "
+            f"whole; leave it out, or export {cure}"
         )
     if any(graph.states for graph in manifest.graphs.values()):
         raise UsageError(

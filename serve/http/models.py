@@ -53,6 +53,7 @@ class Model:
     def card(self) -> dict[str, Any]:
         """Its entry in the list of models: OpenAI's fields, and those that clients of other servers read."""
         manifest = self.manifest
+        then = manifest.method.then
         return {
             "id": self.name,
             "object": "model",
@@ -66,6 +67,11 @@ class Model:
                 "method": manifest.method.name,
                 "site": manifest.method.site,
                 "tower": manifest.tower.to_json() if manifest.tower else None,
+                **(
+                    {"then": {"name": then.name, "layer": then.layer, "keep_tokens": then.keep}}
+                    if then
+                    else {}
+                ),
                 "visual_tokens": manifest.visual.count,
                 "keep_tokens": sorted(manifest.visual.keep),
                 "default_keep_tokens": manifest.visual.default_keep,

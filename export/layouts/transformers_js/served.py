@@ -26,6 +26,7 @@ def check_request(request: Request) -> None:
     if request.frames is not None:
         raise UsageError(f"layout {NAME} is for pictures, not videos: leave out --frames")
     _check_choice(request.choice)
+    _check_then(request.then)
     _check_restore(request.restore)
     keeps = [] if request.keep_tokens is None else parse_keep(request.keep_tokens)
     _check_keeps(keeps)
@@ -58,6 +59,7 @@ def check_manifest(manifest: Manifest, folder: Path) -> None:
     method = manifest.method
     if method.site.startswith("decoder"):
         raise UsageError(_decoder_message(method.name, method.site))
+    _check_then(None if method.then is None else method.then.name)
     if any(stage.when != "image" for stage in manifest.stages_of("pruner")):
         raise UsageError(_text_message(method.name))
     _check_restore(method.restore)
@@ -77,6 +79,14 @@ def _check_restore(restore: bool) -> None:
         raise UsageError(
             f"layout {NAME} has no place for --restore: its library's cache and decoder inputs are fixed; "
             "export without it"
+        )
+
+
+def _check_then(name: str | None) -> None:
+    if name is not None:
+        raise UsageError(
+            f"layout {NAME} runs the decoder as one graph, and --then {name} drops tokens inside it; export "
+            "without it"
         )
 
 

@@ -60,11 +60,13 @@ def _rate(name: str, count: int, ms: float) -> dict[str, Any]:
 def pruning(model: Model, result: Result, notes: list[str]) -> dict[str, Any]:
     """What is said of pruning, of the stages' milliseconds, and of what was done to the request."""
     before, after = result.visual_tokens
+    then = result.then
     return {
         "visual_tokens": {"before": before, "after": after},
         "keep_tokens": len(_first(result.kept)),
         "method": model.manifest.method.name,
         "tower": result.tower,
+        **({} if then is None else {"then": {name: then[name] for name in ("name", "layer", "tokens")}}),
         "stages": {name: round(ms, 3) for name, ms in result.timings.stages.items()},
         "notes": notes,
     }

@@ -107,7 +107,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="MS",
         help="under load, keep as many visual tokens as bring the first one in this time, queue included",
     )
-    add("--min-keep", type=whole, default=1, metavar="K", help="with --slo-ms: never fewer than these")
+    add("--min-keep", type=whole, metavar="K", help="with --slo-ms: never fewer than these (default: 1)")
     add(
         "--shadow",
         metavar="BUNDLE",
@@ -135,6 +135,7 @@ def _run(args: argparse.Namespace) -> None:
     from vtp.serve.http.models import Models
     from vtp.serve.server import Server, listen, run
 
+    _check_slo(args)
     _check_shadow(args)
     _check_ray(args)
     names, settings, options = names_of(args), settings_of(args), _scheduling(args)
@@ -305,6 +306,15 @@ def _slo_ms(args: argparse.Namespace) -> float | None:
     return aim
 
 
+def _check_slo(args: argparse.Namespace) -> None:
+    """UsageError for an aim that cannot be, before a bundle is loaded."""
+    if _slo_ms(args) is None and args.min_keep is not None:
+        raise UsageError("--min-keep belongs to --slo-ms; give both, or neither")
+    args.min_keep = 1 if args.min_keep is None else args.min_keep
+    if args.min_keep < 1:
+        raise UsageError(f"--min-keep {args.min_keep} is not a number of visual tokens; give 1 or more")
+
+
 def _check_ray(args: argparse.Namespace) -> None:
     """UsageError for flags that do not go with --ray, or with its absence."""
     if args.ray is None and args.replicas is not None:
@@ -328,6 +338,8 @@ def _check_shadow(args: argparse.Namespace) -> None:
     log = _shadow_log(args)
     if log.is_dir() or not log.parent.is_dir():
         raise UsageError(f"--shadow-log '{shown(log)}' is not a file in a folder that exists; choose another")
+    if args.shadow_keep and Path(args.shadow_keep).exists() and not Path(args.shadow_keep).is_dir():
+        raise UsageError(f"--shadow-keep '{shown(args.shadow_keep)}' is not a folder; choose another")
 
 
 def _shadow_log(args: argparse.Namespace) -> Path:

@@ -43,6 +43,7 @@ _WAITING = 16  # exchanges that wait for an idle moment; the oldest goes when an
 _TRIES = 5  # an answer that requests interrupted so often is given up
 _POLL = 0.02  # seconds between two looks at whether the server is idle
 _LARGEST_LOG = 64 << 20  # bytes of the file of disagreements
+_LARGEST_PICTURES = 4 << 30  # bytes of the folder of their pictures: one of noise is 100 MB as PNG
 _ANSWERS = "vtp_shadow_answers_total"
 _PARTED = "vtp_shadow_first_difference_tokens"
 _DRIFT = "vtp_shadow_logprob_difference"
@@ -235,6 +236,8 @@ class Shadow:
         if folder is None:
             return None
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if sum(file.stat().st_size for file in folder.iterdir()) >= _LARGEST_PICTURES:
+            return None
         paths = [folder / f"{name}.png" for name in hashes]
         for image, path in zip(images, paths, strict=True):
             if not path.exists():

@@ -7,6 +7,7 @@ were tried with llguidance 1.9. A schema that is taken can still be one that llg
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from decimal import Decimal
 from typing import Any
@@ -15,6 +16,7 @@ from vtp.engines.errors import quoted_argument
 from vtp.runtime.constrained.errors import refused
 from vtp.runtime.constrained.patterns import check_pattern
 from vtp.runtime.constrained.reasons import check_control_characters
+from vtp.runtime.constrained.references import check_references, resolved, schemas
 from vtp.runtime.generation.arguments import is_number, is_whole
 
 __all__ = ["check_schema"]
@@ -22,7 +24,6 @@ __all__ = ["check_schema"]
 _BYTES = 2**16
 _DEPTH = 32
 _NODES = 2**12  # objects, lists and values
-_REFERENCES = 256
 _COMBINATIONS = 256  # alternatives of one value, after allOf and $ref
 _LARGEST_NUMBER = 1e20
 # Keyword -> most that it may say.
@@ -37,7 +38,10 @@ _SIZES = {
 _LISTS = {"enum": 1000, "anyOf": 128, "oneOf": 128, "allOf": 8, "prefixItems": 128}
 _PROPERTIES = 200  # of one object
 _DIVISOR = 10**4  # of multipleOf, without its decimal point: an automaton of that many states
-_DATA = ("enum", "const", "default", "examples")  # whose values are not schemas
+_DIVISORS = 4 * _DIVISOR  # of all together
+_TEXT = 4096  # characters of a constant or a name: an automaton, too, that every step goes over
+_TOGETHER = ("allOf", "anyOf", "oneOf", "$ref")  # hold beside the other keywords of their object
+_NOTES = ("$defs", "definitions", "title", "description", "default", "examples", "$comment", "$id", "$schema")
 _NUMBERS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 
 
@@ -55,12 +59,10 @@ def check_schema(schema: object) -> str:
         raise refused(f"the schema has {size} bytes; give at most {_BYTES}")
     if "x-guidance" in schema:
         raise refused("the schema has x-guidance, which requests must not set; leave it out")
-    references = 0
-    for part in _schemas(schema):
+    for part in schemas(schema):
         _check_part(part)
-        references += "$ref" in part
-    if references > _REFERENCES:
-        raise refused(f"the schema has {references} $ref; give at most {_REFERENCES}")
+    check_references(schema)
+    _check_divisors(list(schemas(schema)))
     check_control_characters(schema)
     _Combinations(schema).check()
     return text
@@ -85,18 +87,6 @@ def _inner(value: object) -> Iterator[Any]:
         yield from value
 
 
-def _schemas(schema: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """Every object within that may be a schema; also maps of them, whose keys are names."""
-    pending: list[Any] = [schema]
-    while pending:
-        part = pending.pop()
-        if isinstance(part, Mapping):
-            yield part
-            pending += [value for key, value in part.items() if key not in _DATA]
-        elif isinstance(part, list | tuple):
-            pending += part
-
-
 def _check_part(part: Mapping[str, Any]) -> None:
     """A keyword counts as one if its value is of its kind: there may be properties of that name."""
     for key, most in _SIZES.items():
@@ -111,7 +101,21 @@ def _check_part(part: Mapping[str, Any]) -> None:
         if isinstance(named := part.get(key), Mapping) and len(named) > _PROPERTIES:
             raise refused(f"an object has {len(named)} {key}; give at most {_PROPERTIES}")
     _check_texts(part)
+    _check_lengths(part)
     _check_numbers(part)
+
+
+def _check_lengths(part: Mapping[str, Any]) -> None:
+    """Of what an answer must have letter by letter."""
+    named = part.get("properties")
+    given = [part.get(key) for key in ("const", "enum", "required")]
+    given.append(list(named) if isinstance(named, Mapping) else None)
+    while given:
+        level, given = given, []
+        for one in level:
+            if isinstance(one, str) and len(one) > _TEXT:
+                raise refused(f"a constant or a name has {len(one)} characters; give at most {_TEXT}")
+            given += [*one, *one.values()] if isinstance(one, Mapping) else _inner(one)
 
 
 def _check_texts(part: Mapping[str, Any]) -> None:
@@ -137,13 +141,39 @@ def _check_numbers(part: Mapping[str, Any]) -> None:
         if is_number(bound := part.get(key)) and abs(bound) >= _LARGEST_NUMBER:
             raise refused(f"{key} {bound:g} is too large; give less than {_LARGEST_NUMBER:g}")
     _check_exclusive(part)
+    if (divisor := _divisor(part)) and (_digits(divisor) > _DIVISOR or divisor > _DIVISOR):
+        raise refused(
+            f"multipleOf {divisor:g} has too many digits; give at most {_DIVISOR}, decimals counted"
+        )
+
+
+def _divisor(part: Mapping[str, Any]) -> float | None:
     divisor = part.get("multipleOf")
-    if is_number(divisor) and divisor > 0:
-        digits = int("".join(map(str, Decimal(str(divisor)).normalize().as_tuple().digits)))
-        if digits > _DIVISOR or divisor > _DIVISOR:
-            raise refused(
-                f"multipleOf {divisor:g} has too many digits; give at most {_DIVISOR}, decimals counted"
-            )
+    return divisor if is_number(divisor) and divisor > 0 else None
+
+
+def _digits(divisor: float) -> int:
+    """Without its decimal point."""
+    _, digits, exponent = Decimal(str(divisor)).normalize().as_tuple()
+    return int("".join(map(str, digits))) * 10 ** max(int(exponent), 0)
+
+
+def _check_divisors(parts: list[Mapping[str, Any]]) -> None:
+    """Those that hold for one number make an automaton of all their products."""
+    digits = [_digits(divisor) for part in parts if (divisor := _divisor(part))]
+    if sum(digits) > _DIVISORS:
+        raise refused(
+            f"all multipleOf together are {sum(digits)}, decimals counted; give at most {_DIVISORS}"
+        )
+    if any(map(_is_together, parts)) and math.lcm(*digits) > _DIVISOR:
+        raise refused("multipleOf is given more than once where parts hold together; give it once")
+
+
+def _is_together(part: Mapping[str, Any]) -> bool:
+    """Whether an object holds a value to more than one schema at a time."""
+    own = [key for key in part if key not in _NOTES]
+    several = isinstance(some := part.get("allOf"), list | tuple) and len(some) > 1
+    return several or (len(own) > 1 and any(key in _TOGETHER for key in own))
 
 
 def _check_exclusive(part: Mapping[str, Any]) -> None:
@@ -170,7 +200,7 @@ class _Combinations:
 
     def check(self) -> None:
         """Raises FormatError."""
-        for part in _schemas(self._root):
+        for part in schemas(self._root):
             self._count(part)
 
     def _count(self, part: object) -> int:
@@ -188,7 +218,7 @@ class _Combinations:
             if some := _entries(part, key):
                 count = self._bounded(count * sum(map(self._count, some)))
         if isinstance(reference := part.get("$ref"), str):
-            count = self._bounded(count * self._count(self._resolved(reference)))
+            count = self._bounded(count * self._count(resolved(self._root, reference)))
         self._known[id(part)] = count
         return count
 
@@ -198,14 +228,6 @@ class _Combinations:
                 f"allOf, anyOf and $ref have more than {_COMBINATIONS} combinations; write the schema flatter"
             )
         return count
-
-    def _resolved(self, reference: str) -> object:
-        """What a JSON pointer leads to; None: nothing."""
-        found: object = self._root
-        for name in reference.removeprefix("#").split("/")[1:]:
-            key = name.replace("~1", "/").replace("~0", "~")
-            found = found.get(key) if isinstance(found, Mapping) else None
-        return found
 
 
 def _entries(part: Mapping[str, Any], key: str) -> list[Any]:

@@ -17,6 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from vtp.calib.data import load_samples
 from vtp.runtime import Pipeline
 from vtp.runtime.scheduler import Scheduler
+from vtp.serve import shadow as shadow_module
 from vtp.serve.cli import main
 from vtp.serve.http.models import Models
 from vtp.serve.shadow import Files, Shadow, first_difference, picture_hash
@@ -99,6 +100,18 @@ def test_disagreements_are_counted_and_written(
         assert sample.answers == (row["answer"],) and row["visual_tokens"] == {"before": 16, "after": 3}
 
 
+def test_pictures_do_not_fill_the_disk(site: Site, files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond a bound only their hashes are written."""
+    monkeypatch.setattr(shadow_module, "_LARGEST_PICTURES", 1)
+    for place, picture in enumerate(PICTURES):
+        site.chat([shown(picture), words(f"what is it ? {place}")], max_tokens=MANY, vtp={"keep_tokens": 3})
+    wait_until(lambda: compared(site, len(PICTURES)))
+    rows = [json.loads(row) for row in files.log.read_text().splitlines()]
+    assert files.pictures is not None and len(rows) > 1
+    assert [row["image"] is None for row in rows] == [False] + [True] * (len(rows) - 1)
+    assert len(list(files.pictures.iterdir())) == 1 and all(len(row["image_sha256"]) == 1 for row in rows)
+
+
 def test_sampled_answers_are_not_compared(site: Site) -> None:
     site.chat([shown(PICTURES[0]), words("what ?")], max_tokens=2, temperature=1.0, seed=3)
     site.chat([shown(PICTURES[0]), words("what ?")], max_tokens=2)
@@ -147,6 +160,7 @@ def test_the_first_difference(one: list[int], other: list[int], place: int | Non
         (["--shadow", "x", "--shadow-rate", "0"], "--shadow-rate 0 is not a share above 0"),
         (["--shadow", "x", "--shadow-rate", "1.5"], "--shadow-rate 1.5 is not a share above 0"),
         (["--shadow-keep", "x"], "--shadow-log and --shadow-keep need --shadow BUNDLE"),
+        (["--shadow", "x", "--shadow-keep", __file__], f"--shadow-keep '{__file__}' is not a folder"),
         (
             ["--shadow", "x", "--shadow-log", "/nowhere/log.jsonl"],
             "--shadow-log '/nowhere/log.jsonl' is not a",

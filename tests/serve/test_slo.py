@@ -119,9 +119,25 @@ def test_a_wait_is_expected_while_no_slot_is_free(busy: Scheduler) -> None:
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--slo-ms", "45"], "--slo-ms needs times measured on ort-cpu; this bundle is not calibrated"),
         (["--slo-ms", "0"], "--slo-ms 0 is not a time above 0"),
         (["--slo-ms", "-1"], "--slo-ms -1 is not a time above 0"),
+        (["--slo-ms", "1e9"], "--slo-ms 1e+09 is not a time above 0, up to 3600000 ms"),
+        (["--slo-ms", "45", "--min-keep", "0"], "--min-keep 0 is not a number of visual tokens"),
+        (["--min-keep", "16"], "--min-keep belongs to --slo-ms"),
+    ],
+)
+def test_flags_that_cannot_be_are_told_before_a_bundle_is_loaded(
+    capsys: pytest.CaptureFixture[str], flags: list[str], said: str
+) -> None:
+    assert main(["nowhere", "--port", "0", *flags]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"vtp-serve: error: {said}") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--slo-ms", "45"], "--slo-ms needs times measured on ort-cpu; this bundle is not calibrated"),
     ],
 )
 def test_an_aim_that_cannot_be_held_is_one_line(

@@ -5,6 +5,10 @@ from __future__ import annotations
 import json
 import random
 import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -34,6 +38,42 @@ def doubling(key: str, count: int) -> dict[str, Any]:
 
 def circle() -> dict[str, Any]:
     return {"$defs": {"a": {"allOf": [{"$ref": "#/$defs/a"}, {"$ref": "#"}]}}, "$ref": "#/$defs/a"}
+
+
+def chain(count: int, depth: int, wrap: Callable[[Any], Any]) -> dict[str, Any]:
+    """Each definition leads to the next one, a few levels within it."""
+    defs: dict[str, Any] = {f"d{count}": {"type": "integer"}}
+    for number in range(count):
+        part: Any = {"$ref": f"#/$defs/d{number + 1}"}
+        for _ in range(depth):
+            part = wrap(part)
+        defs[f"d{number}"] = part
+    return {"$defs": defs, "$ref": "#/$defs/d0"}
+
+
+# Ways in which a part may lie in another; with the levels of JSON that each has.
+WITHIN: dict[str, tuple[Callable[[Any], Any], int]] = {
+    "items": (lambda part: {"type": "array", "items": part, "minItems": 1}, 1),
+    "additionalProperties": (lambda part: {"additionalProperties": part}, 1),
+    "prefixItems": (lambda part: {"prefixItems": [part]}, 2),
+    "properties": (lambda part: {"type": "object", "properties": {"a": part}, "required": ["a"]}, 2),
+    "patternProperties": (lambda part: {"patternProperties": {"a": part}}, 2),
+    "anyOf": (lambda part: {"anyOf": [part, {"type": "null"}]}, 2),
+    "allOf": (lambda part: {"allOf": [part]}, 2),
+    "unknown": (lambda part: part, 0),
+}
+LEVELS = 512
+
+
+def deepest(name: str) -> dict[str, Any]:
+    """As deep as is taken."""
+    wrap, levels = WITHIN[name]
+    each = 4 * levels + 1
+    return chain(min(250, (LEVELS - 34) // each), 4, wrap)
+
+
+def divisors(*numbers: float, key: str = "multipleOf") -> list[dict[str, Any]]:
+    return [{"type": "number", key: number} for number in numbers]
 
 
 itself: dict[str, Any] = {}
@@ -78,24 +118,82 @@ BAD: list[tuple[Any, str]] = [
     (doubling("allOf", 20), "more than 256 combinations"),
     (doubling("anyOf", 20), "more than 256 combinations"),
     ({"allOf": [{"anyOf": [{"const": number} for number in range(20)]}] * 2}, "more than 256 combinations"),
+    *((chain(150, 4, wrap), "$ref lead too deep") for wrap, levels in WITHIN.values() if levels),
+    ({"$ref": "#/nowhere"}, "$ref '#/nowhere' leads nowhere"),
+    ({"$ref": "#named", "$defs": {"a": {"$anchor": "named"}}}, "$ref '#named' leads nowhere"),
+    ({"$ref": "#/default/a", "default": {"a": {"maxItems": 10**9}}}, "$ref '#/default/a' leads nowhere"),
+    ({"$ref": "#/const/0", "const": [{"pattern": "a{99999}"}]}, "$ref '#/const/0' leads nowhere"),
+    ({"$ref": "#/$defs/a", "$defs": {"a": {"$id": "b", "$defs": {}}}}, "$id within a schema that has $ref"),
+    ({"properties": {"default": {"maxItems": 10**6}}}, "maxItems 1000000 is too large"),
+    ({"properties": {"const": {"properties": {"enum": {"pattern": "a{99999}"}}}}}, "repeats more than 10000"),
+    ({"prefixItems": divisors(*range(9000, 9005))}, "all multipleOf together are 45010"),
+    ({"allOf": divisors(997, 991)}, "multipleOf is given more than once where parts hold together"),
+    ({"allOf": divisors(0.997, 9.91)}, "multipleOf is given more than once where parts hold together"),
+    ({"multipleOf": 997, "anyOf": divisors(991, 3)}, "multipleOf is given more than once"),
+    ({"$defs": {"a": {"multipleOf": 997}}, "$ref": "#/$defs/a", "multipleOf": 991}, "multipleOf is given"),
+    ({"allOf": [{"properties": {"a": one}} for one in divisors(997, 991)]}, "multipleOf is given more"),
+    ({"const": "x" * 4097}, "a constant or a name has 4097 characters; give at most 4096"),
+    ({"items": {"enum": [1, {"a": ["x" * 4097]}]}}, "a constant or a name has 4097 characters"),
+    ({"const": {"x" * 4097: 1}}, "a constant or a name has 4097 characters"),
+    ({"properties": {"x" * 4097: {}}}, "a constant or a name has 4097 characters"),
+    ({"required": ["x" * 4097]}, "a constant or a name has 4097 characters"),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("schema", "message"), BAD, ids=[message[:50] for _, message in BAD])
+@pytest.mark.parametrize(("schema", "message"), BAD, ids=[message[:40] for _, message in BAD])
 def test_too_much(schema: Any, message: str) -> None:
     with pytest.raises(UsageError, match=re.escape(message)) as caught:
         check_schema(schema)
     assert str(caught.value).startswith("response_format: ") and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("schema", [*SCHEMAS.values(), doubling("anyOf", 7), circle(), nested(14)])
+# Models of pydantic's that hold each other, more than an API has.
+MODELS: dict[str, Any] = {
+    "$id": "https://example.org/models",
+    "$defs": {
+        f"M{number}": {
+            "type": "object",
+            "properties": {
+                "next": {"anyOf": [{"$ref": f"#/$defs/M{number + 1}"}, {"type": "null"}], "default": None},
+                "price": {"type": "number", "multipleOf": 0.01, "minimum": 0},
+                "all": {"type": "array", "items": {"$ref": "#"}},
+            },
+        }
+        for number in range(60)
+    }
+    | {"M60": {"enum": ["a", "b"]}},
+    "$ref": "#/$defs/M0",
+}
+TAKEN: list[Any] = [
+    MODELS,
+    {"prefixItems": [{"items": {"$ref": "#/prefixItems/1"}}, {"type": "integer"}, True]},
+    {"$defs": {"a b/~": True}, "properties": {"a": {"$ref": "#/%24defs/a%20b~1~0"}}},
+    {"properties": {"a": {"multipleOf": 9000}, "b": {"multipleOf": 9001}}},
+    {"allOf": divisors(60, 40, 0.5), "description": "x" * 5000},
+    {"items": {"id": "a name of a part"}},
+    {"const": "x" * 4096},
+]
+
+
+@pytest.mark.parametrize("schema", [*SCHEMAS.values(), doubling("anyOf", 7), circle(), nested(14), *TAKEN])
 def test_what_people_write(schema: Any) -> None:
     assert json.loads(check_schema(schema)) == schema
 
 
 def test_names_of_properties_are_no_keywords() -> None:
     """A property may be called pattern, $ref or maxItems, and data may look like a schema."""
-    names = ["pattern", "$ref", "maxItems", "multipleOf", "allOf", "items", "enum", "properties"]
+    names = [
+        "pattern",
+        "$ref",
+        "maxItems",
+        "multipleOf",
+        "allOf",
+        "items",
+        "enum",
+        "properties",
+        "default",
+        "id",
+    ]
     schema = {
         "type": "object",
         "properties": {name: {"type": "integer"} for name in names},
@@ -104,6 +202,35 @@ def test_names_of_properties_are_no_keywords() -> None:
         "examples": [{"$ref": "http://example.org"}],
     }
     assert json.loads(check_schema(schema)) == schema
+
+
+COMPILED = """
+import json, sys, threading
+from pathlib import Path
+from tests.runtime.constrained.writing import prompter
+from vtp.engines.errors import UsageError
+from vtp.runtime.constrained.formats import Formats
+threading.stack_size(4 << 20)  # half of what a thread has on Linux
+formats = Formats(prompter("byte_level", Path(sys.argv[1])))
+for schema in json.load(sys.stdin):
+    assert formats.constraint(schema) is not None
+"""
+
+
+def test_the_deepest_that_is_taken_leaves_stack(tmp_path: Path) -> None:
+    """llguidance goes along every $ref on the stack of its thread, and a full one ends the process."""
+    schemas = [deepest(name) for name in WITHIN]
+    for schema in schemas:
+        check_schema(schema)
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILED, str(tmp_path)],
+        input=json.dumps(schemas),
+        cwd=Path(__file__).parents[3],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(

@@ -127,7 +127,7 @@ def _graph_info(spec: GraphSpec, plan: Plan, folder: Path, job: Job) -> GraphInf
         axis for info in [*inputs.values(), *outputs.values()] for axis in info.shape if isinstance(axis, str)
     }
     cache = plan.caches.get(spec.name)
-    least, arriving = _visual_tokens(spec, keep, keep if job.layout.on_features else count)
+    least, arriving = _visual_tokens(spec, job)
     text, kept, prompt = (min(size, max_length) for size in (TYPICAL_TEXT, keep, arriving + TYPICAL_TEXT))
     images = max(1, max_length // count)
     ranges = {
@@ -145,13 +145,14 @@ def _graph_info(spec: GraphSpec, plan: Plan, folder: Path, job: Job) -> GraphInf
     return GraphInfo(inputs, outputs, ranges, cache, plan.states.get(spec.name, []))
 
 
-def _visual_tokens(spec: GraphSpec, keep: int, count: int) -> tuple[int, int]:
+def _visual_tokens(spec: GraphSpec, job: Job) -> tuple[int, int]:
     """How many visual tokens a graph's prompts hold: at least, and usually, before the text is added."""
     if isinstance(spec.module, DecoderPruner):
         return spec.module.pruner.count, spec.module.pruner.count
-    if isinstance(spec.module, DecoderPart) and not spec.module.final:
-        return 1, count  # a single step has one token; later parts see fewer
-    return 1, keep
+    if isinstance(spec.module, DecoderPart) and job.schedules:
+        head = job.keep[-1] if job.layout.on_features else job.count
+        return 1, job.schedules[-1][-1].keep if spec.module.final else head  # later parts of a head see fewer
+    return 1, job.keep[-1]  # a single step has one token
 
 
 def _tensor_info(value: onnx.ValueInfoProto) -> TensorInfo:

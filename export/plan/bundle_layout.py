@@ -13,7 +13,6 @@ from vtp.export.graphs.decoder import TEXT_CUES
 from vtp.export.graphs.restore import COLUMNS
 from vtp.export.plan.names import SECOND, pruner_name, tail
 from vtp.export.plan.schedule import Schedule, cuts_of, keep_of, site_of
-from vtp.export.pruners.base import Pruner
 from vtp.export.pruners.site import Site
 
 
@@ -117,10 +116,6 @@ class BundleLayout:
     def after_part(self, number: int) -> int:
         """Which of a schedule's pruners follows part `number` of the decoder; that many come before."""
         return number + self.on_features
-
-    def pruner_after(self, schedule: Schedule, number: int) -> Pruner:
-        """The pruner of a schedule that follows part `number`."""
-        return schedule[self.after_part(number)]
 
     def tail(self, number: int) -> str:
         """What is added to the pipeline's names around a cut: see `names.tail`. Those of a second cut differ

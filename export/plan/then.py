@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from vtp.engines.errors import UsageError, quoted
+from vtp.export.method_files import is_outside
 from vtp.export.named_options import read_options
 from vtp.export.pruners import NONE, Site, find_method, method_names, resolve_method
 from vtp.export.pruners.base import Pruner
@@ -71,13 +72,17 @@ def parse_then(text: str | None, options: Sequence[str] = ()) -> Then | None:
             raise UsageError(f"{FLAG}-option {quoted(options[0])} is an option of {FLAG}; give {FLAG} METHOD")
         return None
     name, colon, value = text.rpartition(":")
-    if not colon or not value.isdecimal():  # a colon also parts FILE.py from its class
+    if not colon or (is_outside(text) and not value.isdecimal()):  # FILE.py:CLASS has a colon as well
         name, colon = text, ""
     method = resolve_method(name)
     if method is None or not needs_inside(method):
         raise UsageError(
             f"{FLAG} {quoted(name)} cannot prune a second time inside the decoder; choose one of "
             f"{', '.join(served())}"
+        )
+    if twice := Then.OPTIONS.keys() & method.options.keys():
+        raise UsageError(
+            f"{FLAG} {method.name}: its own option {min(twice)} has a name of {FLAG}'s; call it otherwise"
         )
     pairs = [f"layer={value}"] if colon else []
     known = {**Then.OPTIONS, **method.options}

@@ -289,6 +289,7 @@ APET = {"then": "apet:1", "then_options": ["basis=1"]}
     [
         (save_deep_idefics, {"image_size": (56, 56), "then": "pyramiddrop:1"}),
         (save_deep_idefics, {"image_size": (56, 56), **APET}),
+        (save_deep_idefics, {"image_size": (28, 56), "share": "tile", "then": "fastv:2"}),
         (save_qwen_3, {"image_size": (32, 48), "then": "pyramiddrop:1"}),
         (save_qwen_3, {"image_size": (32, 48), **APET}),
         (save_gemma_3, {"then": "fastv:2"}),
@@ -354,6 +355,8 @@ def test_the_methods_that_can_be_second_are_those_that_help_names() -> None:
         ({"then": "sparsevlm"}, "cannot prune a second time"),
         ({"then": "adaptprune:2"}, "cannot prune a second time"),
         ({"then": "none"}, "cannot prune a second time"),
+        ({"then": "fastv:two"}, "--then fastv: layer is 'two'; give a whole number"),
+        ({"then": "fastv:"}, "--then fastv: layer is ''; give a whole number"),
         ({"then": "fastvv"}, "unknown method 'fastvv'; did you mean 'fastv'"),
         ({"then": "fastv:2", "then_options": ["share=0"]}, "share is 0; give a fraction above 0, 1 at most"),
         ({"then": "fastv:2", "then_options": ["share=1.5"]}, "share is 1.5"),

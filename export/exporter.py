@@ -33,8 +33,8 @@ def export(
 ) -> Bundle:
     """Export a bundle and return it opened. `store` takes the weights (see `vtp.bench.shapes.weightless`).
 
-    `note` gets a line about every setting of the model that the bundle does not serve. `settle` sees what
-    was decided before anything is traced: it may change it, or raise.
+    `note` gets a line about every setting of the model that the bundle does not serve, or only if asked.
+    `settle` sees what was decided before anything is traced: it may change it, or raise.
 
     Raises UsageError for a bad request, VtpError when the model cannot be served or a fidelity check fails;
     in every such case the output folder is as it was.
@@ -60,7 +60,7 @@ def _load_model(request: Request, progress: Progress, note: Callable[[str], None
     model = checkpoint.load(
         folder, request.precision, request.image_size, request.image_fit, request.frames, request.reduction
     )
-    for line in model.generation.notes:
+    for line in model.notes:
         note(line)
     return model
 

@@ -18,7 +18,7 @@ from vtp.export.checkpoint.config_limits import check_numbers, check_size
 from vtp.export.checkpoint.generation import Generation, read_generation
 from vtp.export.checkpoint.hub import model_name, resolve
 from vtp.export.checkpoint.model_folder import check_folder, read_json
-from vtp.export.checkpoint.processors import spec_from_processor
+from vtp.export.checkpoint.processors import spec_from_processor, unasked_tiles
 from vtp.export.checkpoint.unsupported import refuse_unsupported
 from vtp.export.checkpoint.weights import Weights, shapes_of
 from vtp.export.families import families, find_family
@@ -48,6 +48,7 @@ class Checkpoint:
     tokenizer_json: str
     max_positions: int
     generation: Generation
+    notes: tuple[str, ...] = ()  # lines for anyone who exports
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -161,6 +162,7 @@ def _load(
         tokenizer_json=tokenizer.backend_tokenizer.to_str(),
         max_positions=int(getattr(family.decoder.model.config, "max_position_embeddings", 2048)),
         generation=generation,
+        notes=(*generation.notes, *([] if image_size else unasked_tiles(asked, image))),
     )
 
 

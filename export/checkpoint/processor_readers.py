@@ -189,9 +189,11 @@ def read_lfm2_vl(values: Settings, asked: Asked) -> FittedSpec:
         if asked.size and naflex.is_cut(size, patch * merge, cut_above, patch):
             return _fitted(naflex.NaflexTilesSpec, values, asked, size, **own, **tiles)
         if math.prod(size) > most:
+            high, wide = naflex.own_size(size, patch * merge, least, most)
             raise UsageError(
-                f"image size {size[1]}x{size[0]} has {math.prod(size)} pixels; this processor shows {least} "
-                f"to {most} in one piece, and cuts more than {cut_above:.0f} into tiles"
+                f"image size {size[1]}x{size[0]} has {math.prod(size)} pixels; this processor shows at most "
+                f"{most} in one piece, and cuts more than {cut_above:.0f} into tiles: give {wide}x{high}, as "
+                "which it shows a picture of that size"
             )
     return _fitted(naflex.NaflexSpec, values, asked, size, **own)
 

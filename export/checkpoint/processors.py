@@ -55,6 +55,19 @@ def names_without_class(config: Mapping[str, Any]) -> set[str]:
     return {*_COMMON, *row.defaults, *row.ignored} if row and row.torchvision else set()
 
 
+def unasked_tiles(config: Mapping[str, Any], spec: ImageSpec) -> list[str]:
+    """A line for anyone who exports without a size, if the processor cuts pictures that `spec` does not."""
+    config = config.get("image_processor") or config
+    processor = _find_processor(config)
+    given = {key: value for key, value in config.items() if value is not None}
+    if not ({**processor.defaults, **given}.get(processor.cuts) and spec.image_size and spec.views == 1):
+        return []
+    return [
+        f"pictures are shown in one piece of {_words(spec.image_size)}; the model's own processor cuts "
+        "larger ones into tiles: --image-size WIDTHxHEIGHT shows pictures of that size as it does"
+    ]
+
+
 def _words(size: Size) -> str:
     return f"{size[1]}x{size[0]}"
 
@@ -63,7 +76,8 @@ class _Processor(NamedTuple):
     """One transformers image processor: how it is read, its class defaults, for keys a file leaves out.
 
     `ignored` are keys of its files that change nothing for one picture; `torchvision`: its class exists with
-    torchvision alone.
+    torchvision alone; `cuts`: the setting with which it cuts large pictures, which a bundle shows in one
+    piece if no size is asked.
     """
 
     read: Callable[[Settings, Asked], ImageSpec]
@@ -71,6 +85,7 @@ class _Processor(NamedTuple):
     pads: bool = False
     ignored: tuple[str, ...] = ()
     torchvision: bool = False
+    cuts: str = ""
 
 
 _CLIP = _Processor(
@@ -213,6 +228,7 @@ _PROCESSORS: dict[str, _Processor] = {
         # Its padding brings views to one number of patches.
         ignored=("max_num_patches", "size", "do_pad", "return_row_col_info"),
         torchvision=True,
+        cuts="do_image_splitting",
     ),
     "MiniCPMV4_6": _Processor(
         readers.read_minicpm,
@@ -226,6 +242,7 @@ _PROCESSORS: dict[str, _Processor] = {
             "max_slice_nums": 9,
             "slice_mode": True,
         },
+        cuts="slice_mode",
     ),
 }
 

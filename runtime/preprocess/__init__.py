@@ -41,9 +41,10 @@ def preprocess(image: Image.Image | Sequence[Image.Image], spec: ImageSpec) -> n
     """Turn an RGB image (see `vtp.runtime.media.images.load_image`) into float32 `pixel_values`.
 
     Their shape is `spec.shape`: [1, 3, H, W]; [tiles, 3, H, W] for kinds that cut tiles; [patches, values]
-    for kind "qwen"; [frames, 3, H, W] of a clip, a list of that many images. Raises `VtpError` for
-    another mode, for a picture so long and thin that it cannot be processed, for one of another layout where
-    the spec's `fit` is "refuse", for a picture in the place of a clip and the other way round.
+    for those that hand patches over; [frames, 3, H, W] of a clip, a list of that many images. Raises
+    `VtpError` for another mode, for a picture so long and thin that it cannot be processed, for one of
+    another layout where the spec's `fit` is "refuse", for a picture in the place of a clip and the other way
+    round.
     """
     if spec.frames is None:
         if isinstance(image, Image.Image):

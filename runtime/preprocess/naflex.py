@@ -72,7 +72,7 @@ class NaflexSpec(OneViewSpec):
         return self.patch_size * self.merge_size
 
     def own_size(self, picture: Size) -> Size:
-        return _own_size(picture, self._factor, self.min_pixels, self.max_pixels)
+        return own_size(picture, self._factor, self.min_pixels, self.max_pixels)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +134,7 @@ class NaflexTilesSpec(UnlikeTilesSpec):
         grid = best_grid(picture, tile, _grids(self.min_tiles, self.max_tiles))
         if grid == (1, 1):
             return None  # one stretched tile, which not every picture fits; vtp does not cut it
-        whole = _own_size(picture, factor, self.min_pixels, self.max_pixels)
+        whole = own_size(picture, factor, self.min_pixels, self.max_pixels)
         return Layout(grid, tile, whole if self.use_thumbnail else None)
 
     def patches(self, image: Image.Image, size: Size, grid: tuple[int, int]) -> np.ndarray:
@@ -189,10 +189,10 @@ def _normalised(pixels: np.ndarray, spec: ImageSpec) -> np.ndarray:
 def default_size(min_pixels: int, max_pixels: int, factor: int) -> Size:
     """The size of a bundle for which none was asked: the largest square that the processor gives."""
     side = math.isqrt(max_pixels) // factor * factor
-    return _own_size((max(side, factor),) * 2, factor, min_pixels, max_pixels)
+    return own_size((max(side, factor),) * 2, factor, min_pixels, max_pixels)
 
 
-def _own_size(picture: Size, factor: int, least: int, most: int) -> Size:
+def own_size(picture: Size, factor: int, least: int, most: int) -> Size:
     """transformers' rule: multiples of `factor` close to the picture's own size, `least` to `most` pixels."""
     height, width = picture
     rows, columns = max(1, round(height / factor)), max(1, round(width / factor))

@@ -2,7 +2,8 @@
 
 Source: transformers' modeling_minicpmv4_6.py and processing_minicpmv4_6.py. Two by two patches become one
 behind a block of the tower, by attention within each four and an MLP; two by two of these become one visual
-token in front of the projector. In the prompt a picture's number stands in front of it.
+token in front of the projector. In the prompt a picture's number stands in front of it; a large picture is
+shown as a whole, then in slices, with marks around each.
 """
 
 from __future__ import annotations
@@ -13,21 +14,24 @@ from typing import Any
 from torch import nn
 
 from vtp.engines import VtpError
-from vtp.export.families.base import Family, marks_of
+from vtp.export.families.base import marks_of
 from vtp.export.families.minicpm.reference import MiniCPMReference
 from vtp.export.families.minicpm.tower import FACTOR, MergerMlp, MergingTower
 from vtp.export.families.qwen_vl.qwen3_5 import LIMITS, delta_states
+from vtp.export.families.tiled.marked import MarkedViews
+from vtp.export.families.tiles import TILED, Tile, unlike_tiles
 from vtp.export.graphs.decoder import Decoder
 from vtp.export.graphs.encoder import Projector
 from vtp.runtime.preprocess import ImageSpec
-from vtp.runtime.preprocess.navit import NavitSpec
+from vtp.runtime.preprocess.navit import NavitSlicesSpec, NavitSpec
 
+_SLICE_MARKS = ("slice_start_token", "slice_end_token")
 _MARKS = ("image_id_start_token", "image_id_end_token", "image_start_token", "image_end_token")
 # Keys of config.json that say how patches are merged -> the only value served.
 _MERGING: dict[str, Any] = {"downsample_mode": "16x", "merge_kernel_size": [2, 2], "merger_times": 1}
 
 
-class MiniCPMV4_6(Family):
+class MiniCPMV4_6(MarkedViews):
     """MiniCPMV4_6ForConditionalGeneration."""
 
     name = "minicpmv4_6"
@@ -35,13 +39,16 @@ class MiniCPMV4_6(Family):
     sites = ("vision", "projector", "decoder")
     decoders = ("qwen3_5_text",)
     limits = (
-        "one image size per bundle, seen in one piece, without slices; one picture per prompt, since its "
-        f"number is among the marks around it; {LIMITS}; no video"
+        "one image size per bundle: by default one that is seen in one piece, in slices where the processor "
+        "cuts a picture of that size; K is for the whole picture, dealt to slices with --share tile; slice "
+        "separators are never pruned; methods that need a grid only in one piece or with --share tile; one "
+        f"picture per prompt, since its number is among the marks around it; {LIMITS}; no video"
     )
     unreduced = "its tower merges patches between two of its blocks"
-    image_kinds = ("navit",)
+    image_kinds = ("navit", "navit_slices")
     reference = MiniCPMReference
     size: tuple[int, int]
+    _slices: tuple[int, int] | None = None  # (rows, columns) of the slices of a picture; None: one piece
 
     @classmethod
     def check(cls, config: dict[str, Any]) -> None:
@@ -59,26 +66,37 @@ class MiniCPMV4_6(Family):
 
     def prepare(self, image: ImageSpec) -> None:
         """Check that the processor cuts patches as the tower takes them."""
-        assert isinstance(image, NavitSpec)  # see image_kinds
+        assert isinstance(image, NavitSpec | NavitSlicesSpec)  # see image_kinds
         if image.patch_size != self._vision.patch_size:
             raise VtpError(
                 f"the image processor's patch_size is {image.patch_size}, the vision tower's "
                 f"{self._vision.patch_size}; fix the image processor's settings"
             )
-        self.size = image.image_size
+        self.size, self._grids = image.fixed_size, image.view_grids
+        if isinstance(image, NavitSlicesSpec):
+            self._slices, self.lacks = image.layout.grid, TILED
 
     def read_marks(self, tokenizer: Any) -> None:
         number, over, start, end = marks_of(tokenizer, _MARKS)
         image = tokenizer.convert_ids_to_tokens(self.image_token_id)
-        block = tokenizer(f"{number}0{over}{start}{image}{end}", add_special_tokens=False)["input_ids"]
-        self._ids = [int(one) for one in block]
-        if self._ids.count(self.image_token_id) != 1:
-            raise VtpError(f"the tokenizer does not know {image}; fix tokenizer_config.json")
+        block = f"{number}0{over}{start}{image}{end}"
+        if self._slices is not None:
+            one, other = marks_of(tokenizer, _SLICE_MARKS)
+            rows, columns = self._slices
+            block += "\n".join([f"{one}{image}{other}" * columns] * rows)
+        self.read_block(tokenizer, block)
 
     @property
     def grid(self) -> tuple[int, int]:
-        rows, columns = self._patch_rows
-        return rows // FACTOR**2, columns // FACTOR**2
+        return self._token_grids[0] if self._slices is None else (1, sum(self.view_tokens))
+
+    @property
+    def view_tokens(self) -> Sequence[int]:
+        return [rows * columns for rows, columns in self._token_grids]
+
+    @property
+    def tiles(self) -> Sequence[Tile]:
+        return unlike_tiles(self._token_grids)
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -86,8 +104,8 @@ class MiniCPMV4_6(Family):
 
     @property
     def patches(self) -> tuple[int, int]:
-        (rows, columns), vision = self._patch_rows, self._vision
-        return rows * columns, vision.num_channels * vision.patch_size**2
+        count, vision = sum(rows * columns for rows, columns in self._grids), self._vision
+        return count, vision.num_channels * vision.patch_size**2
 
     @property
     def feature_width(self) -> int:
@@ -103,15 +121,11 @@ class MiniCPMV4_6(Family):
         return self.model.config.image_token_id
 
     @property
-    def placeholder_ids(self) -> list[int]:
-        return self._ids
-
-    @property
     def tower(self) -> Any:
         return self.model.model.vision_tower
 
     def vision_encoder(self, cues: Sequence[str]) -> nn.Module:
-        return MergingTower(self.tower, self._patch_rows, cues)
+        return MergingTower(self.tower, self._grids, cues)
 
     def projector(self, whole: bool) -> nn.Module:
         del whole  # it has no tokens but its patches
@@ -122,9 +136,10 @@ class MiniCPMV4_6(Family):
         return self.model.config.vision_config
 
     @property
-    def _patch_rows(self) -> tuple[int, int]:
-        """(rows, columns) of patches."""
-        return self.size[0] // self._vision.patch_size, self.size[1] // self._vision.patch_size
+    def _token_grids(self) -> list[tuple[int, int]]:
+        """(rows, columns) of the visual tokens of every view."""
+        edge = FACTOR**2
+        return [(rows // edge, columns // edge) for rows, columns in self._grids]
 
 
 FAMILY = MiniCPMV4_6

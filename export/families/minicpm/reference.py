@@ -1,4 +1,4 @@
-"""Where the reference cuts MiniCPM-V 4.6: packed patches, rows that are merged on the way."""
+"""Where the reference cuts MiniCPM-V 4.6: packed patches of views, rows that are merged on the way."""
 
 from __future__ import annotations
 
@@ -9,16 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtp.export.families.reference import Reference
+from vtp.export.families.tiled.reference import ViewsReference
 from vtp.export.patched import patched
 from vtp.export.tower_cues import SCORES, block_of
 
 
-class MiniCPMReference(Reference):
-    """pixel_values are the patches [P,values] of one picture."""
+class MiniCPMReference(ViewsReference):
+    """image_features [1,N,4·C] are what enters the projector."""
 
-    def vision(self, pixel_values: Tensor, wanted: Collection[str]) -> dict[str, Tensor]:
-        """As `Reference.vision`: image_features [1,N,4·C] are what enters the projector."""
+    def _seen(self, rows: Tensor, wanted: Collection[str]) -> dict[str, Tensor]:
         layers, module = list(self.tower.encoder.layers), sys.modules[type(self.tower).__module__]
         eager, weights = module.eager_attention_forward, dict[Any, Tensor]()
         entering, keys = list[Tensor](), list[Tensor]()
@@ -35,7 +34,7 @@ class MiniCPMReference(Reference):
         ]
         try:
             with patched(module, "eager_attention_forward", watched):
-                self._looked(pixel_values)
+                self._looked(rows)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -55,15 +54,9 @@ class MiniCPMReference(Reference):
         """transformers' own tokens [N,D] of a picture, whose patches it takes side by side in one row."""
         edge = self.model.config.vision_config.patch_size
         packed = pixel_values.view(-1, 3, edge, edge).permute(1, 2, 0, 3).reshape(1, 3, edge, -1)
-        sizes = torch.tensor([self._grid()], dtype=torch.int32)
+        sizes = torch.tensor([grid for _, grid in self._views(pixel_values)], dtype=torch.int32)
         answer = self.model.model.get_image_features(packed.to(self.model.dtype), sizes, return_dict=True)
-        return answer.pooler_output[0]
-
-    def _grid(self) -> tuple[int, int]:
-        """(rows, columns) of patches."""
-        assert self.image_size is not None  # bundles of this family always have one
-        edge = self.model.config.vision_config.patch_size
-        return self.image_size[0] // edge, self.image_size[1] // edge
+        return torch.cat(answer.pooler_output)
 
     def _side_by_side(self, rows: Tensor) -> Tensor:
         """Of every patch [P,.] or merged one [P/4,.] -> of the tokens [N,.], theirs side by side."""

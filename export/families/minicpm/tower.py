@@ -1,5 +1,7 @@
 """MiniCPM-V's vision tower at one image size: patches in, four times four of them in a token's features.
 
+A picture is one view, or the whole and slices one after another, each of which attends to itself alone.
+
 Source: transformers' modeling_minicpmv4_6.py. The blocks' own parts are used as they are; what transformers
 works out from `target_sizes` for every picture (places, windows) is known at export.
 """
@@ -13,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vtp.export.families.tiled.shuffle import pixel_shuffle
+from vtp.export.families.tiled.shuffle import shuffled_views
 from vtp.export.graphs.attention.operators import attending, attention_received
+from vtp.export.graphs.attention.views import apart, in_order, together
 from vtp.export.tower_cues import KEYS, by_block
 
 FACTOR = 2  # patches along an edge that become one, in the tower and again behind it
@@ -30,13 +33,16 @@ class MergingTower(nn.Module):
 
     places: Tensor
 
-    def __init__(self, tower: Any, grid: tuple[int, int], cues: Sequence[str]) -> None:
+    def __init__(self, tower: Any, grids: Sequence[tuple[int, int]], cues: Sequence[str]) -> None:
+        """`grids` are the (rows, columns) of patches of every view."""
         super().__init__()
         self.patch, self.table = tower.embeddings.patch_embedding, tower.embeddings.position_embedding
         self.layers, self.merger, self.norm = tower.encoder.layers, tower.vit_merger, tower.post_layernorm
-        self.insert, self.columns = tower.config.insert_layer_id, grid[1]
+        self.insert, self.grids = tower.config.insert_layer_id, tuple(grids)
+        self.merged = tuple((rows // FACTOR, columns // FACTOR) for rows, columns in grids)
         self.cues, self.reads = tuple(cues), by_block(cues, len(self.layers))
-        places = nearest_places(grid, tower.embeddings.num_patches_per_side)
+        side = tower.embeddings.num_patches_per_side
+        places = torch.cat([nearest_places(grid, side) for grid in grids])
         self.register_buffer("places", places, persistent=False)
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
@@ -52,26 +58,36 @@ class MergingTower(nn.Module):
             hidden = hidden + layer.mlp(layer.layer_norm2(hidden))
             if number == self.insert:
                 hidden = self._merge(hidden)
-        features = pixel_shuffle(self.norm(hidden), FACTOR, self.columns // FACTOR)
+        features = shuffled_views(self.norm(hidden), FACTOR, self.merged)
         return (features, *(cues[name] for name in self.cues))
 
     def _attend(self, number: int, attention: Any, normed: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """What a block's attention adds to hidden [B,R,C], and the cues that are read in it."""
-        query, key, value = _heads(attention, normed)
+        views = self._views(number)
+        parts = list(zip(*(apart(heads, views) for heads in _heads(attention, normed)), strict=True))
         read = {
             cue: attention.k_proj(normed)
             if cue == KEYS
-            else attention_received(query, key, attention.scaling)
+            else in_order([attention_received(*part[:2], attention.scaling) for part in parts], views)
             for cue in self.reads.get(number, ())
         }
-        answer = attending().tower(query, key, value, None, attention.scaling)
-        return attention.out_proj(answer.transpose(1, 2).flatten(2)), read
+        answers = [attending().tower(*part, None, attention.scaling) for part in parts]
+        return attention.out_proj(together(answers, views).transpose(1, 2).flatten(2)), read
+
+    def _grids(self, number: int) -> Sequence[tuple[int, int]]:
+        """(rows, columns) of every view in a block."""
+        return self.merged if 0 <= self.insert < number else self.grids
+
+    def _views(self, number: int) -> Sequence[int]:
+        """Rows of every view in a block; none where there is one view."""
+        grids = self._grids(number)
+        return [rows * columns for rows, columns in grids] if len(grids) > 1 else []
 
     def _merge(self, hidden: Tensor) -> Tensor:
         """[1,P,C] -> [1,P/4,C]: each four attend to one another, and an MLP makes one of them."""
         merger, width = self.merger, hidden.shape[2]
         fours, normed = (
-            pixel_shuffle(rows, FACTOR, self.columns).reshape(-1, FACTOR**2, width)
+            shuffled_views(rows, FACTOR, self.grids).reshape(-1, FACTOR**2, width)
             for rows in (hidden, merger.layer_norm1(hidden))
         )
         query, key, value = _heads(merger.self_attn, normed)
@@ -82,11 +98,11 @@ class MergingTower(nn.Module):
 
     def _tokens(self, rows: Tensor, number: int) -> Tensor:
         """Scores [1,R] or keys [1,R,C] of a block's rows -> of the tokens."""
-        merged = 0 <= self.insert < number
-        columns, factor = (self.columns // FACTOR, FACTOR) if merged else (self.columns, FACTOR**2)
+        grids = self._grids(number)
+        factor = FACTOR if grids is self.merged else FACTOR**2
         if rows.dim() == 2:
-            return pixel_shuffle(rows.unsqueeze(2), factor, columns).mean(dim=2)
-        return pixel_shuffle(rows, factor, columns)
+            return shuffled_views(rows.unsqueeze(2), factor, grids).mean(dim=2)
+        return shuffled_views(rows, factor, grids)
 
 
 class MergerMlp(nn.Module):

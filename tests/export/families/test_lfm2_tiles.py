@@ -194,10 +194,13 @@ def test_the_tower_is_transformers(folders: Callable[[str], Any], size: tuple[in
     assert [len(tile.places) for tile in family.tiles] == runs and "several tiles" in family.lacks["grid"]
 
 
-def test_one_piece_is_one_grid(folders: Callable[[str], Any]) -> None:
+def test_one_piece_is_one_grid_and_the_default_says_so(folders: Callable[[str], Any]) -> None:
     folder, _ = folders("early")
-    family = load(folder, "float32", (32, 48)).family
+    asked_for, tiles, default = (load(folder, "float32", size) for size in [(32, 48), WIDE, None])
+    family = asked_for.family
     assert (family.grid, dict(family.lacks), list(family.tiles)) == ((4, 6), {}, [])
+    assert not [line for model in (asked_for, tiles) for line in model.notes if "tiles" in line]
+    assert [line for line in default.notes if "in one piece of 32x32; the model's own processor cuts" in line]
 
 
 def test_marks_that_the_tokenizer_lacks_are_named(folders: Callable[[str], Any]) -> None:

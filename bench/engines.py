@@ -71,12 +71,12 @@ def measure_engines(
     """Hold every engine against ONNX Runtime on every graph, and time it.
 
     repeats  timed runs of a graph on each engine, in turns, after two to warm up: the median counts
-    tokens   of an answer: a decoder's step counts once for each but the first, all else once
+    tokens   of an answer: a step counts once for each but the first, all else once
     """
     found: dict[str, Measured] = {}
     for case in cases(bundle):
         say(f"measure {case.file}")
-        steps = tokens - 1 if case.file in found else 1
+        steps = tokens - 1 if case.when == "step" else 1
         one = found.setdefault(case.file, Measured(case.file))
         for name, spent in _times(bundle, case, engines, threads, repeats, one.out).items():
             one.ms[name] = one.ms.get(name, 0.0) + steps * spent

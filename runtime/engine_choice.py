@@ -38,8 +38,14 @@ class StageEngines:
         return replace(wanted or Opening(), elsewhere=dict(self.elsewhere))
 
     def by_stage(self, manifest: Manifest) -> dict[str, str]:
-        """Stage name -> engine, in the order of the stages."""
-        return {stage.name: self.elsewhere.get(stage.file, self.choice.engine) for stage in manifest.stages}
+        """Stage name -> engine, in the order of the stages; a graph that runs on another engine than its
+        stage's first one stands there by its file, as `choose_engines` reads it."""
+        found: dict[str, str] = {}
+        for stage in manifest.stages:
+            engine = self.elsewhere.get(stage.file, self.choice.engine)
+            if found.setdefault(stage.name, engine) != engine:
+                found[stage.file] = engine
+        return found
 
     @property
     def label(self) -> str:

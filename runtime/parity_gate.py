@@ -35,9 +35,13 @@ _ORACLE = "ort-cpu"
 
 @dataclass(frozen=True)
 class Case:
-    """One run of one graph: the arrays it was given, what ONNX Runtime gave, and how much cache is valid."""
+    """One run of one graph: the arrays it was given, what ONNX Runtime gave, and how much cache is valid.
+
+    when  the moment of its stage, such as "prefill" or "step"
+    """
 
     file: str
+    when: str
     feeds: dict[str, np.ndarray]
     outputs: dict[str, np.ndarray]
     length: int = 0
@@ -129,8 +133,9 @@ def _walk(bundle: Bundle, keep: int, pixels: np.ndarray, prompt: Prompt) -> Iter
 
     def run(stage: Stage, values: dict[str, Value]) -> Case:
         stage.run(values)
-        engine = engines[stage.info.file]
-        return Case(stage.info.file, engine.feeds, engine.found, stage.cache.length if stage.cache else 0)
+        info, engine = stage.info, engines[stage.info.file]
+        length = stage.cache.length if stage.cache else 0
+        return Case(info.file, info.when, engine.feeds, engine.found, length)
 
     runner = StageRunner(bundle, _ORACLE, None, every_graph(bundle), open_engine=open_engine)
     given = {

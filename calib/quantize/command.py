@@ -193,9 +193,11 @@ def _check_flags(args: argparse.Namespace) -> None:
 def _check_bundle(bundle: Bundle, output: Path, args: argparse.Namespace) -> None:
     manifest = bundle.manifest
     if manifest.quantization:
-        made = [f"{part} {manifest.quantization.get(part)}" for part in ("vision", "decoder")]
+        parts = {part: manifest.quantization.get(part) for part in ("vision", "decoder", "prompt")}
+        made = ", ".join(f"{part} {shown(bits, 40)}" for part, bits in parts.items() if bits is not None)
         raise UsageError(
-            f"{bundle.folder} is quantised already ({', '.join(made)}); give the bundle that it was made from"
+            f"{bundle.folder} is quantised already ({made or 'into what it does not say'}); give the bundle "
+            "that it was made from"
         )
     if manifest.target not in _TARGETS:
         raise UsageError(

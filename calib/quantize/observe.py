@@ -23,7 +23,8 @@ from vtp.calib.data import Sample
 from vtp.calib.quantize.layers import Layer, load_graph
 from vtp.calib.quantize.rounding import Range
 from vtp.calib.workers.local import Job, Local, Workers
-from vtp.engines import open_graph
+from vtp.engines import VtpError, open_graph
+from vtp.engines.errors import shown
 from vtp.runtime.bundle.folder import Bundle
 from vtp.runtime.bundle.manifest import TOKENIZER, StageInfo, TensorInfo
 from vtp.runtime.media.images import load_image
@@ -130,7 +131,8 @@ class Watch(Job[tuple[Path, str], Sights]):
             for tap in taps:
                 value = values.get(f"{file}:{tap.name}")
                 if value is not None:
-                    _note(found.setdefault((file, tap.tensor), Seen()), tap, value.numpy(), self.rows)
+                    seen = _finite(value.numpy(), f"{file} at {shown(tap.tensor)}", image)
+                    _note(found.setdefault((file, tap.tensor), Seen()), tap, seen, self.rows)
         return found
 
 
@@ -169,6 +171,16 @@ def observe(
             found.setdefault(place, Seen()).merge(seen)
     workers.release()  # the probe's files go now
     return found
+
+
+def _finite(values: np.ndarray, place: str, image: Path) -> np.ndarray:
+    """What was seen somewhere of one picture; VtpError where it tells nothing, for arithmetic broke."""
+    if not np.isfinite(values).all():
+        raise VtpError(
+            f"{place} gives values that are NaN or infinite for the picture {shown(image)}, and by such "
+            "nothing can be rounded; leave the picture out, or export the bundle with --dtype float32"
+        )
+    return values
 
 
 def _note(seen: Seen, tap: Tap, values: np.ndarray, rows: int) -> None:

@@ -113,6 +113,21 @@ def sharing_problem(file: str, manifest: Any) -> str:
     return "" if len(others) == 1 else f"several graphs work on the cache of {name}"
 
 
+def unused_cache(manifest: Any, keep: int) -> str:
+    """A cache that prompts of a keep-count fill and steps do not read, or the other way round; "" without."""
+    filled, read = (
+        {manifest.graphs[stage.file].cache_of or stage.file for stage in stages}
+        for stages in (
+            [one for one in manifest.stages_for(when, keep) if manifest.graphs[one.file].kv is not None]
+            for when in ("prefill", "step")
+        )
+    )
+    for file in sorted(filled ^ read):
+        moments = ("prompts fill", "steps do not") if file in filled else ("steps read", "prompts do not")
+        return f"the cache of {file} is one that {' and '.join(moments)}, at {keep} visual tokens"
+    return ""
+
+
 def _unfit_keys(kv: KvInfo, inputs: Mapping[str, Any]) -> Iterator[str]:
     """Names of keys and values whose inputs are not of `kv`, which has the first layer's sizes."""
     first = {name: [kv.heads, kv.head_dim] for name in kv_pairs(kv.layers[:1])}

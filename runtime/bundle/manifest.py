@@ -16,7 +16,14 @@ from typing import Any
 from vtp.engines import VtpError
 from vtp.engines.errors import quoted
 from vtp.engines.strict_json import parse_json
-from vtp.runtime.bundle.caches import LENGTHS, StateTensors, cache_problem, kv_pairs, sharing_problem
+from vtp.runtime.bundle.caches import (
+    LENGTHS,
+    StateTensors,
+    cache_problem,
+    kv_pairs,
+    sharing_problem,
+    unused_cache,
+)
 from vtp.runtime.bundle.caches import KvInfo as KvInfo
 from vtp.runtime.bundle.generation_info import GenerationInfo as GenerationInfo
 from vtp.runtime.bundle.generation_info import generation_problem
@@ -376,6 +383,7 @@ def _check_flow(manifest: Manifest, keep: int) -> None:
             _agree(not lacking, f"stage {stage.name} ({when}) reads {lacking} before any stage gives it")
             known = known | set(stage.outputs.values())
         _agree(wanted <= known, f"the {when} stages do not give {sorted(wanted)}")
+    _agree(not (problem := unused_cache(manifest, keep)), problem)
 
 
 def _agree(fits: bool, problem: str) -> None:

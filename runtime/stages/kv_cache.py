@@ -19,7 +19,8 @@ class KvCache:
     are filled, `length` of the longest. `resize` makes it one of another batch. Layers with a state have that
     in place of a buffer (`States`); such a cache begins anew or goes on, and is never cut back.
 
-    engine  makes the buffers; others  further graphs of the same layers that read and write them
+    engine  makes the buffers; others  further graphs of the same layers that read and write them, on engines
+            that share its memory
     """
 
     feeds: dict[str, Value]
@@ -102,7 +103,15 @@ class KvCache:
         self.feeds = {**buffers, **states.feeds, **own}
         pairs = kv_pairs(self._info.layers)
         self.into = {**{pairs[name]: buffer for name, buffer in buffers.items()}, **states.into}
-        self._bindings = {one: one.hold(self.feeds, self.into) for one in (self._engine, *self._others)}
+        self._bindings = {one: self._hold(one) for one in (self._engine, *self._others)}
+
+    def _hold(self, engine: Engine) -> Held:
+        """One of its engines with the buffers bound, which another engine may have made."""
+        own = {id(value): engine.adopt(value) for value in self.feeds.values()}
+        feeds, into = (
+            {name: own[id(value)] for name, value in bound.items()} for bound in (self.feeds, self.into)
+        )
+        return engine.hold(feeds, into)
 
     def run(self, engine: Engine, feeds: Mapping[str, Value]) -> dict[str, Value]:
         """Run one of its engines on the cache, with what else it reads; `advance` comes first."""

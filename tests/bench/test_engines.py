@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,10 +13,11 @@ import numpy as np
 import pytest
 
 from vtp.bench import cli, engines
+from vtp.calib.quantize.prompts import prompt_file, with_prompt_graphs
 from vtp.engines import Choice
 from vtp.engines.openvino.session import OvBinding
 from vtp.runtime import Pipeline
-from vtp.runtime.bundle.folder import open_bundle
+from vtp.runtime.bundle.folder import describe_files, open_bundle
 from vtp.runtime.engine_choice import StageEngines
 
 pytest.importorskip("openvino", reason="openvino is not installed")
@@ -32,6 +35,28 @@ def test_every_graph_is_measured_on_every_engine(exported: Callable[[str], Any])
         assert one.engine in BOTH
     rows = engines.table_of(found, BOTH)
     assert len(rows) == len(found) and all(len(row) == 4 for row in rows)
+
+
+def test_steps_count_once_for_each_further_token(
+    exported: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the graph that takes them, whether it reads the prompt as well or another one does that."""
+    plain = exported("fastv").folder
+    apart = Path(shutil.copytree(plain, tmp_path / "apart"))
+    manifest = open_bundle(apart).manifest
+    twins = {file: prompt_file(file) for file in ("decoder_head.onnx", "decoder.onnx")}
+    for file, twin in twins.items():
+        shutil.copyfile(apart / file, apart / twin)
+    manifest = dataclasses.replace(with_prompt_graphs(manifest, twins), files=describe_files(apart))
+    (apart / "manifest.json").write_text(manifest.to_json())
+    monkeypatch.setattr(engines, "_times", lambda *_: {"ort-cpu": 1.0})
+    for folder in (plain, apart):
+        found = engines.measure_engines(open_bundle(folder), ["ort-cpu"], 1, repeats=1, tokens=9)
+        ms = {one.file: one.ms["ort-cpu"] for one in found}
+        prompts = 0 if folder == apart else 1
+        assert all(ms[file] == prompts + 8 for file in twins) and ms["embed_tokens.onnx"] == 1 + 8
+        assert all(ms[twin] == 1 for twin in twins.values() if folder == apart)
+        assert ms["vision_encoder.onnx"] == ms["splice.onnx"] == 1
 
 
 def test_what_is_refused_or_differs_is_out(

@@ -221,16 +221,36 @@ def test_many_at_once_answer_as_one_alone(fewer: Callable[..., Path], picture_fi
         assert [ticket.result().token_ids for ticket in tickets] == alone
 
 
+@pytest.mark.parametrize(
+    "engine",
+    [
+        "openvino-cpu",
+        "ort-cpu,decoder=openvino-cpu",
+        "ort-cpu,decoder_prompt.onnx=openvino-cpu",
+        "openvino-cpu,decoder_prompt.onnx=ort-cpu",
+    ],
+)
 def test_openvino_shares_the_cache_as_well(
-    fewer: Callable[..., Path], picture_file: Path, cpu_engine: str
+    fewer: Callable[..., Path], picture_file: Path, engine: str
 ) -> None:
-    """Alone or for the decoder alone: the same tokens as ONNX Runtime's, several steps long."""
-    folder, asked = fewer("vispruner", WITH_PROMPTS), (picture_file, "what color is it ?")
+    """Alone, for the decoder alone, or for one of a cache's two graphs: the tokens of ONNX Runtime, several
+    steps long, of prompts alone and in the slots of a scheduler."""
+    pytest.importorskip("openvino", reason="openvino is not installed")
+    folder = fewer("vispruner", WITH_PROMPTS)
+    questions = ["what color is it ?", "what ?", "is it red ?"]
     found = []
-    for engine in ("ort-cpu", cpu_engine, f"ort-cpu,decoder={cpu_engine}"):
-        with Pipeline.load(folder, engine=engine, threads=1) as pipe:
-            found.append([pipe.generate(*asked, max_new_tokens=8).token_ids for _ in range(2)])
-    assert len(found[0][0]) > 1 and found[0] == found[1] == found[2]
+    for one in ("ort-cpu", engine):
+        with Pipeline.load(folder, engine=one, threads=1) as pipe:
+            alone = [pipe.generate(picture_file, text, max_new_tokens=8).token_ids for text in questions]
+            engines = pipe.engines
+        with Scheduler.load(folder, engine=one, threads=1, slots=2) as scheduler:
+            tickets = [scheduler.submit(picture_file, text, max_new_tokens=8) for text in questions]
+            found.append((alone, [ticket.result().token_ids for ticket in tickets]))
+    assert len(found[0][0][0]) > 1 and found[0] == found[1]
+    first, other = engines["decoder"], engines.get("decoder.onnx", engines["decoder"])
+    assert "openvino-cpu" in (first, other)
+    if "decoder_prompt.onnx=" in engine:
+        assert f"decoder_prompt.onnx={first}" in engine and other == engine.partition(",")[0] != first
 
 
 def test_transformers_js_has_one_decoder_graph(fewer: Callable[..., Path]) -> None:
@@ -342,6 +362,7 @@ def test_one_graph_reads_prompts_on_a_cache(fewer: Callable[..., Path]) -> None:
         ({"cache_of": "lost.onnx"}, "works on the cache of 'lost.onnx', which has none of its own"),
         ({"cache_of": "decoder_prompt.onnx"}, "which has none of its own"),
         ({"cache_of": "splice.onnx"}, "which has none of its own"),
+        ({"cache_of": None}, "the cache of decoder.onnx is one that steps read and prompts do not, at 3"),
         ({"cache_of": 7}, "cache_of should be"),
         ({"axes": {}}, "works on the cache of decoder.onnx and differs from it"),
         (None, "works on the cache of decoder.onnx, but they do not read prompts and take steps"),
@@ -421,3 +442,5 @@ def test_the_command_makes_measures_and_records_it(
     with Pipeline.load(tmp_path / "o", threads=1) as pipe:
         assert pipe.generate(picture_file, "what ?", max_new_tokens=3).token_ids
     assert "decoder_prompt.onnx" in open_bundle(tmp_path / "o").manifest.graphs
+    assert cli.main(["quantize", str(tmp_path / "o"), "--data", str(data)]) == 2
+    assert "quantised already (vision int8, decoder int4, prompt int8); give the" in capsys.readouterr().err

@@ -200,14 +200,30 @@ def test_a_sensitive_layer_is_found_and_left_in_float(exported: Any, data: Path,
     assert not (tmp_path / "probe").exists()
 
 
-def spoil(folder: Path) -> str:
+@pytest.mark.parametrize("part", [["--decoder", "none"], ["--vision", "none"]])
+def test_a_picture_by_which_arithmetic_breaks_is_named(
+    exported: Any, data: Path, tmp_path: Path, capsys: Any, part: list[str]
+) -> None:
+    """As in float16, where an infinite number becomes NaN in what follows; nothing is rounded by such."""
+    folder = Path(shutil.copytree(exported("none").folder, tmp_path / "broken"))
+    spoil(folder, np.inf)
+    (folder / "manifest.json").write_text(open_bundle_anyhow(folder).to_json())
+    assert calib(folder, "--data", data, *part, "--output", tmp_path / "o") == 1
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    place = "decoder.onnx at " if part[0] == "--vision" else "projector.onnx at scaled"
+    assert place in said and "gives values that are NaN or infinite for the picture " in said
+    assert str(data.parent / "0.png") in said and "leave the picture out" in said
+    assert sorted(path.name for path in tmp_path.iterdir()) in (["broken"], ["broken", "broken-calib"])
+
+
+def spoil(folder: Path, factor: float = 3000) -> str:
     """Scale one input of the projector's first layer up, and its weights down; returns the layer's label."""
     model = load_graph(folder / "projector.onnx")
     (layer, _) = find_layers(model, "projector.onnx")
     weights = {item.name: item for item in model.graph.initializer}
     matrix = np.array(np.memmap(folder / layer.place[0], np.float32, "r", int(layer.place[1]), layer.shape))
     factors = np.ones(layer.shape[0], np.float32)
-    factors[0] = 3000
+    factors[0] = factor
     weights[layer.weight].CopyFrom(numpy_helper.from_array(matrix / factors[:, None], layer.weight))
     model.graph.initializer.append(numpy_helper.from_array(factors, "factors"))
     model.graph.node.insert(0, helper.make_node("Mul", [layer.source, "factors"], ["scaled"], "scale"))
@@ -384,6 +400,13 @@ def test_quantised_and_foreign_bundles_are_refused(
 ) -> None:
     assert calib(made, "--data", data, "--output", tmp_path / "o") == 2
     assert "is quantised already (vision int8, decoder int4)" in capsys.readouterr().err
+    strange = Path(shutil.copytree(exported("vispruner").folder, tmp_path / "strange"))
+    record = {"vision": "\x1b[31m\n" * 99, "prompt": ["int8"] * 99}
+    manifest = dataclasses.replace(open_bundle(strange).manifest, quantization=record)
+    (strange / "manifest.json").write_text(manifest.to_json())
+    assert calib(strange, "--data", data, "--output", tmp_path / "o") == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "\x1b" not in said and len(said) < 400 + len(str(strange))
     other = Path(shutil.copytree(exported("vispruner").folder, tmp_path / "other"))
     manifest = dataclasses.replace(open_bundle(other).manifest, target="jetpack6")
     (other / "manifest.json").write_text(manifest.to_json())

@@ -345,7 +345,8 @@ def test_cases_are_what_the_pipeline_runs(bundle: Bundle) -> None:
 
 
 def case_of(**outputs: Any) -> Case:
-    return Case("g.onnx", {}, {name: np.asarray(value) for name, value in outputs.items()}, length=1)
+    found = {name: np.asarray(value) for name, value in outputs.items()}
+    return Case("g.onnx", "prefill", {}, found, length=1)
 
 
 @pytest.mark.parametrize(

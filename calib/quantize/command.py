@@ -32,6 +32,7 @@ from vtp.engines import UsageError, VtpError, choose_engine
 from vtp.engines.disk.whole import whole_file
 from vtp.engines.errors import shown
 from vtp.runtime import Pipeline
+from vtp.runtime.bundle.fewer_bits import bits_of
 from vtp.runtime.bundle.folder import MANIFEST, Bundle, check_output, open_bundle, whole_bundle
 from vtp.runtime.bundle.manifest import Manifest
 from vtp.runtime.commands.arguments import A_BUNDLE, add_overwrite, real, suggest, take_bundle, whole
@@ -193,8 +194,7 @@ def _check_flags(args: argparse.Namespace) -> None:
 def _check_bundle(bundle: Bundle, output: Path, args: argparse.Namespace) -> None:
     manifest = bundle.manifest
     if manifest.quantization:
-        parts = {part: manifest.quantization.get(part) for part in ("vision", "decoder", "prompt")}
-        made = ", ".join(f"{part} {shown(bits, 40)}" for part, bits in parts.items() if bits is not None)
+        made = ", ".join(f"{part} {bits}" for part, bits in bits_of(manifest.quantization).items())
         raise UsageError(
             f"{bundle.folder} is quantised already ({made or 'into what it does not say'}); give the bundle "
             "that it was made from"

@@ -28,6 +28,7 @@ from vtp.engines.errors import shown
 from vtp.runtime.bundle.folder import Bundle
 from vtp.runtime.bundle.manifest import TOKENIZER, StageInfo, TensorInfo
 from vtp.runtime.media.images import load_image
+from vtp.runtime.media.videos import load_video
 from vtp.runtime.preprocess import preprocess
 from vtp.runtime.prompt.prompter import Prompter
 from vtp.runtime.result import Timings
@@ -124,7 +125,9 @@ class Watch(Job[tuple[Path, str], Sights]):
     def _see(self, runner: StageRunner, prompter: Prompter, question: tuple[Path, str]) -> Sights:
         image, text = question
         prompt = prompter.encode(prompter.messages_for(text))
-        pixels = preprocess(load_image(image), self.probe.manifest.image)
+        spec = self.probe.manifest.image
+        looked_at = load_image(image) if spec.frames is None else load_video(image, spec.frames)
+        pixels = preprocess(looked_at, spec)
         values = runner.prefill(self.keep, pixels, prompt.ids, prompt.image_start, Timings())
         found: Sights = {}
         for file, taps in self.taps.items():

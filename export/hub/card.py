@@ -13,6 +13,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from vtp.engines.errors import shown
+from vtp.runtime.bundle.fewer_bits import bits_of
 from vtp.runtime.bundle.manifest import Manifest
 from vtp.runtime.commands.tables import markdown_table
 from vtp.runtime.hub.names import HubName, is_repo
@@ -161,7 +162,11 @@ def _made(manifest: Manifest) -> str:
     versions = ", ".join(f"{_words(name)} {_words(one)}" for name, one in manifest.versions.items())
     extra = []
     if manifest.quantization:
-        extra.append("Its weights were quantised by vtp-calib quantize; manifest.json has every figure. ")
+        made = ", ".join(f"{part} {_words(bits)}" for part, bits in bits_of(manifest.quantization).items())
+        extra.append(
+            f"It was quantised by vtp-calib quantize{f' ({made})' if made else ''}; manifest.json has every "
+            "figure. "
+        )
     if manifest.calibration:
         extra.append(
             "Its default keep-count was chosen by vtp-calib keep; manifest.json has what was measured. "

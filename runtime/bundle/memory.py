@@ -90,7 +90,7 @@ def _stage(
     if graph.kv is not None:
         axes[FILLED] = graph.kv.capacity
         if "sequence" in axes:
-            axes["sequence"] = min(axes["sequence"], graph.kv.capacity)
+            axes["sequence"] = min(axes["sequence"], _longest_run(bundle.manifest, file, graph.kv.capacity))
     found = graph_memory(bundle.path(file), axes)
     widened = able.widens_float16 and bundle.manifest.dtype == "float16"
     return StageMemory(
@@ -100,6 +100,11 @@ def _stage(
         found.activations * (2 if widened else 1) + (found.scores if able.on_cpu else 0),
         found.unknown,
     )
+
+
+def _longest_run(manifest: Manifest, file: str, capacity: int) -> int:
+    """Tokens of a prompt, or the one of a step where another graph reads prompts on a decoder's cache."""
+    return 1 if any(one.cache_of == file for one in manifest.graphs.values()) else capacity
 
 
 def cache_bytes(graph: GraphInfo) -> int:

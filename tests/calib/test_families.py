@@ -29,6 +29,7 @@ from ..models.tiny_lfm2 import save_lfm2
 from ..models.tiny_pixtral import save_mistral3
 from ..models.tiny_qwen import save_qwen
 from ..models.tiny_split import save_idefics3, save_internvl
+from ..models.tiny_video import clip, save_video_llava
 from ..once import Once
 from ..oracles.tensorrt_10_3 import refused
 
@@ -130,6 +131,28 @@ def test_a_family_of_the_default_tests_is_quantised(
     more = {"image_size": test_qwen.SIZES[size], "max_length": 256, "verify": "full", **wishes}
     source = once.bundle(saved(save_qwen, kind, **options)[0], **more)
     quantise(source, "ort", int(wishes["keep_tokens"]), data, tmp_path, capsys)
+
+
+def test_a_bundle_for_videos_is_quantised(
+    once: Once, saved: Callable[..., Any], tmp_path: Path, capsys: Any
+) -> None:
+    """By the frames of videos, which calibrate it as they are asked about."""
+    frames = [Image.fromarray(frame) for frame in clip(5)]
+    frames[0].save(tmp_path / "clip.gif", save_all=True, append_images=frames[1:])
+    lines = [json.dumps({"image": "clip.gif", "prompt": f"what is {word} ?"}) for word in ("it", "he")]
+    (tmp_path / "d.jsonl").write_text("\n".join(lines))
+    wishes = {"max_length": 160, "frames": 3, "verify": "full", "keep_tokens": "6"}  # as test_video_llava's
+    source = once.bundle(saved(save_video_llava)[0], method="vispruner", **wishes)
+    given = ["quantize", source, "--data", tmp_path / "d.jsonl", "--prompt", "int8", "--force"]
+    given += ["--max-new-tokens", 3, "--threads", 1, "--output", tmp_path / "small", "--out", tmp_path / "r"]
+    assert cli.main([str(word) for word in given]) == 0, capsys.readouterr().err
+    manifest = open_bundle(tmp_path / "small", check_hashes=True).manifest
+    assert manifest.graphs["decoder_prompt.onnx"].cache_of == "decoder.onnx"
+    told = manifest.quantization["layers"]
+    assert len(told) > 20 and {one["to"] for one in told.values()} == {"int8", "int4"}
+    with Pipeline.load(tmp_path / "small", "ort-cpu", threads=1) as pipe:
+        said = pipe.generate(tmp_path / "clip.gif", "what ?", max_new_tokens=3)
+    assert said.visual_tokens.after == 6 and said.token_ids
 
 
 def quantise(source: Path, target: str, keep: int, data: Path, tmp_path: Path, capsys: Any) -> None:

@@ -291,6 +291,8 @@ def test_nothing_is_stored_twice_and_a_head_stays_as_it_is(fewer: Callable[..., 
     told = {stage.file: stage for stage in bundle_memory(open_bundle(folder), "ort-cpu").stages}
     assert told["decoder_prompt.onnx"].cache == 0 < told["decoder.onnx"].cache
     assert told["decoder_prompt.onnx"].weights >= codes
+    # One of them reads all of a prompt, the other one token.
+    assert 0 < 50 * told["decoder.onnx"].activations < told["decoder_prompt.onnx"].activations
 
 
 def test_a_loud_layer_keeps_those_that_read_the_same_in_int4() -> None:

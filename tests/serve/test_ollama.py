@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import json
 from datetime import datetime
 from io import BytesIO
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from PIL import Image
 
 from vtp.runtime import Pipeline
-from vtp.serve.http.ollama.answers import Writer
+from vtp.serve.http.ollama.answers import Writer, details
 from vtp.serve.settings import Settings
 
 from ..stand_ins.prompt_gate import Gate
@@ -182,6 +184,24 @@ def test_a_model_says_what_it_can(site: Site, alone: Pipeline) -> None:
     # 128 places, of which 16 visual tokens were to take as many, and 6 of them are kept at most
     assert shown["model_info"][f"{family}.context_length"] == 128 - 16 + 6
     assert shown["details"]["format"] == "onnx"
+
+
+@pytest.mark.parametrize(
+    ("quantization", "level"),
+    [
+        ({}, "F32"),
+        ({"vision": "int8", "decoder": "int4", "prompt": "int8"}, "Q4"),
+        ({"vision": "none", "decoder": "int8"}, "Q8"),
+        ({"vision": "int8", "decoder": "none"}, "F32"),
+        ({"decoder": ["int4"]}, "F32"),
+    ],
+)
+def test_the_bits_of_a_model_are_its_decoder_s(
+    alone: Pipeline, quantization: dict[str, Any], level: str
+) -> None:
+    manifest = dataclasses.replace(alone.manifest, quantization=quantization)
+    model: Any = SimpleNamespace(manifest=manifest)
+    assert details(model)["quantization_level"] == level
 
 
 def test_the_server_is_there(site: Site) -> None:

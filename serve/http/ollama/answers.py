@@ -7,6 +7,7 @@ from datetime import datetime, timedelta, timezone
 from hashlib import sha256
 from typing import Any
 
+from vtp.runtime.bundle.fewer_bits import bits_of
 from vtp.runtime.result import Result
 from vtp.serve.http.models import Model
 from vtp.serve.http.openai.answers import finish_reason, prompt_tokens, pruning, timings
@@ -16,7 +17,7 @@ API_VERSION = "0.6.4"
 LATEST = ":latest"
 _NS = 1e6  # in a millisecond
 _STAYS = timedelta(days=3650)  # models are never unloaded
-_LEVELS = {"float32": "F32", "float16": "F16"}
+_LEVELS = {"float32": "F32", "float16": "F16", "int8": "Q8", "int4": "Q4"}
 
 Message = Callable[[str], dict[str, Any]]
 
@@ -117,13 +118,14 @@ def card(model: Model) -> dict[str, Any]:
 def details(model: Model) -> dict[str, Any]:
     """A model's kind, as lists of models show it."""
     manifest = model.manifest
+    bits = bits_of(manifest.quantization).get("decoder", manifest.dtype)
     return {
         "parent_model": "",
         "format": "onnx",
         "family": manifest.model.family,
         "families": [manifest.model.family],
         "parameter_size": "",
-        "quantization_level": _LEVELS.get(manifest.dtype, manifest.dtype),
+        "quantization_level": _LEVELS.get(bits) or _LEVELS.get(manifest.dtype, manifest.dtype),
     }
 
 

@@ -47,7 +47,10 @@ def test_the_facts(manifest: Manifest) -> None:
     assert f"| all | {total / 1e6:.2f} |" in text
     assert "base_model" not in front(card(manifest, NAME))
     assert front(card(manifest, NAME, "org/base"))["base_model"] == "org/base"
-    assert "Not checked" in card(manifest, NAME)
+    assert "Not checked" in card(manifest, NAME) and "quantised" not in card(manifest, NAME)
+    bits = {"vision": "int8", "decoder": "int4", "prompt": "int8", "layers": {}}
+    fewer = card(dataclasses.replace(manifest, quantization=bits), NAME)
+    assert "quantised by vtp-calib quantize (vision int8, decoder int4, prompt int8); manifest.json" in fewer
 
 
 HOSTILE = (
@@ -72,9 +75,11 @@ def test_words_of_a_stranger_stay_words(manifest: Manifest, words: str) -> None:
         model=dataclasses.replace(manifest.model, name=words, architecture=words),
         method=method,
         versions={words: words},
+        quantization={"vision": words, "decoder": [words], words: words},
         parity={"mode": "full", "generation": {words: {"equal": words, "tokens": [words]}, "x": words}},
     )
-    plain = dataclasses.replace(manifest, parity={"mode": "full", "generation": {"4": {}, "5": {}}})
+    parity = {"mode": "full", "generation": {"4": {}, "5": {}}}
+    plain = dataclasses.replace(manifest, parity=parity, quantization={"vision": "int8"})
     text = card(hostile, NAME)
     assert front(text).keys() == {"library_name", "pipeline_tag", "tags"}
     parse = markdown.MarkdownIt("commonmark").enable("table").parse

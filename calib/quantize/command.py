@@ -193,7 +193,7 @@ def _check_flags(args: argparse.Namespace) -> None:
 
 def _check_bundle(bundle: Bundle, output: Path, args: argparse.Namespace) -> None:
     manifest = bundle.manifest
-    if manifest.quantization:
+    if manifest.quantization or any(graph.cache_of for graph in manifest.graphs.values()):
         made = ", ".join(f"{part} {bits}" for part, bits in bits_of(manifest.quantization).items())
         raise UsageError(
             f"{bundle.folder} is quantised already ({made or 'into what it does not say'}); give the bundle "

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -383,6 +385,17 @@ def test_caches_that_do_not_fit_are_refused(fewer: Callable[..., Path], change: 
         graph[name] = {**graph[name], **value} if value and isinstance(value, dict) else value
     with pytest.raises(VtpError, match=message):
         parse_manifest(json.dumps(data))
+
+
+def test_prompts_have_one_graph_of_their_own(
+    fewer: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A bundle whose record was lost is quantised no second time."""
+    folder = Path(shutil.copytree(fewer("vispruner", WITH_PROMPTS), tmp_path / "small"))
+    manifest = dataclasses.replace(open_bundle(folder).manifest, quantization={})
+    (folder / "manifest.json").write_text(manifest.to_json())
+    assert cli.main(["quantize", str(folder), "--data", str(tmp_path / "none.jsonl")]) == 2
+    assert f"{folder} is quantised already (into what it does not say); give" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

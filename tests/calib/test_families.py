@@ -46,6 +46,7 @@ MODELS: dict[str, tuple[Save, tuple[int, int] | None]] = {
     "qwen3": (lambda path: save_qwen(path, "qwen3_vl", seed=4, layers=4, depth=4), (32, 48)),
     "qwen3.5": (lambda path: save_qwen(path, "qwen3_5", seed=5, layers=4), (32, 48)),
     "lfm2": (save_lfm2, (32, 48)),
+    "lfm2-tiles": (save_lfm2, (44, 88)),
     "internvl": (lambda path: save_internvl(path), (56, 28)),
     "smolvlm": (lambda path: save_idefics3(path, kind="smolvlm", tied=True, seed=7), (56, 28)),
     "gemma3": (lambda path: save_gemma(path, tiny_gemma3(seed=3)), None),

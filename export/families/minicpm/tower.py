@@ -63,15 +63,17 @@ class MergingTower(nn.Module):
 
     def _attend(self, number: int, attention: Any, normed: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """What a block's attention adds to hidden [B,R,C], and the cues that are read in it."""
-        views = self._views(number)
-        parts = list(zip(*(apart(heads, views) for heads in _heads(attention, normed)), strict=True))
-        read = {
-            cue: attention.k_proj(normed)
-            if cue == KEYS
-            else in_order([attention_received(*part[:2], attention.scaling) for part in parts], views)
-            for cue in self.reads.get(number, ())
-        }
-        answers = [attending().tower(*part, None, attention.scaling) for part in parts]
+        views, attend = self._views(number), attending().tower
+        queries, keys, values = (apart(heads, views) for heads in _heads(attention, normed))
+        parts = list(zip(queries, keys, values, strict=True))
+        read: dict[str, Tensor] = {}
+        for cue in self.reads.get(number, ()):
+            if cue == KEYS:
+                read[cue] = attention.k_proj(normed)
+            else:
+                rows = [attention_received(query, key, attention.scaling) for query, key, _ in parts]
+                read[cue] = in_order(rows, views)
+        answers = [attend(query, key, value, None, attention.scaling) for query, key, value in parts]
         return attention.out_proj(together(answers, views).transpose(1, 2).flatten(2)), read
 
     def _grids(self, number: int) -> Sequence[tuple[int, int]]:

@@ -20,6 +20,7 @@ from vtp.runtime import Pipeline
 from vtp.runtime.bundle.folder import open_bundle
 from vtp.runtime.preprocess import preprocess
 from vtp.runtime.prompt.prompter import Prompter
+from vtp.runtime.transformers_api.inputs import read_rows
 
 from ...models.tiny_lfm2 import lfm2_processor, save_lfm2, unpadded
 from ...once import Once
@@ -118,6 +119,8 @@ def test_all_tokens_say_what_transformers_says(bundle: Callable[[str], Made], na
     lengths = iter(runs)
     written = [item for one in prompt.ids for item in [one] * (next(lengths) if one == image else 1)]
     assert written == wanted_ids
+    ((read, _),) = read_rows(opened.manifest, given["input_ids"], {"pixel_values": unpadded(given)})
+    assert (read.ids, read.image_starts) == (prompt.ids, prompt.image_starts)
     tokens, position = follow(made.folder, pixels, prompt.ids, prompt.image_start, logits)
     assert position == len(wanted_ids) and tokens == said
     alone = reference_generate(

@@ -90,6 +90,10 @@ class Idefics3(Family):
         return self._views
 
     @property
+    def apart(self) -> bool:
+        return self._views > 1
+
+    @property
     def grid(self) -> tuple[int, int]:
         side = self._side // self._factor
         return (side, side) if self._views == 1 else (1, self._views * side * side)

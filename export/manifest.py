@@ -19,6 +19,8 @@ from vtp.export.pruners import NONE
 from vtp.export.request import Job
 from vtp.runtime.bundle.folder import describe_files
 from vtp.runtime.bundle.manifest import (
+    TILE_TOKENS,
+    TILES,
     FrameInfo,
     GraphInfo,
     Manifest,
@@ -129,11 +131,13 @@ def _graph_info(spec: GraphSpec, plan: Plan, folder: Path, job: Job) -> GraphInf
     cache = plan.caches.get(spec.name)
     least, arriving = _visual_tokens(spec, job)
     text, kept, prompt = (min(size, max_length) for size in (TYPICAL_TEXT, keep, arriving + TYPICAL_TEXT))
-    images = max(1, max_length // count)
+    images, tiles = max(1, max_length // count), _tiles(spec)
     ranges = {
         "batch": [1, 1, BATCH],
         "images": [1, 1, images],
         "pictures": [1, 1, max(BATCH, images)],
+        TILES: [1, tiles, tiles],
+        TILE_TOKENS: [count // tiles, count, count],
         "text": [1, text, max_length],
         "text_rows": [1, text, max_length],
         "visual": [1, kept, max_length],
@@ -143,6 +147,12 @@ def _graph_info(spec: GraphSpec, plan: Plan, folder: Path, job: Job) -> GraphInf
     }
     ranges = {name: ranges[name] for name in sorted(named)}
     return GraphInfo(inputs, outputs, ranges, cache, plan.states.get(spec.name, []))
+
+
+def _tiles(spec: GraphSpec) -> int:
+    """How many tiles a picture has, if the graph takes any number of them; else 1."""
+    named = [(item.example.shape[axis], name) for item in spec.inputs for axis, name in item.dynamic.items()]
+    return next((size for size, name in named if name == TILES), 1)
 
 
 def _visual_tokens(spec: GraphSpec, job: Job) -> tuple[int, int]:

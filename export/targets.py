@@ -13,9 +13,10 @@ from vtp.export.graphs.attention.masked_query import MASKED_QUERY
 from vtp.export.graphs.attention.operators import GROUPED_QUERY, Attending
 from vtp.export.graphs.attention.states import RECURRENT
 from vtp.export.graphs.decoder import Decoder
-from vtp.export.onnx.emit import OPSET
+from vtp.export.onnx.emit import OPSET, GraphSpec
 from vtp.export.onnx.lower import OPSET as DECOMPOSED_OPSET
 from vtp.export.plan.plan import Plan
+from vtp.runtime.bundle.manifest import TILES
 
 Version = tuple[int, ...]
 OLDEST: Version = (1, 23)  # onnxruntime, as the extra `ort` in pyproject.toml
@@ -67,7 +68,19 @@ class Target:
             fix_capacity(spec, plan.caches[spec.name].capacity) if spec.name in plan.caches else spec
             for spec in plan.graphs
         ]
-        return replace(plan, graphs=graphs)
+        return replace(plan, graphs=list(map(_with_all_tiles, graphs)))
+
+
+def _with_all_tiles(spec: GraphSpec) -> GraphSpec:
+    """A graph that takes a picture's tiles in any number as one that takes all: an engine that is built for
+    one size does better."""
+    if not any(TILES in item.dynamic.values() for item in spec.inputs):
+        return spec
+    inputs = [
+        replace(item, dynamic={axis: name for axis, name in item.dynamic.items() if name != TILES})
+        for item in spec.inputs
+    ]
+    return replace(spec, inputs=inputs, output_axes={})
 
 
 def _some(decoder: Decoder) -> str:

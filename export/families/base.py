@@ -190,6 +190,12 @@ class Family(ABC):
         return 1
 
     @property
+    def apart(self) -> bool:
+        """Whether a picture's tiles may go through the tower in any number: their tokens just follow one
+        another."""
+        return False
+
+    @property
     def patches(self) -> tuple[int, int] | None:
         """Shape of `pixel_values` where a picture comes in as patches [patches, values]; else None."""
         return None

@@ -24,17 +24,19 @@ from vtp.export.plan.names import (
 from vtp.export.plan.schedule import keep_of
 from vtp.export.tower_cues import SCORES
 from vtp.runtime.bundle.caches import kv_pairs
+from vtp.runtime.bundle.manifest import TILES
 
 _B, _I, _T, _R = 2, 2, 5, 4  # prompts, pictures of one, its tokens, its text tokens
 _CAPACITY = 8
 
 
 def pixels(layout: BundleLayout) -> GraphInput:
-    """A batch of pictures; of a picture in several views or in patches, these alone."""
+    """A batch of pictures; of a picture in several views or in patches, these alone; of tiles that go apart,
+    any number."""
     family = layout.family
     if family.patches:
         return GraphInput("pixel_values", zeros(layout, *family.patches))
-    batch: dict[int, str] = {0: BATCH} if family.views == 1 else {}
+    batch: dict[int, str] = {0: BATCH} if family.views == 1 else {0: TILES} if family.apart else {}
     views = _B if family.views == 1 else family.views
     return GraphInput("pixel_values", zeros(layout, views, 3, *family.image_size), batch)
 

@@ -12,7 +12,7 @@ from vtp.export.plan.names import axes, pruner_name, stage
 from vtp.export.plan.schedule import keep_of
 from vtp.export.tower_cues import TOWER_CUES
 from vtp.export.towers.stc import recomputed_names, state_names
-from vtp.runtime.bundle.manifest import StageInfo
+from vtp.runtime.bundle.manifest import TILE_TOKENS, StageInfo
 from vtp.runtime.bundle.stream_info import COSINE, STREAM
 
 LATER = "vision_encoder_later"  # a camera's later picture
@@ -35,7 +35,8 @@ def _vision_encoder(layout: BundleLayout) -> Iterator[GraphSpec | StageInfo]:
     state = state_names(blocks)
     outputs = ["image_features", *cues, *state]
     encoder = family.vision_encoder(cues) if layout.on_features else family.whole_encoder()
-    yield GraphSpec("vision_encoder", encoder, [examples.pixels(layout)], outputs)
+    joined = {name: {1: TILE_TOKENS} for name in outputs} if family.apart else {}
+    yield GraphSpec("vision_encoder", encoder, [examples.pixels(layout)], outputs, joined)
     yield stage("vision_encoder", "image", ["pixel_values"], outputs, role="encoder")
     if state:
         inputs = [examples.pixels(layout), *examples.tower_state(layout, state)]

@@ -43,6 +43,8 @@ ROLES = ("encoder", "projector", "pruner", "embed", "text_cues", "splice", "deco
 PICTURE, TILE = "picture", "tile"
 SHARES = (PICTURE, TILE)  # whose budget a keep-count is
 TOKENIZER = "tokenizer.json"
+# Axes of an encoder that takes any number of one picture's tiles: those, and the tokens of all in a row.
+TILES, TILE_TOKENS = "tiles", "tile_tokens"
 SINGLE = ("batch", "images", "pictures")  # axes that are 1 for one prompt about one picture
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from vtp.engines import Value
 from vtp.runtime.bundle.then_info import KEPT
 from vtp.runtime.generation.answer import Answer
 from vtp.runtime.generation.stopping import CANCELLED, Interrupted
@@ -49,12 +50,14 @@ def generate(runner: StageRunner, answer: Answer) -> Iterator[str]:
         answer.position += 1
 
 
-def prefill(runner: StageRunner, answer: Answer) -> np.ndarray:
-    """Run the image and prompt stages; returns the first logits [V]."""
+def prefill(runner: StageRunner, answer: Answer, encoded: dict[str, Value] | None = None) -> np.ndarray:
+    """Run the image and prompt stages; returns the first logits [V].
+
+    encoded  what `StageRunner.encode` gave for the request's pictures; None: that is done here
+    """
     request = answer.request
-    values = runner.prefill_rows(
-        request.keep, request.pictures.pixels, [request.row], request.timings, request.stop_signal.check
-    )
+    pixels, check = request.pictures.pixels, request.stop_signal.check
+    values = runner.prefill_rows(request.keep, pixels, [request.row], request.timings, check, encoded)
     kept, later = (values[name].numpy() if name in values else None for name in ("keep_indices", KEPT))
     answer.begin(kept, int(values["next_position"].numpy()[0]), later)
     return values["logits"].numpy()[0, 0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Generator
 
 import numpy as np
 
@@ -10,12 +11,14 @@ from vtp.runtime.generation.loop import prefill
 from vtp.runtime.generation.stopping import Interrupted
 from vtp.runtime.scheduling.job import Job
 from vtp.runtime.scheduling.queue import Queue
-from vtp.runtime.stages.runner import StageRunner
 from vtp.runtime.stages.slots import Slots
 
 
 class Rows:
     """Row i of the caches belongs to `jobs[i]`; None: a hole, which the next to join takes or the last row.
+
+    One request at a time joins: its pictures are encoded in pieces, between steps of the others. It has no
+    row before its prompt is read, but one is left for it.
 
     step_keep  the keep-count whose stages serve the steps of all; None: each request's own (one slot)
     """
@@ -23,39 +26,50 @@ class Rows:
     def __init__(self, slots: Slots, queue: Queue, step_keep: int | None) -> None:
         self._slots, self._queue, self._step_keep = slots, queue, step_keep
         self._jobs: list[Job | None] = []
+        self._joining: tuple[Job, Generator[None, None, None]] | None = None
 
     @property
     def empty(self) -> bool:
-        """Whether no request has a row."""
+        """Whether no request has a row, or joins."""
+        return self.stepless and self._joining is None
+
+    @property
+    def stepless(self) -> bool:
+        """Whether no request takes steps."""
         return not self._jobs
 
     @property
-    def full(self) -> bool:
-        """Whether no row is free."""
-        return len(self._jobs) == self._slots.count and None not in self._jobs
+    def may_join(self) -> bool:
+        """Whether a row is free, and no request joins."""
+        return self._joining is None and (len(self._jobs) < self._slots.count or None in self._jobs)
 
     def leave_interrupted(self) -> None:
-        """Free the rows of requests that were cancelled, or whose time is over."""
+        """Free the rows of requests that were cancelled, or whose time is over, and of one that joins."""
         for job in filter(None, list(self._jobs)):
             if reason := job.stop_reason:
                 job.interrupt(reason)
         self._leave()
+        if self._joining is not None and (reason := self._joining[0].stop_reason):
+            self._joining[0].interrupt(reason)
+            self._end_joining()
 
-    def join(self, job: Job) -> None:
-        """Read a request's pictures and prompt into a free row, and write its first token."""
-        place = self._jobs.index(None) if None in self._jobs else len(self._jobs)
+    def begin(self, job: Job) -> None:
+        """Let a request join: `join` then does the work."""
+        self._joining = job, self._joined(job)
+
+    def join(self) -> None:
+        """One piece of the work of the request that joins, if one does."""
+        if self._joining is None:
+            return
+        job, pieces = self._joining
         try:
-            _begin(job, self._slots.row(place))
+            if next(pieces, pieces) is None:  # there is more to do
+                return
         except Interrupted as error:
             job.interrupt(error.reason)
         except Exception as error:  # whatever it is, it is this request's alone
             job.fail(error)
-        if job.over:
-            self._queue.end(job)
-        elif place < len(self._jobs):
-            self._jobs[place] = job
-        else:
-            self._jobs.append(job)
+        self._end_joining()
 
     def compact(self) -> None:
         """Fill holes with the last rows, so that steps compute no row in vain."""
@@ -88,6 +102,35 @@ class Rows:
         self._leave()
         self._jobs.clear()
 
+    def _joined(self, job: Job) -> Generator[None, None, None]:
+        """Encode a request's pictures, read its prompt into a free row, and write its first token.
+
+        Raises Interrupted if there is no time left for it.
+        """
+        request = job.answer.request
+        pictures, check = request.pictures, request.stop_signal.check
+        check()
+        job.load()
+        check()
+        encoded = yield from self._slots.encode(request.keep, pictures.pixels, request.timings, check)
+        place = self._jobs.index(None) if None in self._jobs else len(self._jobs)
+        runner = self._slots.row(place)
+        logits = prefill(runner, job.answer, encoded)
+        pictures.release()
+        check()
+        job.take(logits, runner.room())
+        if not job.over:
+            self._jobs[place : place + 1] = [job]
+
+    def _end_joining(self) -> None:
+        """The request that joined has its row, or is over."""
+        assert self._joining is not None
+        job, pieces = self._joining
+        self._joining = None
+        pieces.close()
+        if job.over:
+            self._queue.end(job)
+
     def _leave(self) -> None:
         """Turn the rows of requests that are over into holes."""
         for place, job in enumerate(self._jobs):
@@ -96,18 +139,6 @@ class Rows:
                 self._queue.end(job)
         while self._jobs and self._jobs[-1] is None:
             self._jobs.pop()
-
-
-def _begin(job: Job, runner: StageRunner) -> None:
-    """Everything up to the first token; raises Interrupted if there is no time left for it."""
-    request = job.answer.request
-    request.stop_signal.check()
-    job.load()
-    request.stop_signal.check()
-    logits = prefill(runner, job.answer)
-    request.pictures.release()
-    request.stop_signal.check()
-    job.take(logits, runner.room())
 
 
 def _take(job: Job, logits: np.ndarray, room: int) -> None:

@@ -34,13 +34,15 @@ class Worker:
                     self._rows.fail(error)
 
     def _turn(self) -> None:
-        """At most one request joins, then all take a step: none waits for more than one prompt of another."""
+        """One piece of a request that joins, then a step of all: none waits for more than one run of an
+        encoder, or one prompt, of another."""
         rows, queue = self._rows, self._queue
         queue.withdraw_late()
         rows.leave_interrupted()
-        if not rows.full and (job := queue.next(only_loaded=not rows.empty)) is not None:
-            rows.join(job)
-            rows.leave_interrupted()  # who was cancelled meanwhile
+        if rows.may_join and (job := queue.next(only_loaded=not rows.stepless)) is not None:
+            rows.begin(job)
+        rows.join()
+        rows.leave_interrupted()  # who was cancelled meanwhile
         rows.compact()
-        if not rows.empty:
+        if not rows.stepless:
             rows.step()

@@ -10,11 +10,11 @@ import numpy as np
 from vtp.engines import Binding, UsageError, Value, capabilities
 from vtp.runtime.bundle.stream_info import PICTURE
 from vtp.runtime.opening import Opening
-from vtp.runtime.result import Timings
 from vtp.runtime.stages.boundary import EMBEDS, FEATURES, find_boundary
 from vtp.runtime.stages.opened import OpenedStages
+from vtp.runtime.stages.pieces import Pace, Pieces, run_in_pieces
 from vtp.runtime.stages.reference_picture import ReferencePicture
-from vtp.runtime.stages.stage import Check, Stage, run_stages
+from vtp.runtime.stages.stage import Stage
 from vtp.runtime.stages.vision_feature_cache import (
     Features,
     Put,
@@ -52,18 +52,17 @@ class PlainImages:
         self._opened = opened
         self.reference: ReferencePicture | None = None
 
-    def run(
-        self, keep: int, pictures: Sequence[np.ndarray], prompts: int, timings: Timings, check: Check
-    ) -> dict[str, Value]:
+    def pieces(
+        self, keep: int, pictures: Sequence[np.ndarray], prompts: int, pace: Pace
+    ) -> Pieces[dict[str, Value]]:
         """What the image stages give for the pictures, by the pipeline's names, one after the other.
 
         pictures  pixel_values of one picture each
         prompts   how many prompts they belong to, of which each has equally many
-        check     is called before each stage, and may raise to end the run there
         """
-        most = self._opened.pictures_together
+        most = self._together(prompts)
         groups = [list(range(first, len(pictures)))[:most] for first in range(0, len(pictures), most)]
-        return self._run_groups(keep, pictures, groups, timings, check)
+        return (yield from self._run_groups(keep, pictures, groups, pace))
 
     def forget(self) -> None:
         """Let the next picture be the first of a stream."""
@@ -73,27 +72,28 @@ class PlainImages:
     def close(self) -> None:
         """Let go of what is kept from run to run."""
 
+    def _together(self, prompts: int) -> int:
+        """Most pictures in one run. With a reference several have to be told from a camera's single one."""
+        apart = prompts == 1 and self._opened.in_pieces and self.reference is None
+        return 1 if apart else self._opened.pictures_together
+
     def _run_groups(
-        self,
-        keep: int,
-        pictures: Sequence[np.ndarray],
-        groups: Sequence[list[int]],
-        timings: Timings,
-        check: Check,
-    ) -> dict[str, Value]:
+        self, keep: int, pictures: Sequence[np.ndarray], groups: Sequence[list[int]], pace: Pace
+    ) -> Pieces[dict[str, Value]]:
         """Run groups of pictures one after the other; what they give, in the pictures' order."""
         runs = []
         for places in groups:
             pixels = self._stacked([pictures[place] for place in places])
-            check()
-            runs.append((places, self._run_one_group(keep, pixels, places, timings, check)))
+            pace.check()
+            runs.append((places, (yield from self._run_one_group(keep, pixels, places, pace))))
         return runs[0][1] if len(runs) == 1 else _in_order(runs, self._opened.put)
 
     def _run_one_group(
-        self, keep: int, pixels: np.ndarray, places: Sequence[int], timings: Timings, check: Check
-    ) -> dict[str, Value]:
+        self, keep: int, pixels: np.ndarray, places: Sequence[int], pace: Pace
+    ) -> Pieces[dict[str, Value]]:
         values = self._given(pixels)
-        run_stages(self._opened.stages("image", keep), values, timings, check=check)
+        for stage in self._opened.stages("image", keep):
+            yield from run_in_pieces(stage, values, pace, self._opened.in_pieces)
         return values
 
     def _given(self, pixels: np.ndarray) -> dict[str, Value]:
@@ -117,13 +117,18 @@ class EncodedImages(PlainImages):
     A picture is then a dict of its tensors by the pipeline's names, as `vtp.runtime.media.given` checks them.
     """
 
+    def _together(self, prompts: int) -> int:
+        del prompts  # no encoder runs
+        return self._opened.pictures_together
+
     def _run_one_group(
-        self, keep: int, pixels: Any, places: Sequence[int], timings: Timings, check: Check
-    ) -> dict[str, Value]:
+        self, keep: int, pixels: Any, places: Sequence[int], pace: Pace
+    ) -> Pieces[dict[str, Value]]:
         values = {name: self._opened.put(array) for name, array in pixels.items()}
         stages = self._opened.stages("image", keep)
         entered = find_boundary(self._opened.manifest, keep, EMBEDS if EMBEDS in values else FEATURES)
-        run_stages(stages[entered.after :], values, timings, check=check)
+        for stage in stages[entered.after :]:
+            yield from run_in_pieces(stage, values, pace, by_tiles=False)
         return values
 
     def _stacked(self, pictures: Sequence[Any]) -> Any:
@@ -140,11 +145,13 @@ class DelegatedImages(PlainImages):
         self._image = image
 
     def _run_one_group(
-        self, keep: int, pixels: np.ndarray, places: Sequence[int], timings: Timings, check: Check
-    ) -> dict[str, Value]:
+        self, keep: int, pixels: np.ndarray, places: Sequence[int], pace: Pace
+    ) -> Pieces[dict[str, Value]]:
         put = self._opened.put
-        with timings.measure("image"):
+        yield from pace.pause()
+        with pace.timings.measure("image"):
             given = self._image(keep, pixels)
+        pace.worked = True
         return {"pixel_values": put(pixels), **{name: put(array) for name, array in given.items()}}
 
 
@@ -156,11 +163,11 @@ class CachedImages(PlainImages):
         self._cache = cache
         self._known: list[Features] = []  # an entry for each picture of this run
 
-    def run(
-        self, keep: int, pictures: Sequence[np.ndarray], prompts: int, timings: Timings, check: Check
-    ) -> dict[str, Value]:
-        """See `PlainImages.run`; only pictures of which the same stages are known go through together."""
-        each, most = len(pictures) // prompts, self._opened.pictures_together
+    def pieces(
+        self, keep: int, pictures: Sequence[np.ndarray], prompts: int, pace: Pace
+    ) -> Pieces[dict[str, Value]]:
+        """See `PlainImages.pieces`; only pictures of which the same stages are known go through together."""
+        each, most = len(pictures) // prompts, self._together(prompts)
         rows = [pictures[row * each : (row + 1) * each] for row in range(prompts)]
         self._known = [entry for row in rows for entry in self._cache.find(row)]
         alike: dict[frozenset[StageKey], list[int]] = {}
@@ -169,25 +176,26 @@ class CachedImages(PlainImages):
         groups = [
             places[first : first + most] for places in alike.values() for first in range(0, len(places), most)
         ]
-        return self._run_groups(keep, pictures, groups, timings, check)
+        return (yield from self._run_groups(keep, pictures, groups, pace))
 
     def _run_one_group(
-        self, keep: int, pixels: np.ndarray, places: Sequence[int], timings: Timings, check: Check
-    ) -> dict[str, Value]:
+        self, keep: int, pixels: np.ndarray, places: Sequence[int], pace: Pace
+    ) -> Pieces[dict[str, Value]]:
         put, entries = self._opened.put, [self._known[place] for place in places]
         values = self._given(pixels)
         owner = None  # from a stage of one keep-count on, everything belongs to that keep-count
         for stage in self._opened.stages("image", keep):
-            check()
+            pace.check()
             owner = owner or stage.info.keep
-            name, key = stage.info.name, (stage.info.file, owner)
+            name, key, timings = stage.info.name, (stage.info.file, owner), pace.timings
             with timings.measure(name):
                 known = recall(entries, key, put)
-                if known is not None:
-                    values.update(known)
-                    timings.reused_stages += [name] if name not in timings.reused_stages else []
-                    continue
-                stage.run(values)
+            if known is not None:
+                values.update(known)
+                timings.reused_stages += [name] if name not in timings.reused_stages else []
+                continue
+            yield from run_in_pieces(stage, values, pace, self._opened.in_pieces)
+            with timings.measure(name):
                 store(entries, key, {to: values[to] for to in stage.info.outputs.values()}, put)
         return values
 
@@ -203,18 +211,18 @@ class ReplayedImages(PlainImages):
         self.pixels: dict[tuple[int, ...], Value] = {}  # by their shape
         self.bindings: dict[tuple[str, tuple[int, ...]], Binding | None] = {}  # by graph and inputs
 
-    def run(
-        self, keep: int, pictures: Sequence[np.ndarray], prompts: int, timings: Timings, check: Check
-    ) -> dict[str, Value]:
-        """See `PlainImages.run`; more pictures than go through together run plainly."""
+    def pieces(
+        self, keep: int, pictures: Sequence[np.ndarray], prompts: int, pace: Pace
+    ) -> Pieces[dict[str, Value]]:
+        """See `PlainImages.pieces`; more pictures than go through together run plainly."""
         if len(pictures) > self._opened.pictures_together:
-            return super().run(keep, pictures, prompts, timings, check)
-        check()
+            return (yield from super().pieces(keep, pictures, prompts, pace))
+        pace.check()
         values = {"pixel_values": self._placed(self._stacked(pictures))}
         staying = True
         for stage in self._opened.stages("image", keep):
-            check()
-            with timings.measure(stage.info.name):
+            pace.check()
+            with pace.timings.measure(stage.info.name):
                 binding = self._bound(stage, values) if staying else None
                 if binding is None:
                     staying = False  # nor do the inputs of those that follow

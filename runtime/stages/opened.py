@@ -11,7 +11,7 @@ import numpy as np
 from vtp.engines import Engine, Value, VtpError, capabilities
 from vtp.engines.errors import quoted
 from vtp.runtime.bundle.folder import Bundle
-from vtp.runtime.bundle.manifest import Manifest, StageInfo, TensorInfo
+from vtp.runtime.bundle.manifest import TILES, Manifest, StageInfo, TensorInfo
 from vtp.runtime.bundle.stream_info import STREAM, compares, stream_state
 from vtp.runtime.stages.kv_cache import KvCache
 from vtp.runtime.stages.prefix_cache import Prefix
@@ -104,6 +104,12 @@ class OpenedStages:
         )
 
     @property
+    def in_pieces(self) -> bool:
+        """Whether the pictures of one prompt go through the image stages one by one, tile by tile: where a
+        run of several is no faster than several runs."""
+        return capabilities(self._engine).on_cpu
+
+    @property
     def rows_together(self) -> int:
         """Most prompts that go through the prompt stages in one run."""
         stages = [stage for stage in self.manifest.stages if stage.when == "prefill"]
@@ -127,7 +133,7 @@ class OpenedStages:
         graph = self.manifest.graphs[stage.file]
         axes = [graph.inputs[name].shape[0] for name in names]
         most = capabilities(self._engine).largest_batch
-        if not all(isinstance(axis, str) for axis in axes):
+        if not all(isinstance(axis, str) for axis in axes) or TILES in axes:
             return 1
         if unknown := next((str(axis) for axis in axes if axis not in graph.axes), None):
             raise VtpError(

@@ -17,6 +17,7 @@ from vtp.runtime.result import Timings
 from vtp.runtime.stages.image_stages import EncodedImages, choose_image_stages
 from vtp.runtime.stages.kv_cache import KvCache
 from vtp.runtime.stages.opened import OpenedStages
+from vtp.runtime.stages.pieces import Pace, Pieces, whole
 from vtp.runtime.stages.prefix_cache import Prefix
 from vtp.runtime.stages.reference_picture import ReferencePicture
 from vtp.runtime.stages.stage import Check, Stage, never_interrupt, run_stages, single_step_shape
@@ -169,6 +170,7 @@ class StageRunner:
         rows: Sequence[Row],
         timings: Timings,
         check: Check = never_interrupt,
+        encoded: dict[str, Value] | None = None,
     ) -> dict[str, Value]:
         """Start new conversations: image stages on every picture, then prompt stages on all rows together.
 
@@ -176,6 +178,7 @@ class StageRunner:
                   every row has the same number of them, which may be 0. Or a dict each of what earlier
                   stages would give (see `EncodedImages`)
         check     is called before each stage, and may raise to end the run there
+        encoded   what `encode` gave for these pictures; None: they go through the image stages here
 
         Rows of unequal length are padded on the right. Returns every tensor that flowed, by the pipeline's
         names: logits [B,1,V] and next_position [B] among them.
@@ -185,8 +188,7 @@ class StageRunner:
         lengths = np.array([len(row.ids) for row in rows], np.int32)
         padding = lengths.max() - lengths
         ids = [[*row.ids, *[_PADDING] * int(short)] for row, short in zip(rows, padding, strict=True)]
-        images = self._encoded if any(isinstance(one, dict) for one in pictures) else self.images
-        values = images.run(keep, pictures, len(rows), timings, check) if pictures else {}
+        values = whole(self.encode(keep, pictures, len(rows), timings, check)) if encoded is None else encoded
         values["input_ids"] = put(np.array(ids, np.int64))
         values["text_length"] = put(lengths.astype(np.int64))
         if pictures:
@@ -197,6 +199,24 @@ class StageRunner:
         timings.reused_tokens = self._prefix.reused if self._prefix else 0
         if padding.any():  # graphs count it
             values["next_position"] = put(values["next_position"].numpy() - padding)
+        return values
+
+    def encode(
+        self,
+        keep: int,
+        pictures: Sequence[Any],
+        prompts: int,
+        timings: Timings,
+        check: Check = never_interrupt,
+    ) -> Pieces[dict[str, Value]]:
+        """The image stages of `prefill_rows` alone, in pieces: others may take steps between them, and after
+        the last one; no other pictures may be encoded before the prompt was read."""
+        if not pictures:
+            return {}
+        pace = Pace(timings, check)
+        images = self._encoded if any(isinstance(one, dict) for one in pictures) else self.images
+        values = yield from images.pieces(keep, pictures, prompts, pace)
+        yield from pace.pause()
         return values
 
     def _run_text(

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
+from vtp.runtime.result import Timings
+from vtp.runtime.stages.pieces import Pieces, Values
 from vtp.runtime.stages.prefix_cache import SlotPrefix, StepPrefix
 from vtp.runtime.stages.runner import StageRunner
+from vtp.runtime.stages.stage import Check
 
 
 class Slots:
@@ -26,6 +32,10 @@ class Slots:
         self._prefixes: list[SlotPrefix] = []
         if runner.prefix is not None and count > 1:
             self._prefixes.extend(SlotPrefix(self._prefixes, self._copy) for _ in range(count))
+
+    def encode(self, keep: int, pictures: Sequence[Any], timings: Timings, check: Check) -> Pieces[Values]:
+        """The image stages of one prompt, in pieces; it has no row yet. See `StageRunner.encode`."""
+        return self._runner.encode(keep, pictures, 1, timings, check)
 
     def row(self, place: int) -> StageRunner:
         """A runner of one row, for a prompt's stages."""

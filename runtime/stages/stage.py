@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vtp.engines import Binding, Engine, Value
-from vtp.runtime.bundle.manifest import GraphInfo, StageInfo, TensorInfo
+from vtp.runtime.bundle.manifest import TILE_TOKENS, TILES, GraphInfo, StageInfo, TensorInfo
 from vtp.runtime.result import Timings
 from vtp.runtime.stages.kv_cache import KvCache
 from vtp.runtime.stages.prefix_cache import Prefix, rest_of
@@ -76,6 +76,9 @@ class Stage:
             for name, value in feeds.items()
             for axis, size in zip(self.graph.inputs[name].shape, value.shape, strict=True)
         }
+        if TILES in sizes:
+            most = self.graph.axes
+            sizes[TILE_TOKENS] = sizes[TILES] * most[TILE_TOKENS][-1] // most[TILES][-1]
         into = {}
         for name, tensor in self.graph.outputs.items():
             shape = [axis if isinstance(axis, int) else sizes.get(axis) for axis in tensor.shape]

@@ -16,6 +16,7 @@ from vtp.runtime.opening import Opening
 from vtp.runtime.result import Timings
 from vtp.runtime.stages.image_stages import PlainImages
 from vtp.runtime.stages.opened import OpenedStages
+from vtp.runtime.stages.pieces import Pace, Pieces
 from vtp.runtime.stages.stage import Check, Stage, run_stages
 from vtp.runtime.stages.vision_feature_cache import VisionFeatureCache, digest
 
@@ -49,16 +50,18 @@ class StreamedImages(PlainImages):
         self._pictures = 0  # that it has served, its own among them
         self._last: tuple[bytes, dict[str, Value], dict[str, float]] | None = None
 
-    def run(
-        self, keep: int, pictures: Sequence[np.ndarray], prompts: int, timings: Timings, check: Check
-    ) -> dict[str, Value]:
-        """See `PlainImages.run`; `timings.tower` says what the tower did."""
+    def pieces(
+        self, keep: int, pictures: Sequence[np.ndarray], prompts: int, pace: Pace
+    ) -> Pieces[dict[str, Value]]:
+        """See `PlainImages.pieces`; `timings.tower` says what the tower did."""
         if len(pictures) != 1:
-            return super().run(keep, pictures, prompts, timings, check)
+            return (yield from super().pieces(keep, pictures, prompts, pace))
+        timings, check = pace.timings, pace.check
         stages = self._opened.stages("image", keep)
         encoder = next(place for place, stage in enumerate(stages) if stage.info.role == "encoder")
         pixels = self._stacked(pictures)
         values, timings.tower = self._encoded(stages[encoder], pixels, timings, check)
+        pace.worked = True
         run_stages(stages[encoder + 1 :], values, timings, check=check)
         return values
 

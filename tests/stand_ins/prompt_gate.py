@@ -15,14 +15,14 @@ class Gate:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.entered, self._open = threading.Semaphore(0), threading.Event()
-        run = StageRunner.prefill_rows
+        run = StageRunner.encode  # the first of them, of a prompt without pictures as well
 
         def held(runner: StageRunner, *arguments: Any) -> Any:
             self.entered.release()
             assert self._open.wait(60)
-            return run(runner, *arguments)
+            return (yield from run(runner, *arguments))
 
-        monkeypatch.setattr(StageRunner, "prefill_rows", held)
+        monkeypatch.setattr(StageRunner, "encode", held)
 
     def open(self) -> None:
         self._open.set()

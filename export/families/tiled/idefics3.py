@@ -83,6 +83,10 @@ class Idefics3(MarkedViews):
         return [(self._side // self._factor) ** 2] * self._views
 
     @property
+    def apart(self) -> bool:
+        return self._views > 1
+
+    @property
     def grid(self) -> tuple[int, int]:
         side = self._side // self._factor
         return (side, side) if self._views == 1 else (1, self._views * side * side)

@@ -69,6 +69,10 @@ class InternVL(Family):
         return self._views
 
     @property
+    def apart(self) -> bool:
+        return self._views > 1
+
+    @property
     def grid(self) -> tuple[int, int]:
         rows, columns = self._tile
         return (rows, columns) if self._views == 1 else (1, self._views * rows * columns)

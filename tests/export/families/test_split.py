@@ -20,6 +20,7 @@ from vtp.export.cli import main
 from vtp.export.families import find_family
 from vtp.export.families.tiled.internvl import InternVL
 from vtp.export.verify.reference import reference_generate
+from vtp.runtime import Pipeline
 from vtp.runtime.bundle.folder import open_bundle
 from vtp.runtime.preprocess import preprocess
 from vtp.runtime.prompt.prompter import Prompter
@@ -254,3 +255,32 @@ def test_configs_that_are_not_served(change: dict[str, Any], message: str) -> No
     config = {"architectures": ["InternVLForConditionalGeneration"], **change}
     with pytest.raises(VtpError, match=message):
         find_family(config).check(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "tiles", "tokens"),
+    [
+        ("idefics3-vispruner", [1, 5, 5], [4, 20, 20]),
+        ("internvl-vispruner", [1, 3, 3], [4, 12, 12]),
+        ("smolvlm-one-none", None, None),  # a batch of pictures
+        ("idefics3-jetpack6", None, None),  # an engine is built for all of them
+    ],
+)
+def test_tiles_go_through_the_encoder_in_any_number(
+    bundle: Callable[[str], Made], name: str, tiles: list[int] | None, tokens: list[int] | None
+) -> None:
+    """Each gives what it gives among all, so that a server may do something else between two of them."""
+    folder = bundle(name).folder
+    graph = open_bundle(folder).manifest.graphs["vision_encoder.onnx"]
+    axes = {} if tiles is None else {"tiles": tiles, "tile_tokens": tokens}
+    assert {name: sizes for name, sizes in graph.axes.items() if name.startswith("tile")} == axes
+    if tiles is None:
+        return
+    with Pipeline.load(folder, "ort-cpu", threads=1) as pipe, pipe.claimed() as runner:
+        encoder = runner.stages("image", pipe.keep_counts[0])[0]
+        pixels = np.random.default_rng(0).normal(size=(tiles[1], 3, 28, 28)).astype(np.float32)
+        whole = encoder.engine.run({"pixel_values": encoder.engine.put(pixels)})
+        parts = [encoder.engine.run({"pixel_values": encoder.engine.put(one[None])}) for one in pixels]
+    for name in graph.outputs:
+        joined = np.concatenate([part[name].numpy() for part in parts], axis=1)
+        np.testing.assert_allclose(joined, whole[name].numpy(), rtol=1e-5, atol=1e-6)

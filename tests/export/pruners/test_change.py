@@ -60,7 +60,7 @@ def test_what_changed_since_the_picture_before(camera: Pipeline) -> None:
 
 
 def test_a_picture_by_itself_is_compared_with_grey(folder: Path, camera: Pipeline) -> None:
-    """Without stream_reuse, in a batch and after `forget` nothing is known of earlier pictures."""
+    """Without stream_reuse, in a batch, among several, after `forget`: no earlier picture is known."""
     with Pipeline.load(folder, engine="ort-cpu", threads=1) as plain:
         for place in (3, 12):
             assert set(kept(plain, scene(place, 7, 8))) == {place, 7, 8}
@@ -68,6 +68,8 @@ def test_a_picture_by_itself_is_compared_with_grey(folder: Path, camera: Pipelin
     with camera.claimed() as runner:
         runner.images.forget()
     assert set(kept(camera, scene(1, 2, 4))) == {1, 2, 4}
+    pair = camera.generate([scene(0, 7, 8), scene(3, 7, 8)], ASKED, max_new_tokens=2)
+    assert [set(one) for one in pair.kept] == [{0, 7, 8}, {3, 7, 8}]
     both = camera.generate_batch([scene(0, 7, 8), scene(3, 7, 8)], [ASKED, ASKED], max_new_tokens=2)
     assert [set(one.kept) for one in both] == [{0, 7, 8}, {3, 7, 8}]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,7 @@ class Answer:
         self.position = 0
         self._ends = manifest.text.eos_token_ids
         self._longest = manifest.model.max_length
-        self._visual = manifest.visual.count
+        self._manifest = manifest
         self._detokenizer = Detokenizer(prompter.tokenizer, prompter.decoding, request.skip_special_tokens)
         self._constraint = request.constraint
         own = _rules(request, manifest)
@@ -65,12 +66,13 @@ class Answer:
             self._check_kept(kept)
             rows = kept.tolist()
             self.result.kept = rows[0] if len(rows) == 1 else rows
+            self.result.kept_per_frame = kept_per_frame(self._manifest, self.result.kept)
         self.position = position
         self.begun = True
 
     def _check_kept(self, kept: np.ndarray) -> None:
         """What the result says of the tokens must be so; a merged token has the index -1."""
-        count, keep = self._visual, self.request.keep
+        count, keep = self._manifest.visual.count, self.request.keep
         if kept.shape[-1] != keep or kept.min() < -1 or kept.max() >= count:
             raise VtpError(
                 f"the bundle's graphs kept {kept.shape[-1]} tokens up to number {kept.max()}, and its "
@@ -168,4 +170,21 @@ def _empty(request: Request, manifest: Manifest) -> Result:
         finish_reason=CANCELLED,
         tower=manifest.tower.to_json() if manifest.tower else None,
         restore=manifest.method.restore,
+        kept_per_frame=kept_per_frame(manifest, kept) if pictures else None,
     )
+
+
+def kept_per_frame(manifest: Manifest, kept: Sequence[int]) -> list[int] | None:
+    """How many patches of each frame are among the tokens `kept` of a video; None for a picture.
+
+    What else a video has, such as a frame's CLS, counts for no frame.
+    """
+    frame, frames = manifest.visual.frame, manifest.image.frames
+    if frame is None or frames is None:
+        return None
+    counts = [0] * frames
+    for token in kept:
+        number, patch = divmod(token - frame.first, frame.step)
+        if 0 <= number < frames and patch < frame.grid[0] * frame.grid[1]:
+            counts[number] += 1
+    return counts

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+from vtp.calib.baselines.smaller import SmallerPicture
 from vtp.calib.data import FORMATS, Sample, load_samples
 from vtp.calib.keep.examiner import NEW_TOKENS, Examiner
 from vtp.calib.keep.journal import Journal
@@ -102,6 +103,11 @@ def open_examiner(
         max_new_tokens=args.max_new_tokens,
         progress=progress,
     )
+
+
+def smaller_picture(args: argparse.Namespace, out: Path, progress: Callable[[str], None]) -> SmallerPicture:
+    """What makes bundles of smaller pictures, in the journal's folder."""
+    return SmallerPicture(args.model, out, progress)
 
 
 def beside(bundle: Bundle, ending: str) -> Path:

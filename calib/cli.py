@@ -12,7 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from vtp.calib import stats
-from vtp.calib.arguments import PROG, beside, open_examiner, open_workers, read_samples, shared_arguments
+from vtp.calib.arguments import (
+    PROG,
+    beside,
+    open_examiner,
+    open_workers,
+    read_samples,
+    shared_arguments,
+    smaller_picture,
+)
 from vtp.calib.baselines import against
 from vtp.calib.keep import report, search
 from vtp.calib.keep.examiner import Examiner, Marks, score
@@ -97,7 +105,8 @@ def _keep(args: argparse.Namespace) -> None:
             open_examiner, args, samples=samples, journal=journal, workers=workers, progress=progress.step
         )
         examiner = opened(str(folder))
-        baselines = against.Baselines(args.against, opened, metric)
+        baselines = against.Baselines(args.against, opened, metric, smaller_picture(args, out, progress.step))
+        baselines.check(examiner.bundle.manifest)
         baselines.unpruned = unpruned = _unpruned(args, examiner, journal, workers, progress.step)
         reference = score(unpruned, samples, metric, unpruned)
         manifest = examiner.bundle.manifest
@@ -130,7 +139,7 @@ def _keep(args: argparse.Namespace) -> None:
         return
     say(report.text(found, floor))
     say("")
-    against.report(besides, baselines.notes, f"{PROG} keep")
+    against.report(besides, baselines.notes, f"{PROG} keep", hint=baselines.hint)
     chosen, done = found.chosen, "left as it is" if args.dry_run else "now the bundle's default"
     say(f"\nkeep {chosen.keep} of {manifest.visual.count} visual tokens: {done}")
     say(f"{len(samples)} questions, metric {metric}; unpruned {stats.mean(reference)}")
@@ -245,13 +254,13 @@ def _score(args: argparse.Namespace) -> None:
         opened = partial(
             open_examiner, args, samples=samples, journal=journal, workers=workers, progress=progress.step
         )
-        baselines = against.Baselines(args.against, opened, metric)
-        for text in args.bundles:
-            bundle, keep = _at(text)
-            examiner = opened(bundle)
-            count = _keep_of(examiner, text, keep)
-            rows.append((f"{display_name(bundle)}:{count}", examiner.marks(count, metric)))
-            besides += baselines.beside(rows[-1][0], examiner, count, rows[-1][1].scores)
+        baselines = against.Baselines(args.against, opened, metric, smaller_picture(args, out, progress.step))
+        examined = [_examined(text, opened) for text in args.bundles]
+        for _, examiner, _ in examined:
+            baselines.check(examiner.bundle.manifest)
+        for name, examiner, count in examined:
+            rows.append((name, examiner.marks(count, metric)))
+            besides += baselines.beside(name, examiner, count, rows[-1][1].scores)
     progress.end()
     found = [_compared(name, marks, rows[0][1]) for name, marks in rows]
     if args.json:
@@ -267,7 +276,7 @@ def _score(args: argparse.Namespace) -> None:
             f"* taken by an earlier run, from {shown(out / 'answers.jsonl')}: what else the machine did then "
             "is not known; another --journal takes all times anew"
         )
-    against.report(besides, baselines.notes, f"{PROG} score")
+    against.report(besides, baselines.notes, f"{PROG} score", hint=baselines.hint)
 
 
 def _at(text: str) -> tuple[str, int | None]:
@@ -276,6 +285,14 @@ def _at(text: str) -> tuple[str, int | None]:
     if colon and keep.isascii() and keep.isdecimal():
         return bundle, int(keep)
     return text, None
+
+
+def _examined(text: str, opened: Callable[[str], Examiner]) -> tuple[str, Examiner, int]:
+    """What BUNDLE[:K] is called, its examiner, and the keep-count."""
+    bundle, keep = _at(text)
+    examiner = opened(bundle)
+    count = _keep_of(examiner, text, keep)
+    return f"{display_name(bundle)}:{count}", examiner, count
 
 
 def _keep_of(examiner: Examiner, text: str, keep: int | None) -> int:

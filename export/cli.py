@@ -85,10 +85,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     share = add(
         "--share",
         default="picture",
-        help="whose budget the tokens are: picture (each keeps K), or tile (K is dealt to a picture's tiles "
-        "by their size, so that none starves) (default: %(default)s)",
+        help="whose budget the tokens are: picture (each keeps K), tile or frame (K is dealt to a picture's "
+        "tiles by their size, or to a video's frames, so that none starves) (default: %(default)s)",
     )
-    suggest(share, ["picture", "tile"])
+    suggest(share, ["picture", "tile", "frame"])
     then = add(
         "--then",
         metavar="METHOD[:LAYER]",

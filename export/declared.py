@@ -64,7 +64,7 @@ _ADD_ONS: tuple[dict[str, Any], ...] = (
     {
         "method": "share",
         "site": "--share",
-        "does": "deals K to tiles",
+        "does": "deals K to tiles, frames",
         "needs": [],
         "K of 576": 576,
         "options": {},

@@ -41,7 +41,7 @@ class Job:
     target      as it writes this model's decoder
     dtype       of weights and activations
     restore     whether kept visual tokens draw the attention of the dropped ones
-    share       whose budget a keep-count is: "picture" or "tile"
+    share       whose budget a keep-count is: "picture", "tile" or "frame"
     then        what prunes inside the decoder once more; None: nothing
     """
 

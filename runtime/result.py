@@ -93,6 +93,7 @@ class Result:
     visual_tokens   (before, after), of all pictures together
     kept            indices of the kept visual tokens, raster order, within 0 .. before - 1; of a prompt with
                     several pictures one such list for each, within the picture's own tokens
+    kept_per_frame  of a video: how many of each frame's patches were kept, in the frames' order; else None
     timings         milliseconds per stage: see Timings
     prompt_tokens   text tokens of the prompt, without the picture's
     finish_reason   "eos", "stop" (a stop string, or the response format is complete), "length"
@@ -119,6 +120,7 @@ class Result:
     restore: bool = False
     then: dict[str, Any] | None = None
     logprobs: list[TokenLogprob] | None = None
+    kept_per_frame: list[int] | None = None
 
     @property
     def text(self) -> str:
@@ -141,6 +143,7 @@ class Result:
     def to_json(self) -> dict[str, Any]:
         """The object that `vtp-run --json` prints."""
         logprobs = {} if self.logprobs is None else {"logprobs": [one.to_json() for one in self.logprobs]}
+        frames = {} if self.kept_per_frame is None else {"kept_per_frame": self.kept_per_frame}
         return {
             "text": self.text,
             "raw_text": self.raw_text,
@@ -150,6 +153,7 @@ class Result:
             **({"restore": True} if self.restore else {}),
             "kept": self.kept,
             **({} if self.then is None else {"then": self.then}),
+            **frames,
             "timings": self.timings.to_dict(),
             "prompt_tokens": self.prompt_tokens,
             "finish_reason": self.finish_reason,

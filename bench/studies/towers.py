@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from vtp.bench.common.flops import count as count_flops
-from vtp.bench.studies.methods_report import with_table
+from vtp.bench.studies.methods.report import with_table
 from vtp.bench.studies.paired import interval, take_exam
 from vtp.engines import UsageError, VtpError
 from vtp.engines.disk.whole import whole_file

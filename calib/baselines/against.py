@@ -7,10 +7,12 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from vtp.calib import stats
 from vtp.calib.baselines.random_choice import RandomExam, why_not
+from vtp.calib.baselines.smaller import DOWNSAMPLE, SmallerPicture
 from vtp.calib.keep.examiner import Examiner, score
 from vtp.calib.keep.journal import Answer
 from vtp.engines import UsageError
@@ -28,9 +30,14 @@ def against_argument(parser: argparse.ArgumentParser) -> None:
         "--against",
         action="append",
         default=[],
-        metavar="BUNDLE|none",
-        help="also hold the method against this bundle at the same number of tokens, such as one of --tower "
-        "downsample; a random choice of tokens is asked anyway (none: nothing is)",
+        metavar="BUNDLE|downsample|none",
+        help="also hold the method against a smaller picture with as many tokens (downsample), which is "
+        "exported first, or against a bundle; a random choice of tokens is asked anyway (none: nothing is)",
+    )
+    parser.add_argument(
+        "--model",
+        metavar="MODEL",
+        help="what the bundle was made from, for --against downsample (default: the built-in model)",
     )
 
 
@@ -82,19 +89,37 @@ class Baselines:
         wanted: Sequence[str],
         open_bundle: Callable[[str], Examiner],
         metric: str,
+        smaller: SmallerPicture,
     ) -> None:
-        """`open_bundle` gives the examiner of a bundle by its name.
+        """`open_bundle` gives the examiner of a bundle by its name, `smaller` a smaller picture's bundle.
 
         Raises UsageError or VtpError, before a question is asked, for a bundle that does not open.
         """
         if NONE in wanted and len(wanted) > 1:
             raise UsageError("--against none asks for no baseline; leave it out, or the others")
+        if smaller.model is not None and DOWNSAMPLE not in wanted:
+            raise UsageError("--model belongs to --against downsample; give both, or leave it out")
         self.notes: list[str] = []
         self._random = NONE not in wanted
-        self._bundles = [(text, open_bundle(text)) for text in wanted if text != NONE]
+        self._smaller = smaller if DOWNSAMPLE in wanted else None
+        self._open = open_bundle
+        self._bundles = [(text, open_bundle(text)) for text in wanted if text not in (NONE, DOWNSAMPLE)]
+        self._pictures: dict[Path, Examiner] = {}
         self._metric = metric
         self.unpruned: Sequence[Answer] | None = None
         self._known: dict[str, list[float]] = {}
+
+    @property
+    def hint(self) -> str:
+        """How to ask for the baseline that was not asked for; "" if none is missing."""
+        if self._smaller or not self._random:
+            return ""
+        return "a smaller picture with as many tokens was not asked: --against downsample does"
+
+    def check(self, manifest: Manifest) -> None:
+        """Raise UsageError, before a question is asked, for a smaller picture that a bundle cannot have."""
+        if self._smaller is not None and manifest.method.name != NONE:
+            self._smaller.check(manifest)
 
     def beside(self, method: str, examiner: Examiner, keep: int, scores: Sequence[float]) -> list[Beside]:
         """The method's scores at a keep-count beside those of every baseline; none where nothing is dropped.
@@ -106,6 +131,8 @@ class Baselines:
             return found
         if self._random and (drawn := self._draw(method, examiner, keep)) is not None:
             found.append(_beside(method, f"a random choice of {keep} tokens", scores, drawn))
+        if self._smaller is not None:
+            found.append(self._against_picture(self._smaller, method, examiner, keep, scores))
         for text, other in self._bundles:
             _check_model(text, other.bundle.manifest, examiner.bundle.manifest)
             held = [count for count in other.bundle.manifest.visual.keep if count <= keep]
@@ -115,6 +142,22 @@ class Baselines:
             else:
                 self.notes.append(f"{_lacks(text, other)} more than {keep}; it is held against nothing here")
         return found
+
+    def _against_picture(
+        self, smaller: SmallerPicture, method: str, examiner: Examiner, keep: int, scores: Sequence[float]
+    ) -> Beside:
+        """Beside the whole picture at fewer pixels; its number of tokens is said, for it may be another."""
+        own = examiner.bundle.manifest
+        folder = smaller.bundle(own, keep)
+        if folder not in self._pictures:
+            self._pictures[folder] = self._open(str(folder))
+        other = self._pictures[folder]
+        seen = other.bundle.manifest
+        height, width = seen.image.fixed_size
+        name = f"a smaller picture of {width}x{height} pixels, {seen.visual.count} tokens"
+        if own.quantization and not seen.quantization:
+            self.notes.append(f"{method} is held against a smaller picture in full precision")
+        return _beside(method, name, scores, self._scores(other, seen.visual.count))
 
     def _draw(self, method: str, examiner: Examiner, keep: int) -> list[float] | None:
         """Scores of a random choice; None where there is none. Bundles of one model share it."""
@@ -136,8 +179,13 @@ class Baselines:
         return score(examiner.answers(keep), examiner.samples, self._metric, self.unpruned)
 
 
-def report(besides: Sequence[Beside], notes: Iterable[str], name: str, quiet: bool = False) -> None:
-    """Say what was beaten, and warn of what was not; `quiet`: warnings alone, for standard output is JSON."""
+def report(
+    besides: Sequence[Beside], notes: Iterable[str], name: str, quiet: bool = False, hint: str = ""
+) -> None:
+    """Say what was beaten, and warn of what was not; `quiet`: warnings alone, for standard output is JSON.
+
+    hint  said last, unless it is quiet or nothing was compared
+    """
     for one in besides:
         if not one.beaten:
             warn(name, one.line)
@@ -145,6 +193,8 @@ def report(besides: Sequence[Beside], notes: Iterable[str], name: str, quiet: bo
             say(one.line)
     for line in notes:
         warn(name, line)
+    if hint and besides and not quiet:
+        say(hint)
 
 
 def _beside(method: str, baseline: str, own: Sequence[float], other: Sequence[float]) -> Beside:

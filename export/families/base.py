@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vtp.engines import UsageError, VtpError
 from vtp.export.families.reference import Reference
-from vtp.export.families.tiles import Tile
+from vtp.export.families.tiles import Tile, equal_tiles
 from vtp.export.graphs.decoder import Decoder
 from vtp.export.graphs.frames import Frames
 from vtp.export.graphs.pruner import DecoderPruner
@@ -172,6 +172,11 @@ class Family(ABC):
     def tiles(self) -> Sequence[Tile]:
         """The tiles of a picture, which hold all P patches; none where it is looked at in one piece."""
         return ()
+
+    @property
+    def frame_tiles(self) -> Sequence[Tile]:
+        """The frames of a video as tiles, in their order; none for pictures and for a single frame."""
+        return equal_tiles(self.layout.count, self.layout.grid) if self.layout else ()
 
     @property
     def layout(self) -> Frames | None:

@@ -81,7 +81,8 @@ def _pruned(manifest: Manifest) -> str:
             f"{f' ({_words(method.paper)})' if method.paper else ''} at site {_words(method.site)}"
             f"{f' with {options}' if options else ''}; positions are {_words(method.positions)}."
         )
-        said += " Each tile keeps its share of them (`--share tile`)." if method.share == "tile" else ""
+        dealt = method.share in ("tile", "frame")
+        said += f" Each {method.share} keeps its share of them (`--share {method.share}`)." if dealt else ""
         said += _then(method.then)
         said += " They draw the attention of the dropped ones (`--restore`)." if method.restore else ""
     if tower is not None:

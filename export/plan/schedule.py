@@ -18,7 +18,7 @@ from vtp.export.plan.then import FLAG, Then
 from vtp.export.pruners import Site, find_method, method_names
 from vtp.export.pruners.base import Pruner
 from vtp.export.tower_cues import SCORES, of_whole_tower
-from vtp.runtime.bundle.manifest import PICTURE, TILE
+from vtp.runtime.bundle.manifest import FRAME, PICTURE, TILE
 
 # Cues of the decoder's attention, and in which layer they are read, counted from the one behind the site.
 _LAYER_OF = {"attention_scores": -1, "text_attention": -1, "next_scores": 0, "keys": 0}
@@ -53,8 +53,8 @@ def _schedules(
     method: type[Pruner], family: Family, keeps: Sequence[int], settings: Mapping[str, Any], share: str
 ) -> list[Schedule]:
     """The method's own pruners of every keep-count."""
-    if share == TILE:
-        return list(_of_tiles(method, family, keeps, settings))
+    if share != PICTURE:
+        return list(_dealing(method, family, keeps, settings, share))
     count, layers = family.grid[0] * family.grid[1], len(family.decoder.layers)
     schedules: list[Schedule] = []
     for keep in keeps:
@@ -83,13 +83,14 @@ def _checked(schedule: Schedule, family: Family) -> Schedule:
     return schedule
 
 
-def _of_tiles(
-    method: type[Pruner], family: Family, keeps: Sequence[int], settings: Mapping[str, Any]
+def _dealing(
+    method: type[Pruner], family: Family, keeps: Sequence[int], settings: Mapping[str, Any], share: str
 ) -> Iterator[Schedule]:
-    """Schedules of one pruner each, that deals its K tokens to the tiles."""
+    """Schedules of one pruner each, that deals its K tokens to the tiles or frames."""
+    parts = family.tiles if share == TILE else family.frame_tiles
     for keep in keeps:
         with _blaming(method, "the constructor"):
-            yield (Shared(method, family.tiles, keep, settings),)
+            yield (Shared(method, parts, keep, settings, share),)
 
 
 def _grid(method: type[Pruner], family: Family) -> tuple[int, int]:
@@ -117,8 +118,8 @@ def keep_of(schedule: Schedule) -> int:
 
 def _check_served(method: type[Pruner], family: Family, share: str) -> None:
     site = Site.parse(method.site)
-    if share == TILE:
-        _check_tiles(method, family, site)
+    if share != PICTURE:
+        _check_share(method, family, site, share)
     if site.kind not in family.sites:
         raise UsageError(
             f"method {method.name} acts at {method.site}, which family {family.name} does not serve"
@@ -137,7 +138,7 @@ def _check_served(method: type[Pruner], family: Family, share: str) -> None:
             f"in as patches, tiles or frames{_instead(method, family)}"
         )
     for cue in _wants(method):
-        if cue in family.lacks and not (cue == "grid" and share == TILE):  # a tile has one
+        if cue in family.lacks and not (cue == "grid" and share != PICTURE):  # a tile and a frame have one
             raise UsageError(
                 f"method {method.name} needs {cue}, which family {family.name} does not have: "
                 f"{family.lacks[cue]}{_instead(method, family)}"
@@ -163,16 +164,29 @@ def _check_second(then: Then | None, family: Family) -> None:
         )
 
 
-def _check_tiles(method: type[Pruner], family: Family, site: Site) -> None:
-    if not family.tiles:
+def _check_share(method: type[Pruner], family: Family, site: Site, share: str) -> None:
+    """Refuse --share tile or frame where there are none, or where a method does not choose in each alone."""
+    if share == TILE and not family.tiles:
+        instead = ", or give --share frame" if family.frame_tiles else ""
         raise UsageError(
             f"--share tile needs pictures in tiles, and here family {family.name} looks at one in one piece; "
-            "leave it out, or choose a larger --image-size if the model cuts pictures into tiles"
+            f"leave it out{instead}, or choose a larger --image-size if the model cuts pictures into tiles"
+        )
+    if share == FRAME and not family.frame_tiles:
+        raise UsageError(
+            f"--share frame deals K to the frames of a video, and here family {family.name} has "
+            f"{'a single one' if family.layout else 'pictures'}; leave it out, or give --frames 2 or more "
+            "with a family that answers about videos"
+        )
+    if share == FRAME and method.reads_frames:
+        raise UsageError(
+            f"--share frame makes a method choose in every frame alone, and {method.name} compares each with "
+            f"the one before; leave out --share{_instead(method, family)}"
         )
     if site.in_decoder:
         raise UsageError(
-            f"--share tile is for methods at the vision or projector site, and method {method.name} acts at "
-            f"{method.site}, where it weighs all tokens together{_instead(method, family)}"
+            f"--share {share} is for methods at the vision or projector site, and method {method.name} acts "
+            f"at {method.site}, where it weighs all tokens together{_instead(method, family)}"
         )
 
 

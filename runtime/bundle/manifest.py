@@ -40,8 +40,8 @@ WHEN = ("image", "prefill", "step", STREAM)
 # What a stage does: "text_cues" is what a method reads of the question; "decoder_head" is any part of the
 # decoder that a pruner follows, "decoder" the last part (or all of it), which gives the logits.
 ROLES = ("encoder", "projector", "pruner", "embed", "text_cues", "splice", "decoder_head", "decoder")
-PICTURE, TILE = "picture", "tile"
-SHARES = (PICTURE, TILE)  # whose budget a keep-count is
+PICTURE, TILE, FRAME = "picture", "tile", "frame"
+SHARES = (PICTURE, TILE, FRAME)  # whose budget a keep-count is
 TOKENIZER = "tokenizer.json"
 # Axes of an encoder that takes any number of one picture's tiles: those, and the tokens of all in a row.
 TILES, TILE_TOKENS = "tiles", "tile_tokens"
@@ -106,7 +106,7 @@ class MethodInfo:
     """How tokens are dropped: the method, its site and the options it was exported with.
 
     restore  whether log(N/K) is added to the attention logits of kept visual tokens
-    share    whose budget a keep-count is: "picture", or "tile" (dealt to a picture's tiles by their tokens)
+    share    whose budget a keep-count is: "picture" (or a whole video), "tile" or "frame" (dealt to these)
     then     what is dropped of the kept ones inside the decoder; null: nothing
     """
 
@@ -308,6 +308,7 @@ def _check(manifest: Manifest) -> None:
     clips = manifest.image.frames is not None
     _agree(clips == (manifest.text.media == "video"), "manifest.text.media and manifest.image.frames differ")
     _agree(clips == (visual.frame is not None), "manifest.visual.frame and manifest.image.frames differ")
+    _agree(clips or share != FRAME, "manifest.method.share is 'frame', and the bundle is for pictures")
     tower = manifest.tower
     _agree(tower is None or 0 < tower.rows <= tower.of, "manifest.tower.rows is out of range")
     _check_frame(visual, manifest.image.frames or 0)

@@ -52,6 +52,7 @@ from vtp.runtime.pipeline import DEFAULT_NEW_TOKENS, Pipeline
 from vtp.runtime.result import Result
 
 PROG = "vtp-run"
+_LISTED = 16  # of more frames than these, the least and the most tokens alone are printed
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -289,10 +290,20 @@ def _report(result: Result, kept: str | None) -> str:
     before, after = result.visual_tokens
     rows = [[name, f"{value:.2f}"] for name, value in result.timings.to_dict().items()]
     then = f" → {result.then['tokens']} before layer {result.then['layer']}" if result.then else ""
-    lines = ["", table(["stage", "ms"], rows), "", f"visual tokens: {before} → {after}{then}"]
+    tokens = f"visual tokens: {before} → {after}{then}{_per_frame(result)}"
+    lines = ["", table(["stage", "ms"], rows), "", tokens]
     if kept:
         lines.append(f"kept tokens shown in {shown(Path(kept))}")
     return "\n".join(lines)
+
+
+def _per_frame(result: Result) -> str:
+    """How many patches of a video's frames were kept, in brackets; "" for a picture."""
+    kept = result.kept_per_frame
+    if not kept:
+        return ""
+    numbers = ", ".join(map(str, kept)) if len(kept) <= _LISTED else f"{min(kept)} to {max(kept)}"
+    return f" (of each frame: {numbers})"
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,7 @@ class Answer:
         self.position = 0
         self._ends = manifest.text.eos_token_ids
         self._longest = manifest.model.max_length
-        self._visual = manifest.visual.count
+        self._manifest = manifest
         self._detokenizer = Detokenizer(prompter.tokenizer, prompter.decoding, request.skip_special_tokens)
         self._constraint = request.constraint
         own = _rules(request, manifest)
@@ -65,6 +66,7 @@ class Answer:
             self._check_kept(kept, self.request.keep)
             rows = kept.tolist()
             self.result.kept = rows[0] if len(rows) == 1 else rows
+            self.result.kept_per_frame = kept_per_frame(self._manifest, self.result.kept)
         if later is not None and self.result.then is not None:
             self._check_kept(later, self.result.then["tokens"])
             self.result.then["kept"] = later[0].tolist()
@@ -73,7 +75,7 @@ class Answer:
 
     def _check_kept(self, kept: np.ndarray, keep: int) -> None:
         """What the result says of the tokens must be so; a merged token has the index -1."""
-        count = self._visual
+        count = self._manifest.visual.count
         if kept.shape[-1] != keep or kept.min() < -1 or kept.max() >= count:
             raise VtpError(
                 f"the bundle's graphs kept {kept.shape[-1]} tokens up to number {kept.max()}, and its "
@@ -172,9 +174,26 @@ def _empty(request: Request, manifest: Manifest) -> Result:
         tower=manifest.tower.to_json() if manifest.tower else None,
         restore=manifest.method.restore,
         then=_then(request, manifest) if pictures else None,
+        kept_per_frame=kept_per_frame(manifest, kept) if pictures else None,
     )
 
 
 def _then(request: Request, manifest: Manifest) -> dict[str, Any] | None:
     then = manifest.method.then
     return None if then is None else {**then.to_json(manifest.visual.keep, request.keep), "kept": []}
+
+
+def kept_per_frame(manifest: Manifest, kept: Sequence[int]) -> list[int] | None:
+    """How many patches of each frame are among the tokens `kept` of a video; None for a picture.
+
+    What else a video has, such as a frame's CLS, counts for no frame.
+    """
+    frame, frames = manifest.visual.frame, manifest.image.frames
+    if frame is None or frames is None:
+        return None
+    counts = [0] * frames
+    for token in kept:
+        number, patch = divmod(token - frame.first, frame.step)
+        if 0 <= number < frames and patch < frame.grid[0] * frame.grid[1]:
+            counts[number] += 1
+    return counts

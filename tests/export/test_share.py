@@ -169,7 +169,7 @@ def test_every_tile_of_a_picture_keeps_its_share(once, saved, name) -> None:
 @pytest.mark.parametrize(
     ("flags", "problem"),
     [
-        (["--share", "frame"], "unknown share 'frame'; choose one of picture, tile"),
+        (["--share", "row"], "unknown share 'row'; choose one of picture, tile, frame"),
         (["--method", "none", "--restore"], "method none keeps all of them"),
         (["--layout", "transformers.js", "--method", "vispruner", "--restore"], "no place for --restore"),
     ],
@@ -191,7 +191,8 @@ def test_flags_that_cannot_be_are_refused_in_one_line(tmp_path: Path, capsys, fl
         ),
         ("idefics3", {"keep_tokens": "4"}, "keep-tokens 4 is fewer than the 5 tiles of a picture"),
         ("idefics3", {"method": "none", "keep_tokens": None}, "method none keeps all of them"),
-        ("idefics3", {"share": "frame"}, "unknown share 'frame'; choose one of picture, tile"),
+        ("idefics3", {"share": "row"}, "unknown share 'row'; choose one of picture, tile, frame"),
+        ("idefics3", {"share": "frame"}, "and here family idefics3 has pictures; leave it out"),
     ],
 )
 def test_what_cannot_be_shared_is_refused(

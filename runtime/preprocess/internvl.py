@@ -19,6 +19,8 @@ from vtp.runtime.preprocess.base import Box, Size
 from vtp.runtime.preprocess.fit import TiledSpec, pad, padded_box
 from vtp.runtime.preprocess.pixels import cut_tiles, resize, values_of
 
+MOST_TILES = 256  # of a picture, whose grids are gone through for every picture; models are made with 12
+
 
 @dataclass(frozen=True, kw_only=True)
 class InternvlSpec(TiledSpec):
@@ -33,6 +35,7 @@ class InternvlSpec(TiledSpec):
         """An image size of whole tiles, as many as the processor may cut."""
         super().check()
         self.require_lengths("min_tiles", "max_tiles")
+        self.require(self.max_tiles <= MOST_TILES, f"max_tiles {self.max_tiles} is more than {MOST_TILES}")
         (height, width), (tall, wide) = self.image_size, self.tile
         self.require(
             height % tall == 0 and width % wide == 0,
@@ -90,6 +93,9 @@ def best_grid(picture: Size, tile: Size, grids: Iterable[tuple[int, int]]) -> tu
 
 def grids_of(least: int, most: int) -> list[tuple[int, int]]:
     """Every (columns, rows) of `least` to `most` tiles, the fewest tiles first."""
-    sides = range(1, most + 1)
-    grids = [(columns, rows) for columns in sides for rows in sides if least <= columns * rows <= most]
+    grids = [
+        (columns, rows)
+        for columns in range(1, most + 1)
+        for rows in range(math.ceil(least / columns), most // columns + 1)
+    ]
     return sorted(grids, key=math.prod)

@@ -3,6 +3,7 @@
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers.image_processing_utils import get_patch_output_size, select_best_resolution
@@ -51,6 +52,15 @@ def test_best_grid_is_transformers(height: int, width: int, one: int, two: int) 
     least, most = sorted((one, two))
     columns, rows = get_optimal_tiled_canvas((height, width), (448, 448), least, most)
     assert internvl.best_grid((height, width), (448, 448), internvl.grids_of(least, most)) == (rows, columns)
+
+
+@pytest.mark.parametrize(("least", "most"), [(1, 1), (1, 12), (2, 40), (7, 7), (5, 9)])
+def test_grids_of_internvl_are_all_of_that_many_tiles(least: int, most: int) -> None:
+    sides = range(1, most + 1)
+    every = {(columns, rows) for columns in sides for rows in sides if least <= columns * rows <= most}
+    found = internvl.grids_of(least, most)
+    assert len(found) == len(every) and set(found) == every
+    assert [x * y for x, y in found] == sorted(x * y for x, y in found)
 
 
 class OnlySizes(Idefics3ImageProcessorPil):

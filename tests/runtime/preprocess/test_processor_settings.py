@@ -102,6 +102,7 @@ def test_keys_that_were_added_later_may_be_left_out() -> None:
         ("internvl", {}, (100, 64), "multiples of 64x64"),
         ("internvl", {}, (64 * 5, 64 * 5), "25 tiles; this processor cuts 2 to 12"),
         ("internvl", {"min_patches": 0}, None, "min_patches 0"),
+        ("internvl", {"max_patches": 65536}, None, "max_tiles 65536 is more than 256"),
         ("internvl", {"size": {"shortest_edge": 64}}, None, "height and width"),
         ("idefics3", {}, (100, 64), "multiples of 56"),
         ("idefics3", {"size": {"height": 9, "width": 9}}, None, "longest_edge"),

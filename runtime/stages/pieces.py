@@ -78,7 +78,10 @@ def run_in_pieces(stage: Stage, values: Values, pace: Pace, by_tiles: bool) -> P
 
 
 def tiles_of(stage: Stage) -> str | None:
-    """The graph's input whose first axis counts a picture's tiles; None: it takes pictures whole."""
+    """The graph's input whose first axis counts a picture's tiles; None: it takes pictures whole, or gives
+    something of all tiles together, as calibration's probes do."""
+    if any(TILE_TOKENS not in stage.graph.outputs[name].shape for name in stage.info.outputs):
+        return None
     return next((name for name, info in stage.graph.inputs.items() if info.shape[0] == TILES), None)
 
 

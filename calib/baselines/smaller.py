@@ -23,7 +23,7 @@ from vtp.runtime.bundle.manifest import Manifest
 
 DOWNSAMPLE = "downsample"
 _OWN = "model"  # what bundles call the built-in model, which vtp-export takes without --model
-_ANY_SIZE = ("qwen", "pixtral", "gemma4", "naflex", "navit")  # kinds of preprocessing without tiles
+_ANY_SIZE = ("qwen", "pixtral", "naflex")  # kinds of preprocessing that give a picture any whole grid
 _SAME = (
     "do_resize",
     "do_pad",
@@ -120,8 +120,8 @@ def _wishes(manifest: Manifest, keep: int) -> list[str]:
         high, wide = (max(1, round(edge * share)) for edge in (rows, columns))
         return ["--image-size", f"{wide * width // columns}x{high * height // rows}"]
     raise UsageError(
-        f"--against downsample does not serve family {manifest.model.family}, whose pictures are cut by "
-        "their size; export one yourself (vtp-export --method none, a smaller --image-size) and give that "
+        f"--against downsample does not serve family {manifest.model.family}, whose pictures do not come in "
+        "every size; export one yourself (vtp-export --method none, a smaller --image-size) and give that "
         "bundle as --against"
     )
 

@@ -85,6 +85,7 @@ def test_score_holds_a_method_against_the_smaller_picture(exported, data, tmp_pa
     assert f"{found['baseline']}: " in told.out + told.err and "was not asked" not in told.out
 
 
+@pytest.mark.slow
 def test_keep_writes_it_into_the_manifest_and_a_hint_names_it(exported, data, tmp_path, capsys) -> None:
     made = exported("vispruner")
     bundle = Path(shutil.copytree(made.folder, tmp_path / "bundle"))
@@ -102,6 +103,7 @@ def test_keep_writes_it_into_the_manifest_and_a_hint_names_it(exported, data, tm
     assert list((tmp_path / "bundle-calib").glob("downsample-*"))
 
 
+@pytest.mark.slow
 def test_another_model_is_refused(exported, model_folder, tmp_path) -> None:
     """Of the same shape, with other weights."""
     from ..models.tiny import save_tiny

@@ -78,7 +78,7 @@ def test_a_short_max_length_bounds_what_is_usual(exported: Callable[[str], Any])
     folder = exported("adaptprune").folder
     plan, job = SimpleNamespace(caches={}, states={}), SimpleNamespace(max_length=40, keep=[7], count=16)
     for path in folder.glob("*.onnx"):
-        spec = SimpleNamespace(name=path.stem, module=None)
+        spec = SimpleNamespace(name=path.stem, module=None, inputs=[])
         axes = _graph_info(spec, plan, folder, job).axes  # type: ignore[arg-type]
         assert all(least <= usual <= most for least, usual, most in axes.values()), path
 

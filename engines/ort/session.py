@@ -360,17 +360,24 @@ def _open_session(path: Path, name: str, threads: int | None, cuda_graph: bool =
 
 def _load(path: Path, settle: Callable[[Any], None], providers: list[Any], **how: Any) -> Any:
     try:
-        try:
-            return _session(path, _session_options(settle, exact_products=True), providers, how)
-        except Exception as error:  # as above
-            if _MIXED not in str(error):
-                raise
-            # int8 activations met weights made uint8; products of int8 and int8 are exact as they are
-            return _session(path, _session_options(settle, exact_products=False), providers, how)
-    except Exception as error:
+        return _exact_session(path, settle, providers, how)
+    except Exception as error:  # as above
         version = load_onnxruntime().__version__
         why = _unmet(path, version) or _one_line(error)
         raise VtpError(f"ONNX Runtime {version} cannot load {path.name}: {why}") from error
+
+
+def _exact_session(
+    path: Path, settle: Callable[[Any], None], providers: list[Any], how: Mapping[str, Any]
+) -> Any:
+    """A session whose products of eight bits do not saturate."""
+    try:
+        return _session(path, _session_options(settle, exact_products=True), providers, how)
+    except Exception as error:  # as above
+        if _MIXED not in str(error):
+            raise
+    # int8 activations met weights made uint8; products of int8 and int8 are exact as they are
+    return _session(path, _session_options(settle, exact_products=False), providers, how)
 
 
 def _session_options(settle: Callable[[Any], None], exact_products: bool) -> Any:

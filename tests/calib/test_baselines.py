@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from transformers import LlavaForConditionalGeneration
 
 from vtp.calib import cli
@@ -29,6 +28,7 @@ from vtp.runtime.result import Timings
 from vtp.runtime.stages.runner import StageRunner
 
 from ..models.tiny import IMAGE, pixels, prompt_ids
+from .asked import unpruned_answers
 
 N = 16
 
@@ -36,16 +36,7 @@ N = 16
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory, exported: Any) -> Path:
     """Five questions whose accepted answers are what the unpruned model says."""
-    folder = tmp_path_factory.mktemp("data")
-    rng = np.random.default_rng(3)
-    with Pipeline.load(exported("none").folder, threads=1) as pipe, (folder / "d.jsonl").open("w") as out:
-        for number in range(5):
-            picture = folder / f"{number}.png"
-            Image.fromarray(rng.integers(0, 256, (60, 80, 3), dtype=np.uint8)).save(picture)
-            text = pipe.generate(picture, f"what is {number} ?", max_new_tokens=4).text
-            line = {"image": picture.name, "prompt": f"what is {number} ?", "answer": text}
-            out.write(json.dumps(line) + "\n")
-    return folder / "d.jsonl"
+    return unpruned_answers(tmp_path_factory.mktemp("data"), exported("none").folder, 5)
 
 
 def calib(*arguments: object) -> int:

@@ -11,9 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from vtp.calib import cli
 from vtp.calib.keep import examiner
@@ -24,20 +22,13 @@ from vtp.runtime.bundle.folder import open_bundle, set_calibration
 from vtp.runtime.bundle.memory import bundle_memory
 from vtp.runtime.machine.conditions import conditions
 
+from .asked import unpruned_answers
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory, exported: Any) -> Path:
     """Six questions whose accepted answers are what the unpruned model says."""
-    folder = tmp_path_factory.mktemp("data")
-    rng = np.random.default_rng(3)
-    with Pipeline.load(exported("none").folder, threads=1) as pipe, (folder / "d.jsonl").open("w") as out:
-        for number in range(6):
-            picture = folder / f"{number}.png"
-            Image.fromarray(rng.integers(0, 256, (60, 80, 3), dtype=np.uint8)).save(picture)
-            text = pipe.generate(picture, f"what is {number} ?", max_new_tokens=4).text
-            line = {"image": picture.name, "prompt": f"what is {number} ?", "answer": text}
-            out.write(json.dumps(line) + "\n")
-    return folder / "d.jsonl"
+    return unpruned_answers(tmp_path_factory.mktemp("data"), exported("none").folder, 6)
 
 
 @pytest.fixture

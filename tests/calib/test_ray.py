@@ -17,16 +17,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from vtp.calib import cli
 from vtp.calib.workers.cluster import Ray
 from vtp.calib.workers.local import Job, Local
 from vtp.engines import UsageError, VtpError
-from vtp.runtime import Pipeline
 from vtp.runtime.bundle.folder import open_bundle
+
+from .asked import unpruned_answers
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install 'vtp-edge[ray]', or make test-ray")
 
@@ -38,16 +37,9 @@ TWO_WORKERS = ["--ray", "local", "--workers", "2"]
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory, exported: Any) -> Path:
     """Questions whose accepted answers are what the unpruned model says to every second of them."""
-    folder = tmp_path_factory.mktemp("data")
-    rng = np.random.default_rng(3)
-    with Pipeline.load(exported("none").folder, threads=1) as pipe, (folder / "d.jsonl").open("w") as out:
-        for number in range(QUESTIONS):
-            picture = folder / f"{number}.png"
-            Image.fromarray(rng.integers(0, 256, (60, 80, 3), dtype=np.uint8)).save(picture)
-            text = pipe.generate(picture, f"what is {number} ?", max_new_tokens=4).text if number % 2 else "x"
-            line = {"image": picture.name, "prompt": f"what is {number} ?", "answer": text}
-            out.write(json.dumps(line) + "\n")
-    return folder / "d.jsonl"
+    return unpruned_answers(
+        tmp_path_factory.mktemp("data"), exported("none").folder, QUESTIONS, wrong=range(0, QUESTIONS, 2)
+    )
 
 
 @pytest.fixture(scope="module")

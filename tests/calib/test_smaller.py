@@ -9,16 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from vtp.calib import cli
 from vtp.calib.baselines import smaller
 from vtp.calib.baselines.smaller import SmallerPicture, nearest_side
 from vtp.engines import UsageError, VtpError
 from vtp.export.exporter import Request, export
-from vtp.runtime import Pipeline
 from vtp.runtime.bundle.folder import open_bundle
 from vtp.runtime.bundle.manifest import Manifest
 
@@ -26,6 +23,7 @@ from ..models.tiny_families import save_anyres
 from ..models.tiny_lfm2 import save_lfm2
 from ..models.tiny_pixtral import save_mistral3
 from ..models.tiny_qwen import save_qwen
+from .asked import unpruned_answers
 
 ASKED = 4  # questions
 
@@ -33,16 +31,7 @@ ASKED = 4  # questions
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory, exported: Any) -> Path:
     """Questions whose accepted answers are what the unpruned model says."""
-    folder = tmp_path_factory.mktemp("data")
-    rng = np.random.default_rng(3)
-    with Pipeline.load(exported("none").folder, threads=1) as pipe, (folder / "d.jsonl").open("w") as out:
-        for number in range(ASKED):
-            picture = folder / f"{number}.png"
-            Image.fromarray(rng.integers(0, 256, (60, 80, 3), dtype=np.uint8)).save(picture)
-            text = pipe.generate(picture, f"what is {number} ?", max_new_tokens=4).text
-            line = {"image": picture.name, "prompt": f"what is {number} ?", "answer": text}
-            out.write(json.dumps(line) + "\n")
-    return folder / "d.jsonl"
+    return unpruned_answers(tmp_path_factory.mktemp("data"), exported("none").folder, ASKED)
 
 
 def calib(*arguments: object) -> int:

@@ -359,7 +359,7 @@ OWN_WORDS = [
 
 @pytest.mark.parametrize("text", OWN_WORDS)
 def test_a_client_reads_its_own_words(site: Site, picture: Image.Image, text: str) -> None:
-    """Whatever field they are in, and whoever refuses them."""
+    """In any field, whichever part of the server refuses them."""
     assert not holds_no_secret(text)
     shared = {"type": "choice", "question": "what ?", "options": [text + "s", text + "!"]}
     levels = {"type": "score", "question": "what ?", "levels": [text, text]}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,14 +20,10 @@ class Gemma4Reference(Reference):
 
     inputs: Tensor | None = None  # of every layer, [1,S,L,side]
 
-    def __init__(
-        self,
-        model: Any,
-        image_size: tuple[int, int] | None = None,
-        view_grids: Sequence[tuple[int, int]] = (),
-    ) -> None:
-        super().__init__(model, image_size, view_grids)
-        self.shared = KVSharingDict()
+    @cached_property
+    def shared(self) -> KVSharingDict:
+        """Keys and values that later layers take from earlier ones."""
+        return KVSharingDict()
 
     @property
     def blocks(self) -> list[Any]:

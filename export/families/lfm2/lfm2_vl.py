@@ -21,9 +21,9 @@ from vtp.engines import VtpError
 from vtp.export.families.lfm2.places import resampling
 from vtp.export.families.lfm2.reference import Lfm2Reference
 from vtp.export.families.qwen_vl.tower import PlaceTable
-from vtp.export.families.tiled.marked import MarkedViews
+from vtp.export.families.tiled.marked import UnlikeViews
 from vtp.export.families.tiled.shuffle import ShuffledEncoder
-from vtp.export.families.tiles import TILED, Tile, unlike_tiles
+from vtp.export.families.tiles import TILED
 from vtp.export.graphs.decoder import Decoder, LayerState
 from vtp.export.graphs.encoder import Projector, VisionEncoder
 from vtp.runtime.preprocess import ImageSpec
@@ -38,7 +38,7 @@ _MARKS = (
 )
 
 
-class Lfm2VL(MarkedViews):
+class Lfm2VL(UnlikeViews):
     """Lfm2VlForConditionalGeneration."""
 
     name = "lfm2_vl"
@@ -55,7 +55,6 @@ class Lfm2VL(MarkedViews):
     unreduced = "its tower takes patches of any size of picture; choose a smaller --image-size"
     image_kinds = ("naflex", "naflex_tiles")
     reference = Lfm2Reference
-    size: Size
     _tiles: Size | None = None  # (rows, columns) of the tiles of a picture; None: one piece
 
     @classmethod
@@ -97,22 +96,6 @@ class Lfm2VL(MarkedViews):
             raise VtpError(f"the tokenizer does not know {named}; fix tokenizer_config.json")
         image = tokenizer.convert_ids_to_tokens(self.image_token_id)
         self.read_block(tokenizer, start + "".join(mark + image for mark in marks) + end)
-
-    @property
-    def grid(self) -> Size:
-        return self._token_grids[0] if self._tiles is None else (1, sum(self.view_tokens))
-
-    @property
-    def view_tokens(self) -> Sequence[int]:
-        return [rows * columns for rows, columns in self._token_grids]
-
-    @property
-    def tiles(self) -> Sequence[Tile]:
-        return unlike_tiles(self._token_grids)
-
-    @property
-    def image_size(self) -> tuple[int, int]:
-        return self.size
 
     @property
     def patches(self) -> tuple[int, int]:
@@ -168,9 +151,8 @@ class Lfm2VL(MarkedViews):
         return self.model.config.downsample_factor
 
     @property
-    def _token_grids(self) -> list[Size]:
-        """(rows, columns) of the visual tokens of every view."""
-        return [(rows // self._factor, columns // self._factor) for rows, columns in self._grids]
+    def token_edge(self) -> int:
+        return self._factor
 
 
 def _marks_of_tiles(tiles: Size, whole: str) -> list[str]:

@@ -18,8 +18,8 @@ from vtp.export.families.base import marks_of
 from vtp.export.families.minicpm.reference import MiniCPMReference
 from vtp.export.families.minicpm.tower import FACTOR, MergerMlp, MergingTower
 from vtp.export.families.qwen_vl.qwen3_5 import LIMITS, delta_states
-from vtp.export.families.tiled.marked import MarkedViews
-from vtp.export.families.tiles import TILED, Tile, unlike_tiles
+from vtp.export.families.tiled.marked import UnlikeViews
+from vtp.export.families.tiles import TILED
 from vtp.export.graphs.decoder import Decoder
 from vtp.export.graphs.encoder import Projector
 from vtp.runtime.preprocess import ImageSpec
@@ -31,7 +31,7 @@ _MARKS = ("image_id_start_token", "image_id_end_token", "image_start_token", "im
 _MERGING: dict[str, Any] = {"downsample_mode": "16x", "merge_kernel_size": [2, 2], "merger_times": 1}
 
 
-class MiniCPMV4_6(MarkedViews):
+class MiniCPMV4_6(UnlikeViews):
     """MiniCPMV4_6ForConditionalGeneration."""
 
     name = "minicpmv4_6"
@@ -47,7 +47,6 @@ class MiniCPMV4_6(MarkedViews):
     unreduced = "its tower merges patches between two of its blocks"
     image_kinds = ("navit", "navit_slices")
     reference = MiniCPMReference
-    size: tuple[int, int]
     _slices: tuple[int, int] | None = None  # (rows, columns) of the slices of a picture; None: one piece
 
     @classmethod
@@ -87,22 +86,6 @@ class MiniCPMV4_6(MarkedViews):
         self.read_block(tokenizer, block)
 
     @property
-    def grid(self) -> tuple[int, int]:
-        return self._token_grids[0] if self._slices is None else (1, sum(self.view_tokens))
-
-    @property
-    def view_tokens(self) -> Sequence[int]:
-        return [rows * columns for rows, columns in self._token_grids]
-
-    @property
-    def tiles(self) -> Sequence[Tile]:
-        return unlike_tiles(self._token_grids)
-
-    @property
-    def image_size(self) -> tuple[int, int]:
-        return self.size
-
-    @property
     def patches(self) -> tuple[int, int]:
         count, vision = sum(rows * columns for rows, columns in self._grids), self._vision
         return count, vision.num_channels * vision.patch_size**2
@@ -136,10 +119,8 @@ class MiniCPMV4_6(MarkedViews):
         return self.model.config.vision_config
 
     @property
-    def _token_grids(self) -> list[tuple[int, int]]:
-        """(rows, columns) of the visual tokens of every view."""
-        edge = FACTOR**2
-        return [(rows // edge, columns // edge) for rows, columns in self._grids]
+    def token_edge(self) -> int:
+        return FACTOR**2
 
 
 FAMILY = MiniCPMV4_6

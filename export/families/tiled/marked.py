@@ -13,6 +13,7 @@ from typing import Any
 from vtp.engines import VtpError
 from vtp.export.families.base import Family
 from vtp.export.families.tiled.runs import Runs, RunsDecoderPruner, RunsSplice, RunsTextCues
+from vtp.export.families.tiles import Tile, unlike_tiles
 from vtp.export.graphs.pruner import DecoderPruner
 from vtp.export.graphs.splice import Splice, TextCues
 from vtp.export.pruners.base import Pruner
@@ -76,3 +77,41 @@ class MarkedViews(Family):
         """The block from its first image id to its last."""
         image = self.image_token_id
         return self._ids[self._ids.index(image) : len(self._ids) - self._ids[::-1].index(image)]
+
+
+class UnlikeViews(MarkedViews):
+    """One whose views are patches of unlike grids, and a visual token a square of them.
+
+    size    (height, width) of the picture
+    _grids  (rows, columns) of every view's patches
+    """
+
+    size: tuple[int, int]
+    _grids: Sequence[tuple[int, int]]
+
+    @property
+    @abstractmethod
+    def token_edge(self) -> int:
+        """Patches on one side of a visual token."""
+
+    @property
+    def token_grids(self) -> list[tuple[int, int]]:
+        """(rows, columns) of the visual tokens of every view."""
+        edge = self.token_edge
+        return [(rows // edge, columns // edge) for rows, columns in self._grids]
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return self.token_grids[0] if self._in_one_piece else (1, sum(self.view_tokens))
+
+    @property
+    def view_tokens(self) -> Sequence[int]:
+        return [rows * columns for rows, columns in self.token_grids]
+
+    @property
+    def tiles(self) -> Sequence[Tile]:
+        return unlike_tiles(self.token_grids)
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        return self.size

@@ -150,7 +150,8 @@ def _watch(pipe: Pipeline, folder: str, asked: list[dict[str, Any]]) -> list[Res
 def record(result: Result) -> dict[str, Any]:
     """What is compared; `likely` are the most likely tokens at each place of the text: [id, logprob]."""
     likely = [[[other.id, other.logprob] for other in one.top] for one in result.logprobs or []]
-    return {"tokens": result.token_ids, "text": result.text, "kept": result.kept, "likely": likely}
+    kept = result.then["kept"] if result.then else result.kept  # after the second cut, where there is one
+    return {"tokens": result.token_ids, "text": result.text, "kept": kept, "likely": likely}
 
 
 # -- what pruners are given ----------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What is asked: bundles of the built-in model, one for each method, target and kind of weights."""
+"""What is asked: bundles of the built-in model, by method, target and kind of weights, and second cuts."""
 
 from __future__ import annotations
 
@@ -24,8 +24,11 @@ WEIGHTS = {  # what vision encoder and projector, then the decoder become; None:
     "float16": None,
     "int8": Wish("int8", "none"),
     "int4": Wish("none", "int4"),
+    "prompt8": Wish("int8", "int4", prompt="int8"),  # two decoder graphs on one cache
 }
-UNSERVED = {("jetpack6", "int4")}  # which TensorRT 10.3 does not have
+UNSERVED = {("jetpack6", "int4"), ("jetpack6", "prompt8")}  # which TensorRT 10.3 does not have
+PROMPT8 = ("none", "vispruner", "adaptprune", "fastv")  # of the others' decoders it is the same graph
+THEN = {"vscan": "pyramiddrop:3", "apet": "apet:3"}  # a second cut inside the decoder, in float32
 # These are asked by the scheduler and the watcher, too. The scheduler's answers are sampled, so that logits
 # must be float32's: those of other weights are farther apart than draws are from another token.
 STREAMED = ("vispruner-ort-float32", "adaptprune-jetpack6-float32")
@@ -35,15 +38,17 @@ _SOURCES = ("engines", "runtime", "export", "calib/quantize", "scenes/model")
 
 @dataclass(frozen=True)
 class Case:
-    """One bundle."""
+    """One bundle; `then` names a second cut inside the decoder."""
 
     method: str
     target: str
     weights: str
+    then: str = ""
 
     @property
     def name(self) -> str:
-        return f"{self.method}-{self.target}-{self.weights}"
+        second = self.then.partition(":")[0]
+        return f"{self.method}{second and '+'}{second}-{self.target}-{self.weights}"
 
     def make(self, folder: Path) -> Path:
         """The bundle in `folder`, made anew unless it was made from these very sources."""
@@ -64,7 +69,7 @@ class Case:
             return
         keep = None if self.method == "none" else str(KEEP)
         wishes = {"keep_tokens": keep, "target": self.target, "dtype": self.weights, "verify": "none"}
-        export(Request(bundle, method=self.method, overwrite=True, **wishes))
+        export(Request(bundle, method=self.method, then=self.then or None, overwrite=True, **wishes))
 
 
 def quantize(source: Path, bundle: Path, wish: Wish) -> None:
@@ -89,14 +94,15 @@ def save_pictures(folder: Path, count: int = CALIBRATED_ON) -> list[tuple[Path, 
 
 
 def cases() -> list[Case]:
-    """All, float32 on ONNX Runtime first, but for UNSERVED."""
-    return [
+    """All, float32 on ONNX Runtime first, but for UNSERVED; those of THEN last."""
+    plain = [
         Case(method, target, weights)
         for weights in WEIGHTS
         for target in TARGETS
-        for method in picture_methods()
+        for method in (PROMPT8 if weights == "prompt8" else picture_methods())
         if (target, weights) not in UNSERVED
     ]
+    return plain + [Case(one, target, "float32", then) for one, then in THEN.items() for target in TARGETS]
 
 
 def select(words: Sequence[str]) -> list[Case]:

@@ -11,9 +11,9 @@ from vtp.runtime.compare import LIMITS
 # How far a pruner's inputs may be from the other machine's in a close call: the limits of every export. With
 # float16, values are rounded to it between nodes; with int8 and int4, activations are rounded to codes.
 MOVED = {weights: LIMITS[weights].relative for weights in ("float32", "float16", "int4")}
-MOVED["int8"] = MOVED["int4"]
+MOVED["int8"] = MOVED["prompt8"] = MOVED["int4"]
 # Nats between the two tokens, in a close call.
-MARGIN = {"float32": 1e-3, "float16": 5e-2, "int8": 2e-1, "int4": 2e-1}
+MARGIN = {"float32": 1e-3, "float16": 5e-2, "int8": 2e-1, "int4": 2e-1, "prompt8": 2e-1}
 # A random direction turns a choice later than the one that rounding took; and float32 itself rounds.
 FARTHER, ROUNDING = 10.0, 1e-6
 

@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from vtp.export.pruners import picture_methods
+
 from . import environment
 from .__main__ import main
-from .bundles import QUICK, UNSERVED, cases, select
+from .bundles import PROMPT8, QUICK, UNSERVED, cases, select
 from .closeness import STEPS, movement, turning_point
 from .margins import compare, margin
 
@@ -135,8 +137,13 @@ def test_movement_is_relative_to_each_row() -> None:
 
 def test_every_method_is_asked_with_each_target_and_kind_of_weights() -> None:
     kinds = [(case.target, case.weights) for case in cases() if case.method == "vispruner"]
-    assert len(kinds) == len(set(kinds)) == 7 and not UNSERVED & set(kinds)
-    assert select([]) == cases() and len(cases()) % 7 == 0
+    assert len(kinds) == len(set(kinds)) == 8 and not UNSERVED & set(kinds)
+    methods = {case.method for case in cases() if not case.then}
+    assert select([]) == cases() and methods == set(picture_methods())
+    assert all(
+        sum(case.method == one and not case.then for case in cases()) == 7 + (one in PROMPT8)
+        for one in methods
+    )
 
 
 def test_words_select_bundles() -> None:

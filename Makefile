@@ -121,7 +121,7 @@ test-zenoh: setup  ## vtp-zenoh beside two other makers' clients over a real rou
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/robots/test_zenoh.py tests/robots/test_zenoh_keys.py \
 	  tests/robots/test_zenoh_node.py -m "slow or not slow"
 
-# ARM64 takes methods, targets, weights, several joined by "-", or quick: ARM64="vispruner adaptprune-jetpack6 int4".
+# ARM64 takes methods, targets, weights, several joined by "-", quick, or commands: ARM64="vispruner jetpack6-int8".
 test-arm64: setup  ## bundles on arm64 Python under qemu answer as on x86-64, in build/arm64 (wants qemu-user-static; two hours)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.arm64 $(ARM64)
 

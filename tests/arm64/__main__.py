@@ -4,8 +4,8 @@
 
 Runtime, watcher and scheduler with aarch64 wheels in build/arm64: the same tokens and the same kept ones, or
 those that differ with their margins. A line for each answer that differs, a table at the end; exit code 1
-where anything differs that is no close call. WORD selects bundles: see `bundles.select`. A run that was ended
-goes on where it stood.
+where anything differs that is no close call. WORD selects bundles: see `bundles.select`; the word "commands",
+or none, asks one by vtp-watch and vtp-serve as well. A run that was ended goes on where it stood.
 """
 
 from __future__ import annotations
@@ -20,16 +20,18 @@ from typing import Any
 
 from vtp.export.cli import quiet_libraries
 
+from . import commands
 from .asking import Job, read
 from .bundles import STREAMED, Case, digest, save_pictures, select
 from .closeness import closeness_file
-from .environment import BUILD, ROOT, on_arm64, on_host, pins, prepare, refusal
+from .environment import BUILD, ROOT, on_arm64, on_host, pins, prepare, prepare_commands, refusal
 from .margins import Outcome, compare
 
 ASKED, WATCHED = 2, 2  # pictures
 TOKENS = 12
 _SOURCES = ("engines", "runtime", "serve/streams", "tests/arm64/asking.py")
 HOST, ARM64 = "x86-64", "arm64"
+COMMANDS, COMMANDS_ASK = "commands", "vispruner-ort-float32"
 
 
 def main() -> int:
@@ -37,9 +39,24 @@ def main() -> int:
     if why := refusal():
         print(why, file=sys.stderr)
         return 2
-    chosen = select(sys.argv[1:])
+    words = sys.argv[1:]
+    bundles_of = [word for word in words if word != COMMANDS]
+    chosen = [] if words and not bundles_of else select(bundles_of)
     quiet_libraries()
     prepare()
+    wrong = ask_bundles(chosen) if chosen else 0
+    return max(wrong, ask_commands()) if not words or COMMANDS in words else wrong
+
+
+def ask_commands() -> int:
+    """One bundle by the commands; 1 if an answer differs."""
+    prepare_commands()
+    (case,) = select([COMMANDS_ASK])
+    return commands.check(case.make(BUILD / "bundles"))
+
+
+def ask_bundles(chosen: list[Case]) -> int:
+    """All by the pipeline, some by scheduler and watcher; 1 if an answer differs by no close call."""
     sources = digest(ROOT / one for one in _SOURCES)
     bundles = [case.make(BUILD / "bundles") for case in chosen]
     host, arm64 = (jobs(where, chosen, bundles, sources) for where in (HOST, ARM64))

@@ -10,23 +10,29 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 BUILD = ROOT / "build/arm64"
-SYSTEM, WHEELS, HOST = BUILD / "root", BUILD / "site", BUILD / "host"
+SYSTEM, WHEELS, HOST, MORE = BUILD / "root", BUILD / "site", BUILD / "host", BUILD / "more"
 QEMU = "qemu-aarch64-static"
 WANTED = {QEMU: "qemu-user-static", "apt-get": "apt", "dpkg-deb": "dpkg"}  # command: its package
 # 1.31.1's import crashes under Debian's qemu 7.2; bundles of target ort want 1.23.
 ONNXRUNTIME = "onnxruntime==1.23.2"
 PINNED = ("numpy", "pillow", "tokenizers", "jinja2")  # in constraints.txt
+# What the commands need beside: of the extras [serve] and [streams], and what those need.
+FOR_COMMANDS = ("av", "starlette", "uvicorn", "llguidance")
+NEEDED_BY_THOSE = ("anyio", "idna", "sniffio", "h11", "click", "typing_extensions")
 RELEASE, KEYRING = "bookworm", Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 PACKAGES = """libc6 libstdc++6 libgcc-s1 zlib1g libexpat1 libffi8 libssl3 libbz2-1.0 liblzma5 libuuid1
 libcrypt1 libpython3.11-minimal python3.11-minimal libpython3.11-stdlib"""
 PYTHON_TAGS = ["--python-version", "3.11", "--implementation", "cp"]
-PLATFORMS = ("manylinux_2_28_aarch64", "manylinux_2_17_aarch64", "manylinux2014_aarch64")
+# Up to the glibc of RELEASE; llguidance's wheel wants 2.31.
+PLATFORMS = tuple(f"manylinux{one}_aarch64" for one in ("_2_36", "_2_34", "_2_31", "_2_28", "_2_17", "2014"))
 ABIS = ("cp311", "abi3", "none")
+# -S: Debian's dist-packages of this machine, which qemu shows as well, are of another one.
+ARM64_PYTHON = (QEMU, "-L", SYSTEM, SYSTEM / "usr/bin/python3.11", "-S", "-B")
 
 
 def refusal(
@@ -44,8 +50,12 @@ def refusal(
 
 def pins() -> list[str]:
     """The packages of the runtime in the versions that vtp is tested with, and ONNX Runtime."""
+    return [*_pinned(PINNED), "markupsafe", ONNXRUNTIME]
+
+
+def _pinned(names: Sequence[str]) -> list[str]:
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
-    return [line for line in lines if line.partition("==")[0] in PINNED] + ["markupsafe", ONNXRUNTIME]
+    return [line for line in lines if line.partition("==")[0] in names]
 
 
 def prepare() -> None:
@@ -57,28 +67,40 @@ def prepare() -> None:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
     _unpack_system()
-    _unpack_wheels()
+    _unpack_wheels(pins(), BUILD / "wheels", WHEELS)
     _pip("install", "--no-deps", "--target", HOST, ONNXRUNTIME)
+    stamp.write_text(wanted, encoding="utf-8")
+
+
+def prepare_commands() -> None:
+    """Add PyAV and the server's packages to the arm64 environment, unless just these are there."""
+    needed = [*_pinned(FOR_COMMANDS), *NEEDED_BY_THOSE]
+    stamp, wanted = MORE / "packages.txt", "\n".join(needed)
+    if stamp.is_file() and stamp.read_text(encoding="utf-8") == wanted:
+        return
+    shutil.rmtree(MORE, ignore_errors=True)
+    (MORE / "wheels").mkdir(parents=True)
+    _unpack_wheels(needed, MORE / "wheels", MORE)
     stamp.write_text(wanted, encoding="utf-8")
 
 
 def on_arm64(*words: object) -> None:
     """Run arm64 Python with these arguments. Its failure is told: what it did before is there."""
-    # -S: Debian's dist-packages of this machine, which qemu shows as well, are of another one.
-    command = [QEMU, "-L", SYSTEM, SYSTEM / "usr/bin/python3.11", "-S", "-B", *words]
     try:
-        _call(command, ROOT, _environment(WHEELS))
+        _call([*ARM64_PYTHON, *words], ROOT, environment(WHEELS))
     except SystemExit as error:
         print(error, flush=True)
 
 
 def on_host(*words: object) -> None:
     """Run this Python with the same ONNX Runtime as there; SystemExit if it fails."""
-    _call([sys.executable, *words], ROOT, _environment(HOST))
+    _call([sys.executable, *words], ROOT, environment(HOST))
 
 
-def _environment(site: Path) -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": f"{site}:{ROOT}", "OMP_NUM_THREADS": "1"}
+def environment(*sites: Path) -> dict[str, str]:
+    """Variables for a Python that imports from these folders first, then from the checkout."""
+    path = ":".join(map(str, (*sites, ROOT)))
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
 
 def _unpack_system() -> None:
@@ -107,13 +129,13 @@ def _unpack_system() -> None:
         _call(["dpkg-deb", "-x", deb, SYSTEM], debs)
 
 
-def _unpack_wheels() -> None:
+def _unpack_wheels(wanted: Sequence[str], wheels: Path, site: Path) -> None:
+    """aarch64 wheels of just these packages."""
     tags = [word for one in PLATFORMS for word in ("--platform", one)]
     tags += [word for one in ABIS for word in ("--abi", one)]
-    wheels = BUILD / "wheels"
-    _pip("download", "--no-deps", "--only-binary", ":all:", *PYTHON_TAGS, *tags, "-d", wheels, *pins())
+    _pip("download", "--no-deps", "--only-binary", ":all:", *PYTHON_TAGS, *tags, "-d", wheels, *wanted)
     for wheel in sorted(wheels.glob("*.whl")):
-        shutil.unpack_archive(wheel, WHEELS, "zip")
+        shutil.unpack_archive(wheel, site, "zip")
 
 
 def _pip(action: str, *words: object) -> None:

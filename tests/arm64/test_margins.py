@@ -15,6 +15,7 @@ from . import environment
 from .__main__ import main
 from .bundles import PROMPT8, QUICK, UNSERVED, cases, select
 from .closeness import STEPS, movement, turning_point
+from .commands import report
 from .margins import compare, margin
 
 ANSWER = {
@@ -186,3 +187,27 @@ def test_versions_are_those_of_the_constraints() -> None:
     assert [pin.partition("==")[0] for pin in pins] == [
         *("tokenizers", "numpy", "pillow", "jinja2", "markupsafe", "onnxruntime")
     ]
+
+
+# -- the commands --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("found", "code", "said"),
+    [
+        ({"a": {"text": "blue", "logprobs": [-0.5, -0.1]}}, 0, "same   a: 'blue', 5.0e-04 nats apart"),
+        ({"a": {"text": "red", "logprobs": [-0.5005, -0.1]}}, 1, "WRONG  a: {'text': 'red'}, not"),
+        ({"a": {"text": "blue", "logprobs": [-0.5005, -0.3]}}, 1, "2.0e-01 nats apart"),
+        ({"a": {"text": "blue", "logprobs": [-0.5005]}}, 1, "1 tokens of 2"),
+        ({}, 1, "WRONG  a: on one machine only"),
+    ],
+)
+def test_answers_of_commands_are_compared(
+    found: dict[str, Any], code: int, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert report(found, {"a": {"text": "blue", "logprobs": [-0.5005, -0.1]}}) == code
+    assert said in capsys.readouterr().out
+
+
+def test_no_answer_of_a_command_is_no_success() -> None:
+    assert report({}, {}) == 1

@@ -24,6 +24,7 @@ ANSWER, ANSWER_JSON = "/vtp/answer", "/vtp/answer_json"
 
 
 _LATEST = 2**64 - 1  # nanoseconds that a recording can tell
+_IN_MEMORY = 2**16  # bytes of answers that are not in the file yet: what is lost if the process is killed
 
 
 def check_recording(path: Path) -> None:
@@ -98,7 +99,7 @@ class _Recording:
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("xb")
-        self._writer = _load_writer()(self._file)
+        self._writer = _load_writer()(self._file, chunk_size=_IN_MEMORY)
         self._writer.start(profile="ros2", library="vtp")
         schema = self._writer.register_schema(STRING, "ros2msg", _DEFINITION)
         self._channels = [
@@ -109,6 +110,7 @@ class _Recording:
         """A text for each channel, at `stamp` nanoseconds."""
         for channel, text in zip(self._channels, texts, strict=True):
             self._writer.add_message(channel, stamp, string_message(text), stamp, number)
+        self._file.flush()
 
     def end(self) -> None:
         self._writer.finish()

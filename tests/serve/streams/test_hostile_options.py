@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import resource
 import socket
@@ -289,6 +290,25 @@ def test_without_an_answer_there_is_no_recording(tmp_path: Path) -> None:
     with McapAnswers(tmp_path / "said.mcap"):
         pass
     assert not list(tmp_path.iterdir())
+
+
+def test_of_a_recording_that_was_not_ended_little_is_lost(pipe: Pipeline, tmp_path: Path) -> None:
+    """As if the process had been killed: what is in the file is read as `mcap recover` reads it."""
+    stream = pytest.importorskip("mcap.stream_reader")
+    from mcap.exceptions import EndOfFile
+    from mcap.records import Message
+
+    path, sink = tmp_path / "said.mcap", McapAnswers(tmp_path / "said.mcap")
+    answer = next(answers(pipe, 0))
+    size, count = len(json.dumps(answer.to_json())), 400
+    for _ in range(count):
+        sink(answer)
+    found = 0
+    with path.open("rb") as file, pytest.raises(EndOfFile):
+        for record in stream.StreamReader(file).records:
+            found += isinstance(record, Message)
+    assert 0 <= count - found / 2 <= 2**16 / size + 1
+    sink.close()
 
 
 def test_a_full_disk_is_one_line_and_what_was_recorded_stays(pipe: Pipeline, tmp_path: Path) -> None:

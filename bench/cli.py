@@ -133,6 +133,7 @@ def _about(task: Task, shape: str | None, **settings: Any) -> dict[str, Any]:
 
 
 def _run_video(task: Task, args: argparse.Namespace, progress: Progress) -> None:
+    video.check_file(args.video)
     about = _about(task, args.shape, video=Path(args.video).name)
     progress.step(f"play {Path(args.video).name}, and ask about its newest frame")
     found = video.measure_video(dataclasses.replace(task, image=args.video))

@@ -18,8 +18,15 @@ from vtp.engines.errors import shown
 from vtp.runtime import Pipeline
 from vtp.runtime.commands.console import table
 from vtp.serve.streams.sinks.tally import Tally
+from vtp.serve.streams.sources.names import source_name
 from vtp.serve.streams.sources.opening import open_source
 from vtp.serve.streams.watcher import Watcher
+
+
+def check_file(text: str) -> None:
+    """Raise UsageError for what is not a file; of a URL the message shows no password."""
+    if not Path(text).is_file():
+        raise UsageError(f"--video '{source_name(text)}' is not a file; give a video")
 
 
 def measure_video(task: Task) -> dict[str, Any]:
@@ -27,8 +34,7 @@ def measure_video(task: Task) -> dict[str, Any]:
 
     Raises VtpError and UsageError.
     """
-    if not Path(task.image).is_file():
-        raise UsageError(f"--video '{shown(task.image)}' is not a file; give a video")
+    check_file(task.image)
     with Pipeline.load(task.bundle, task.engine, task.threads) as pipe:
         pipe.warmup()
         stages: dict[str, list[float]] = {}

@@ -31,7 +31,7 @@ class Alert:
     answer      which of them raises it
     labels      as of `Pipeline.decide`: "letters", or "texts" for a model that knows the plain question
     threshold   probability of the answer from which on it is raised, above 0 and at most 1
-    hysteresis  how far below the threshold the probability must fall to end it, from 0 to the threshold
+    hysteresis  how far below the threshold the probability must fall to end it, from 0 to below the threshold
     cooldown    seconds after a raise that was told, in which no other one is told
     """
 
@@ -63,6 +63,11 @@ class Alert:
         if self.threshold == 0:
             raise UsageError("threshold 0 would always be reached; give a probability above 0")
         _check("hysteresis", self.hysteresis, 0.0, self.threshold)
+        if self.hysteresis == self.threshold:
+            raise UsageError(
+                f"hysteresis {self.hysteresis:g} must be below the threshold {self.threshold:g}, or the "
+                "alert could never end"
+            )
         _check("cooldown", self.cooldown, 0.0, _LONGEST)
 
     @property

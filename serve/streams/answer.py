@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
+
+from PIL import Image
 
 from vtp.runtime.decisions.decision import Decision
 from vtp.runtime.result import Result, VisualTokens
@@ -25,6 +28,7 @@ class FrameAnswer:
                had taken their place, or could not be decoded
     skipped    frames after it that were looked at, and that the gate held back
     change     how much the gate found changed, from 0 to 1; None without a gate
+    seen       gives the picture that was asked about, while the watcher holds it; else None
     """
 
     frame: Frame
@@ -36,6 +40,15 @@ class FrameAnswer:
     alerts: tuple[AlertReading, ...] = ()
     skipped: int = 0
     change: float | None = None
+    seen: Callable[[], Image.Image | None] = field(default=lambda: None, repr=False, compare=False)
+
+    def picture(self) -> Image.Image:
+        """The picture that was asked about, upright, RGB; not to be changed.
+
+        A watcher holds that of its latest answer. One of an answer before is loaded again: a file may have
+        changed since, and VtpError is raised for one that has gone.
+        """
+        return self.seen() or self.frame.load()
 
     @property
     def text(self) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import threading
 import time
 
-from vtp.engines import VtpError
-from vtp.engines.errors import shown
+from vtp.engines import UsageError, VtpError
+from vtp.engines.errors import quoted_argument, shown
 from vtp.serve.streams.frames import Frame, Source
 from vtp.serve.streams.newest import Newest
 
@@ -28,9 +28,15 @@ class Capture:
         self._newest: Newest[Frame] = Newest()
         self._error: BaseException | None = None
         self._heard = time.monotonic()
+        self._handing_over = False
         self._given_up = False
         # A daemon: a driver that hangs in a read must not keep the process alive.
         self._thread = threading.Thread(target=self._run, name="vtp-capture", daemon=True)
+
+    @property
+    def source_name(self) -> str:
+        """How messages call the source."""
+        return self._source.name
 
     def start(self) -> None:
         """Begin to read."""
@@ -46,7 +52,7 @@ class Capture:
             frame = self._newest.take(self._patience())
         except TimeoutError:
             raise VtpError(
-                f"no frame came from {shown(self._source.name)} for {self._timeout:g} s; check the source, "
+                f"no frame came from {shown(self.source_name)} for {self._timeout:g} s; check the source, "
                 "or wait longer with --timeout"
             ) from None
         if frame is None and self._error is not None:
@@ -70,17 +76,34 @@ class Capture:
         self._source.close()
 
     def _patience(self) -> float | None:
-        if self._timeout is None:
+        if self._timeout is None or self._handing_over:
             return None
         return max(0.0, self._heard + self._timeout - time.monotonic())
+
+    def _hand_over(self, frame: Frame) -> bool:
+        """Put it into the slot; what it waits there for the model is not a silence of the source."""
+        self._handing_over = True
+        taken = self._newest.put(frame, wait=self._every_frame)
+        self._heard, self._handing_over = time.monotonic(), False
+        return taken
 
     def _run(self) -> None:
         try:
             for frame in self._source:
-                self.seen, self._heard = self.seen + 1, time.monotonic()
-                if not self._newest.put(frame, wait=self._every_frame):
+                _check_frame(frame, self.source_name)
+                self.seen += 1
+                if not self._hand_over(frame):
                     break
         except BaseException as error:  # for the thread that takes frames to raise
             self._error = error
         finally:
             self._newest.close()
+
+
+def _check_frame(frame: object, source: str) -> None:
+    """Raise UsageError for what a source of the caller's own may give instead of frames."""
+    if not isinstance(frame, Frame):
+        raise UsageError(
+            f"{shown(source)} gave {quoted_argument(frame)}, which is not a Frame; give Frame(picture, "
+            "number, stamp_ns, arrived)"
+        )

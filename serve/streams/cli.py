@@ -38,18 +38,19 @@ from vtp.serve.streams.gate import DEFAULT_CHANGE, Gate
 from vtp.serve.streams.sinks.hooks import Command, Hook, Webhook
 from vtp.serve.streams.sinks.kept import KeptPictures, KeptVideo, check_kept, is_video
 from vtp.serve.streams.sinks.lines import Sink, alerted, json_lines, say_answer
-from vtp.serve.streams.sinks.recording import McapAnswers
+from vtp.serve.streams.sinks.recording import McapAnswers, check_recording
 from vtp.serve.streams.sinks.tally import Tally
 from vtp.serve.streams.sources.names import without_secrets
 from vtp.serve.streams.sources.opening import check_source, open_source
 from vtp.serve.streams.typed import TypedPrompts, is_typed
-from vtp.serve.streams.watcher import Watcher, check_single
+from vtp.serve.streams.watcher import Watcher, check_asks, check_every, check_single, check_timeout
 
 PROG = "vtp-watch"
 PAGE_PORT = "8001"
 _ENDED = "the watch is over"
 _LARGEST_PORT = 2**16 - 1
-_THRESHOLD, _HYSTERESIS, _COOLDOWN = "0.5", "0.1", "10"
+_THRESHOLD, _COOLDOWN = "0.5", "10"
+_HYSTERESIS = 0.1  # at most half of the threshold
 
 
 class _Parser(Parser):
@@ -146,7 +147,11 @@ def _add_alerts(parser: argparse.ArgumentParser) -> None:
         metavar="P",
         help=f"probability that raises it, once for all or once for each (default: {_THRESHOLD})",
     )
-    add("--hysteresis", default=_HYSTERESIS, metavar="P", help="ends this far below (default: %(default)s)")
+    add(
+        "--hysteresis",
+        metavar="P",
+        help=f"ends this far below (default: {_HYSTERESIS:g}, at most half of the threshold)",
+    )
     add(
         "--cooldown", default=_COOLDOWN, metavar="S", help="seconds between two raises (default: %(default)s)"
     )
@@ -166,9 +171,10 @@ def _run(args: argparse.Namespace) -> None:
     alerts, options = alerts_of(args), watch_options(args)
     answers, seconds = until_of(args.until)
     fps = None if args.fps is None else _above_zero("fps", args.fps)
+    check_asks(args.prompt, alerts)
     check_source(args.source, fps)
-    if args.show_kept:
-        check_kept(Path(args.show_kept))
+    port = None if args.page is None else _port(args.page)
+    _check_files(args)
     with ExitStack() as stack:
         hooks = [stack.enter_context(closing(hook)) for hook in _hooks(args)]
         pipe = stack.enter_context(_pipeline(args, len(alerts) + (args.prompt is not None)))
@@ -184,13 +190,12 @@ def _run(args: argparse.Namespace) -> None:
             Watcher(pipe, source, args.prompt, alerts=alerts, on_alert=on_alert, tell=_tell, **options)
         )
         sinks = _sinks(args, pipe, source)
+        if port is not None:  # before any file is begun, as the port may be taken
+            sinks.append(stack.enter_context(closing(_page(watcher, port, source))))
         if args.show_kept:
             sinks.append(_kept_sink(stack, Path(args.show_kept), pipe, source))
         if args.mcap is not None:
             sinks.append(stack.enter_context(McapAnswers(Path(args.mcap))))
-        if args.page is not None:
-            page = stack.enter_context(closing(_page(watcher, args.page, source)))
-            sinks.append(page)
         if args.stdin or is_typed():
             stack.enter_context(closing(TypedPrompts(watcher, _tell)))
         if seconds is not None:
@@ -255,7 +260,7 @@ def _sides_note(spec: ImageSpec) -> Sink:
     told: list[bool] = []
 
     def note_sides(answer: FrameAnswer) -> None:
-        if not told and (line := cut_off_line(spec, *answer.frame.load().size)):
+        if not told and (line := cut_off_line(spec, *answer.picture().size)):
             _tell(line)
         told.append(True)
 
@@ -275,7 +280,35 @@ def _doubt_note() -> Sink:
     return note_doubt
 
 
-def _page(watcher: Watcher, port: str, source: Source) -> Any:
+def _check_files(args: argparse.Namespace) -> None:
+    """Refuse what can be refused of the files to be written before a model is loaded."""
+    if args.show_kept:
+        folder = Path(args.show_kept)
+        check_kept(folder)
+        if folder.is_dir() and "://" not in args.source and _same(folder, Path(args.source)):
+            raise UsageError(
+                f"--show-kept '{shown(folder)}' is the folder that is watched, whose pictures would be "
+                "overwritten; give another one"
+            )
+    if args.mcap is not None:
+        check_recording(Path(args.mcap))
+
+
+def _same(one: Path, other: Path) -> bool:
+    return other.exists() and one.samefile(other)
+
+
+def _port(text: str) -> int:
+    """The page's port. Raises UsageError."""
+    number = whole_number("page", text, least=0)
+    if number > _LARGEST_PORT:
+        raise UsageError(
+            f"page {number} is not a valid port; choose 1 to {_LARGEST_PORT}, or 0 for a free one"
+        )
+    return number
+
+
+def _page(watcher: Watcher, port: int, source: Source) -> Any:
     """The live page, told where it is. Raises VtpError where its library is not installed."""
     try:
         from vtp.serve.streams.sinks.page import Page
@@ -283,12 +316,7 @@ def _page(watcher: Watcher, port: str, source: Source) -> Any:
         raise VtpError(
             f"--page needs {error.name}, which is not installed; run: pip install 'vtp-edge[serve]'"
         ) from error
-    number = whole_number("page", port, least=0)
-    if number > _LARGEST_PORT:
-        raise UsageError(
-            f"page {number} is not a valid port; choose 1 to {_LARGEST_PORT}, or 0 for a free one"
-        )
-    page = Page(watcher, number, source.name)
+    page = Page(watcher, port, source.name)
     _tell(f"the page is at {page.address}")
     return page
 
@@ -332,19 +360,22 @@ def alerts_of(args: argparse.Namespace) -> list[Alert]:
             "for each"
         )
     each = thresholds * len(args.alert) if len(thresholds) == 1 else thresholds
-    wide, cool = real_number("hysteresis", args.hysteresis), real_number("cooldown", args.cooldown)
+    wide = None if args.hysteresis is None else real_number("hysteresis", args.hysteresis)
+    cool = real_number("cooldown", args.cooldown)
     numbers = [real_number("threshold", text) for text in each]
-    given = zip(args.alert, numbers, strict=True)
-    return [Alert.of(text, one, min(wide, one), cool, args.labels) for text, one in given]
+    return [
+        Alert.of(text, one, min(_HYSTERESIS, one / 2) if wide is None else wide, cool, args.labels)
+        for text, one in zip(args.alert, numbers, strict=True)
+    ]
 
 
 def watch_options(args: argparse.Namespace) -> dict[str, Any]:
     """The keyword arguments of the watcher."""
     return {
         "gate": None if args.gate is None else Gate(real_number("gate", args.gate)),
-        "every": real_number("every", args.every),
+        "every": check_every(real_number("every", args.every)),
         "every_frame": args.every_frame,
-        "timeout": None if args.timeout is None else real_number("timeout", args.timeout),
+        "timeout": check_timeout(None if args.timeout is None else real_number("timeout", args.timeout)),
         "max_new_tokens": whole_number("max-new-tokens", args.max_new_tokens),
         "keep_tokens": None if args.keep_tokens is None else whole_number("keep-tokens", args.keep_tokens),
     }

@@ -46,15 +46,19 @@ class TypedPrompts:
             while not self._over.is_set():
                 if not select.select([self._descriptor], [], [], _LOOK)[0]:
                     continue
-                if not (read := os.read(self._descriptor, _LONGEST)):
-                    return
+                read = os.read(self._descriptor, _LONGEST)
                 *lines, held = (held + read).split(b"\n")
-                held = held[-_LONGEST:]
-                for line in lines:
-                    self._take(line.decode("utf-8", "replace").strip())
+                for line in lines if read else [held]:  # the last one may lack its end
+                    self._take(line)
+                if not read:
+                    return
+                held = held[: _LONGEST + 1]  # enough to see that it is too long
 
-    def _take(self, text: str) -> None:
-        if not text:
+    def _take(self, line: bytes) -> None:
+        if len(line) > _LONGEST:
+            self._tell(f"the question stays as it is: a line of more than {_LONGEST} bytes is left out")
+            return
+        if not (text := line.decode("utf-8", "replace").strip()):
             return
         try:
             self._watcher.prompt = text

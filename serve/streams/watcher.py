@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from vtp.engines import UsageError, VtpError
-from vtp.engines.errors import quoted_argument
+from vtp.engines.errors import quoted_argument, shown
 from vtp.runtime.generation.arguments import is_number
 from vtp.runtime.generation.options import OptionKeywords, takes_options
+from vtp.runtime.media.pictures import PictureError
 from vtp.runtime.pipeline import Pipeline
 from vtp.serve.streams.alerts import Alert, AlertReading
 from vtp.serve.streams.answer import FrameAnswer
@@ -24,6 +25,7 @@ from vtp.serve.streams.asking import Asker, Cancelled
 from vtp.serve.streams.capture import Capture
 from vtp.serve.streams.frames import Frame, Source
 from vtp.serve.streams.gate import Gate
+from vtp.serve.streams.left_out import LeftOut
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # typing's own from Python 3.11 on
@@ -73,23 +75,23 @@ class Watcher:
 
         Raises UsageError for a bad argument, and for a bundle that answers about clips.
         """
+        _check_kinds(pipeline, source, alerts, gate)
         check_single(pipeline)
-        if prompt is None and not alerts:
-            raise UsageError("nothing is asked: give a prompt, or at least one alert")
-        _check_kinds(alerts, gate)
+        check_asks(prompt, alerts)
         self.asked = self.skipped = 0
-        self._tell, self._on_alert, self._clock, self._gate = tell, on_alert, clock, gate
+        self._on_alert, self._clock, self._gate = on_alert, clock, gate
+        self._left_out = LeftOut(tell)
         self._asker = Asker(pipeline, dict(options), alerts)
-        self._every = _seconds("every", every, 0.0)
+        self._every = check_every(every)
         self._prompt = None if prompt is None else self._asker.check(prompt)
-        wait = None if timeout is None else _seconds("timeout", timeout, 0.001)
-        self._capture = Capture(source, every_frame, wait)
+        self._capture = Capture(source, every_frame, check_timeout(timeout))
         # A watcher that is dropped without `stop` must not leave a thread that reads on.
         weakref.finalize(self, self._capture.abandon)
         self._started, self._stopped = threading.Event(), threading.Event()
         self._lock = threading.Lock()
         self._asked_prompt = self._prompt
         self._last, self._skipped, self._due = -1, 0, 0.0  # since the answer before
+        self._seen: Image.Image | None = None  # the picture of the last answer, held for who shows it
         self._executor: ThreadPoolExecutor | None = None
 
     # -- while it runs ---------------------------------------------------------------------------------------
@@ -139,11 +141,13 @@ class Watcher:
         return self
 
     def __next__(self) -> FrameAnswer:
-        """The answer about the newest frame. Raises StopIteration when it is over."""
+        """The answer about the newest frame. Raises StopIteration when it is over, and VtpError if the source
+        is over and none of its frames could be asked about."""
         try:
             while (frame := self._next_frame()) is not None:
                 if (answer := self._answer(frame)) is not None:
                     return answer
+            self._check_asked()
         except BaseException:
             self.stop()
             raise
@@ -208,7 +212,7 @@ class Watcher:
         try:
             picture = frame.load()
         except VtpError as error:
-            self._tell(f"frame {frame.number} is left out: {error}")
+            self._left_out.add(frame, error)
             return None
         if (change := self._change(picture, prompt)) is None:
             self._skipped, self.skipped = self._skipped + 1, self.skipped + 1
@@ -219,8 +223,12 @@ class Watcher:
             result = None if prompt is None else self._asker.answer(picture, prompt)
         except Cancelled:
             return None
+        except PictureError as error:  # too long and thin for the model, for example
+            self._left_out.add(frame, error)
+            self._due = 0.0
+            return None
         return self._answered(
-            frame,
+            picture,
             FrameAnswer(
                 frame=frame,
                 prompt=prompt,
@@ -231,13 +239,25 @@ class Watcher:
                 dropped=max(0, frame.number - self._last - 1 - self._skipped),
                 skipped=self._skipped,
                 change=change if self._gate else None,
+                seen=weakref.ref(picture),
             ),
         )
 
-    def _answered(self, frame: Frame, answer: FrameAnswer) -> FrameAnswer:
+    def _answered(self, picture: Image.Image, answer: FrameAnswer) -> FrameAnswer:
         self.asked += 1
-        self._last, self._skipped = frame.number, 0
+        self._last, self._skipped, self._seen = answer.frame.number, 0, picture
         return answer
+
+    def _check_asked(self) -> None:
+        """At the end: what was left out is told; VtpError if that was all there was."""
+        if self._stopped.is_set():
+            return
+        self._left_out.end()
+        if self._left_out.reason and not self.asked:
+            raise VtpError(
+                f"no frame of {shown(self._capture.source_name)} could be asked about; the last was left "
+                f"out: {self._left_out.reason}"
+            )
 
     def _change(self, picture: Image.Image, prompt: str | None) -> float | None:
         """How much the gate finds changed; None if it holds the picture back."""
@@ -266,7 +286,33 @@ def check_single(pipeline: Pipeline) -> None:
         )
 
 
-def _check_kinds(alerts: Sequence[object], gate: object) -> None:
+def check_asks(prompt: object, alerts: Sequence[object]) -> None:
+    """Raise UsageError where nothing would be asked."""
+    if prompt is None and not alerts:
+        raise UsageError("nothing is asked: give a prompt, or at least one alert")
+
+
+def check_every(value: object) -> float:
+    """Seconds between two questions. Raises UsageError."""
+    return _seconds("every", value, 0.0)
+
+
+def check_timeout(value: object) -> float | None:
+    """Seconds without a frame; None: wait. Raises UsageError."""
+    return None if value is None else _seconds("timeout", value, 0.001)
+
+
+def _check_kinds(pipeline: object, source: object, alerts: object, gate: object) -> None:
+    """Raise UsageError for what would fail later, in another thread or at the end."""
+    if not isinstance(pipeline, Pipeline):
+        raise UsageError(f"{quoted_argument(pipeline)} is not a Pipeline; give Pipeline.load(BUNDLE)")
+    if not all(hasattr(source, name) for name in ("name", "close", "__iter__")):
+        raise UsageError(
+            f"{quoted_argument(source)} is not a source of frames; give open_source(...) of a camera, URL, "
+            "file or folder, or PushedFrames"
+        )
+    if not isinstance(alerts, list | tuple):
+        raise UsageError(f"alerts {quoted_argument(alerts)} is not a list; give alerts=[Alert(...)]")
     for alert in alerts:
         if not isinstance(alert, Alert):
             raise UsageError(f"{quoted_argument(alert)} is not an Alert; give alerts=[Alert(...)]")

@@ -10,6 +10,7 @@ import base64
 import json
 import os
 import queue
+import re
 import shlex
 import shutil
 import signal
@@ -32,6 +33,7 @@ _WAITING = 16  # alerts that wait for a hook that is busy
 _LONGEST_VALUE = 4096  # characters of an environment variable; the system refuses very long ones
 _ENDING = 5.0  # seconds that hooks have at the end of a watch
 _LAST = 1.0  # seconds that a hook has after it was ended
+_SENT = re.compile("[!-~]+")  # what an HTTP request can name
 
 Alerted = Mapping[str, Any]  # an alert as JSON values: see docs/robots.md
 
@@ -171,7 +173,12 @@ class Webhook:
         if parts is None or parts.scheme not in ("http", "https") or not parts.hostname:
             raise UsageError(f"--webhook '{source_name(url)}' is not an http:// or https:// URL")
         user, _, host = parts.netloc.rpartition("@")
-        self._url, self._seconds = parts._replace(netloc=host).geturl(), seconds
+        self._url, self._seconds = parts._replace(netloc=host, fragment="").geturl(), seconds
+        if not _SENT.fullmatch(self._url):
+            raise UsageError(
+                f"--webhook '{source_name(url)}' has characters that no URL has; write them as %20 and "
+                "the like"
+            )
         self._open = urllib.request.build_opener(_NoRedirect).open
         self._headers = {"Content-Type": "application/json"}
         if user:
@@ -204,8 +211,9 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 def _split(url: str) -> urllib.parse.SplitResult | None:
     try:
-        return urllib.parse.urlsplit(url)
-    except ValueError:  # such as http://[::1
+        parts = urllib.parse.urlsplit(url)
+        return parts if parts.port is None or parts.port else None
+    except ValueError:  # such as http://[::1, or a port of 99999
         return None
 
 

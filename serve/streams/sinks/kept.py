@@ -58,7 +58,7 @@ def check_kept(path: Path) -> None:
             f"--show-kept '{shown(path)}' is neither .mp4 nor .mkv; give a video of these, or a folder for "
             "pictures"
         )
-    check_outside(path)
+    check_outside(path if is_video(path) else path / "frame.jpg")
     if not path.parent.is_dir():
         raise UsageError(f"the folder '{shown(path.parent)}' does not exist; make it first")
     if is_video(path):
@@ -195,7 +195,7 @@ def _drawn(answer: FrameAnswer, manifest: Manifest) -> Image.Image:
     """The frame, with dropped patches dimmed."""
     rows, columns = manifest.visual.grid[:2]
     kept = [index for index in answer.kept if index >= 0]
-    return show_kept(answer.frame.load(), manifest.image, (rows, columns), kept)
+    return show_kept(answer.picture(), manifest.image, (rows, columns), kept)
 
 
 def _even(size: tuple[int, int]) -> tuple[int, int]:

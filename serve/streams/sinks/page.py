@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import uvicorn
+from PIL import Image
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
@@ -44,7 +45,9 @@ class Page:
     def __init__(self, watcher: Watcher, port: int, source: str) -> None:
         """Listen. Raises UsageError for a port in use."""
         self._watcher, self._source = watcher, source
-        self._latest: tuple[int, FrameAnswer] | None = None  # the number of the answer, and the answer
+        self._latest: tuple[int, FrameAnswer, Image.Image] | None = (
+            None  # the answer's number, and its picture
+        )
         self._over = False
         self._listener = listen(HOST, port)
         self.address = f"http://{HOST}:{self._listener.getsockname()[1]}"
@@ -59,7 +62,7 @@ class Page:
 
     def __call__(self, answer: FrameAnswer) -> None:
         """Show an answer."""
-        self._latest = (self._latest[0] + 1 if self._latest else 0, answer)
+        self._latest = (self._latest[0] + 1 if self._latest else 0, answer, answer.picture())
 
     def close(self) -> None:
         """End the streams, and the server."""
@@ -81,7 +84,7 @@ class Page:
         """The frame of the latest answer as JPEG; 404 before there is one."""
         if (latest := self._latest) is None:
             return error_response(ApiError("nothing was asked about yet; wait for the first answer", 404))
-        data = await asyncio.to_thread(_jpeg, latest[1])
+        data = await asyncio.to_thread(_jpeg, latest[2])
         return Response(data, media_type="image/jpeg", headers={"Cache-Control": "no-store"})
 
     async def _events(self, request: Request) -> Response:
@@ -120,7 +123,7 @@ class Page:
         self._watcher.prompt = text
 
 
-def _jpeg(answer: FrameAnswer) -> bytes:
+def _jpeg(picture: Image.Image) -> bytes:
     out = io.BytesIO()
-    answer.frame.load().save(out, "JPEG", quality=85)
+    picture.save(out, "JPEG", quality=85)
     return out.getvalue()

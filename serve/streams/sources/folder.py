@@ -33,9 +33,16 @@ class FolderSource:
         for number, file in enumerate(self._files):
             if self._closed.is_set() or (self._fps and not pace.wait(number / self._fps)):
                 return
-            taken = file.stat().st_mtime_ns if file.exists() else time.time_ns()
-            yield Frame(file, number, taken, time.monotonic(), UNIX, file.name)
+            yield Frame(file, number, _changed_at(file), time.monotonic(), UNIX, file.name)
 
     def close(self) -> None:
         """End the iteration."""
         self._closed.set()
+
+
+def _changed_at(file: Path) -> int:
+    """A file's time in nanoseconds since 1970; now, if it has gone or cannot be looked at."""
+    try:
+        return file.stat().st_mtime_ns
+    except OSError:
+        return time.time_ns()

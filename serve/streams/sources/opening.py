@@ -5,9 +5,12 @@ from __future__ import annotations
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from os import PathLike, fspath
 from pathlib import Path
 
 from vtp.engines import UsageError
+from vtp.engines.errors import quoted_argument
+from vtp.runtime.generation.arguments import is_number
 from vtp.runtime.media.images import open_regular, reason
 from vtp.serve.streams.frames import Source
 from vtp.serve.streams.sources.folder import FolderSource
@@ -17,11 +20,14 @@ from vtp.serve.streams.sources.topic import TopicSource, read_address
 from vtp.serve.streams.sources.video import Address, VideoSource
 
 _MCAP, _ZENOH = "mcap:", "zenoh:"
+_MOST_FPS = 31_536_000
 _SCHEMES = ("rtsp", "rtsps", "http", "https", "rtmp", "rtmps", "rtp", "udp", "tcp", "srt")
 
 
-def check_source(text: str, fps: float | None = None) -> None:
+def check_source(text: str | PathLike[str], fps: float | None = None) -> None:
     """Raise what `open_source` would, as far as that shows without opening anything."""
+    text = _text_of(text)
+    _check_fps(fps)
     if "://" in text:
         return _check_url(text)
     if text.startswith("ros2:"):
@@ -30,7 +36,10 @@ def check_source(text: str, fps: float | None = None) -> None:
         read_address(text.removeprefix(_ZENOH))
         return
     if text.startswith(_MCAP):
-        return _check_file(Path(_recording(text)[0]))
+        file, _ = _recording(text)
+        if not file:
+            raise UsageError(f"'{source_name(text)}' names no file; give mcap:FILE#TOPIC")
+        return _check_file(Path(file))
     mode = _mode(Path(text))
     if fps is not None and not stat.S_ISDIR(mode):
         raise UsageError(f"--fps is for a folder of pictures, and {source_name(text)} is none; leave it out")
@@ -39,7 +48,7 @@ def check_source(text: str, fps: float | None = None) -> None:
 
 
 def open_source(
-    text: str,
+    text: str | PathLike[str],
     every_frame: bool = False,
     fps: float | None = None,
     tell: Callable[[str], None] = lambda line: None,
@@ -54,6 +63,7 @@ def open_source(
     Raises UsageError for what is not a source, VtpError for what cannot be opened.
     """
     check_source(text, fps)
+    text = _text_of(text)
     if "://" in text:
         return VideoSource(Address.of(text), every_frame, tell)
     if text.startswith(_ZENOH):
@@ -61,7 +71,7 @@ def open_source(
         return TopicSource(text.removeprefix(_ZENOH))
     if text.startswith(_MCAP):
         file, topic = _recording(text)
-        return RecordingSource(Path(file), topic, every_frame)
+        return RecordingSource(Path(file), topic, every_frame, tell)
     path, name = Path(text), source_name(text)
     if path.is_dir():
         return FolderSource(path, fps)
@@ -69,6 +79,22 @@ def open_source(
         return VideoSource(Address(str(path), name, "v4l2"), every_frame, tell)
     # Without "file:", FFmpeg would read a name such as concat:a|b in its own way.
     return VideoSource(Address(f"file:{path.absolute()}", name), every_frame, tell)
+
+
+def _text_of(source: object) -> str:
+    """SOURCE as text. Raises UsageError for what is none, and for empty text, which would mean "."."""
+    text = fspath(source) if isinstance(source, PathLike) else source
+    if not isinstance(text, str) or not text.strip():
+        raise UsageError(
+            f"{quoted_argument(source)} is not a source; give a video, a folder of pictures, a camera such "
+            "as '/dev/video0' or a URL, as text"
+        )
+    return text
+
+
+def _check_fps(fps: object) -> None:
+    if fps is not None and (not is_number(fps) or not 0 < fps <= _MOST_FPS):
+        raise UsageError(f"fps {quoted_argument(fps)} is not a number above 0, up to {_MOST_FPS}")
 
 
 def _refuse_live(text: str, every_frame: bool) -> None:

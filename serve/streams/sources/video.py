@@ -28,7 +28,6 @@ from vtp.serve.streams.sources.pacing import Pace
 
 _OPEN, _READ = 10.0, 10.0  # seconds without a byte from the network after which a stream is lost
 _FIRST_DELAY, _LONGEST_DELAY = 0.5, 30.0  # seconds before trying again, doubled each time
-_LONG_GAP = 60.0  # seconds between two frames of a file from which on the wait is told
 _QUARTERS = ((1, 0, 0, 1), (0, -1, 1, 0), (-1, 0, 0, -1), (0, 1, -1, 0))  # turned to the left, as in _matrix
 _BAD_PACKETS = 100  # one after the other; then a stream is lost
 # What a stream may use; not "file", or a server's playlist could name this machine's files.
@@ -136,15 +135,9 @@ class VideoSource:
             return opened
 
     def _frames(self, opened: Opened) -> Iterator[Frame]:
-        pace = None if opened.live or self._every_frame else Pace(self._closed)
-        before = 0.0
+        paced = not opened.live and not self._every_frame
+        pace = Pace(self._closed, name=self.name, tell=self._tell) if paced else None
         for picture, seconds in opened.decoded():
-            if pace is not None and seconds - before > _LONG_GAP:
-                self._tell(
-                    f"the next frame of {self.name} is {seconds - before:g} s after the one before, and is "
-                    "waited for; --every-frame waits for none"
-                )
-            before = seconds
             if self._closed.is_set() or (pace is not None and not pace.wait(seconds)):
                 return
             if self._lost is not None:
@@ -203,7 +196,8 @@ class Opened:
             )
         except self._av.error.FFmpegError as error:
             barred = "format_whitelist" in options and isinstance(error, self._av.error.ArgumentError)
-            why = _NAMES_OTHERS if barred else _why(error)
+            late = f"no picture came in {_OPEN:g} s" if _timed_out(self._av, error) else _why(error)
+            why = _NAMES_OTHERS if barred else late
             cure = _CAMERA_CURES.get(error.errno, _CURE) if address.format else _CURE
             raise VtpError(f"cannot open {address.name}: {why}; {cure}") from None
         except (ValueError, OSError) as error:

@@ -368,7 +368,7 @@ def test_a_cancelled_task_leaves_nothing_behind(pipe: Pipeline) -> None:
         ({"max_new_tokens": 0}, "max_new_tokens"),
         ({"gate": 0.5}, "gate 0.5 is not a Gate"),
         ({"alerts": ["on fire"]}, "'on fire' is not an Alert"),
-        ({"alerts": "on fire ?"}, "'o' is not an Alert"),
+        ({"alerts": "on fire ?"}, "alerts 'on fire .' is not a list"),
     ],
 )
 def test_bad_arguments_are_refused_before_anything_is_read(

@@ -283,7 +283,7 @@ def test_features_made_elsewhere_need_no_state(bundle: Bundle) -> None:
     ("wishes", "words"),
     [
         ({"tower": "stc:0"}, "tower stc: recompute is 0; choose a fraction above 0 and up to 1"),
-        ({"tower": "stc:0.01"}, "recompute is 0.01; of 37 rows that leaves none; choose 0.027"),
+        ({"tower": "stc:0.01"}, "recompute is 0.01; of 37 rows that leaves none; choose 0.0271 to 1"),
         ({"tower": "stc", "tower_options": ["alike=1.5"]}, "alike is 1.5; choose a mean cosine, from -1"),
         ({"tower": "stc", "tower_options": ["every=0"]}, "every is 0; choose 1 "),
         ({"tower": "stc", "method": "hiprune"}, "needs middle_received, which a tower with fewer rows does"),
@@ -335,6 +335,14 @@ def test_the_reason_is_the_towers_own(family: type[Family], why: str) -> None:
         (lambda data: data.pop("stream"), "manifest.stream and the stages differ"),
         (lambda data: data["stream"].update(rows=38), "manifest.stream is out of range"),
         (lambda data: data["stream"].update(least_cosine=2), "manifest.stream is out of range"),
+        (lambda data: data["stream"].update(rows=3), "manifest.stream and the rows of the graphs differ"),
+        (
+            lambda data: (data["stream"].update(of=16), data["tower"].update(rows=16, of=16)),
+            "manifest.tower, manifest.stream and the rows of the graphs differ",
+        ),
+        (lambda data: data["tower"].update(rows=16), "manifest.tower, manifest.stream and the rows"),
+        (lambda data: data["tower"].update(name="ipcv"), "manifest.tower and manifest.stream differ"),
+        (lambda data: data.update(tower=None), "manifest.tower and manifest.stream differ"),
         (lambda data: data["stages"].append(data["stages"][1]), "the stages do not hold one encoder"),
         (
             lambda data: data["stages"][1]["inputs"].update({"reference.0.key": "soup"}),

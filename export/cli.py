@@ -380,8 +380,12 @@ def _then_lines(manifest: Manifest) -> list[str]:
 
 
 def _tower_lines(manifest: Manifest) -> list[str]:
-    tower = manifest.tower
-    return [f"tower {tower.name}: {tower.rows} of {tower.of} rows in its last block"] if tower else []
+    tower, stream = manifest.tower, manifest.stream
+    if tower is None:
+        return []
+    if stream is not None:  # a picture by itself goes through whole
+        return [f"tower {tower.name}: {stream.rows} of {stream.of} rows of a camera's later pictures"]
+    return [f"tower {tower.name}: {tower.rows} of {tower.of} rows in its last block"]
 
 
 def _restore_lines(manifest: Manifest) -> list[str]:

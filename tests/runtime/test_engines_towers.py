@@ -1,8 +1,8 @@
 """Bundles with a reduced vision tower on OpenVINO: every stage, kept tokens and answers are ONNX Runtime's.
 
 A reduction chooses rows inside the tower. In float32 no choice of these bundles is close enough for another
-library's rounding. In int8 some are: a row that one engine keeps and the other builds again is another row,
-so there the engines are held together by how many rows and kept tokens they share.
+library's rounding. In float16 and int8 some are: a row that one engine keeps and the other builds again is
+another row. So in int8 the engines are held together by how many rows and kept tokens they share.
 """
 
 from __future__ import annotations
@@ -56,13 +56,9 @@ BUNDLES: dict[str, tuple[str, dict[str, Any]]] = {
     "ipcv": ("clip", {**IPCV, "method": "fastervlm"}),
     "ipcv-siglip": ("siglip", {**IPCV, "method": "prumerge"}),
     "ipcv-tiles": ("internvl", {**IPCV, "method": "fastervlm", "image_size": (56, 56)}),
-    "ipcv-float16": ("clip", {**IPCV, "method": "divprune", "dtype": "float16"}),
     "ipcv-jetpack6": ("siglip", {**IPCV, "method": "fastervlm", "target": "jetpack6", "dtype": "float32"}),
     "tome": ("clip", {"tower": "tome:4", "method": "prumerge"}),
     "tome-siglip": ("siglip", {"tower": "tome:3", "method": "fastervlm", "then": "fastv:1"}),
-    "tome-tiles": ("internvl", {"tower": "tome:1", "method": "divprune", "image_size": (56, 56)}),
-    "downsample": ("clip", {"tower": "downsample:56", "method": "fastervlm"}),
-    "stc": ("clip", {"tower": "stc:0.25", "method": "fastervlm"}),
 }
 ALWAYS = ("ipcv",)  # by default; the other cases in the long tail
 

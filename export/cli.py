@@ -24,7 +24,7 @@ from vtp.export.method_files import (
 )
 from vtp.runtime.bundle.folder import Bundle
 from vtp.runtime.bundle.manifest import Manifest
-from vtp.runtime.commands.arguments import add_debug, add_json, add_overwrite, suggest
+from vtp.runtime.commands.arguments import Once, add_debug, add_json, add_overwrite, suggest
 from vtp.runtime.commands.console import (
     Parser,
     Progress,
@@ -68,6 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--prune-ratio", metavar="R", help="fraction of visual tokens to drop, instead of --keep-tokens")
     tower = add(
         "--tower",
+        action=Once,
         default="none",
         metavar="NAME[:VALUE]",
         help="less work in the vision tower: downsample[:SIZE], ipcv[:KEEP], stc[:RECOMPUTE] (of a camera), "
@@ -91,6 +92,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     suggest(share, ["picture", "tile", "frame"])
     then = add(
         "--then",
+        action=Once,
         metavar="METHOD[:LAYER]",
         help="prune once more what the method kept, before decoder layer LAYER (default: the middle one): "
         "apet, dart, fastv or pyramiddrop",
@@ -378,8 +380,12 @@ def _then_lines(manifest: Manifest) -> list[str]:
 
 
 def _tower_lines(manifest: Manifest) -> list[str]:
-    tower = manifest.tower
-    return [f"tower {tower.name}: {tower.rows} of {tower.of} rows in its last block"] if tower else []
+    tower, stream = manifest.tower, manifest.stream
+    if tower is None:
+        return []
+    if stream is not None:  # a picture by itself goes through whole
+        return [f"tower {tower.name}: {stream.rows} of {stream.of} rows of a camera's later pictures"]
+    return [f"tower {tower.name}: {tower.rows} of {tower.of} rows in its last block"]
 
 
 def _restore_lines(manifest: Manifest) -> list[str]:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from vtp.engines.errors import UsageError, nearest, quoted
+from vtp.engines.strict_json import LARGEST
 
 _BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 _WANTED = {bool: "true or false", int: "a whole number", float: "a finite number"}
@@ -19,7 +20,8 @@ def read_options(texts: Iterable[str], defaults: Mapping[str, Any], owner: str, 
     owner     whose options they are ("method focal", "tower ipcv"), and
     flag      what gives them ("method-option"), for messages
 
-    Raises UsageError for a text without "=", an unknown or repeated option, or a value of another type.
+    Raises UsageError for a text without "=", an unknown or repeated option, a value of another type, or a
+    whole number that no manifest holds.
     """
     options: dict[str, Any] = {}
     for text in texts:
@@ -40,6 +42,8 @@ def _value(text: str, default: Any, label: str) -> Any:
     value = _converted(text, kind)
     if value is None or (kind is float and not math.isfinite(value)):
         raise UsageError(f"{label} is {quoted(text)}; give {_WANTED[kind]}, such as {default}")
+    if kind is int and abs(value) > LARGEST:
+        raise UsageError(f"{label} is {quoted(text)}; give at most {LARGEST}, such as {default}")
     return value
 
 

@@ -98,9 +98,10 @@ class Result:
     prompt_tokens   text tokens of the prompt, without the picture's
     finish_reason   "eos", "stop" (a stop string, or the response format is complete), "length"
                     (max_new_tokens or the cache is full), "timeout" (timeout_ms), "cancelled"
-    tower           {"name", "rows", "of"} of a bundle whose vision tower works on fewer rows; else None. With
-                    stream_reuse, rows are those recomputed of this picture, and "cosine" says how much it
-                    was like the reference picture, unless it was computed whole
+    tower           {"name", "rows", "of"} of a bundle whose vision tower works on fewer rows; else, and of a
+                    prompt without a picture, None. With stream_reuse, rows are those recomputed of this
+                    picture, and "cosine" says how much it was like the reference picture, unless it was
+                    computed whole
     restore         whether kept visual tokens drew the attention of the dropped ones (vtp-export --restore)
     then            {"name", "layer", "tokens", "kept"} of a bundle that drops some of the kept tokens inside
                     the decoder (vtp-export --then): before that layer, how many are left, and which; else

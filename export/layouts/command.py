@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from vtp.engines import UsageError
 from vtp.engines.errors import shown
+from vtp.export.method_files import DEFAULT, NONE
 from vtp.runtime.commands.arguments import suggest, take_bundle
 
 if TYPE_CHECKING:
@@ -17,9 +18,19 @@ if TYPE_CHECKING:
 
 BUNDLE, TRANSFORMERS_JS = "bundle", "transformers.js"
 LAYOUTS = (BUNDLE, TRANSFORMERS_JS)
-# Flags that say what is exported: of a bundle that exists it is decided.
-_DECIDED = ("keep_tokens", "prune_ratio", "dtype", "max_length", "image_size", "frames")
-_DECIDED_LISTS = ("method_option", "tower_option")
+# Flags that say what is exported, each with its default: of a bundle that exists all that is decided.
+_DECIDED: dict[str, Any] = {
+    **dict.fromkeys(("keep_tokens", "prune_ratio", "dtype", "max_length", "image_size", "frames")),
+    **dict.fromkeys(("image_fit", "then", "oldest_onnxruntime")),
+    "method": DEFAULT,
+    "tower": NONE,
+    "target": "ort",
+    "share": "picture",
+    "restore": False,
+    "method_option": [],
+    "tower_option": [],
+    "then_option": [],
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,8 +60,7 @@ def check(args: argparse.Namespace) -> None:
         raise UsageError(
             f"--from-bundle goes with --layout {TRANSFORMERS_JS} or --push-to-hub: it is a bundle already"
         )
-    given = [name for name in _DECIDED if getattr(args, name) is not None]
-    given += [name for name in _DECIDED_LISTS if getattr(args, name)]
+    given = [name for name, usual in _DECIDED.items() if getattr(args, name) != usual]
     if given:
         flag = given[0].replace("_", "-")
         raise UsageError(f"--{flag} is decided in the bundle of --from-bundle; leave out --{flag}")

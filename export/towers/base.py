@@ -6,6 +6,7 @@ follows sees the same features and cues, by name and shape, as without it.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -96,9 +97,19 @@ class TowerReduction(ABC):
 
     def wrong(self, option: str, why: str) -> UsageError:
         """The error for an option's value."""
-        value = self.settings[option]
-        shown = f"{value:g}" if isinstance(value, float) else str(value)
-        return UsageError(f"tower {self.name}: {option} is {shown}; {why}")
+        return UsageError(f"tower {self.name}: {option} is {_written(self.settings[option])}; {why}")
+
+
+def least_share(count: int) -> str:
+    """The smallest share of `count` rows that is a row, rounded up to three digits."""
+    digits = len(str(count)) + 2
+    return f"{math.ceil(10**digits / count) / 10**digits:g}"
+
+
+def _written(value: float) -> str:
+    """A number as short as it can be told from others: 1.0000001 is not 1."""
+    short = f"{value:g}"
+    return short if isinstance(value, float) and float(short) == value else str(value)
 
 
 class RowReduction(TowerReduction):

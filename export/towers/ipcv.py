@@ -25,7 +25,7 @@ from torch import Tensor
 
 from vtp.export.patched import patched
 from vtp.export.pruners.ops import gather_rows, raster, top_k
-from vtp.export.towers.base import Encoded, RowReduction, TowerShape, cues_of
+from vtp.export.towers.base import Encoded, RowReduction, TowerShape, cues_of, least_share
 from vtp.export.towers.blocks import Block
 
 _NEIGHBOURS = 10
@@ -55,7 +55,8 @@ class Ipcv(RowReduction):
             )
             raise self.wrong("cut", f"the vision tower runs {shape.blocks} blocks; {allowed}")
         if self._kept(shape.patches) < 1:
-            raise self.wrong("keep", f"that keeps none of the {shape.patches} patches; choose a larger one")
+            least = least_share(shape.patches)
+            raise self.wrong("keep", f"that keeps none of the {shape.patches} patches; choose {least} to 1")
 
     def rows(self, shape: TowerShape) -> int:
         return self._kept(shape.patches) + shape.has_cls

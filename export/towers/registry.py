@@ -33,7 +33,8 @@ def parse_reduction(text: str, options: Sequence[str] = ()) -> TowerReduction | 
     name, colon, value = text.partition(":")
     if name == NONE:
         if colon or options:
-            raise UsageError(f"tower none has no options; leave out {quoted(value or options[0])}")
+            given = quoted(value or next(iter(options), colon))
+            raise UsageError(f"tower none has no options; leave out {given}, or choose a reduction")
         return None
     kind = find_reduction(name)
     pairs = [f"{kind.main}={value}"] if colon else []

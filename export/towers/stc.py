@@ -27,9 +27,9 @@ import torch
 from torch import Tensor, nn
 
 from vtp.export.pruners.ops import cosines, gather_rows, raster, top_k
-from vtp.export.towers.base import Encoded, TowerReduction, TowerShape, cues_of
+from vtp.export.towers.base import Encoded, TowerReduction, TowerShape, cues_of, least_share
 from vtp.export.towers.blocks import Block
-from vtp.runtime.bundle.stream_info import RECOMPUTED
+from vtp.runtime.bundle.stream_info import RECOMPUTED, REUSES
 
 _STEPS = 2**14  # cosines are compared in such parts of 1: below that, engines' rounding would decide
 _EXACT = 2**23  # whole numbers up to twice this are exact in float32
@@ -39,7 +39,7 @@ _PARTS = ("key", "value", "attention", "mlp")  # of a block's state, each [B,N,C
 class Stc(TowerReduction):
     """recompute, the fraction of rows; alike, the least mean cosine; every, pictures to a reference."""
 
-    name = "stc"
+    name = REUSES
     paper = "arXiv 2512.00891"
     main = "recompute"
     options: ClassVar[dict[str, Any]] = {"recompute": 0.25, "alike": 0.8, "every": 30}
@@ -54,7 +54,8 @@ class Stc(TowerReduction):
 
     def check(self, shape: TowerShape) -> None:
         if self.recomputed(shape.rows) < 1:
-            raise self.wrong("recompute", f"of {shape.rows} rows that leaves none; choose {1 / shape.rows:g}")
+            least = least_share(shape.rows)
+            raise self.wrong("recompute", f"of {shape.rows} rows that leaves none; choose {least} to 1")
 
     def rows(self, shape: TowerShape) -> int:
         return shape.rows  # of a picture that is computed whole

@@ -40,17 +40,13 @@ class Tome(RowReduction):
 
     def check(self, shape: TowerShape) -> None:
         """Refuse more merges than some block has pairs for."""
-        left = shape.rows
-        for _ in range(shape.blocks):
-            most = (left + 1) // 2 - shape.has_cls
-            if self.settings["merge"] > most:
-                most = (shape.patches - 1) // (2 * shape.blocks)
-                raise self.wrong(
-                    "merge",
-                    f"{shape.rows} rows and {shape.blocks} blocks do not have as many pairs; up to {most} "
-                    "always fit",
-                )
-            left -= self.settings["merge"]
+        wanted = self.settings["merge"]
+        if not _has_pairs(shape, wanted):
+            most = next(pairs for pairs in range(shape.rows, -1, -1) if _has_pairs(shape, pairs))
+            raise self.wrong(
+                "merge",
+                f"{shape.rows} rows and {shape.blocks} blocks do not have as many pairs; choose 0 to {most}",
+            )
 
     def rows(self, shape: TowerShape) -> int:
         return shape.rows - self.settings["merge"] * shape.blocks
@@ -100,6 +96,16 @@ class Tome(RowReduction):
             for number, layer in enumerate(layers):
                 stack.enter_context(patched(layer, "forward", merging(number, layer)))
             yield
+
+
+def _has_pairs(shape: TowerShape, merge: int) -> bool:
+    """Whether every block has `merge` rows of A, CLS apart, that can join one of B."""
+    left = shape.rows
+    for _ in range(shape.blocks):
+        if merge > ((left + 1) // 2 - shape.has_cls if left > 1 else 0):
+            return False
+        left -= merge
+    return True
 
 
 @dataclass(frozen=True)

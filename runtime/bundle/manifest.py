@@ -25,7 +25,7 @@ from vtp.runtime.bundle.caches import (
 from vtp.runtime.bundle.caches import KvInfo as KvInfo
 from vtp.runtime.bundle.generation_info import GenerationInfo as GenerationInfo
 from vtp.runtime.bundle.generation_info import generation_problem
-from vtp.runtime.bundle.stream_info import STREAM, stream_problem
+from vtp.runtime.bundle.stream_info import STREAM, stream_problem, tower_problem
 from vtp.runtime.bundle.stream_info import StreamInfo as StreamInfo
 from vtp.runtime.bundle.then_info import ThenInfo as ThenInfo
 from vtp.runtime.bundle.then_info import then_problem
@@ -308,14 +308,13 @@ def _check(manifest: Manifest) -> None:
     _agree(clips == (manifest.text.media == "video"), "manifest.text.media and manifest.image.frames differ")
     _agree(clips == (visual.frame is not None), "manifest.visual.frame and manifest.image.frames differ")
     _agree(clips or share != FRAME, "manifest.method.share is 'frame', and the bundle is for pictures")
-    tower = manifest.tower
-    _agree(tower is None or 0 < tower.rows <= tower.of, "manifest.tower.rows is out of range")
     _check_frame(visual, manifest.image.frames or 0)
     found = visual.count, manifest.text.placeholder_ids.count(manifest.text.image_token_id)
     _agree(found == (sum(manifest.runs), len(manifest.runs)), "manifest.visual.count does not fit the image")
     for problem in (
         generation_problem(manifest.generation, manifest.model.vocab_size),
-        stream_problem(manifest.stream, manifest.stages),
+        stream_problem(manifest.stream, manifest.stages)
+        or tower_problem(manifest.tower, manifest.stream, manifest.stages, manifest.graphs),
         then_problem(manifest.method.then, visual.keep),
     ):
         _agree(not problem, problem)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+REUSES = "stc"  # the reduction whose tower has such a stage
 STREAM = "stream"  # the moment of the stage that stands for the encoder on a later picture
 RECOMPUTED = "recomputed."  # the outputs that say which rows a block recomputed, before its number
 PICTURE = "reference_picture"  # what a method reads that compares a picture with the one before
@@ -42,6 +43,30 @@ def stream_problem(info: StreamInfo | None, stages: Sequence[Any]) -> str:
         return f"stage {later[0].name} reads {sorted(lacking)}, which {whole[0].name} does not give"
     lacking = {COSINE, *whole[0].outputs.values()} - state - given
     return f"stage {later[0].name} does not give {sorted(lacking)}" if lacking else ""
+
+
+def tower_problem(tower: Any, stream: StreamInfo | None, stages: Sequence[Any], graphs: Any) -> str:
+    """What does not fit between a manifest's tower (a TowerInfo, or None), its stream and the graphs of its
+    stages; "" if all does."""
+    if tower is not None and not (0 < tower.rows <= tower.of):
+        return "manifest.tower.rows is out of range"
+    if tower is not None and not (tower.name and tower.name.isprintable()):
+        return "manifest.tower.name is not a name"
+    reuses = tower is not None and tower.name == REUSES
+    if stream is None or tower is None or not reuses:
+        return "" if reuses == (stream is not None) else "manifest.tower and manifest.stream differ"
+    later = next(stage for stage in stages if stage.when == STREAM)
+    graph = graphs.get(later.file)  # whether there is one, and takes what the stage says, is asked elsewhere
+    state = {name for name, source in later.inputs.items() if source in state_of(later)}
+    counted = {
+        **dict.fromkeys(state, stream.of),
+        **{name: stream.rows for name in later.outputs if name.startswith(RECOMPUTED)},
+    }
+    shapes = {} if graph is None else {**graph.inputs, **graph.outputs}
+    fits = tower.rows == tower.of == stream.of and all(
+        shapes[name].shape[1:2] == [count] for name, count in counted.items() if name in shapes
+    )
+    return "" if fits else "manifest.tower, manifest.stream and the rows of the graphs differ"
 
 
 def compares(stages: Sequence[Any]) -> bool:

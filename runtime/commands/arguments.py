@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from vtp.engines import AUTO, UsageError, engine_names
+from vtp.engines.errors import shown
 from vtp.runtime.commands.console import note, real_number, whole_number
 from vtp.runtime.hub.bundles import local_bundle
 
@@ -35,6 +36,24 @@ def real(text: str) -> float:
 def suggest(action: argparse.Action, names: Iterable[str]) -> None:
     """Have a shell's completion offer these values of a flag, which takes others as well."""
     action.suggestions = tuple(names)  # type: ignore[attr-defined]
+
+
+class Once(argparse.Action):
+    """A flag that is given once: the first of two values would be left out in silence."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        first = getattr(namespace, self.dest)
+        if first is not self.default:
+            parser.error(
+                f"argument {option_string}: given twice, {shown(first)} and {shown(values)}; choose one"
+            )
+        setattr(namespace, self.dest, values)
 
 
 def add_debug(parser: argparse.ArgumentParser) -> None:

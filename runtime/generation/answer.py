@@ -171,7 +171,7 @@ def _empty(request: Request, manifest: Manifest) -> Result:
         timings=request.timings,
         prompt_tokens=request.prompt.text_tokens,
         finish_reason=CANCELLED,
-        tower=manifest.tower.to_json() if manifest.tower else None,
+        tower=manifest.tower.to_json() if manifest.tower and pictures else None,
         restore=manifest.method.restore,
         then=_then(request, manifest) if pictures else None,
         kept_per_frame=kept_per_frame(manifest, kept) if pictures else None,

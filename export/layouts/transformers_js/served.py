@@ -13,6 +13,7 @@ from vtp.export.pruners import Site, find_method, method_names
 from vtp.export.pruners.base import Pruner
 from vtp.export.request import VERIFY, Choice, Job, Request
 from vtp.runtime.bundle.manifest import Manifest
+from vtp.runtime.bundle.stream_info import REUSES
 from vtp.runtime.preprocess import ImageSpec
 from vtp.runtime.preprocess.clip import ClipSpec
 from vtp.runtime.preprocess.idefics3 import Idefics3Spec
@@ -28,6 +29,7 @@ def check_request(request: Request) -> None:
     _check_choice(request.choice)
     _check_then(request.then)
     _check_restore(request.restore)
+    _check_tower(request.reduction is not None and request.reduction.name == REUSES)
     keeps = [] if request.keep_tokens is None else parse_keep(request.keep_tokens)
     _check_keeps(keeps)
     _check_family(checkpoint.check(checkpoint.resolve(request.model)).name)
@@ -63,6 +65,7 @@ def check_manifest(manifest: Manifest, folder: Path) -> None:
     if any(stage.when != "image" for stage in manifest.stages_of("pruner")):
         raise UsageError(_text_message(method.name))
     _check_restore(method.restore)
+    _check_tower(manifest.stream is not None)
     if any(graph.cache_of for graph in manifest.graphs.values()):
         raise UsageError(
             f"layout {NAME} has one decoder graph, and the bundle {folder} has two (--prompt int8); give one "
@@ -79,6 +82,14 @@ def _check_restore(restore: bool) -> None:
         raise UsageError(
             f"layout {NAME} has no place for --restore: its library's cache and decoder inputs are fixed; "
             "export without it"
+        )
+
+
+def _check_tower(reuses: bool) -> None:
+    if reuses:
+        raise UsageError(
+            f"layout {NAME} computes every picture whole, and --tower {REUSES} is for pictures of a camera "
+            "that follow one another; export without it"
         )
 
 

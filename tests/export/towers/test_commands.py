@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 from importlib import util
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from vtp.engines import UsageError
 from vtp.engines.tensorrt.library import build_engine
 from vtp.export.cli import main
 from vtp.export.exporter import Request, export
-from vtp.runtime import Pipeline
+from vtp.export.towers import TowerReduction, TowerShape, parse_reduction
+from vtp.runtime import NO_PICTURE, Pipeline
 from vtp.runtime.bundle.folder import open_bundle
 from vtp.runtime.commands.build import profile_of
 
@@ -55,8 +58,19 @@ def bundle(folder: Path) -> Path:
             2,
             "tower ipcv: keep is 'nan'; give a finite number, such as 0.35",
         ),
+        (
+            "llava",
+            ["--tower", "ipcv:1.0000001"],
+            2,
+            "keep is 1.0000001; choose a fraction above 0 and up to 1",
+        ),
         ("llava", ["--tower", "ipcv:"], 2, "tower ipcv: keep is ''; give a finite number, such as 0.35"),
-        ("llava", ["--tower", "ipcv:0.001"], 2, "keep is 0.001; that keeps none of the 36 patches"),
+        (
+            "llava",
+            ["--tower", "ipcv:0.001"],
+            2,
+            "keep is 0.001; that keeps none of the 36 patches; choose 0.0278 to 1",
+        ),
         (
             "llava",
             ["--tower", "ipcv", "--tower-option", "cut=4"],
@@ -74,13 +88,32 @@ def bundle(folder: Path) -> Path:
         ),
         ("llava", ["--tower", "ipvc"], 2, "unknown tower reduction 'ipvc'; did you mean 'ipcv'?"),
         ("llava", ["--tower", "none:3"], 2, "tower none has no options; leave out '3'"),
+        ("llava", ["--tower", "none:"], 2, "tower none has no options; leave out ':', or choose a reduction"),
+        (
+            "llava",
+            ["--tower-option", "keep=1"],
+            2,
+            "tower none has no options; leave out 'keep=1', or choose",
+        ),
+        (
+            "llava",
+            ["--tower", "ipcv", "--tower-option", "stable=9223372036854775808"],
+            2,
+            "tower ipcv: stable is '9223372036854775808'; give at most 9223372036854775807, such as 7",
+        ),
+        (
+            "llava",
+            ["--method", "apet", "--method-option", "basis=99999999999999999999"],
+            2,
+            "method apet: basis is '99999999999999999999'; give at most 9223372036854775807, such as 10",
+        ),
         ("llava", ["--tower", "tome:1_0"], 2, "merge is '1_0'; give a whole number, such as 16"),
         ("llava", ["--tower", "tome:-1"], 2, "merge is -1; choose 0 or more pairs of rows for every block"),
         (
             "llava",
             ["--tower", "tome:9"],
             2,
-            "tower tome: merge is 9; 37 rows and 4 blocks do not have as many",
+            "tower tome: merge is 9; 37 rows and 4 blocks do not have as many pairs; choose 0 to 7",
         ),
         (
             "llava",
@@ -130,6 +163,65 @@ def test_what_cannot_be_is_one_line(
     assert not out.exists()
 
 
+@pytest.mark.parametrize(
+    ("flag", "first", "second"), [("--tower", "ipcv:0.5", "tome:1"), ("--then", "fastv:1", "dart:1")]
+)
+def test_two_of_a_kind_are_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], flag: str, first: str, second: str
+) -> None:
+    """The first would be left out without a word."""
+    with pytest.raises(SystemExit) as left:
+        main([flag, first, flag, second, "-o", str(tmp_path / "out")])
+    assert left.value.code == 2 and not (tmp_path / "out").exists()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"argument {flag}: given twice, {first} and {second}; choose one" in line
+
+
+@pytest.mark.parametrize("has_cls", [False, True])
+@pytest.mark.parametrize("blocks", [1, 2, 4, 7])
+@pytest.mark.parametrize("patches", [1, 2, 4, 5, 9, 36, 81])
+def test_tome_merges_as_many_as_every_block_has_pairs_for(patches: int, blocks: int, has_cls: bool) -> None:
+    """Against rows that are dealt to A and B one by one and leave A, as in the paper."""
+
+    def runs(merge: int) -> bool:
+        rows = list(range(patches + has_cls))
+        for _ in range(blocks):
+            joining, partners = rows[0::2][int(has_cls) :], rows[1::2]
+            if merge and (len(joining) < merge or not partners):
+                return False
+            rows = [row for row in rows if row not in joining[:merge]]
+        return True
+
+    shape = TowerShape(patches, blocks, has_cls)
+    most = max(merge for merge in range(patches + 1) if runs(merge))
+    for merge in range(patches + 3):
+        made = reduction(f"tome:{merge}")
+        if merge <= most:
+            made.check(shape)
+        else:
+            with pytest.raises(UsageError, match=f"do not have as many pairs; choose 0 to {most}$"):
+                made.check(shape)
+
+
+@pytest.mark.parametrize("name", ["ipcv", "stc"])
+def test_the_least_share_that_is_named_is_taken(name: str) -> None:
+    """Of 41 rows 1/41 was named as 0.0243902, which is none of them."""
+    for count in range(2, 1500):
+        shape = TowerShape(count, 4, False)
+        with pytest.raises(UsageError) as refused:
+            reduction(f"{name}:1e-9").check(shape)
+        least = re.search(r"choose (\S+) to 1$", str(refused.value))
+        assert least is not None
+        reduction(f"{name}:{least[1]}").check(shape)
+        assert float(least[1]) < 1.1 / count
+
+
+def reduction(text: str) -> TowerReduction:
+    made = parse_reduction(text)
+    assert made is not None
+    return made
+
+
 def test_the_manifest_and_every_result_say_it(bundle: Path) -> None:
     said = {"name": "ipcv", "rows": 13, "of": 37}  # 12 of 36 patches and CLS
     tower = json.loads((bundle / "manifest.json").read_text())["tower"]
@@ -137,11 +229,16 @@ def test_the_manifest_and_every_result_say_it(bundle: Path) -> None:
     assert tower["options"] == {"keep": 0.35, "cut": 3, "stable": 1}
     with Pipeline.load(bundle) as pipe:
         result = pipe.generate(np.zeros((60, 80, 3), np.uint8), "what is it ?", max_new_tokens=2)
+        alone = pipe.generate(NO_PICTURE, "what is it ?", max_new_tokens=2)
     assert result.to_json()["tower"] == said
+    assert alone.tower is None and alone.visual_tokens == (0, 0)  # the tower did not run
     assert result.visual_tokens == (36, 5)
 
 
-@pytest.mark.parametrize(("name", "value"), [("rows", 38), ("rows", 0), ("of", "37"), ("more", 1)])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("rows", 38), ("rows", 0), ("of", "37"), ("more", 1), ("name", ""), ("name", "a\nb"), ("name", "stc")],
+)
 def test_a_manifest_that_lies_is_refused(bundle: Path, tmp_path: Path, name: str, value: object) -> None:
     import shutil
 

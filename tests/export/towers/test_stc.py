@@ -14,6 +14,7 @@ import torch
 from vtp.engines import UsageError, VtpError
 from vtp.export.checkpoint.loading import load
 from vtp.export.checkpoint.weights import fill
+from vtp.export.cli import _report
 from vtp.export.exporter import Request, export
 from vtp.export.families.base import Family
 from vtp.export.families.gemma.gemma3 import Gemma3
@@ -193,6 +194,12 @@ def test_a_bundle_says_what_it_reuses(bundle: Bundle) -> None:
     assert all(case["equal"] == case["tokens"] == 16 for case in manifest.parity["generation"].values())
 
 
+def test_the_report_says_what_is_recomputed(bundle: Bundle) -> None:
+    """Not how many rows a picture by itself has, which are all of them."""
+    report = _report(bundle, bundle.folder).splitlines()
+    assert "tower stc: 4 of 17 rows of a camera's later pictures" in report
+
+
 def test_pictures_of_a_camera(camera: Pipeline, bundle: Bundle) -> None:
     """Whole, reused, asked again, renewed after four, and whole after a cut; others are as without reuse."""
     frames = [frame(1, step) for step in range(6)] + [frame(2)]
@@ -216,11 +223,20 @@ def test_pictures_of_a_camera(camera: Pipeline, bundle: Bundle) -> None:
         assert "vision_encoder_later.onnx" not in plain._open_runner()._opened._engines
 
 
-def test_engines_recompute_the_same_rows(bundle: Bundle, camera: Pipeline) -> None:
+@pytest.mark.parametrize(
+    "engines",
+    [
+        "openvino-cpu",
+        # The reference's state goes from one engine to the other.
+        pytest.param("ort-cpu,vision_encoder=openvino-cpu", marks=pytest.mark.slow),
+        pytest.param("ort-cpu,vision_encoder_later=openvino-cpu", marks=pytest.mark.slow),
+    ],
+)
+def test_engines_recompute_the_same_rows(bundle: Bundle, camera: Pipeline, engines: str) -> None:
     """Most of a picture stands still: its keys are alike but for rounding, and no engine's sort decides."""
     pytest.importorskip("openvino")
     frames = [frame(1, step) for step in range(4)]
-    with Pipeline.load(bundle.folder, engine="openvino-cpu", threads=1, stream_reuse=True) as other:
+    with Pipeline.load(bundle.folder, engine=engines, threads=1, stream_reuse=True) as other:
         pairs = [[pipe.generate(one, ASKED, max_new_tokens=8) for pipe in (camera, other)] for one in frames]
     assert all(mine.token_ids == theirs.token_ids and mine.kept == theirs.kept for mine, theirs in pairs)
     assert [mine.tower["rows"] for mine, _ in pairs if mine.tower] == [17, 4, 4, 4]
@@ -283,7 +299,7 @@ def test_features_made_elsewhere_need_no_state(bundle: Bundle) -> None:
     ("wishes", "words"),
     [
         ({"tower": "stc:0"}, "tower stc: recompute is 0; choose a fraction above 0 and up to 1"),
-        ({"tower": "stc:0.01"}, "recompute is 0.01; of 37 rows that leaves none; choose 0.027"),
+        ({"tower": "stc:0.01"}, "recompute is 0.01; of 37 rows that leaves none; choose 0.0271 to 1"),
         ({"tower": "stc", "tower_options": ["alike=1.5"]}, "alike is 1.5; choose a mean cosine, from -1"),
         ({"tower": "stc", "tower_options": ["every=0"]}, "every is 0; choose 1 "),
         ({"tower": "stc", "method": "hiprune"}, "needs middle_received, which a tower with fewer rows does"),
@@ -335,6 +351,14 @@ def test_the_reason_is_the_towers_own(family: type[Family], why: str) -> None:
         (lambda data: data.pop("stream"), "manifest.stream and the stages differ"),
         (lambda data: data["stream"].update(rows=38), "manifest.stream is out of range"),
         (lambda data: data["stream"].update(least_cosine=2), "manifest.stream is out of range"),
+        (lambda data: data["stream"].update(rows=3), "manifest.stream and the rows of the graphs differ"),
+        (
+            lambda data: (data["stream"].update(of=16), data["tower"].update(rows=16, of=16)),
+            "manifest.tower, manifest.stream and the rows of the graphs differ",
+        ),
+        (lambda data: data["tower"].update(rows=16), "manifest.tower, manifest.stream and the rows"),
+        (lambda data: data["tower"].update(name="ipcv"), "manifest.tower and manifest.stream differ"),
+        (lambda data: data.update(tower=None), "manifest.tower and manifest.stream differ"),
         (lambda data: data["stages"].append(data["stages"][1]), "the stages do not hold one encoder"),
         (
             lambda data: data["stages"][1]["inputs"].update({"reference.0.key": "soup"}),

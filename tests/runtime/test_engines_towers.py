@@ -58,9 +58,12 @@ BUNDLES: dict[str, tuple[str, dict[str, Any]]] = {
     "ipcv-tiles": ("internvl", {**IPCV, "method": "fastervlm", "image_size": (56, 56)}),
     "ipcv-jetpack6": ("siglip", {**IPCV, "method": "fastervlm", "target": "jetpack6", "dtype": "float32"}),
     "tome": ("clip", {"tower": "tome:4", "method": "prumerge"}),
+    "tome-tiles": ("internvl", {"tower": "tome:1", "method": "divprune", "image_size": (56, 56)}),
     "tome-siglip": ("siglip", {"tower": "tome:3", "method": "fastervlm", "then": "fastv:1"}),
 }
 ALWAYS = ("ipcv",)  # by default; the other cases in the long tail
+# Tiles of one colour are equal: among them the largest distance is rounding's, on either engine.
+TIES = {("tome-tiles", 2)}  # bundle, and the picture
 
 
 @pytest.fixture
@@ -94,12 +97,12 @@ def differences(bundle: Bundle, picture: Image.Image) -> list[str]:
     return found
 
 
-def answers(folder: Path, engine: str) -> list[tuple[Any, ...]]:
-    """Every picture alone, then two as a batch."""
+def answers(folder: Path, engine: str, name: str) -> list[tuple[Any, ...]]:
+    """Every picture alone, then two as a batch; without those whose choice is a tie."""
+    pairs = [(PICTURES[at], PROMPTS[at]) for at in range(len(PICTURES)) if (name, at) not in TIES]
     with Pipeline.load(folder, engine, threads=1) as pipe:
-        pairs = zip(PICTURES, PROMPTS, strict=True)
         found = [pipe.generate(picture, prompt, max_new_tokens=12) for picture, prompt in pairs]
-        found += pipe.generate_batch(PICTURES[1:3], PROMPTS[1:3], max_new_tokens=12)
+        found += pipe.generate_batch(*(list(one) for one in zip(*pairs[1:3], strict=True)), max_new_tokens=12)
     return [(one.token_ids, one.kept, one.tower, one.then) for one in found]
 
 
@@ -110,7 +113,7 @@ def test_every_stage_and_every_answer_is_onnx_runtimes(bundle: Callable[[str], B
     made = bundle(name)
     assert made.manifest.tower is not None
     assert differences(made, PICTURES[3]) == []
-    assert answers(made.folder, OPENVINO) == answers(made.folder, ORT)
+    assert answers(made.folder, OPENVINO, name) == answers(made.folder, ORT, name)
 
 
 # -- int8 ----------------------------------------------------------------------------------------------------

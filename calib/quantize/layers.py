@@ -342,7 +342,10 @@ class _Writer:
             self._add(name, codes, TensorProto.INT8, list(codes.shape))
             self._float(f"{name}_scale", np.concatenate([scales for _, scales in made]), "float32")
         codes_name, scale = self._round_rows(layers[0].source)
-        inputs = [codes_name, name, _ONE, f"{name}_scale", _ZERO]
+        # Weights have no zero point, and it is said: where it is left out, ONNX Runtime before 1.30 ends the
+        # process on x86 without VNNI. One for each product: later versions cannot rewrite a shared one.
+        self._add(no_shift := f"{node}__zero", np.array(0, np.int8), TensorProto.INT8, [])
+        inputs = [codes_name, name, _ONE, f"{name}_scale", _ZERO, no_shift]
         product, width = f"{result}__in_steps", sum(layer.shape[1] for layer in layers)
         self.nodes += [
             helper.make_node("MatMulIntegerToFloat", inputs, [product], node, domain=_MICROSOFT),

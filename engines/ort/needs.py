@@ -19,6 +19,10 @@ _SINCE = {
     ("", "QuantizeLinear", 23): ("1.24", ", or vtp-calib quantize from the float bundle again"),
 }
 
+# The input that is the zero point of the weights, by the operator.
+_WEIGHT_ZERO_POINT = {("", "MatMulInteger"): 3, (_MICROSOFT, "MatMulIntegerToFloat"): 5}
+_CHECKED_SINCE = "1.30"
+
 
 def unmet_need(graph: GraphFile, version: str) -> str:
     """Why ONNX Runtime of `version` cannot run a graph, and what to do; empty if no reason is known."""
@@ -40,3 +44,21 @@ def _needs(graph: GraphFile) -> Iterator[tuple[str, str, str]]:
     if masks_attention(graph):
         way = ", or export the bundle again without --oldest-onnxruntime"
         yield "attention that takes masks", ".".join(map(str, SINCE)), way
+
+
+def unguarded_products(graph: GraphFile, version: str) -> str:
+    """Why ONNX Runtime of `version` may end the whole process as it opens a graph; empty if it does not.
+
+    Before 1.30, its pass that makes int8 weights uint8 (`session.x64quantprecision`, on x86 without VNNI)
+    reads the zero point of the weights without a look whether the node has one.
+    """
+    if version_numbers(version) >= version_numbers(_CHECKED_SINCE):
+        return ""
+    for node in graph.nodes:
+        place = _WEIGHT_ZERO_POINT.get((node.domain, node.op))
+        if place is not None and not "".join(node.inputs[place : place + 1]):
+            return (
+                f"its {node.op} has no zero point for the weights, which before {_CHECKED_SINCE} can end the "
+                f"process; pip install 'onnxruntime>={_CHECKED_SINCE}', or vtp-calib quantize again"
+            )
+    return ""

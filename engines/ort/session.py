@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import count
 from pathlib import Path
@@ -14,7 +15,7 @@ from vtp.engines.errors import VtpError
 from vtp.engines.graph.file import read_graph
 from vtp.engines.graph.masks import masks_attention
 from vtp.engines.ort.library import load_onnxruntime
-from vtp.engines.ort.needs import unmet_need
+from vtp.engines.ort.needs import unguarded_products, unmet_need
 from vtp.engines.ort.placement import record_assignment, refuse_cpu_nodes
 
 _DTYPES = {
@@ -32,6 +33,7 @@ _DEVICES = {"ort-cpu": "cpu", CUDA: "cuda"}
 _PROVIDERS = {"ort-cpu": "CPUExecutionProvider", CUDA: "CUDAExecutionProvider"}
 _MIXED = "MatMulIntegerToFloat"  # which ONNX Runtime 1.32 has for int8 with int8, not for int8 with uint8
 _NO_GRAPH = -1
+_X86 = ("x86_64", "AMD64")
 
 
 class OrtValue:
@@ -371,6 +373,7 @@ def _exact_session(
     path: Path, settle: Callable[[Any], None], providers: list[Any], how: Mapping[str, Any]
 ) -> Any:
     """A session whose products of eight bits do not saturate."""
+    _refuse_unguarded(path)
     try:
         return _session(path, _session_options(settle, exact_products=True), providers, how)
     except Exception as error:  # as above
@@ -378,6 +381,13 @@ def _exact_session(
             raise
     # int8 activations met weights made uint8; products of int8 and int8 are exact as they are
     return _session(path, _session_options(settle, exact_products=False), providers, how)
+
+
+def _refuse_unguarded(path: Path) -> None:
+    """VtpError for a graph that could end the process: nothing can be caught then."""
+    version = load_onnxruntime().__version__
+    if platform.machine() in _X86 and (why := unguarded_products(read_graph(path), version)):
+        raise VtpError(why)
 
 
 def _session_options(settle: Callable[[Any], None], exact_products: bool) -> Any:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
+from vtp.engines import VtpError, open_graph
 from vtp.engines.graph.file import GraphFile, read_graph
-from vtp.engines.ort.needs import unmet_need
+from vtp.engines.ort.needs import unguarded_products, unmet_need
 
 
 def graph(folder: Path, operator: str, domain: str, opset: int, **attributes: int) -> GraphFile:
@@ -59,3 +61,47 @@ def test_what_runs_is_not_complained_about(
     tmp_path: Path, operator: str, domain: str, opset: int, version: str
 ) -> None:
     assert unmet_need(graph(tmp_path, operator, domain, opset), version) == ""
+
+
+@pytest.mark.parametrize(
+    ("operator", "domain", "inputs"),
+    [
+        ("MatMulInteger", "", ["a", "w"]),
+        ("MatMulInteger", "", ["a", "w", "za", "zw"]),
+        ("MatMulInteger", "", ["a", "w", "za"]),
+        ("MatMulIntegerToFloat", "com.microsoft", ["a", "w", "one", "s", "za", ""]),
+        ("MatMulIntegerToFloat", "com.microsoft", ["a", "w", "one", "s", "za", "zw"]),
+    ],
+)
+def test_products_that_would_end_the_process_are_refused(
+    tmp_path: Path, operator: str, domain: str, inputs: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen of 1.23.2, 1.24.1, 1.28.0 and 1.29.0 on an x86 processor without VNNI: all but those with "zw"."""
+    node = helper.make_node(operator, inputs, ["y"], domain=domain)
+    kind = TensorProto.FLOAT if domain else TensorProto.INT32
+    x = helper.make_tensor_value_info("a", TensorProto.UINT8, [1, 4])
+    y = helper.make_tensor_value_info("y", kind, [1, 2])
+    parts = [
+        numpy_helper.from_array(np.ones((4, 2), np.int8), "w"),
+        numpy_helper.from_array(np.array(128, np.uint8), "za"),
+        numpy_helper.from_array(np.array(0, np.int8), "zw"),
+        numpy_helper.from_array(np.array(1, np.float32), "one"),
+        numpy_helper.from_array(np.ones(2, np.float32), "s"),
+    ]
+    made = helper.make_graph([node], "g", [x], [y], [one for one in parts if one.name in inputs])
+    domains = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    file = tmp_path / "g.onnx"
+    onnx.save(helper.make_model(made, opset_imports=domains, ir_version=10), file)
+    said = unguarded_products(read_graph(file), "1.29.1")
+    assert unguarded_products(read_graph(file), "1.30.0") == ""
+    open_graph(file, "ort-cpu", 1).close()
+    if "zw" in inputs:
+        assert said == ""
+        return
+    assert said.startswith(f"its {operator} has no zero point for the weights, which before 1.30 can end")
+    monkeypatch.setattr("onnxruntime.__version__", "1.29.1")
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    with pytest.raises(VtpError, match=r"cannot load g.onnx: its .*pip install 'onnxruntime>=1.30'"):
+        open_graph(file, "ort-cpu", 1)
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    open_graph(file, "ort-cpu", 1).close()

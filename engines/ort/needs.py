@@ -7,8 +7,9 @@ engine open from 1.23 on, but for linear attention; quantised ones of earlier vt
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
-from vtp.engines.graph.file import GraphFile
+from vtp.engines.graph.file import GraphFile, read_graph
 from vtp.engines.graph.masks import SINCE, masks_attention
 from vtp.engines.versions import version_numbers
 
@@ -46,15 +47,17 @@ def _needs(graph: GraphFile) -> Iterator[tuple[str, str, str]]:
         yield "attention that takes masks", ".".join(map(str, SINCE)), way
 
 
-def unguarded_products(graph: GraphFile, version: str) -> str:
+def unguarded_products(path: Path, version: str) -> str:
     """Why ONNX Runtime of `version` may end the whole process as it opens a graph; empty if it does not.
+
+    The file is read for the versions that may. Raises VtpError when it is no graph then.
 
     Before 1.30, its pass that makes int8 weights uint8 (`session.x64quantprecision`, on x86 without VNNI)
     reads the zero point of the weights without a look whether the node has one.
     """
     if version_numbers(version) >= version_numbers(_CHECKED_SINCE):
         return ""
-    for node in graph.nodes:
+    for node in read_graph(path).nodes:
         place = _WEIGHT_ZERO_POINT.get((node.domain, node.op))
         if place is not None and not "".join(node.inputs[place : place + 1]):
             return (

@@ -386,7 +386,7 @@ def _exact_session(
 def _refuse_unguarded(path: Path) -> None:
     """VtpError for a graph that could end the process: nothing can be caught then."""
     version = load_onnxruntime().__version__
-    if platform.machine() in _X86 and (why := unguarded_products(read_graph(path), version)):
+    if platform.machine() in _X86 and (why := unguarded_products(path, version)):
         raise VtpError(why)
 
 

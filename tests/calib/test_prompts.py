@@ -23,7 +23,6 @@ from vtp.calib.quantize.prompts import prompt_changes, reads_one_row
 from vtp.calib.quantize.quantizer import Quantizer, Wish
 from vtp.calib.quantize.weight_store import Store, place_of
 from vtp.engines import UsageError, VtpError, open_graph
-from vtp.engines.graph.file import read_graph
 from vtp.engines.ort.needs import unguarded_products
 from vtp.export.layouts.transformers_js.served import check_manifest
 from vtp.runtime import Pipeline
@@ -101,7 +100,7 @@ def test_products_are_those_of_int8_codes_by_row(tmp_path: Path) -> None:
     onnx.save(model, tmp_path / "g.onnx")
     operators = [node.op_type for node in model.graph.node]
     assert operators.count("MatMulIntegerToFloat") == 2 and "MatMul" not in operators
-    assert unguarded_products(read_graph(tmp_path / "g.onnx"), "1.23.2") == ""
+    assert unguarded_products(tmp_path / "g.onnx", "1.23.2") == ""
     assert too_new(tmp_path / "g.onnx") == []
     engine = open_graph(tmp_path / "g.onnx", "ort-cpu", 1)
     found = {name: one.numpy() for name, one in engine.run({"x": engine.put(values)}).items()}

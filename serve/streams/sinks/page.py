@@ -45,9 +45,8 @@ class Page:
     def __init__(self, watcher: Watcher, port: int, source: str) -> None:
         """Listen. Raises UsageError for a port in use."""
         self._watcher, self._source = watcher, source
-        self._latest: tuple[int, FrameAnswer, Image.Image] | None = (
-            None  # the answer's number, and its picture
-        )
+        # The latest answer, with its number before it and its picture after it.
+        self._latest: tuple[int, FrameAnswer, Image.Image] | None = None
         self._over = False
         self._listener = listen(HOST, port)
         self.address = f"http://{HOST}:{self._listener.getsockname()[1]}"

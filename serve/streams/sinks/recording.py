@@ -21,8 +21,6 @@ __all__ = ["McapAnswers", "check_recording"]
 
 _DEFINITION = b"string data\n"
 ANSWER, ANSWER_JSON = "/vtp/answer", "/vtp/answer_json"
-
-
 _LATEST = 2**64 - 1  # nanoseconds that a recording can tell
 _IN_MEMORY = 2**16  # bytes of answers that are not in the file yet: what is lost if the process is killed
 
